@@ -19,9 +19,9 @@ from .modeling_colt5 import (
     CoLT5ForSequenceClassification,
     CoLT5ForTokenClassification,
     CoLT5Model,
-    CoLT5PreTrainedModel,
 )
 from .routing import soft_topk
+from .stacks_colt5 import CoLT5PreTrainedModel
 from .tokenization_colt5 import CoLT5Tokenizer
 
 __version__ = "0.1.0"

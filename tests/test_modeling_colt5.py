@@ -19,7 +19,7 @@ from modeling_colt5 import (
     CoLT5ForTokenClassification,
     CoLT5Model,
 )
-from modeling_colt5.modeling_colt5 import CoLT5Encoder
+from modeling_colt5.stacks_colt5 import CoLT5Encoder
 
 ENCODER_HEADS = [
     CoLT5EncoderModel,

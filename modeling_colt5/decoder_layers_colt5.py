@@ -1,0 +1,167 @@
+"""A decoder layer, T5's: causal self-attention, multi-query cross-attention, feed-forward."""
+
+import torch
+from einops import rearrange
+from torch import nn
+from transformers.cache_utils import Cache, EncoderDecoderCache
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .configuration_colt5 import CoLT5Config
+from .layers_colt5 import CoLT5Attention, CoLT5DenseActDense, CoLT5LayerNorm, clamp_half, project
+
+
+class CoLT5SelfAttention(CoLT5Attention):
+    """The decoder's causal self-attention, T5's."""
+
+    is_causal = True
+
+    def __init__(self, config: CoLT5Config, layer_idx: int):
+        super().__init__(config, config.num_heads)
+        self.layer_idx = layer_idx
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_bias: torch.Tensor,
+        mask: torch.Tensor | None,
+        past_key_values: Cache | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[batch, n, d_model] → the same shape, and the weights where the implementation gives them."""
+        states = project(hidden_states, self.q, self.k, self.v)
+        query, key, value = (self.split_heads(part).transpose(1, 2) for part in states)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        output, weights = self.attend(query, key, value, position_bias, mask)
+        return self.o(output.flatten(-2)), weights
+
+
+class CoLT5CrossAttention(CoLT5Attention):
+    """The decoder's attention to the encoder's output; multi-query in the paper (Shazeer 2019)."""
+
+    def __init__(self, config: CoLT5Config, layer_idx: int):
+        super().__init__(config, config.num_heads, config.num_cross_key_value_heads)
+        self.layer_idx = layer_idx
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        encoder_mask: torch.Tensor | None,
+        past_key_values: Cache | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[batch, n, d_model] → the same shape, and the weights where the implementation gives them.
+
+        `encoder_mask` is bool [batch, encoder length], True for real tokens.
+        """
+        cache = past_key_values if isinstance(past_key_values, EncoderDecoderCache) else None
+        if cache is not None and cache.is_updated.get(self.layer_idx):
+            layer = cache.cross_attention_cache.layers[self.layer_idx]
+            key, value = layer.keys, layer.values
+        else:
+            states = project(encoder_hidden_states, self.k, self.v)
+            key, value = (self.split_heads(part).transpose(1, 2) for part in states)
+            if cache is not None:
+                key, value = cache.cross_attention_cache.update(key, value, self.layer_idx)
+                cache.is_updated[self.layer_idx] = True
+
+        # no bias and no causality here: the heads that share a key/value head are just more queries for it
+        groups = self.num_key_value_heads
+        query = rearrange(self.split_heads(self.q(hidden_states)), "b n (g h) d -> b g (h n) d", g=groups)
+        mask = None if encoder_mask is None else encoder_mask[:, None, None, :]
+        output, weights = self.attend(query, key, value, None, mask)
+        output = rearrange(output, "b (h n) g d -> b n (g h d)", n=hidden_states.shape[1])
+        if weights is not None:
+            weights = rearrange(weights, "b g (h n) k -> b (g h) n k", n=hidden_states.shape[1])
+        return self.o(output), weights
+
+
+class CoLT5LayerSelfAttention(nn.Module):
+    """Norm, causal self-attention, residual."""
+
+    def __init__(self, config: CoLT5Config, layer_idx: int):
+        super().__init__()
+        self.SelfAttention = CoLT5SelfAttention(config, layer_idx)
+        self.layer_norm = CoLT5LayerNorm(config)
+        self.dropout = nn.Dropout(config.dropout_rate)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_bias: torch.Tensor,
+        mask: torch.Tensor | None,
+        past_key_values: Cache | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[batch, n, d_model] → the same shape, and the attention weights."""
+        normed, _ = self.layer_norm(hidden_states)
+        output, weights = self.SelfAttention(normed, position_bias, mask, past_key_values)
+        return clamp_half(hidden_states + self.dropout(output)), weights
+
+
+class CoLT5LayerCrossAttention(nn.Module):
+    """Norm, attention to the encoder's output, residual."""
+
+    def __init__(self, config: CoLT5Config, layer_idx: int):
+        super().__init__()
+        self.EncDecAttention = CoLT5CrossAttention(config, layer_idx)
+        self.layer_norm = CoLT5LayerNorm(config)
+        self.dropout = nn.Dropout(config.dropout_rate)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        encoder_mask: torch.Tensor | None,
+        past_key_values: Cache | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[batch, n, d_model] → the same shape, and the attention weights."""
+        normed, _ = self.layer_norm(hidden_states)
+        output, weights = self.EncDecAttention(normed, encoder_hidden_states, encoder_mask, past_key_values)
+        return clamp_half(hidden_states + self.dropout(output)), weights
+
+
+class CoLT5LayerFF(nn.Module):
+    """Norm, the decoder's feed-forward, residual."""
+
+    def __init__(self, config: CoLT5Config):
+        super().__init__()
+        self.DenseReluDense = CoLT5DenseActDense(config, config.d_ff)
+        self.layer_norm = CoLT5LayerNorm(config)
+        self.dropout = nn.Dropout(config.dropout_rate)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[batch, n, d_model] → the same shape."""
+        normed, _ = self.layer_norm(hidden_states)
+        return clamp_half(hidden_states + self.dropout(self.DenseReluDense(normed)))
+
+
+class CoLT5DecoderBlock(GradientCheckpointingLayer):
+    """One decoder layer, T5's: causal self-attention, cross-attention, feed-forward."""
+
+    def __init__(self, config: CoLT5Config, layer_idx: int):
+        super().__init__()
+        self.layer = nn.ModuleList(
+            [
+                CoLT5LayerSelfAttention(config, layer_idx),
+                CoLT5LayerCrossAttention(config, layer_idx),
+                CoLT5LayerFF(config),
+            ]
+        )
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_bias: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        encoder_hidden_states: torch.Tensor,
+        encoder_mask: torch.Tensor | None,
+        past_key_values: Cache | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """The new hidden states [batch, n, d_model], self-attention and cross-attention weights."""
+        self_cache = past_key_values
+        if isinstance(past_key_values, EncoderDecoderCache):
+            self_cache = past_key_values.self_attention_cache
+        hidden_states, weights = self.layer[0](hidden_states, position_bias, attention_mask, self_cache)
+        hidden_states, cross_weights = self.layer[1](
+            hidden_states, encoder_hidden_states, encoder_mask, past_key_values
+        )
+        return self.layer[2](hidden_states), weights, cross_weights

@@ -1,0 +1,211 @@
+"""An encoder layer: conditional attention and conditional feed-forward, light and heavy branches."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils.generic import maybe_autocast
+
+from .attention_ops import local_attention, routed_attention
+from .configuration_colt5 import CoLT5Config
+from .layers_colt5 import CoLT5Attention, CoLT5DenseActDense, CoLT5LayerNorm, clamp_half, project
+from .local_attention_reference import local_attention_reference
+from .outputs_colt5 import CoLT5LayerRouting
+from .routed_attention_reference import routed_attention_reference
+from .router_colt5 import CoLT5Router, RoutingPlan, router_weights, run_routers
+from .routing import RoutedTokens
+from .token_ops import combine_branches, combine_norm_scores, scatter_add_tokens, share_and_gather
+
+
+@dataclass
+class Branches:
+    """A sublayer's residual and branches, not yet summed: whoever needs the sum takes it together with its norm.
+
+    Args:
+        residual, light: [batch, n, d_model].
+        heavy: [batch, slots, d_model] at the routed positions; None with `routing="none"`.
+        routed: where the heavy rows belong, and their weights.
+    """
+
+    residual: torch.Tensor
+    light: torch.Tensor
+    heavy: torch.Tensor | None
+    routed: RoutedTokens | None
+
+    def merge(self, dropout: nn.Dropout, kernel_backend: str) -> torch.Tensor:
+        """residual + dropout(light + weights ⊙ heavy), [batch, n, d_model]."""
+        if self.heavy is None or self.routed is None:
+            return clamp_half(self.residual + dropout(self.light))
+        routed = (self.routed.indices, self.routed.valid, self.routed.weights)
+        if dropout.training and dropout.p > 0:
+            update = scatter_add_tokens(self.light, self.heavy, *routed, kernel_backend)
+            return clamp_half(self.residual + dropout(update))
+        return clamp_half(combine_branches(self.residual, self.light, self.heavy, *routed, kernel_backend))
+
+    def merge_and_norm(
+        self, dropout: nn.Dropout, norm: "CoLT5LayerNorm", routers: torch.Tensor | None, kernel_backend: str
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """What `merge` gives, and what `norm` makes of it, in one pass where nothing comes between the two."""
+        separate = (dropout.training and dropout.p > 0) or self.residual.dtype == torch.float16
+        if separate or self.routed is None or self.heavy is None:
+            merged = self.merge(dropout, kernel_backend)
+            return merged, *norm(merged, routers)
+        routed = (self.routed.indices, self.routed.valid, self.routed.weights)
+        # autocast would take the scores' product in half precision
+        with maybe_autocast(self.residual.device.type, enabled=False):
+            return combine_norm_scores(
+                self.residual, self.light, self.heavy, *routed, norm.weight, routers, norm.eps, kernel_backend
+            )
+
+
+class CoLT5LocalAttention(CoLT5Attention):
+    """The light branch: every token attends to its neighbours."""
+
+    def forward(
+        self, hidden_states: torch.Tensor, bias_table: torch.Tensor, plan: RoutingPlan
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[batch, n, d_model] → the same shape, and the weights where the implementation gives them."""
+        query, key, value = map(self.split_heads, project(hidden_states, self.q, self.k, self.v))
+        inputs = (query, key, value, bias_table, self.radius, plan.mask)
+        if self.uses_kernel(plan.kernel_backend):
+            return self.o(local_attention(*inputs, self.dropout if self.training else 0.0).flatten(-2)), None
+        output, weights = local_attention_reference(*inputs, self.attend)
+        return self.o(output.flatten(-2)), weights
+
+
+class CoLT5RoutedAttention(CoLT5Attention):
+    """The heavy branch: routed queries attend to routed keys and values."""
+
+    def forward(
+        self,
+        query_states: torch.Tensor,
+        key_value_states: torch.Tensor,
+        bias_table: torch.Tensor,
+        queries: RoutedTokens,
+        keys: RoutedTokens,
+        plan: RoutingPlan,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[batch, query slots, d_model], [batch, key/value slots, d_model] → [batch, query slots, d_model], and the
+        weights where the implementation gives them."""
+        query = self.split_heads(self.q(query_states))
+        key, value = map(self.split_heads, project(key_value_states, self.k, self.v))
+        inputs = (query, key, value, bias_table, queries.indices, keys.indices, keys.valid)
+        if self.uses_kernel(plan.kernel_backend):
+            return self.o(routed_attention(*inputs, self.dropout if self.training else 0.0).flatten(-2)), None
+        output, weights = routed_attention_reference(*inputs, self.attend)
+        return self.o(output.flatten(-2)), weights
+
+
+class CoLT5LayerConditionalAttention(nn.Module):
+    """Local attention for every token, and attention among routed tokens for the few important ones."""
+
+    def __init__(self, config: CoLT5Config, layer_idx: int):
+        super().__init__()
+        self.layer_norm = CoLT5LayerNorm(config)
+        self.light_attention = CoLT5LocalAttention(config, config.num_light_heads)
+        if config.routing != "none":
+            self.query_router = CoLT5Router(config, seed=3 * layer_idx)
+            self.key_value_router = CoLT5Router(config, seed=3 * layer_idx + 1)
+            self.heavy_attention = CoLT5RoutedAttention(config, config.num_heavy_heads)
+        self.dropout = nn.Dropout(config.dropout_rate)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        light_bias_table: torch.Tensor,
+        heavy_bias_table: torch.Tensor | None,
+        plan: RoutingPlan,
+    ) -> tuple[Branches, torch.Tensor | None, torch.Tensor | None, RoutedTokens | None]:
+        """X + LightAttn(X) + s̃ᵩ · HeavyAttn(X, s̃ᵏᵛ ⊙ X) (Ainslie et al. 2023, eq. of conditional attention).
+
+        Args:
+            hidden_states: [batch, n, d_model].
+            light_bias_table, heavy_bias_table: [heads, 2 * max_distance + 1] of each branch.
+            plan: the batch's mask and budgets.
+
+        Returns:
+            The sum's parts, light and heavy attention weights (where the implementation gives them), and the routed
+            keys/values; the routed queries are the parts' `routed`.
+        """
+        if plan.attention is None or heavy_bias_table is None:
+            normed, _ = self.layer_norm(hidden_states)
+            light, light_weights = self.light_attention(normed, light_bias_table, plan)
+            return Branches(hidden_states, light, None, None), light_weights, None, None
+
+        routers = (self.query_router, self.key_value_router)
+        normed, scores = self.layer_norm(hidden_states, router_weights(*routers))
+        queries, keys = run_routers(routers, normed, scores, plan, plan.attention)
+        normed, query_states, key_value_states = share_and_gather(
+            normed,
+            (queries.indices, queries.valid, None),
+            (keys.indices, keys.valid, keys.weights),
+            kernel_backend=plan.kernel_backend,
+        )
+        light, light_weights = self.light_attention(normed, light_bias_table, plan)
+        heavy, heavy_weights = self.heavy_attention(
+            query_states, key_value_states, heavy_bias_table, queries, keys, plan
+        )
+        return Branches(hidden_states, light, heavy, queries), light_weights, heavy_weights, keys
+
+
+class CoLT5LayerConditionalFF(nn.Module):
+    """A small feed-forward for every token, and a large one for the few important ones."""
+
+    def __init__(self, config: CoLT5Config, layer_idx: int):
+        super().__init__()
+        self.layer_norm = CoLT5LayerNorm(config)
+        self.light_feed_forward = CoLT5DenseActDense(config, config.light_d_ff)
+        if config.routing != "none":
+            self.router = CoLT5Router(config, seed=3 * layer_idx + 2)
+            self.heavy_feed_forward = CoLT5DenseActDense(config, config.heavy_d_ff)
+        self.dropout = nn.Dropout(config.dropout_rate)
+
+    def forward(self, branches: Branches, plan: RoutingPlan) -> tuple[torch.Tensor, RoutedTokens | None]:
+        """X + LightFF(X) + s̃ · HeavyFF(X) (Ainslie et al. 2023, eq. of the conditional feed-forward).
+
+        Args:
+            branches: the parts of X, from the layer before.
+            plan: the batch's mask and budgets.
+
+        Returns:
+            The new hidden states [batch, n, d_model] and the routed tokens.
+        """
+        backend = plan.kernel_backend
+        if plan.feed_forward is None:
+            hidden_states, normed, _ = branches.merge_and_norm(self.dropout, self.layer_norm, None, backend)
+            light = self.light_feed_forward(normed)
+            return Branches(hidden_states, light, None, None).merge(self.dropout, backend), None
+
+        weights = router_weights(self.router)
+        hidden_states, normed, scores = branches.merge_and_norm(self.dropout, self.layer_norm, weights, backend)
+        (tokens,) = run_routers((self.router,), normed, scores, plan, plan.feed_forward)
+        normed, routed_states = share_and_gather(normed, (tokens.indices, tokens.valid, None), kernel_backend=backend)
+        light = self.light_feed_forward(normed)
+        heavy = self.heavy_feed_forward(routed_states)
+        return Branches(hidden_states, light, heavy, tokens).merge(self.dropout, backend), tokens
+
+
+class CoLT5EncoderBlock(GradientCheckpointingLayer):
+    """One encoder layer: conditional attention, conditional feed-forward."""
+
+    def __init__(self, config: CoLT5Config, layer_idx: int):
+        super().__init__()
+        self.layer = nn.ModuleList(
+            [CoLT5LayerConditionalAttention(config, layer_idx), CoLT5LayerConditionalFF(config, layer_idx)]
+        )
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        light_bias_table: torch.Tensor,
+        heavy_bias_table: torch.Tensor | None,
+        plan: RoutingPlan,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, CoLT5LayerRouting]:
+        """The new hidden states [batch, n, d_model], light and heavy attention weights, and what was routed."""
+        branches, light_weights, heavy_weights, keys = self.layer[0](
+            hidden_states, light_bias_table, heavy_bias_table, plan
+        )
+        hidden_states, tokens = self.layer[1](branches, plan)
+        routing = CoLT5LayerRouting(query=branches.routed, key_value=keys, feed_forward=tokens)
+        return hidden_states, light_weights, heavy_weights, routing

@@ -1,0 +1,180 @@
+"""The routers of a layer: what scores its tokens, and the budgets that a batch gives them."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .configuration_colt5 import CoLT5Config
+from .kernel_backend import uses_triton
+from .routing import RoutedTokens, route, routed_budget, routed_capacity
+
+
+@dataclass
+class RoutingBudget:
+    """How many tokens routers that read the same states take, for one launch that runs them all.
+
+    Args:
+        budget: int64 [batch, routers], of each row.
+        capacities: the slots of each router, the same for all rows.
+        mask: bool [batch * routers, n], True for real tokens; None for all.
+    """
+
+    budget: torch.Tensor
+    capacities: tuple[int, ...]
+    mask: torch.Tensor | None
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "RoutingBudget":
+        """The same on another device."""
+        mask = None if self.mask is None else self.mask.to(device, non_blocking=non_blocking)
+        return RoutingBudget(self.budget.to(device, non_blocking=non_blocking), self.capacities, mask)
+
+
+@dataclass
+class RoutingPlan:
+    """What all layers share in one forward pass: which tokens are real, the routers' budgets, and who computes.
+
+    Args:
+        mask: bool [batch, n], True for real tokens; None for all.
+        kernel_backend: "triton" or "torch".
+        attention: the budgets of queries and of keys/values; None with `routing="none"`.
+        feed_forward: the budget of the feed-forward; None with `routing="none"`.
+    """
+
+    mask: torch.Tensor | None
+    kernel_backend: str
+    attention: RoutingBudget | None = None
+    feed_forward: RoutingBudget | None = None
+
+    @classmethod
+    def make(cls, config: CoLT5Config, hidden_states: torch.Tensor, mask: torch.Tensor | None) -> "RoutingPlan":
+        """The plan for a batch [batch, n, d_model]: a row's budgets depend on its own number of real tokens."""
+        plan = cls(mask, "triton" if uses_triton(hidden_states, config.kernel_backend) else "torch")
+        if config.routing == "none":
+            return plan
+        batch, length = hidden_states.shape[:2]
+        if mask is None:
+            lengths = torch.full((batch,), length, dtype=torch.int64, device=hidden_states.device)
+        else:
+            lengths = mask.sum(-1)
+
+        def budget(*fractions: float) -> RoutingBudget:
+            minimum = config.min_routed_tokens
+            return RoutingBudget(
+                torch.stack([routed_budget(lengths, fraction, minimum) for fraction in fractions], 1),
+                tuple(routed_capacity(length, fraction, minimum) for fraction in fractions),
+                None if mask is None else mask.repeat_interleave(len(fractions), 0),
+            )
+
+        plan.attention = budget(config.routed_query_fraction, config.routed_key_value_fraction)
+        plan.feed_forward = budget(config.routed_feed_forward_fraction)
+        return plan
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "RoutingPlan":
+        """The same on another device; Accelerate calls it where a device map spreads the blocks."""
+
+        def moved(part: Any) -> Any:
+            return part if part is None else part.to(device, non_blocking=non_blocking)
+
+        return RoutingPlan(moved(self.mask), self.kernel_backend, moved(self.attention), moved(self.feed_forward))
+
+
+class CoLT5Router(nn.Module):
+    """What scores the tokens of one heavy branch: a learned vector (Ainslie et al. 2023), or a control without one."""
+
+    def __init__(self, config: CoLT5Config, seed: int):
+        super().__init__()
+        self.config = config
+        self.seed = seed
+        if config.routing == "learned":
+            self.weight = nn.Parameter(torch.empty(config.d_model))
+
+    def control_scores(
+        self, hidden_states: torch.Tensor, mask: torch.Tensor | None, budget: torch.Tensor
+    ) -> torch.Tensor:
+        """Scores whose largest are evenly spaced, or random: anew at each training step, and by a fixed order of
+        positions in evaluation.
+
+        Args:
+            hidden_states: [batch, n, d_model], for its shape and device.
+            mask: bool [batch, n], True for real tokens; None for all.
+            budget: int64 [batch].
+
+        Returns:
+            fp32 [batch, n].
+        """
+        batch, length = hidden_states.shape[:2]
+        device = hidden_states.device
+        if self.config.routing == "random" and self.training:
+            return torch.rand(batch, length, device=device)
+        # by rank among the real tokens, so that padding changes nothing
+        if mask is None:
+            rank = torch.arange(length, device=device).expand(batch, length)
+            real = torch.full((batch, 1), length, device=device)
+        else:
+            rank, real = mask.cumsum(-1) - 1, mask.sum(-1, keepdim=True).clamp(min=1)
+        if self.config.routing == "even":
+            budget = budget[:, None]
+            return ((rank + 1) * budget // real > rank * budget // real).float()
+        # multiplicative hashing (Knuth), twice with a shift between to mix the high bits down
+        hashed = (rank + 1 + self.seed * 7919) * 2654435761 % 2**32
+        hashed = (hashed ^ (hashed >> 15)) * 2246822519 % 2**32
+        # the upper 24 bits, which fp32 holds exactly
+        return (hashed >> 8).float()
+
+
+def router_weights(*routers: CoLT5Router) -> torch.Tensor | None:
+    """The routers' vectors as [routers, d_model]; None for controls."""
+    if routers[0].config.routing != "learned":
+        return None
+    return torch.stack([router.weight for router in routers]) if len(routers) > 1 else routers[0].weight[None]
+
+
+def run_routers(
+    routers: tuple[CoLT5Router, ...],
+    hidden_states: torch.Tensor,
+    scores: torch.Tensor | None,
+    plan: RoutingPlan,
+    budget: RoutingBudget,
+) -> list[RoutedTokens]:
+    """Route for all routers that read the same states, in one operation.
+
+    Args:
+        routers: the routers.
+        hidden_states: [batch, n, d_model], for the controls' shape and device.
+        scores: ⟨normalised states, each router's vector⟩ in fp32, [batch, routers, n]; None for controls.
+        plan: the batch's mask and backend.
+        budget: these routers' budgets.
+
+    Returns:
+        Each router's tokens, in rows [batch]; the controls' weights are 1.
+    """
+    config = routers[0].config
+    learned = scores is not None
+    if scores is None:
+        budgets = budget.budget.unbind(1)
+        kinds = zip(routers, budgets, strict=True)
+        scores = torch.stack([router.control_scores(hidden_states, plan.mask, b) for router, b in kinds], 1)
+    routed = route(
+        scores.flatten(0, 1),
+        budget.budget.flatten(),
+        max(budget.capacities),
+        mask=budget.mask,
+        soft_topk_ratio=config.soft_topk_ratio,
+        epsilon=config.routing_epsilon,
+        solver=config.soft_topk_solver,
+        num_iterations=config.num_soft_topk_iterations,
+        epsilon_init=config.routing_epsilon_init,
+        epsilon_decay=config.routing_epsilon_decay,
+        kernel_backend=plan.kernel_backend,
+    )
+    weights = routed.weights if learned else routed.valid.to(routed.weights.dtype)
+    if len(routers) == 1:
+        return [RoutedTokens(routed.indices, weights, routed.valid)]
+    # used slots come first, so that a router with fewer slots than the largest has all of its own at the front
+    parts = (part.unflatten(0, (-1, len(routers))).unbind(1) for part in (routed.indices, weights, routed.valid))
+    return [
+        RoutedTokens(indices[:, :capacity], weights[:, :capacity], valid[:, :capacity])
+        for indices, weights, valid, capacity in zip(*parts, budget.capacities, strict=True)
+    ]

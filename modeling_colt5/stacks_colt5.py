@@ -1,0 +1,316 @@
+"""The two stacks, encoder and decoder, and what every CoLT5 model inherits: initialisation, tying, budgets."""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .configuration_colt5 import CoLT5Config
+from .decoder_layers_colt5 import CoLT5DecoderBlock
+from .encoder_layers_colt5 import CoLT5EncoderBlock
+from .layers_colt5 import CoLT5Attention, CoLT5DenseActDense, CoLT5LayerNorm
+from .outputs_colt5 import CoLT5EncoderOutput
+from .relative_position import CoLT5RelativePositionBias, bias_by_position
+from .router_colt5 import CoLT5Router, RoutingPlan
+
+
+class CoLT5ClassificationHead(nn.Module):
+    """T5's head for sequences: dense, tanh, projection to the labels."""
+
+    def __init__(self, config: CoLT5Config):
+        super().__init__()
+        self.dense = nn.Linear(config.d_model, config.d_model)
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.out_proj = nn.Linear(config.d_model, config.num_labels)
+
+    def forward(self, pooled: torch.Tensor) -> torch.Tensor:
+        """[batch, d_model] → [batch, num_labels]."""
+        return self.out_proj(self.dropout(torch.tanh(self.dense(self.dropout(pooled)))))
+
+
+class CoLT5PreTrainedModel(PreTrainedModel):
+    """What all CoLT5 models share: initialisation, tying, loading, and the budgets of a loaded model."""
+
+    config: CoLT5Config
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["CoLT5EncoderBlock", "CoLT5DecoderBlock"]
+    _keep_in_fp32_modules = ["wo"]
+    _supports_sdpa = True
+    _supports_flash_attn = False
+    _supports_flex_attn = False
+    _can_compile_fullgraph = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """T5's initialisation; the standard deviations are times `initializer_factor`.
+
+        embeddings 1; q (d_model · d_kv)^-½; k, v, wi, biases by distance, routers and heads d_model^-½;
+        o (heads · d_kv)^-½; wo (hidden size)^-½; norms 1, biases 0. An untied lm_head starts as in T5 1.1's original
+        code, d_model^-½, which gives the logits of T5 1.0 with its scaled and tied one.
+        """
+        factor = self.config.initializer_factor
+        d_model = self.config.d_model**-0.5
+
+        def normal(linear: nn.Linear, std: float) -> None:
+            init.normal_(linear.weight, mean=0.0, std=factor * std)
+            if linear.bias is not None:
+                init.zeros_(linear.bias)
+
+        if isinstance(module, CoLT5LayerNorm):
+            init.constant_(module.weight, factor)
+        elif isinstance(module, CoLT5RelativePositionBias):
+            init.normal_(module.weight, mean=0.0, std=factor * d_model)
+        elif isinstance(module, CoLT5Router):
+            if hasattr(module, "weight"):
+                init.normal_(module.weight, mean=0.0, std=factor * d_model)
+        elif isinstance(module, CoLT5Attention):
+            normal(module.q, d_model * self.config.d_kv**-0.5)
+            normal(module.k, d_model)
+            normal(module.v, d_model)
+            normal(module.o, module.o.in_features**-0.5)
+        elif isinstance(module, CoLT5DenseActDense):
+            for name in ("wi_0", "wi_1") if self.config.is_gated_act else ("wi",):
+                normal(getattr(module, name), d_model)
+            normal(module.wo, module.wo.in_features**-0.5)
+        elif isinstance(module, CoLT5ClassificationHead):
+            normal(module.dense, d_model)
+            normal(module.out_proj, d_model)
+        elif isinstance(module, CoLT5PreTrainedModel):
+            for name in ("lm_head", "classifier", "qa_outputs"):
+                if isinstance(getattr(module, name, None), nn.Linear):
+                    normal(getattr(module, name), d_model)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight, mean=0.0, std=factor)
+
+    def _initialize_weights(self, module: nn.Module, *args: Any, **kwargs: Any) -> None:
+        # Transformers takes a module of custom code that holds no parameter of its own for initialised, and would
+        # leave the layers here to the generic initialisation; the second argument says that this is not such code
+        super()._initialize_weights(module, False)
+
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
+        """The tied weights: the stacks' embeddings always, the head where `tie_word_embeddings` says so."""
+        if all_submodels:
+            return super().get_expanded_tied_weights_keys(all_submodels=True)
+        tied: dict[str, str] = self._tied_weights_keys or {}
+        return {key: source for key, source in tied.items() if self.config.tie_word_embeddings or "lm_head" not in key}
+
+    def set_routing_budget(
+        self, feed_forward: float | None = None, query: float | None = None, key_value: float | None = None
+    ) -> None:
+        """Change how many tokens a loaded model routes: quality against speed, without retraining.
+
+        Args:
+            feed_forward: new `routed_feed_forward_fraction`; None leaves it as it is.
+            query: new `routed_query_fraction`.
+            key_value: new `routed_key_value_fraction`.
+
+        Raises:
+            StrictDataclassError: for a fraction outside of (0, 1]; nothing is changed then.
+        """
+        fractions = {
+            "routed_feed_forward_fraction": feed_forward,
+            "routed_query_fraction": query,
+            "routed_key_value_fraction": key_value,
+        }
+        given = {name: fraction for name, fraction in fractions.items() if fraction is not None}
+        type(self.config)(**given)
+        for name, fraction in given.items():
+            setattr(self.config, name, fraction)
+
+    @property
+    def dummy_inputs(self) -> dict[str, torch.Tensor]:
+        """A batch of two short rows."""
+        ids = torch.tensor([[7, 6, 3, 2, 1], [2, 3, 1, 0, 0]], device=self.device)
+        return {"input_ids": ids, "attention_mask": ids.ne(0).long(), "decoder_input_ids": ids}
+
+
+def _embed(
+    embed_tokens: nn.Embedding, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, prefix: str = ""
+) -> torch.Tensor:
+    if (input_ids is None) == (inputs_embeds is None):
+        given = "neither" if input_ids is None else "both"
+        raise ValueError(f"{given} of {prefix}input_ids and {prefix}inputs_embeds given; exactly one is needed")
+    return embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+
+
+def padding_mask(name: str, attention_mask: torch.Tensor | None, states: torch.Tensor) -> torch.Tensor | None:
+    """The mask as bool [batch, n], True for real tokens."""
+    if attention_mask is None:
+        return None
+    if attention_mask.shape != states.shape[:2]:
+        raise ValueError(
+            f"{name} has shape {tuple(attention_mask.shape)}; it must be [batch, length], here "
+            f"{tuple(states.shape[:2])}, with 1 for real tokens and 0 for padding"
+        )
+    return attention_mask.to(torch.bool)
+
+
+def _heavy_attentions_too(forward: Callable) -> Callable:
+    """`output_attentions` asks for the heavy branch's weights as well as the light branch's."""
+
+    @wraps(forward)
+    def wrapper(self: "CoLT5Encoder", *args: Any, **kwargs: Any) -> Any:
+        asked = kwargs.get("output_attentions", self.config.output_attentions)
+        return forward(self, *args, output_heavy_attentions=asked, **kwargs)
+
+    return wrapper
+
+
+class CoLT5Encoder(CoLT5PreTrainedModel):
+    """The encoder: conditional layers over the whole input (Ainslie et al. 2023)."""
+
+    _can_record_outputs = {
+        "hidden_states": OutputRecorder(CoLT5EncoderBlock, index=0),
+        "attentions": OutputRecorder(CoLT5EncoderBlock, index=1),
+        "heavy_attentions": OutputRecorder(CoLT5EncoderBlock, index=2),
+        "routing": OutputRecorder(CoLT5EncoderBlock, index=3),
+    }
+
+    def __init__(self, config: CoLT5Config):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
+        buckets, distance = config.relative_attention_num_buckets, config.relative_attention_max_distance
+        self.light_relative_attention_bias = CoLT5RelativePositionBias(config.num_light_heads, buckets, distance, True)
+        if config.routing != "none":
+            self.heavy_relative_attention_bias = CoLT5RelativePositionBias(
+                config.num_heavy_heads, buckets, distance, True
+            )
+        self.block = nn.ModuleList([CoLT5EncoderBlock(config, layer_idx) for layer_idx in range(config.num_layers)])
+        self.final_layer_norm = CoLT5LayerNorm(config)
+        self.dropout = nn.Dropout(config.dropout_rate)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @_heavy_attentions_too
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> CoLT5EncoderOutput:
+        """Encode a batch of documents.
+
+        Args:
+            input_ids: int64 [batch, n].
+            attention_mask: [batch, n], 1 for real tokens, 0 for padding on either side; None where there is none.
+            inputs_embeds: [batch, n, d_model], instead of `input_ids`.
+            kwargs: `output_hidden_states`, `output_attentions`, `output_routing` and `return_dict`.
+
+        Raises:
+            ValueError: for both or neither of ids and embeddings, or a mask of another shape.
+        """
+        # the check waits for the device, which a CUDA graph in the making must not
+        if input_ids is not None and not (input_ids.is_cuda and torch.cuda.is_current_stream_capturing()):
+            self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
+        hidden_states = self.dropout(_embed(self.embed_tokens, input_ids, inputs_embeds))
+        mask = padding_mask("attention_mask", attention_mask, hidden_states)
+        plan = RoutingPlan.make(self.config, hidden_states, mask)
+        light_bias_table = self.light_relative_attention_bias()
+        heavy_bias_table = None if self.config.routing == "none" else self.heavy_relative_attention_bias()
+        for block in self.block:
+            hidden_states = block(hidden_states, light_bias_table, heavy_bias_table, plan)[0]
+        hidden_states, _ = self.final_layer_norm(hidden_states)
+        return CoLT5EncoderOutput(last_hidden_state=self.dropout(hidden_states))
+
+
+class CoLT5Decoder(CoLT5PreTrainedModel):
+    """The decoder: T5's, with multi-query cross-attention; the paper routes nothing here."""
+
+    _can_record_outputs = {
+        "hidden_states": OutputRecorder(CoLT5DecoderBlock, index=0),
+        "attentions": OutputRecorder(CoLT5DecoderBlock, index=1),
+        "cross_attentions": OutputRecorder(CoLT5DecoderBlock, index=2),
+    }
+
+    def __init__(self, config: CoLT5Config):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
+        self.relative_attention_bias = CoLT5RelativePositionBias(
+            config.num_heads, config.relative_attention_num_buckets, config.relative_attention_max_distance, False
+        )
+        self.block = nn.ModuleList(
+            [CoLT5DecoderBlock(config, layer_idx) for layer_idx in range(config.num_decoder_layers)]
+        )
+        self.final_layer_norm = CoLT5LayerNorm(config)
+        self.dropout = nn.Dropout(config.dropout_rate)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPastAndCrossAttentions:
+        """Decode a batch.
+
+        Args:
+            input_ids: int64 [batch, n].
+            attention_mask: [batch, past + n], 1 for real tokens; or a ready 4D mask.
+            inputs_embeds: [batch, n, d_model], instead of `input_ids`.
+            encoder_hidden_states: [batch, encoder length, d_model].
+            encoder_attention_mask: [batch, encoder length], 1 for real tokens.
+            past_key_values: the cache of earlier calls.
+            use_cache: whether to fill a cache.
+            kwargs: `output_hidden_states`, `output_attentions` and `return_dict`.
+
+        Raises:
+            ValueError: for both or neither of ids and embeddings, no encoder output, or an encoder mask of another
+                shape.
+        """
+        hidden_states = _embed(self.embed_tokens, input_ids, inputs_embeds, "decoder_")
+        if encoder_hidden_states is None:
+            raise ValueError("encoder_hidden_states is None; the decoder needs the encoder's output")
+        if use_cache and past_key_values is None:
+            past_key_values = EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache(config=self.config))
+        self_cache = past_key_values
+        if isinstance(past_key_values, EncoderDecoderCache):
+            self_cache = past_key_values.self_attention_cache
+        mask = create_causal_mask(
+            config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask, past_key_values=self_cache
+        )
+        encoder_mask = padding_mask("encoder attention_mask", encoder_attention_mask, encoder_hidden_states)
+
+        length = hidden_states.shape[1]
+        past = self_cache.get_seq_length() if self_cache is not None else 0
+        key_length = self_cache.get_mask_sizes(length, 0)[0] if self_cache is not None else length
+        position_bias = bias_by_position(
+            self.relative_attention_bias(),
+            torch.arange(length, device=hidden_states.device) + past,
+            torch.arange(key_length, device=hidden_states.device),
+        )[None]
+
+        hidden_states = self.dropout(hidden_states)
+        for block in self.block:
+            hidden_states = block(
+                hidden_states,
+                position_bias,
+                mask,
+                encoder_hidden_states,
+                encoder_mask,
+                past_key_values=past_key_values,
+            )[0]
+        hidden_states, _ = self.final_layer_norm(hidden_states)
+        return BaseModelOutputWithPastAndCrossAttentions(
+            last_hidden_state=self.dropout(hidden_states), past_key_values=past_key_values
+        )
