@@ -1,19 +1,21 @@
 """Times of the attention kernels against FlexAttention, SDPA and the PyTorch references; verifies before it times.
 
-python benchmarks/attention.py            the table, to benchmarks/results/attention.{md,json}
+python benchmarks/attention.py            the table
 python benchmarks/attention.py --sweep    tile sizes, best first: what attention_triton.BLOCKS is chosen from
 """
 
 import argparse
 import itertools
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from pathlib import Path
 
 import torch
 import triton
-from measure import RESULTS, median_ms, peak_mib, save_table
+from measure import gpu_ms, make_parser, median_ms, parse, peak_mib
+from peers import DEVICE, DTYPE
+from results import Table
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from modeling_colt5 import attention_triton
@@ -23,7 +25,6 @@ from modeling_colt5.routed_attention_reference import routed_attention_reference
 
 # the base size
 LIGHT_HEADS, HEAVY_HEADS, HEAD_SIZE, RADIUS, MAX_DISTANCE = 4, 8, 64, 127, 128
-DTYPE = torch.bfloat16
 # bf16 rounds probabilities and results by 2^-8 at most, a third of that in the mean, over at most three steps
 TOLERANCE = 8e-3
 
@@ -32,9 +33,9 @@ Inputs = list[torch.Tensor]
 
 def band_inputs(length: int, batch: int = 1) -> Inputs:
     """Query, key, value as views of one fused projection, and the table."""
-    fused = torch.randn(batch, length, 3, LIGHT_HEADS, HEAD_SIZE, device="cuda", dtype=DTYPE)
+    fused = torch.randn(batch, length, 3, LIGHT_HEADS, HEAD_SIZE, device=DEVICE, dtype=DTYPE)
     fused[:, :, :2] *= HEAD_SIZE**-0.25
-    return [*fused.unbind(2), torch.randn(LIGHT_HEADS, 2 * MAX_DISTANCE + 1, device="cuda")]
+    return [*fused.unbind(2), torch.randn(LIGHT_HEADS, 2 * MAX_DISTANCE + 1, device=DEVICE)]
 
 
 def routed_inputs(length: int) -> tuple[Inputs, Inputs]:
@@ -42,18 +43,18 @@ def routed_inputs(length: int) -> tuple[Inputs, Inputs]:
     queries, keys = length // 16, length // 8
     scale = HEAD_SIZE**-0.25
     states = [
-        torch.randn(1, count, HEAVY_HEADS, HEAD_SIZE, device="cuda", dtype=DTYPE) * factor
+        torch.randn(1, count, HEAVY_HEADS, HEAD_SIZE, device=DEVICE, dtype=DTYPE) * factor
         for count, factor in ((queries, scale), (keys, scale), (keys, 1.0))
     ]
-    table = torch.randn(HEAVY_HEADS, 2 * MAX_DISTANCE + 1, device="cuda")
-    positions = [torch.randperm(length, device="cuda")[:count].sort().values[None] for count in (queries, keys)]
-    return [*states, table], [*positions, torch.ones(1, keys, dtype=torch.bool, device="cuda")]
+    table = torch.randn(HEAVY_HEADS, 2 * MAX_DISTANCE + 1, device=DEVICE)
+    positions = [torch.randperm(length, device=DEVICE)[:count].sort().values[None] for count in (queries, keys)]
+    return [*states, table], [*positions, torch.ones(1, keys, dtype=torch.bool, device=DEVICE)]
 
 
 def forward_and_backward(attend: Callable[..., torch.Tensor], inputs: Inputs) -> Callable[[], object]:
     """A call that runs `attend` and the gradients of all its inputs."""
     leaves = [tensor.detach().requires_grad_() for tensor in inputs]
-    cotangent = torch.randn(attend(*inputs).shape, device="cuda", dtype=DTYPE)
+    cotangent = torch.randn(attend(*inputs).shape, device=DEVICE, dtype=DTYPE)
     return lambda: torch.autograd.grad(attend(*leaves), leaves, cotangent)
 
 
@@ -72,12 +73,9 @@ def verify(attend: Callable[..., torch.Tensor], exact: Callable[..., torch.Tenso
             raise AssertionError(f"{name}: relative error {error:.1e}")
 
 
-def gpu_ms(call: Callable[[], object]) -> float:
-    """The median GPU time of a call in milliseconds, replayed from a CUDA graph, so without launch gaps."""
-    return triton.testing.do_bench_cudagraph(call, rep=20, return_mode="median")
-
-
-def measured(name: str, length: int, attend: Callable[..., torch.Tensor], inputs: Inputs, backward: bool) -> dict:
+def measured(
+    name: str, length: int, attend: Callable[..., torch.Tensor], inputs: Inputs, backward: bool, tiny: bool
+) -> dict:
     """One row of the table; a failure (out of memory, a kernel that does not compile) is what the row then says."""
     row: dict[str, object] = {"attention": name, "n": length}
     calls: dict[str, Callable[[], Callable[[], object]]] = {"forward": lambda: lambda: attend(*inputs)}
@@ -86,19 +84,18 @@ def measured(name: str, length: int, attend: Callable[..., torch.Tensor], inputs
     for label, prepare in calls.items():
         try:
             call = prepare()
-            row[f"{label}: GPU ms"] = round(gpu_ms(call), 4)
-            row[f"{label}: eager ms"] = round(median_ms(call, 30), 4)
-            row[f"{label}: MiB"] = round(peak_mib(call), 1)
-        except Exception as error:  # whatever a peer raises belongs in the table
-            torch.cuda.synchronize()
+            # several in a graph, so that the start of a replay does not count; few of what is large
+            row[f"{label}: GPU ms"] = gpu_ms(*[call] * (1 if tiny else 10 if length <= 65_536 else 2), tiny=tiny)
+            row[f"{label}: eager ms"] = median_ms(call, tiny)
+            row[f"{label}: MiB"] = peak_mib(call)
+        except Exception as error:  # noqa: BLE001 - whatever a peer raises belongs in the table
             row[f"{label}: GPU ms"] = type(error).__name__
-    print(row, flush=True)
     return row
 
 
 def band_block_mask(length: int) -> BlockMask:
     """FlexAttention's mask of the band: blocks of 128 queries meet their own block of keys and the two beside it."""
-    block = torch.arange(-(-length // 128), device="cuda")
+    block = torch.arange(-(-length // 128), device=DEVICE)
     neighbours = (block[None, :] - block[:, None]).abs() <= -(-RADIUS // 128)
     counts = neighbours.sum(1, dtype=torch.int32)
     indices = neighbours.int().argsort(dim=1, descending=True, stable=True).int()
@@ -111,18 +108,22 @@ def band_block_mask(length: int) -> BlockMask:
     )
 
 
-def compare(lengths: Iterable[int], out: Path) -> None:
-    """The table."""
+def compare(options: argparse.Namespace) -> None:
+    """The table; a tiny one leaves out the peers that compile."""
+    tiny = options.tiny
     compiled_flex = torch.compile(flex_attention, dynamic=False)
     compiled_band = torch.compile(lambda *states: local_attention_reference(*states, RADIUS)[0], dynamic=False)
     compiled_routed = torch.compile(lambda *states: routed_attention_reference(*states)[0], dynamic=False)
     title = (
         f"Attention at base size ({LIGHT_HEADS} light and {HEAVY_HEADS} heavy heads of {HEAD_SIZE}, radius {RADIUS}, "
         "learned bias, bf16, batch 1; routed: n/16 queries, n/8 keys). GPU: median of CUDA-graph replays, inputs as "
-        "warm in the L2 as they fit; eager: median wall time of one call; MiB: peak beyond the inputs."
+        "warm in the L2 as they fit; eager: median wall time of one call; MiB: peak beyond the inputs"
     )
-    rows: list[dict[str, object]] = []
-    for length in lengths:
+    table = Table("attention", title, options)
+    for length in [64] if tiny else options.lengths:
+        if time.perf_counter() > options.deadline:
+            table.note(f"Not measured for lack of time: from n = {length:,} on.")
+            break
         backward = length <= 65_536
         states = band_inputs(length)
         routed, fixed = routed_inputs(length)
@@ -142,24 +143,27 @@ def compare(lengths: Iterable[int], out: Path) -> None:
         if backward:
             verify(band, band_reference, states)
             verify(heavy, heavy_reference, routed)
-        rows.append(measured("band, kernel", length, band, states, backward))
-        rows.append(measured("routed, kernel", length, heavy, routed, backward))
-        if backward:
-            blocks = band_block_mask(length)
+        table.add(measured("band, kernel", length, band, states, backward, tiny))
+        table.add(measured("routed, kernel", length, heavy, routed, backward, tiny))
+        if not backward:
+            continue
+        table.add(measured("band, SDPA in blocks with a bias", length, band_reference, states, True, tiny))
+        table.add(measured("routed, SDPA with a bias", length, heavy_reference, routed, True, tiny))
+        if tiny:
+            continue
+        blocks = band_block_mask(length)
 
-            def flex(*inputs: torch.Tensor, blocks: BlockMask = blocks) -> torch.Tensor:
-                query, key, value = (tensor.transpose(1, 2) for tensor in inputs)
-                return compiled_flex(query, key, value, block_mask=blocks, scale=1.0).transpose(1, 2)
+        def flex(*inputs: torch.Tensor, blocks: BlockMask = blocks) -> torch.Tensor:
+            query, key, value = (tensor.transpose(1, 2) for tensor in inputs)
+            return compiled_flex(query, key, value, block_mask=blocks, scale=1.0).transpose(1, 2)
 
-            def heavy_compiled(*inputs: torch.Tensor, fixed: Inputs = fixed) -> torch.Tensor:
-                return compiled_routed(*inputs, *fixed)
+        def heavy_compiled(*inputs: torch.Tensor, fixed: Inputs = fixed) -> torch.Tensor:
+            return compiled_routed(*inputs, *fixed)
 
-            rows.append(measured("band, FlexAttention without bias", length, flex, states[:3], True))
-            rows.append(measured("band, SDPA in blocks with a bias", length, band_reference, states, True))
-            rows.append(measured("band, SDPA in blocks with a bias, compiled", length, compiled_band, states, True))
-            rows.append(measured("routed, SDPA with a bias", length, heavy_reference, routed, True))
-            rows.append(measured("routed, SDPA with a bias, compiled", length, heavy_compiled, routed, True))
-        save_table("attention", title, rows, out)
+        table.add(measured("band, FlexAttention without bias", length, flex, states[:3], True, tiny))
+        table.add(measured("band, SDPA in blocks with a bias, compiled", length, compiled_band, states, True, tiny))
+        table.add(measured("routed, SDPA with a bias, compiled", length, heavy_compiled, routed, True, tiny))
+    table.finish()
 
 
 # (queries, keys, warps, stages)
@@ -235,14 +239,18 @@ def sweep(lengths: Iterable[int]) -> None:
         print(f"{kernel}, {'routed' if routed else 'band'}, n = {length}, µs: {ranking}", flush=True)
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sweep", action="store_true")
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The table, or the sweep."""
+    parser = make_parser(__doc__)
+    parser.add_argument("--sweep", action="store_true", help="times of tile sizes instead of the table")
     parser.add_argument("--lengths", type=int, nargs="+", default=[16_384, 65_536, 1_048_576])
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    arguments = parser.parse_args()
+    options = parse(parser, arguments)
     torch.manual_seed(0)
-    if arguments.sweep:
-        sweep(length for length in arguments.lengths if length <= 65_536)
+    if options.sweep:
+        sweep(length for length in options.lengths if length <= 65_536)
     else:
-        compare(arguments.lengths, arguments.out)
+        compare(options)
+
+
+if __name__ == "__main__":
+    main()

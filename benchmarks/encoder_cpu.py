@@ -1,34 +1,25 @@
 """Encoders of base width and 4 layers on the CPU, fp32: time and memory against length, CoLT5 beside LongT5.
 
-python benchmarks/encoder_cpu.py [--lengths 1024 4096 16384] [--repeats 5 5 3] [--out FOLDER]
+python benchmarks/encoder_cpu.py [--lengths 1024 4096 16384] [--repeats 5 5 3]
 """
 
-import argparse
+import contextlib
 import ctypes
 import os
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import median
 
 import torch
-from measure import RESULTS, save_table
+from measure import make_parser, parse
+from peers import COLT5, GLOBAL, LOCAL, colt5_config, longt5_config
+from results import Table
 from torch import nn
-from transformers import LongT5Config, LongT5EncoderModel
+from transformers import LongT5EncoderModel
 
-from modeling_colt5 import CoLT5Config, CoLT5EncoderModel
-
-SIZES = {
-    "vocab_size": 32128,
-    "d_model": 768,
-    "d_kv": 64,
-    "d_ff": 2048,
-    "num_layers": 4,
-    "num_heads": 12,
-    "dropout_rate": 0.0,
-}
-
+from modeling_colt5 import CoLT5EncoderModel
 
 TITLE = (
     "Encoders of base width and 4 layers on the CPU, fp32, one sequence of n tokens: medians, the encoders in turns; "
@@ -36,15 +27,18 @@ TITLE = (
 )
 
 
-def make_encoders() -> dict[str, nn.Module]:
+def make_encoders(tiny: bool) -> dict[str, nn.Module]:
     """The three encoders with random weights."""
     encoders: dict[str, nn.Module] = {}
-    for kind in ("transient-global", "local"):
+    for name in (GLOBAL, LOCAL):
         torch.manual_seed(0)
-        config = LongT5Config(**SIZES, feed_forward_proj="gated-gelu", encoder_attention_type=kind)
-        encoders[f"LongT5 {kind}"] = LongT5EncoderModel(config).eval()
+        config = longt5_config(name, tiny)
+        config.num_layers = min(config.num_layers, 4)
+        encoders[name] = LongT5EncoderModel(config).eval()
     torch.manual_seed(0)
-    encoders["CoLT5"] = CoLT5EncoderModel(CoLT5Config(**SIZES)).eval()
+    config = colt5_config(tiny)
+    config.num_layers = min(config.num_layers, 4)
+    encoders[COLT5] = CoLT5EncoderModel(config).eval()
     return encoders
 
 
@@ -55,13 +49,13 @@ def verify(encoders: dict[str, nn.Module]) -> None:
         AssertionError: for an output of another shape or that is not finite, or where CoLT5 as timed differs from its
             attention and gradients written out.
     """
-    ids = torch.randint(2, SIZES["vocab_size"], (2, 700))
+    ids = torch.randint(2, encoders[COLT5].config.vocab_size, (2, 700))
     mask = (torch.arange(700) < torch.tensor([[700], [512]])).long()
     for name, encoder in encoders.items():
         output = encoder(input_ids=ids, attention_mask=mask).last_hidden_state
-        assert output.shape == (2, 700, SIZES["d_model"]) and output.isfinite().all(), name
+        assert output.shape == (2, 700, encoder.config.d_model) and output.isfinite().all(), name
 
-    encoder = encoders["CoLT5"]
+    encoder = encoders[COLT5]
     results = []
     for implementation in ("sdpa", "eager"):
         encoder.set_attn_implementation(implementation)
@@ -75,6 +69,18 @@ def verify(encoders: dict[str, nn.Module]) -> None:
         # fp32 sums in another order, through four layers
         assert (value - reference).norm() <= 1e-4 * reference.norm()
     print("verified: shapes, finite outputs, CoLT5 equal to its eager attention with all gradients", flush=True)
+
+
+@contextlib.contextmanager
+def memory_limit() -> Iterator[None]:
+    """A case too large for this machine fails on its own, and takes no other process with it."""
+    limits = resource.getrlimit(resource.RLIMIT_DATA)
+    available = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvail"))
+    resource.setrlimit(resource.RLIMIT_DATA, (int(0.6 * 1024 * int(available.split()[1])), limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, limits)
 
 
 def memory_kib(field: str) -> int:
@@ -95,59 +101,62 @@ def measure(call: Callable[[], object]) -> tuple[float, float, float]:
     return 1e3 * wall, 1e3 * cpu, (memory_kib("VmHWM") - before) / 1024
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Measure all encoders at all lengths, in turns, so that a change of the machine's load meets all alike."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = make_parser(__doc__)
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 16384])
     parser.add_argument("--repeats", type=int, nargs="+", default=[5, 5, 3], help="for each length")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    arguments = parser.parse_args()
-    # a case too large for this machine fails on its own, and takes no other process with it
-    available = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvail"))
-    resource.setrlimit(resource.RLIMIT_DATA, (int(0.6 * 1024 * int(available.split()[1])), resource.RLIM_INFINITY))
+    options = parse(parser, arguments)
+    lengths, repeats = ([200], [2]) if options.tiny else (options.lengths, options.repeats)
     load = os.getloadavg()[0]
-    encoders = make_encoders()
-    verify(encoders)
+    with memory_limit():
+        encoders = make_encoders(options.tiny)
+        verify(encoders)
+        table = Table("encoder_cpu", f"{TITLE}; {os.cpu_count()} cores, load {load:.1f} before", options)
+        for length, count in zip(lengths, repeats, strict=True):
+            if time.perf_counter() > options.deadline:
+                table.note(f"Not measured for lack of time: from n = {length:,} on.")
+                break
+            for row in compare(encoders, length, count):
+                table.add(row)
+        table.finish()
 
-    rows: list[dict[str, object]] = []
-    for length, repeats in zip(arguments.lengths, arguments.repeats, strict=True):
-        ids = torch.randint(2, SIZES["vocab_size"], (1, length))
 
-        def forward(encoder: nn.Module, ids: torch.Tensor = ids) -> None:
-            with torch.no_grad():
-                encoder(input_ids=ids)
+def compare(encoders: dict[str, nn.Module], length: int, repeats: int) -> list[dict[str, object]]:
+    """The rows of one length."""
+    ids = torch.randint(2, encoders[COLT5].config.vocab_size, (1, length))
 
-        def forward_backward(encoder: nn.Module, ids: torch.Tensor = ids) -> None:
-            encoder(input_ids=ids).last_hidden_state.square().mean().backward()
+    def forward(encoder: nn.Module) -> None:
+        with torch.no_grad():
+            encoder(input_ids=ids)
 
-        table: dict[str, dict[str, object]] = {
-            name: {"n": length, "runs": repeats, "encoder": name} for name in encoders
-        }
-        for title, call in (("forward", forward), ("forward + backward", forward_backward)):
-            runs: dict[str, list[tuple[float, float, float]]] = {name: [] for name in encoders}
-            for _ in range(repeats + 1):
-                for name, encoder in encoders.items():
-                    try:
-                        runs[name].append(measure(lambda encoder=encoder, call=call: call(encoder)))
-                    except RuntimeError as error:
-                        if "allocate memory" not in str(error):
-                            raise
-                    encoder.zero_grad(set_to_none=True)
-            slowest: float | None = None
-            for name, row in table.items():
-                # the first run of each warms up
-                wall, cpu, peak = map(list, zip(*runs[name][1:], strict=True)) if runs[name][1:] else ([], [], [])
-                row[f"{title}: ms"] = median(wall) if wall else None
-                # another process on the same cores stretches the wall time, but hardly the CPU time
-                row[f"{title}: CPU ms"] = median(cpu) if cpu else None
-                if name == "LongT5 transient-global":
-                    slowest = row[f"{title}: CPU ms"]
-                row[f"{title}: CPU, × transient-global"] = slowest / median(cpu) if cpu and slowest else None
-                row[f"{title}: peak MiB"] = max(peak, default=None)
-                print(name, length, title, [round(milliseconds) for milliseconds in wall], flush=True)
-        rows += table.values()
-        # after each length: the longest may take a while
-        save_table("encoder_cpu", f"{TITLE}; {os.cpu_count()} cores, load {load:.1f} before", rows, arguments.out)
+    def forward_backward(encoder: nn.Module) -> None:
+        encoder(input_ids=ids).last_hidden_state.square().mean().backward()
+
+    rows: dict[str, dict[str, object]] = {name: {"n": length, "runs": repeats, "encoder": name} for name in encoders}
+    for title, call in (("forward", forward), ("forward + backward", forward_backward)):
+        runs: dict[str, list[tuple[float, float, float]]] = {name: [] for name in encoders}
+        for _ in range(repeats + 1):
+            for name, encoder in encoders.items():
+                try:
+                    runs[name].append(measure(lambda encoder=encoder, call=call: call(encoder)))
+                except RuntimeError as error:
+                    if "allocate memory" not in str(error):
+                        raise
+                encoder.zero_grad(set_to_none=True)
+        slowest: float | None = None
+        for name, row in rows.items():
+            # the first run of each warms up
+            wall, cpu, peak = map(list, zip(*runs[name][1:], strict=True)) if runs[name][1:] else ([], [], [])
+            row[f"{title}: ms"] = median(wall) if wall else None
+            # another process on the same cores stretches the wall time, but hardly the CPU time
+            row[f"{title}: CPU ms"] = median(cpu) if cpu else None
+            if name == GLOBAL:
+                slowest = row[f"{title}: CPU ms"]
+            row[f"{title}: CPU, × transient-global"] = slowest / median(cpu) if cpu and slowest else None
+            row[f"{title}: peak MiB"] = max(peak, default=None)
+            print(name, length, title, [round(milliseconds) for milliseconds in wall], flush=True)
+    return list(rows.values())
 
 
 if __name__ == "__main__":

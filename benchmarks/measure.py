@@ -1,17 +1,39 @@
-"""What every benchmark needs: medians, peak memory, a name for the device, and tables kept as Markdown and JSON."""
+"""What every benchmark needs: its common options, wall and GPU times, peak memory, and a name for the device."""
 
-import json
+import argparse
+import math
 import platform
-import resource
 import statistics
+import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
 RESULTS = Path(__file__).parent / "results"
+
+Call = Callable[[], object]
+
+
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """A parser of the options that all benchmarks share."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results, which are added to it")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no further measurement after these")
+    parser.add_argument("--commit", help="what was measured, where there is no git to ask")
+    parser.add_argument("--tiny", action="store_true", help="toy sizes, two repeats: does it run at all?")
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options, and with them `deadline` on the clock of `time.perf_counter`."""
+    options = parser.parse_args(arguments)
+    if options.tiny and options.out.resolve() == RESULTS.resolve():
+        parser.error("--tiny needs a folder of its own (--out): its numbers say nothing")
+    options.deadline = time.perf_counter() + options.seconds
+    return options
 
 
 def describe_device() -> dict[str, str]:
@@ -23,7 +45,7 @@ def describe_device() -> dict[str, str]:
         device = (
             f"{models[0].split(':')[1].strip() if models else platform.machine()}, {torch.get_num_threads()} threads"
         )
-    description = {"device": device, "date": time.strftime("%Y-%m-%d"), "python": platform.python_version()}
+    description = {"device": device, "python": platform.python_version()}
     for package in ("torch", "triton", "transformers"):
         try:
             description[package] = version(package)
@@ -32,18 +54,13 @@ def describe_device() -> dict[str, str]:
     return description
 
 
-def median_ms(call: Callable[[], object], repeats: int, warmup: int = 3) -> float:
-    """The median wall time of a call in milliseconds, the device waited for before and after each."""
-    for _ in range(warmup):
-        call()
-    times = []
-    for _ in range(repeats):
-        synchronize()
-        start = time.perf_counter()
-        call()
-        synchronize()
-        times.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(times)
+def describe_commit() -> str:
+    """The commit of this checkout, with "+" where files differ from it; "unknown" outside of git."""
+    try:
+        commit = ["git", "-C", str(RESULTS), "describe", "--always", "--dirty=+", "--exclude=*"]
+        return subprocess.run(commit, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def synchronize() -> None:
@@ -52,11 +69,75 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def peak_mib(call: Callable[[], object]) -> float:
-    """The most memory a call takes beyond what was allocated before it, in MiB: of the GPU, or of the process."""
+def median_ms(call: Call, tiny: bool = False) -> float:
+    """The median wall time of a call in milliseconds, the device waited for before and after each.
+
+    Args:
+        call: what to time; its first calls warm up and are not counted.
+        tiny: two calls instead of 15, or as many as fit in two seconds, but three.
+    """
+    start = time.perf_counter()
+    for _ in range(1 if tiny else 3):
+        call()
+        synchronize()
+        if time.perf_counter() - start > 1:
+            break
+    times: list[float] = []
+    while len(times) < 2 or not tiny and (len(times) < 3 or len(times) < 15 and sum(times) < 2000):
+        start = time.perf_counter()
+        call()
+        synchronize()
+        times.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times)
+
+
+def captured(*calls: Call) -> Call:
+    """A call that replays the calls' kernels as one CUDA graph; without CUDA, one that makes the calls.
+
+    What the calls return stays alive between replays, so that each writes memory of its own; a replay returns it.
+    """
+    if not torch.cuda.is_available():
+        return lambda: [call() for call in calls]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            for call in calls:
+                call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = [call() for call in calls]
+
+    def replay() -> list[object]:
+        graph.replay()
+        return results
+
+    return replay
+
+
+def gpu_ms(*calls: Call, tiny: bool = False) -> float:
+    """The median GPU time of one of the calls in milliseconds, from replays of a CUDA graph of all: no launch gaps."""
+    replay = captured(*calls)
+    if not torch.cuda.is_available():
+        return median_ms(replay, tiny) / len(calls)
+    replay()
+    times = []
+    for _ in range(2 if tiny else 20):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / len(calls))
+    return statistics.median(times)
+
+
+def peak_mib(call: Call) -> float | None:
+    """The most GPU memory that a call takes beyond what was allocated before it, in MiB; None without CUDA."""
     if not torch.cuda.is_available():
         call()
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        return None
     synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -65,31 +146,9 @@ def peak_mib(call: Callable[[], object]) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def save_table(name: str, title: str, rows: list[dict[str, object]], out: Path = RESULTS) -> None:
-    """Keep rows as `<name>.md` and `<name>.json` with the device's description.
-
-    Args:
-        name: the files' name.
-        title: a sentence that says what was measured and how.
-        rows: one dictionary a row; the first row's keys are the columns.
-        out: the folder.
-    """
-    description = describe_device()
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-
-    def cell(value: object) -> str:
-        return "–" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
-
-    lines = [
-        f"# {title}",
-        "",
-        ", ".join(f"{key} {value}" for key, value in description.items()),
-        "",
-        "| " + " | ".join(columns) + " |",
-        "| " + " | ".join("---" for _ in columns) + " |",
-        *("| " + " | ".join(cell(row.get(column)) for column in columns) + " |" for row in rows),
-        "",
-    ]
-    out.mkdir(parents=True, exist_ok=True)
-    (out / f"{name}.md").write_text("\n".join(lines))
-    (out / f"{name}.json").write_text(json.dumps({"title": title} | description | {"rows": rows}, indent=1) + "\n")
+def matrix_rate(tiny: bool = False) -> float:
+    """FLOP a second of a large product of bf16 matrices: the ceiling for what a model can reach on this device."""
+    size = 64 if tiny else 8192
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    left, right = torch.randn(2, size, size, device=device, dtype=torch.bfloat16)
+    return 2 * size**3 / (1e-3 * gpu_ms(*[lambda: left @ right] * 4, tiny=tiny))

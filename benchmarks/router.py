@@ -198,11 +198,11 @@ def measure_copy_rate() -> float:
     return 2 * 4 * source.numel() / graph_times(lambda: target.copy_(source), 5)[0] / 1e6
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--peer", type=Path)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     arguments.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     copy_rate = measure_copy_rate()

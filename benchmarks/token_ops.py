@@ -1,19 +1,18 @@
 """Times of the token operations against their PyTorch references and the copy bandwidth; verifies before it times.
 
-python benchmarks/token_ops.py             the table, to benchmarks/results/token_ops.{md,json}
+python benchmarks/token_ops.py             the tables
 python benchmarks/token_ops.py --compile   with a column of the references under torch.compile
-TRITON_INTERPRET=1 python benchmarks/token_ops.py    without CUDA: verifies small shapes and times nothing
 """
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from measure import RESULTS, save_table
+from measure import gpu_ms, make_parser, parse, synchronize
+from peers import DEVICE
+from results import Table
 from torch import Tensor
 
 from modeling_colt5.token_ops import (
@@ -28,7 +27,6 @@ from modeling_colt5.token_ops import (
 D_MODEL, LIGHT_FF, HEAVY_FF = 768, 1024, 8192
 EPS = 1e-6
 DTYPE = torch.bfloat16
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # bf16 rounds by 2^-9 at most, a few times in a chain; the interpreter truncates, twice that
 TOLERANCE = 1.5e-2
 # inputs that the timed calls take in turn, so that the cache holds none of them
@@ -153,51 +151,28 @@ def verify(case: Case) -> None:
             raise RuntimeError(f"{case.name}: result {position} is off by {error:.1e}")
 
 
-def graph_microseconds(calls: Sequence[Callable[[], object]], repeats: int = 20) -> float:
-    """The median GPU time of one of the calls, from replays of a CUDA graph of all: no launch gaps."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for call in calls:
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = [call() for call in calls]
-    graph.replay()
-    times = []
-    for _ in range(repeats):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(1e3 * start.elapsed_time(end) / len(kept))
-    return statistics.median(times)
-
-
-def host_microseconds(call: Callable[[], object], calls: int = 200) -> float:
+def host_microseconds(call: Callable[[], object], tiny: bool) -> float:
     """The median host time of a call whose GPU work is too small to be waited for."""
-    for _ in range(10):
+    for _ in range(1 if tiny else 10):
         call()
-    torch.cuda.synchronize()
+    synchronize()
     times = []
-    for _ in range(calls):
+    for _ in range(2 if tiny else 200):
         start = time.perf_counter()
         call()
         times.append(1e6 * (time.perf_counter() - start))
-    torch.cuda.synchronize()
+    synchronize()
     return statistics.median(times)
 
 
-def copy_bandwidth() -> float:
+def copy_bandwidth(tiny: bool) -> float:
     """Bytes a second, read and written, of a large copy."""
-    source = torch.randn(2**28, device=DEVICE)
+    source = torch.randn(2**10 if tiny else 2**28, device=DEVICE)
     target = torch.empty_like(source)
-    microseconds = graph_microseconds([lambda: target.copy_(source)])
-    return 2 * source.numel() * source.element_size() / microseconds * 1e6
+    return 2 * source.numel() * source.element_size() / (1e-3 * gpu_ms(lambda: target.copy_(source), tiny=tiny))
 
 
-def time_case(case: Case, n: int, bandwidth: float, compiles: bool) -> dict[str, object]:
+def time_case(case: Case, n: int, bandwidth: float, compiles: bool, tiny: bool) -> dict[str, object]:
     """One row of the table, in microseconds of GPU time."""
     sets = [case.make() for _ in range(INPUT_SETS)]
     leaves = [with_gradients(inputs) for inputs in sets]
@@ -205,9 +180,9 @@ def time_case(case: Case, n: int, bandwidth: float, compiles: bool) -> dict[str,
 
     def both(run: Operation, backend: str) -> tuple[float, float]:
         with torch.no_grad():
-            forward = graph_microseconds([lambda i=inputs: run(backend, *i) for inputs in sets])
+            forward = gpu_ms(*[lambda i=inputs: run(backend, *i) for inputs in sets], tiny=tiny)
         calls = [lambda i=inputs: gradients(run, backend, i, cotangents) for inputs in leaves]
-        return forward, graph_microseconds(calls)
+        return 1e3 * forward, 1e3 * gpu_ms(*calls, tiny=tiny)
 
     forward, total = both(case.run, "triton")
     torch_forward, torch_total = both(case.run, "torch")
@@ -227,46 +202,52 @@ def time_case(case: Case, n: int, bandwidth: float, compiles: bool) -> dict[str,
     return row
 
 
-def time_host(case: Case) -> dict[str, object]:
+def time_host(case: Case, tiny: bool) -> dict[str, object]:
     """Host microseconds of a call on few tokens, where the GPU has next to nothing to do."""
     inputs = case.make()
     leaves = with_gradients(inputs)
     cotangents = [torch.randn_like(output) for output in case.run("torch", *inputs)]
     with torch.no_grad():
-        forward = host_microseconds(lambda: case.run("triton", *inputs))
-        torch_forward = host_microseconds(lambda: case.run("torch", *inputs))
+        forward = host_microseconds(lambda: case.run("triton", *inputs), tiny)
+        torch_forward = host_microseconds(lambda: case.run("torch", *inputs), tiny)
     return {
         "operation": case.name,
         "no gradient": forward,
-        "gradient wanted": host_microseconds(lambda: case.run("triton", *leaves)),
-        "forward+backward": host_microseconds(lambda: gradients(case.run, "triton", leaves, cotangents)),
+        "gradient wanted": host_microseconds(lambda: case.run("triton", *leaves), tiny),
+        "forward+backward": host_microseconds(lambda: gradients(case.run, "triton", leaves, cotangents), tiny),
         "PyTorch, no gradient": torch_forward,
     }
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Verify, then time."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--lengths", type=int, nargs="+", default=[16_384, 65_536])
     parser.add_argument("--compile", action="store_true", help="also time the references under torch.compile")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    arguments = parser.parse_args()
+    options = parse(parser, arguments)
+    tiny = options.tiny
     torch.manual_seed(0)
-    for case in cases(64, d=96, light_ff=128, heavy_ff=256) if DEVICE.type == "cpu" else cases(4096):
+
+    def sized(n: int) -> list[Case]:
+        return cases(32, d=48, light_ff=64, heavy_ff=128) if tiny else cases(n)
+
+    for case in sized(4096):
         verify(case)
         print(f"{case.name}: values and gradients agree with float64", flush=True)
-    if DEVICE.type == "cpu":
-        return
-    bandwidth = copy_bandwidth()
+    host = Table("token_ops_host", "Host time of the token operations' calls, µs", options)
+    for case in sized(256):
+        host.add(time_host(case, tiny))
+    host.finish()
+    bandwidth = copy_bandwidth(tiny)
     title = f"Token operations in bf16, GPU time from CUDA graphs; a copy moves {bandwidth / 1e12:.2f} TB/s"
-    rows = [
-        time_case(case, n, bandwidth, arguments.compile and n == arguments.lengths[0])
-        for n in arguments.lengths
-        for case in cases(n)
-    ]
-    save_table("token_ops", title, rows, arguments.out)
-    save_table("token_ops_host", "Host time of the token operations' calls, µs", list(map(time_host, cases(256))),
-               arguments.out)  # fmt: skip
+    table = Table("token_ops", title, options)
+    for n in [32] if tiny else options.lengths:
+        if time.perf_counter() > options.deadline:
+            table.note(f"Not measured for lack of time: from n = {n:,} on.")
+            break
+        for case in sized(n):
+            table.add(time_case(case, n, bandwidth, options.compile and n == options.lengths[0], tiny))
+    table.finish()
 
 
 if __name__ == "__main__":

@@ -1,35 +1,35 @@
 """A training step of base-size encoder–decoders through `Trainer` at 16,384 tokens: CoLT5 beside LongT5.
 
-python benchmarks/training.py [--out FOLDER] [--length 16384] [--steps 12]
+python benchmarks/training.py
 """
 
-import argparse
+import statistics
 import tempfile
 import time
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from measure import RESULTS, save_table
-from transformers import (
-    LongT5Config,
-    LongT5ForConditionalGeneration,
-    PreTrainedModel,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
+from encoder import release, verify
+from measure import make_parser, parse, synchronize
+from peers import BASE, COLT5, DEVICE, GLOBAL, LOCAL, TINY, make_seq2seq
+from results import Row, Table
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from modeling_colt5 import CoLT5Config, CoLT5ForConditionalGeneration
+TITLE = (
+    "A training step through Trainer, base size, bf16 autocast, AdamW, no dropout: two documents of 16,384 tokens, "
+    "512 tokens of output; medians. Accumulated: documents a step that had to be taken one by one"
+)
+BATCH = 2
 
 
 class RandomDocuments(torch.utils.data.Dataset):
     """Documents of random tokens."""
 
-    def __init__(self, count: int, length: int, target_length: int):
+    def __init__(self, count: int, length: int, target_length: int, vocab_size: int):
         generator = torch.Generator().manual_seed(0)
-        self.inputs = torch.randint(2, 32000, (count, length), generator=generator)
-        self.labels = torch.randint(2, 32000, (count, target_length), generator=generator)
+        self.inputs = torch.randint(2, vocab_size, (count, length), generator=generator)
+        self.labels = torch.randint(2, vocab_size, (count, target_length), generator=generator)
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -46,85 +46,63 @@ class StepTimes(TrainerCallback):
         self.times: list[float] = []
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        torch.cuda.synchronize()
+        synchronize()
         self.times.append(time.perf_counter())
 
 
-def make_colt5() -> PreTrainedModel:
-    """A CoLT5 of base size."""
-    with torch.device("cuda"):
-        return CoLT5ForConditionalGeneration(CoLT5Config.from_size("base", dropout_rate=0.0))
-
-
-def make_longt5(kind: str) -> PreTrainedModel:
-    """A LongT5 of base size."""
-    config = LongT5Config(
-        vocab_size=32128,
-        d_model=768,
-        d_kv=64,
-        d_ff=2048,
-        num_layers=12,
-        num_heads=12,
-        dropout_rate=0.0,
-        feed_forward_proj="gated-gelu",
-        encoder_attention_type=kind,
-        decoder_start_token_id=0,
-    )
-    with torch.device("cuda"):
-        return LongT5ForConditionalGeneration(config)
-
-
-def main() -> None:
-    """Train a few steps of each model, write the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the table")
-    parser.add_argument("--length", type=int, default=16_384, help="tokens of input")
-    parser.add_argument("--target-length", type=int, default=512, help="tokens of output")
-    parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=12)
-    options = parser.parse_args()
-    data = RandomDocuments(options.batch * options.steps, options.length, options.target_length)
-    makers = {
-        "CoLT5": make_colt5,
-        "LongT5 local": lambda: make_longt5("local"),
-        "LongT5 transient-global": lambda: make_longt5("transient-global"),
+def measure(name: str, data: RandomDocuments, accumulated: int, steps: int, tiny: bool) -> Row:
+    """One row: a model trained a few steps, of which the first three warm up."""
+    on_gpu = DEVICE.type == "cuda"
+    release()
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    times = StepTimes()
+    with tempfile.TemporaryDirectory() as folder:
+        training_arguments = TrainingArguments(
+            folder,
+            per_device_train_batch_size=BATCH // accumulated,
+            gradient_accumulation_steps=accumulated,
+            max_steps=steps,
+            bf16=on_gpu,
+            use_cpu=not on_gpu,
+            report_to=[],
+            save_strategy="no",
+            logging_steps=1000,
+            disable_tqdm=True,
+        )
+        trainer = Trainer(make_seq2seq(name, tiny), training_arguments, train_dataset=data, callbacks=[times])
+        loss = trainer.train().training_loss
+    assert 0 < loss < 1000, f"the loss is {loss}"
+    step = statistics.median(b - a for a, b in zip(times.times[2:-1], times.times[3:], strict=True))
+    return {
+        "step ms": 1e3 * step,
+        "input tokens/s": data.inputs.shape[1] * BATCH / step,
+        "peak MiB": torch.cuda.max_memory_allocated() / 2**20 if on_gpu else None,
     }
-    rows = []
-    for name, make in makers.items():
-        row: dict[str, object] = {"model": name, "batch": options.batch, "input": options.length}
-        times = StepTimes()
-        try:
-            torch.manual_seed(0)
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-            with tempfile.TemporaryDirectory() as folder:
-                arguments = TrainingArguments(
-                    folder,
-                    per_device_train_batch_size=options.batch,
-                    max_steps=options.steps,
-                    bf16=True,
-                    report_to=[],
-                    save_strategy="no",
-                    logging_steps=1000,
-                    disable_tqdm=True,
-                )
-                trainer = Trainer(make(), arguments, train_dataset=data, callbacks=[times])
-                loss = trainer.train().training_loss
-            assert 0 < loss < 1000, f"the loss is {loss}"
-            gaps = sorted(b - a for a, b in zip(times.times[2:-1], times.times[3:], strict=True))
-            step = gaps[len(gaps) // 2]
-            row |= {
-                "step ms": 1e3 * step,
-                "input tokens/s": options.batch * options.length / step,
-                "peak MiB": torch.cuda.max_memory_allocated() / 2**20,
-            }
-            del trainer
-        except torch.cuda.OutOfMemoryError:
-            row["note"] = "out of memory"
-        rows.append(row)
-        print(row, flush=True)
-        title = "A training step through Trainer, base size, bf16 autocast, AdamW, no dropout"
-        save_table("training", title, rows, options.out)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Verify, then train a few steps of each model; one that does not fit takes its documents one by one."""
+    options = parse(make_parser(__doc__), arguments)
+    length, target_length, steps = (64, 8, 6) if options.tiny else (16_384, 512, 12)
+    vocab_size = (TINY if options.tiny else BASE)["vocab_size"]
+    data = RandomDocuments(BATCH * steps, length, target_length, vocab_size)
+    verify(options.tiny)
+    table = Table("training", TITLE, options)
+    for name in (COLT5, GLOBAL, LOCAL):
+        if time.perf_counter() > options.deadline:
+            table.note(f"Not measured for lack of time: {name}.")
+            continue
+        for accumulated in (1, 2):
+            row: Row = {"model": name, "batch": BATCH, "accumulated": accumulated, "input": length}
+            try:
+                row |= measure(name, data, accumulated, steps, options.tiny)
+            except torch.cuda.OutOfMemoryError:
+                row["note"] = "out of memory"
+            table.add(row)
+            if "note" not in row:
+                break
+    table.finish()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,99 @@
+"""The models that are measured against each other, of base size or tiny, with random weights and no dropout."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import (
+    LongT5Config,
+    LongT5EncoderModel,
+    LongT5ForConditionalGeneration,
+    ModernBertConfig,
+    ModernBertModel,
+    PreTrainedModel,
+    T5Config,
+    T5EncoderModel,
+)
+
+from modeling_colt5 import CoLT5Config, CoLT5EncoderModel, CoLT5ForConditionalGeneration
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# half precision is slow or missing in parts of PyTorch's CPU code
+DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+
+COLT5 = "CoLT5"
+LOCAL = "LongT5 local"
+GLOBAL = "LongT5 transient-global"
+DENSE_T5 = "T5, dense"
+MODERNBERT = "ModernBERT"
+
+# T5 1.1's base size
+BASE = {"vocab_size": 32128, "d_model": 768, "d_kv": 64, "d_ff": 2048, "num_layers": 12, "num_heads": 12}
+TINY = {"vocab_size": 128, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4}
+TINY_COLT5 = {"num_decoder_layers": 1, "num_light_heads": 2, "num_heavy_heads": 3, "light_d_ff": 24, "heavy_d_ff": 64}
+# by how much the lengths of a tiny run are shorter
+TINY_LENGTH_DIVISOR = 256
+
+
+def scaled_length(n: int, tiny: bool) -> int:
+    """A length, or what a tiny run measures in its place."""
+    return n // TINY_LENGTH_DIVISOR if tiny else n
+
+
+def random_ids(batch: int, n: int, tiny: bool) -> torch.Tensor:
+    """int64 [batch, n] of ordinary tokens."""
+    return torch.randint(2, (TINY if tiny else BASE)["vocab_size"], (batch, n), device=DEVICE)
+
+
+def colt5_config(tiny: bool, **fields: Any) -> CoLT5Config:
+    """CoLT5's configuration; `fields` are what differs."""
+    sizes = TINY | TINY_COLT5 if tiny else {}
+    return CoLT5Config.from_size("base", **({"dropout_rate": 0.0} | sizes | fields))
+
+
+def longt5_config(name: str, tiny: bool) -> LongT5Config:
+    """LongT5's configuration, of either kind of attention."""
+    return LongT5Config(
+        **(TINY if tiny else BASE),
+        dropout_rate=0.0,
+        feed_forward_proj="gated-gelu",
+        encoder_attention_type=name.removeprefix("LongT5 "),
+        decoder_start_token_id=0,
+    )
+
+
+def _t5(tiny: bool) -> PreTrainedModel:
+    config = T5Config(**(TINY if tiny else BASE), dropout_rate=0.0, feed_forward_proj="gated-gelu")
+    return T5EncoderModel._from_config(config, attn_implementation="sdpa")
+
+
+def _modernbert(tiny: bool) -> PreTrainedModel:
+    sizes = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
+    special = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 0)
+    config = ModernBertConfig(**(sizes | special | {"num_attention_heads": 4} if tiny else {}))
+    return ModernBertModel._from_config(config, attn_implementation="sdpa")
+
+
+def _made(make: Callable[[], PreTrainedModel]) -> PreTrainedModel:
+    torch.manual_seed(0)
+    with DEVICE:
+        return make().eval()
+
+
+def make_encoder(name: str, tiny: bool) -> PreTrainedModel:
+    """An encoder by its name, on the device and in its dtype, in evaluation mode."""
+    makers: dict[str, Callable[[], PreTrainedModel]] = {
+        COLT5: lambda: CoLT5EncoderModel(colt5_config(tiny)),
+        LOCAL: lambda: LongT5EncoderModel(longt5_config(LOCAL, tiny)),
+        GLOBAL: lambda: LongT5EncoderModel(longt5_config(GLOBAL, tiny)),
+        DENSE_T5: lambda: _t5(tiny),
+        MODERNBERT: lambda: _modernbert(tiny),
+    }
+    return _made(makers[name]).to(DTYPE)
+
+
+def make_seq2seq(name: str, tiny: bool) -> PreTrainedModel:
+    """An encoder–decoder by its name, in fp32, on the device, in evaluation mode."""
+    if name == COLT5:
+        return _made(lambda: CoLT5ForConditionalGeneration(colt5_config(tiny)))
+    return _made(lambda: LongT5ForConditionalGeneration(longt5_config(name, tiny)))

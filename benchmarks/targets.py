@@ -1,0 +1,185 @@
+"""What was aimed for and what was reached, from the newest run that measured it: `targets.md`."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from peers import COLT5, GLOBAL, LOCAL
+from results import Row, Run, markdown, newest_run, read_runs
+
+
+@dataclass
+class Reached:
+    """A value of one run, and how it was reached.
+
+    Args:
+        value: in the target's unit.
+        how: the mode, where there are several.
+        peers: what the peers took in the same run.
+    """
+
+    value: float
+    how: str = ""
+    peers: dict[str, float | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A row of the table.
+
+    Args:
+        work: what is measured.
+        benchmark: whose history has it.
+        limit: the value aimed for.
+        unit: of the value.
+        find: the value in a run, None where the run has none.
+        at_least: whether the value should be at least the limit, not at most.
+    """
+
+    work: str
+    benchmark: str
+    limit: float
+    unit: str
+    find: Callable[[Run], Reached | None]
+    at_least: bool = False
+
+    def is_met(self, value: float) -> bool:
+        return value >= self.limit if self.at_least else value <= self.limit
+
+
+def find_row(run: Run, **wanted: object) -> Row:
+    """The first row with these values; empty where there is none."""
+    return next((row for row in run["rows"] if all(row.get(key) == value for key, value in wanted.items())), {})
+
+
+def encoder_value(n: int, key: str, modes: Iterable[str], factor: float = 1.0) -> Callable[[Run], Reached | None]:
+    """The least value of a column among modes, with the peers' at the same length."""
+
+    def find(run: Run) -> Reached | None:
+        found = [(find_row(run, model=COLT5, batch=1, n=n, mode=mode).get(key), mode) for mode in modes]
+        values = [(value * factor, mode) for value, mode in found if value is not None]
+        if not values:
+            return None
+        peers = {name: find_row(run, model=name, batch=1, n=n).get(key) for name in (GLOBAL, LOCAL)}
+        return Reached(*min(values), {name: value * factor for name, value in peers.items() if value is not None})
+
+    return find
+
+
+def routing_share(run: Run) -> Reached | None:
+    share = find_row(run, model=f"{COLT5}, routing alone").get("of the forward")
+    return None if share is None else Reached(100 * share)
+
+
+def token_time(batch: int) -> Callable[[Run], Reached | None]:
+    """The least time between tokens among the caches."""
+
+    def find(run: Run) -> Reached | None:
+        rows = [row for row in run["rows"] if row["batch"] == batch and row.get("ms/token") is not None]
+        values = [(row["ms/token"], f"{row['cache']} cache") for row in rows if row["model"] == COLT5]
+        peers = {row["model"]: row["ms/token"] for row in rows if row["model"] != COLT5}
+        return Reached(*min(values), peers) if values else None
+
+    return find
+
+
+def training_ratio(run: Run) -> Reached | None:
+    """CoLT5's tokens a second over LongT5 transient-global's."""
+    rates = {row["model"]: row["input tokens/s"] for row in run["rows"] if row.get("input tokens/s") is not None}
+    if COLT5 not in rates or GLOBAL not in rates:
+        return None
+    return Reached(rates[COLT5] / rates[GLOBAL], f"{rates[COLT5]:,.0f} tokens/s")
+
+
+ALL_MODES = ("eager", "captured", "compiled", "compiled, captured")
+GIB = 1 / 1024
+TARGETS = (
+    Target(
+        "forward, 16,384 tokens, called eagerly", "encoder", 12, "ms", encoder_value(16_384, "forward ms", ["eager"])
+    ),
+    Target(
+        "forward, 16,384 tokens, torch.compile or CUDA graph", "encoder", 6, "ms",
+        encoder_value(16_384, "forward ms", ALL_MODES[1:]),
+    ),
+    Target(
+        "forward + backward, 16,384 tokens, best mode", "encoder", 22, "ms",
+        encoder_value(16_384, "fwd+bwd ms", ALL_MODES),
+    ),
+    Target(
+        "its peak memory above weights and gradients", "encoder", 4, "GiB",
+        encoder_value(16_384, "fwd+bwd peak MiB", ["eager"], GIB),
+    ),
+    Target("forward, 65,536 tokens", "encoder", 32, "ms", encoder_value(65_536, "forward ms", ALL_MODES)),
+    Target("forward + backward, 65,536 tokens", "encoder", 100, "ms", encoder_value(65_536, "fwd+bwd ms", ALL_MODES)),
+    Target(
+        "its peak memory above weights and gradients", "encoder", 12, "GiB",
+        encoder_value(65_536, "fwd+bwd peak MiB", ["eager"], GIB),
+    ),
+    Target("forward, 1,048,576 tokens", "encoder", 2000, "ms", encoder_value(1_048_576, "forward ms", ALL_MODES)),
+    Target(
+        "its peak memory above weights", "encoder", 24, "GiB",
+        encoder_value(1_048_576, "forward peak MiB", ["eager"], GIB),
+    ),
+    Target("routers' share of the forward's GPU time, 16,384 tokens", "encoder", 10, "%", routing_share),
+    Target("between tokens, greedy, 16,384 tokens of input, batch 1", "generation", 2.5, "ms", token_time(1)),
+    Target("between tokens, greedy, 16,384 tokens of input, batch 8", "generation", 2.5, "ms", token_time(8)),
+    Target(
+        "training step, 16,384 and 512 tokens, batch 2, against transient-global", "training", 5, "times",
+        training_ratio, at_least=True,
+    ),
+)  # fmt: skip
+
+
+def judge(target: Target, runs: list[Run]) -> Row:
+    """The target's row, by the newest run that measured it."""
+    row: Row = {"work": target.work, "target": f"{'≥' if target.at_least else '≤'} {target.limit:g} {target.unit}"}
+    for run in reversed(runs):
+        reached = target.find(run)
+        if reached is not None:
+            value = reached.value
+            peers = [f"{name} {peer:.3g} ({peer / value:.1f} ×)" for name, peer in reached.peers.items() if peer]
+            return row | {
+                "reached": f"{value:.3g} {target.unit}" if value < 1000 else f"{value:,.0f} {target.unit}",
+                "met": "yes" if target.is_met(value) else "no",
+                "how": reached.how or None,
+                "LongT5 in the same run": "; ".join(peers) or None,
+                "where and when": f"{run['device']}, {run['date']}, {run['commit']}",
+            }
+    return row | {"reached": None, "met": "not measured"}
+
+
+def growth(run: Run) -> list[Row]:
+    """How time and memory of the forward pass grow with length: a row for each, by the faster mode."""
+    rows = []
+    for n in sorted({row["n"] for row in run["rows"] if row["model"] == COLT5}):
+        reached = encoder_value(n, "forward ms", ALL_MODES)(run)
+        if reached is None:
+            continue
+        eager = find_row(run, model=COLT5, batch=1, n=n, mode="eager")
+        best = find_row(run, model=COLT5, batch=1, n=n, mode=reached.how)
+        rows.append(
+            {
+                "n": n,
+                "forward ms": reached.value,
+                "mode": reached.how,
+                "µs a token": 1e3 * reached.value / n,
+                "of the matrix rate": f"{best['share']:.0%}" if "share" in best else None,
+                "peak MiB": eager.get("forward peak MiB"),
+            }
+        )
+    return rows
+
+
+def write(folder: Path) -> None:
+    """Write `targets.md` from the histories in the folder."""
+    text = "# Targets: one H100, bf16, base size, batch 1 unless said, random weights\n\n"
+    text += markdown([judge(target, read_runs(target.benchmark, folder)) for target in TARGETS])
+    if run := newest_run("encoder", folder):
+        text += f"\nForward time against length, batch 1 ({run['device']}, {run['date']}, {run['commit']}):\n\n"
+        text += markdown(growth(run))
+    if run := newest_run("dense", folder):
+        text += (
+            f"\nWhere dense encoders are faster ({run['device']}, {run['date']}, {run['commit']}), batch × length:\n\n"
+        )
+        text += "".join(f"- {note}\n" for note in run["notes"])
+    (folder / "targets.md").write_text(text)

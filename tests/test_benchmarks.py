@@ -1,0 +1,148 @@
+"""The scripts of benchmarks/: each runs at toy size, keeps its history, and judges by rules that are checked here."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from modeling_colt5 import CoLT5EncoderModel
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+import dense  # noqa: E402
+import flops  # noqa: E402
+import measure  # noqa: E402
+import peers  # noqa: E402
+import picture  # noqa: E402
+import results  # noqa: E402
+import run  # noqa: E402
+import targets  # noqa: E402
+
+# router.py measures a GPU and nothing else
+NAMES = [name for name in run.SHARES if name != "router"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_benchmark_runs_by_the_one_command(name: str, tmp_path: Path) -> None:
+    run.main([name, "--tiny", "--out", str(tmp_path)])
+    assert (tmp_path / "targets.md").exists() and (tmp_path / f"{name}.md").exists()
+    (line,) = results.read_runs(name, tmp_path)
+    assert line["complete"] and line["rows"]
+    # a row says in its note that it failed
+    assert [row for row in line["rows"] if "note" in row] == []
+    for row in line["rows"]:
+        assert all(value > 0 for value in row.values() if isinstance(value, int | float)), row
+    assert (tmp_path / "encoder.svg").exists() == (name == "encoder")
+
+
+def test_a_run_out_of_time_says_what_it_left_out(tmp_path: Path) -> None:
+    run.main(["dense", "--tiny", "--out", str(tmp_path), "--seconds", "0"])
+    (line,) = results.read_runs("dense", tmp_path)
+    assert line["rows"] == [] and "Not measured for lack of time" in line["notes"][0]
+
+
+def test_toy_numbers_and_unknown_names_are_refused(capsys: pytest.CaptureFixture) -> None:
+    for arguments in (["--tiny"], ["encoders"]):
+        with pytest.raises(SystemExit):
+            run.main(arguments)
+    message = capsys.readouterr().err
+    assert "--tiny needs a folder of its own" in message and "'encoders' is no benchmark" in message
+
+
+@pytest.mark.parametrize("n", [96, 300])
+def test_flops_are_those_that_pytorch_counts(n: int) -> None:
+    """The reference path takes blocks of 128 tokens with the radius to each side; all else is the formula's."""
+    config = peers.colt5_config(True, local_radius=20, kernel_backend="torch")
+    model = CoLT5EncoderModel._from_config(config, attn_implementation="eager").eval()
+    blocks = n // 128 + 1
+    expected = flops.encoder_flops(config, n, light_pairs=blocks * 128 * (128 + 2 * 20))
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(input_ids=torch.randint(2, config.vocab_size, (1, n)))
+    assert counter.get_total_flops() == expected
+
+
+@pytest.mark.parametrize(("n", "radius"), [(1, 5), (7, 3), (7, 9), (40, 0), (40, 11)])
+def test_pairs_within_the_band(n: int, radius: int) -> None:
+    position = torch.arange(n)
+    assert flops.band_pairs(n, radius) == ((position[:, None] - position[None, :]).abs() <= radius).sum()
+
+
+def options(folder: Path) -> Any:
+    return measure.parse(measure.make_parser(""), ["--out", str(folder), "--commit", "abc"])
+
+
+def test_history_grows_and_the_newest_finished_run_is_shown(tmp_path: Path) -> None:
+    for value in (1.5, 2.5):
+        table = results.Table("thing", "Things", options(tmp_path))
+        table.add({"a": value, "b": None})
+        table.finish()
+    first, second = (tmp_path / "thing.jsonl").read_text().splitlines()
+    # a run that is killed keeps its rows, in the history alone
+    results.Table("thing", "Things", options(tmp_path)).add({"a": 3.5})
+    results.render("thing", tmp_path)
+    lines = (tmp_path / "thing.jsonl").read_text().splitlines()
+    assert lines[:2] == [first, second] and [json.loads(line)["rows"][0]["a"] for line in lines] == [1.5, 2.5, 3.5]
+    assert "| 2.5 | – |" in (tmp_path / "thing.md").read_text()
+    assert results.newest_run("other", tmp_path) is None
+
+
+def encoder_run(date: str, **columns: float) -> results.Run:
+    rows = [{"model": peers.COLT5, "batch": 1, "n": 16_384, "mode": "eager"} | columns]
+    rows += [{"model": peers.LOCAL, "batch": 1, "n": 16_384, "mode": "eager", "forward ms": 40.0}]
+    return {"device": "a card", "date": date, "commit": "abc", "rows": rows}
+
+
+def test_target_is_judged_by_the_newest_run_that_measured_it() -> None:
+    target = targets.TARGETS[0]
+    assert "eager" in target.work and (target.limit, target.unit) == (12, "ms")
+    older, newer = encoder_run("1", **{"forward ms": 8.0}), encoder_run("2", **{"fwd+bwd ms": 70.0})
+    row = targets.judge(target, [older, newer])
+    assert row["met"] == "yes" and row["reached"] == "8 ms" and row["where and when"] == "a card, 1, abc"
+    assert row["LongT5 in the same run"] == "LongT5 local 40 (5.0 ×)"
+    assert targets.judge(target, [older, encoder_run("3", **{"forward ms": 12.5})])["met"] == "no"
+    assert targets.judge(target, [newer])["met"] == "not measured"
+
+
+def test_best_mode_is_the_least_and_named() -> None:
+    line = encoder_run("1", **{"forward ms": 8.0})
+    line["rows"] += [{"model": peers.COLT5, "batch": 1, "n": 16_384, "mode": "captured", "forward ms": 5.5}]
+    reached = targets.encoder_value(16_384, "forward ms", targets.ALL_MODES)(line)
+    assert reached is not None and (reached.value, reached.how) == (5.5, "captured")
+    (row,) = targets.growth(line)
+    assert (row["n"], row["forward ms"], row["mode"]) == (16_384, 5.5, "captured")
+
+
+def test_training_is_a_ratio_that_should_be_large() -> None:
+    rates = {peers.COLT5: 600.0, peers.GLOBAL: 100.0}
+    rows: list[results.Row] = [{"model": name, "input tokens/s": rate} for name, rate in rates.items()]
+    # the row of a try that ran out of memory
+    rows.insert(1, {"model": peers.GLOBAL, "note": "out of memory"})
+    line = {"device": "a card", "date": "1", "commit": "abc", "rows": rows}
+    row = targets.judge(targets.TARGETS[-1], [line])
+    assert row["target"] == "≥ 5 times" and row["reached"] == "6 times" and row["met"] == "yes"
+
+
+def test_where_dense_is_faster_is_said() -> None:
+    def cell(n: int, ours: float | None, theirs: float | None) -> list[results.Row]:
+        values = ((peers.COLT5, ours), (peers.DENSE_T5, theirs))
+        return [{"batch": 1, "n": n, "model": name, "forward eager": value} for name, value in values]
+
+    rows = cell(512, 6.0, 3.0) + cell(1024, 6.0, 6.5) + cell(2048, 7.0, None)
+    sentence = dense.verdicts(rows)[0]
+    assert sentence == "T5, dense, forward, eager: faster than CoLT5 at 1 × 512 (2.0 times); of 2 compared."
+    assert dense.verdicts(cell(1024, 6.0, 6.5))[0].startswith("T5, dense, forward, eager: nowhere faster")
+
+
+def test_picture_shows_lengths_and_crosses(tmp_path: Path) -> None:
+    line = encoder_run("1", **{"forward ms": 8.0, "forward peak MiB": 100.0}) | {"complete": True}
+    line["rows"] += [
+        {"model": peers.GLOBAL, "batch": 1, "n": 65_536, "mode": "eager", "note": "forward: out of memory"}
+    ]
+    (tmp_path / "encoder.jsonl").write_text(json.dumps(line) + "\n")
+    picture.draw(tmp_path)
+    drawing = (tmp_path / "encoder.svg").read_text()
+    assert all(f">{text}<" in drawing for text in ("16k", "64k", "out of memory", "LongT5 local"))
