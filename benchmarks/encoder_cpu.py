@@ -106,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 16384])
     parser.add_argument("--repeats", type=int, nargs="+", default=[5, 5, 3], help="for each length")
-    options = parse(parser, arguments)
+    options = parse(parser, arguments, needs_gpu=False)
     lengths, repeats = ([200], [2]) if options.tiny else (options.lengths, options.repeats)
     load = os.getloadavg()[0]
     with memory_limit():

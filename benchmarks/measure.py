@@ -27,9 +27,13 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse(
+    parser: argparse.ArgumentParser, arguments: Sequence[str] | None, needs_gpu: bool = True
+) -> argparse.Namespace:
     """The options, and with them `deadline` on the clock of `time.perf_counter`."""
     options = parser.parse_args(arguments)
+    if needs_gpu and not options.tiny and not torch.cuda.is_available():
+        parser.error("needs a CUDA device; --tiny runs without")
     if options.tiny and options.out.resolve() == RESULTS.resolve():
         parser.error("--tiny needs a folder of its own (--out): its numbers say nothing")
     options.deadline = time.perf_counter() + options.seconds

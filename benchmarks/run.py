@@ -18,7 +18,6 @@ from pathlib import Path
 
 import targets
 from measure import make_parser, parse
-from picture import draw
 from results import render
 
 # what a benchmark's share of the time is
@@ -41,7 +40,12 @@ def write_tables(folder: Path) -> None:
     for history in sorted(folder.glob("*.jsonl")):
         render(history.stem, folder)
     targets.write(folder)
-    draw(folder)
+    try:
+        import picture
+    except ImportError:
+        print("no picture drawn: matplotlib is not installed", flush=True)
+    else:
+        picture.draw(folder)
 
 
 def run(name: str, options: argparse.Namespace, seconds: float) -> bool:
@@ -68,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     parser = make_parser(__doc__)
     parser.add_argument("names", nargs="*", default=DEFAULT, metavar="name", help=f"{', '.join(SHARES)}, or {TABLES}")
-    options = parse(parser, arguments)
+    options = parse(parser, arguments, needs_gpu=False)
     names = list(options.names)
     for name in names:
         if name not in (*SHARES, TABLES):

@@ -52,15 +52,17 @@ def find_row(run: Run, **wanted: object) -> Row:
     return next((row for row in run["rows"] if all(row.get(key) == value for key, value in wanted.items())), {})
 
 
-def encoder_value(n: int, key: str, modes: Iterable[str], factor: float = 1.0) -> Callable[[Run], Reached | None]:
+def encoder_value(
+    n: int, key: str, modes: Iterable[str], factor: float = 1.0, batch: int = 1
+) -> Callable[[Run], Reached | None]:
     """The least value of a column among modes, with the peers' at the same length."""
 
     def find(run: Run) -> Reached | None:
-        found = [(find_row(run, model=COLT5, batch=1, n=n, mode=mode).get(key), mode) for mode in modes]
+        found = [(find_row(run, model=COLT5, batch=batch, n=n, mode=mode).get(key), mode) for mode in modes]
         values = [(value * factor, mode) for value, mode in found if value is not None]
         if not values:
             return None
-        peers = {name: find_row(run, model=name, batch=1, n=n).get(key) for name in (GLOBAL, LOCAL)}
+        peers = {name: find_row(run, model=name, batch=batch, n=n).get(key) for name in (GLOBAL, LOCAL)}
         return Reached(*min(values), {name: value * factor for name, value in peers.items() if value is not None})
 
     return find
@@ -149,22 +151,24 @@ def judge(target: Target, runs: list[Run]) -> Row:
 
 
 def growth(run: Run) -> list[Row]:
-    """How time and memory of the forward pass grow with length: a row for each, by the faster mode."""
+    """How time and memory of the forward pass grow: a row for each batch and length, by the faster mode."""
     rows = []
-    for n in sorted({row["n"] for row in run["rows"] if row["model"] == COLT5}):
-        reached = encoder_value(n, "forward ms", ALL_MODES)(run)
+    for batch, n in sorted({(row["batch"], row["n"]) for row in run["rows"] if row["model"] == COLT5}):
+        reached = encoder_value(n, "forward ms", ALL_MODES, batch=batch)(run)
         if reached is None:
             continue
-        eager = find_row(run, model=COLT5, batch=1, n=n, mode="eager")
-        best = find_row(run, model=COLT5, batch=1, n=n, mode=reached.how)
+        eager = find_row(run, model=COLT5, batch=batch, n=n, mode="eager")
+        best = find_row(run, model=COLT5, batch=batch, n=n, mode=reached.how)
         rows.append(
             {
+                "batch": batch,
                 "n": n,
                 "forward ms": reached.value,
                 "mode": reached.how,
-                "µs a token": 1e3 * reached.value / n,
+                "µs a token": 1e3 * reached.value / (batch * n),
                 "of the matrix rate": f"{best['share']:.0%}" if "share" in best else None,
                 "peak MiB": eager.get("forward peak MiB"),
+                **{name: reached.peers.get(name) for name in (LOCAL, GLOBAL)},
             }
         )
     return rows
@@ -175,7 +179,7 @@ def write(folder: Path) -> None:
     text = "# Targets: one H100, bf16, base size, batch 1 unless said, random weights\n\n"
     text += markdown([judge(target, read_runs(target.benchmark, folder)) for target in TARGETS])
     if run := newest_run("encoder", folder):
-        text += f"\nForward time against length, batch 1 ({run['device']}, {run['date']}, {run['commit']}):\n\n"
+        text += f"\nForward time against length, milliseconds ({run['device']}, {run['date']}, {run['commit']}):\n\n"
         text += markdown(growth(run))
     if run := newest_run("dense", folder):
         text += (

@@ -72,7 +72,8 @@ def test_pairs_within_the_band(n: int, radius: int) -> None:
 
 
 def options(folder: Path) -> Any:
-    return measure.parse(measure.make_parser(""), ["--out", str(folder), "--commit", "abc"])
+    arguments = ["--out", str(folder), "--commit", "abc"]
+    return measure.parse(measure.make_parser(""), arguments, needs_gpu=False)
 
 
 def test_history_grows_and_the_newest_finished_run_is_shown(tmp_path: Path) -> None:
