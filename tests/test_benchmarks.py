@@ -119,12 +119,17 @@ def test_best_mode_is_the_least_and_named() -> None:
 
 def test_training_is_a_ratio_that_should_be_large() -> None:
     rates = {peers.COLT5: 600.0, peers.GLOBAL: 100.0}
-    rows: list[results.Row] = [{"model": name, "input tokens/s": rate} for name, rate in rates.items()]
+    rows: list[results.Row] = [
+        {"model": name, "input": 16_384, "input tokens/s": rate} for name, rate in rates.items()
+    ]
     # the row of a try that ran out of memory
-    rows.insert(1, {"model": peers.GLOBAL, "note": "out of memory"})
+    rows.insert(1, {"model": peers.GLOBAL, "input": 16_384, "note": "out of memory"})
     line = {"device": "a card", "date": "1", "commit": "abc", "rows": rows}
     row = targets.judge(targets.TARGETS[-1], [line])
     assert row["target"] == "≥ 5 times" and row["reached"] == "6 times" and row["met"] == "yes"
+    for other in rows:
+        other["input"] = 64
+    assert targets.judge(targets.TARGETS[-1], [line])["met"] == "not measured"
 
 
 def test_where_dense_is_faster_is_said() -> None:
