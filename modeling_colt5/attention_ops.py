@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .kernel_backend import Operator, triton_is_interpreted, uses_triton
+from .kernel_backend import INTERPRETED, Operator, uses_triton
 from .local_attention_reference import local_attention_reference
 from .routed_attention_reference import routed_attention_reference
 
@@ -33,10 +33,6 @@ def _reference(
 def _refuse_dropout(dropout: float) -> None:
     if dropout > 0:
         raise NotImplementedError("only the Triton kernels drop attention probabilities; give the reference `attend`")
-
-
-# as Triton reads it, when a kernel is decorated
-INTERPRETED = triton_is_interpreted()
 
 
 def _runs_kernel(query: Tensor) -> bool:

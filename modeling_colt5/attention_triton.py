@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from .kernel_launch import launch
+from .kernel_launch import launch, next_power_of_2
 
 try:
     import triton
@@ -445,7 +445,7 @@ def _launch_options(
 ) -> tuple[int, int, tuple[Any, ...], dict[str, int]]:
     """A tile's queries and keys, a kernel's constants from HEADS on, and its warps and stages."""
     block_q, block_k, warps, stages = blocks
-    block_d = max(16, triton.next_power_of_2(head_size))
+    block_d = max(16, next_power_of_2(head_size))
     if dtype == torch.float32:
         # without tensor cores a product's operands live in registers: smaller tiles and more warps, or they spill
         block_q, block_k, warps, stages = 32, 32, 8, 1

@@ -7,7 +7,14 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .configuration_colt5 import CoLT5Config
-from .layers_colt5 import CoLT5Attention, CoLT5DenseActDense, CoLT5LayerNorm, clamp_half, project
+from .layers_colt5 import (
+    CoLT5Attention,
+    CoLT5DenseActDense,
+    CoLT5LayerNorm,
+    clamp_half,
+    eager_attention_forward,
+    project,
+)
 
 
 class CoLT5SelfAttention(CoLT5Attention):
@@ -68,7 +75,12 @@ class CoLT5CrossAttention(CoLT5Attention):
         groups = self.num_key_value_heads
         query = rearrange(self.split_heads(self.q(hidden_states)), "b n (g h) d -> b g (h n) d", g=groups)
         mask = None if encoder_mask is None else encoder_mask[:, None, None, :]
-        output, weights = self.attend(query, key, value, None, mask)
+        weights: torch.Tensor | None = None
+        if hidden_states.shape[1] == 1 and self.config._attn_implementation == "sdpa" and not self.training:
+            # one token's few queries: the kernels behind "sdpa" would walk along all keys with one processor a row
+            output, _ = eager_attention_forward(self, query, key, value, mask)
+        else:
+            output, weights = self.attend(query, key, value, None, mask)
         output = rearrange(output, "b (h n) g d -> b n (g h d)", n=hidden_states.shape[1])
         if weights is not None:
             weights = rearrange(weights, "b g (h n) k -> b (g h) n k", n=hidden_states.shape[1])

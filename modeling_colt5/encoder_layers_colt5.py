@@ -50,7 +50,7 @@ class Branches:
         separate = (dropout.training and dropout.p > 0) or self.residual.dtype == torch.float16
         if separate or self.routed is None or self.heavy is None:
             merged = self.merge(dropout, kernel_backend)
-            return merged, *norm(merged, routers)
+            return merged, *norm(merged, routers, kernel_backend)
         routed = (self.routed.indices, self.routed.valid, self.routed.weights)
         # autocast would take the scores' product in half precision
         with maybe_autocast(self.residual.device.type, enabled=False):
@@ -68,7 +68,7 @@ class CoLT5LocalAttention(CoLT5Attention):
         """[batch, n, d_model] → the same shape, and the weights where the implementation gives them."""
         query, key, value = map(self.split_heads, project(hidden_states, self.q, self.k, self.v))
         inputs = (query, key, value, bias_table, self.radius, plan.mask)
-        if self.uses_kernel(plan.kernel_backend):
+        if plan.fused_attention:
             return self.o(local_attention(*inputs, self.dropout if self.training else 0.0).flatten(-2)), None
         output, weights = local_attention_reference(*inputs, self.attend)
         return self.o(output.flatten(-2)), weights
@@ -91,7 +91,7 @@ class CoLT5RoutedAttention(CoLT5Attention):
         query = self.split_heads(self.q(query_states))
         key, value = map(self.split_heads, project(key_value_states, self.k, self.v))
         inputs = (query, key, value, bias_table, queries.indices, keys.indices, keys.valid)
-        if self.uses_kernel(plan.kernel_backend):
+        if plan.fused_attention:
             return self.o(routed_attention(*inputs, self.dropout if self.training else 0.0).flatten(-2)), None
         output, weights = routed_attention_reference(*inputs, self.attend)
         return self.o(output.flatten(-2)), weights
@@ -129,12 +129,12 @@ class CoLT5LayerConditionalAttention(nn.Module):
             keys/values; the routed queries are the parts' `routed`.
         """
         if plan.attention is None or heavy_bias_table is None:
-            normed, _ = self.layer_norm(hidden_states)
+            normed, _ = self.layer_norm(hidden_states, None, plan.kernel_backend)
             light, light_weights = self.light_attention(normed, light_bias_table, plan)
             return Branches(hidden_states, light, None, None), light_weights, None, None
 
         routers = (self.query_router, self.key_value_router)
-        normed, scores = self.layer_norm(hidden_states, router_weights(*routers))
+        normed, scores = self.layer_norm(hidden_states, router_weights(*routers), plan.kernel_backend)
         queries, keys = run_routers(routers, normed, scores, plan, plan.attention)
         normed, query_states, key_value_states = share_and_gather(
             normed,
@@ -174,15 +174,15 @@ class CoLT5LayerConditionalFF(nn.Module):
         backend = plan.kernel_backend
         if plan.feed_forward is None:
             hidden_states, normed, _ = branches.merge_and_norm(self.dropout, self.layer_norm, None, backend)
-            light = self.light_feed_forward(normed)
+            light = self.light_feed_forward(normed, backend)
             return Branches(hidden_states, light, None, None).merge(self.dropout, backend), None
 
         weights = router_weights(self.router)
         hidden_states, normed, scores = branches.merge_and_norm(self.dropout, self.layer_norm, weights, backend)
         (tokens,) = run_routers((self.router,), normed, scores, plan, plan.feed_forward)
         normed, routed_states = share_and_gather(normed, (tokens.indices, tokens.valid, None), kernel_backend=backend)
-        light = self.light_feed_forward(normed)
-        heavy = self.heavy_feed_forward(routed_states)
+        light = self.light_feed_forward(normed, backend)
+        heavy = self.heavy_feed_forward(routed_states, backend)
         return Branches(hidden_states, light, heavy, tokens).merge(self.dropout, backend), tokens
 
 

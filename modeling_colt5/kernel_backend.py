@@ -11,6 +11,8 @@ KERNEL_BACKENDS = ("auto", "triton", "torch")
 ENVIRONMENT_VARIABLE = "COLT5_KERNEL_BACKEND"
 # looked up once: a compiler could not trace the search
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
+# whether kernels run in interpreter mode, which takes CPU tensors; read once, as Triton does when it decorates one
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def triton_is_available() -> bool:
@@ -18,9 +20,9 @@ def triton_is_available() -> bool:
     return _HAS_TRITON
 
 
-def triton_is_interpreted() -> bool:
-    """Whether Triton kernels run in interpreter mode, which takes tensors on the CPU."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+def kernel_takes(tensor: torch.Tensor) -> bool:
+    """Whether a Triton kernel can run on `tensor`: what an operator asks, `uses_triton` having chosen the operator."""
+    return (tensor.is_cuda or INTERPRETED) and _HAS_TRITON and tensor.dtype != torch.float64
 
 
 def uses_triton(tensor: torch.Tensor, kernel_backend: str = "auto") -> bool:
@@ -45,7 +47,7 @@ def uses_triton(tensor: torch.Tensor, kernel_backend: str = "auto") -> bool:
         return tensor.is_cuda and triton_is_available()
     if not triton_is_available():
         raise RuntimeError("kernel_backend is 'triton', but triton is not installed; use 'auto' or 'torch'")
-    if not tensor.is_cuda and not triton_is_interpreted():
+    if not tensor.is_cuda and not INTERPRETED:
         raise RuntimeError(
             f"kernel_backend is 'triton', but the tensor is on {tensor.device}; move it to CUDA, use 'auto', "
             "or set TRITON_INTERPRET=1 before Python starts"

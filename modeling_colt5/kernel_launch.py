@@ -4,9 +4,21 @@ from typing import Any
 
 import torch
 
-# compiled kernels, by all that Triton's code generation looks at
-_compiled: dict[tuple[Any, ...], Any] = {}
-_num_runtime_arguments: dict[int, int] = {}
+from .kernel_backend import INTERPRETED
+
+# of each kernel: how many of its arguments are no constants, and what was compiled of it, by all that Triton's code
+# generation looks at. By identity: a kernel's own hash is over its source
+_kernels: dict[int, tuple[int, dict[tuple[Any, ...], Any]]] = {}
+
+
+def cdiv(a: int, b: int) -> int:
+    """`a / b` rounded up; Triton's own is a wrapper that costs the host as much as ten such divisions."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The least power of two that is at least `n` ≥ 1; Triton's own likewise."""
+    return 1 << (n - 1).bit_length()
 
 
 def launch(
@@ -22,43 +34,45 @@ def launch(
     Args:
         kernel: a function under `triton.jit`, its constants the last of its parameters.
         grid: programs along up to three axes.
-        arguments: in the kernel's order, first a tensor.
+        arguments: in the kernel's order, a tensor among them.
         num_warps, num_stages: Triton's options.
         constants: the last parameters, where they are not among `arguments`.
     """
     if constants:
         arguments += tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
-    device = next(argument for argument in arguments if argument is not None).get_device()
-    if device < 0:
+    if INTERPRETED:
         kernel[grid](*arguments, num_warps=num_warps, num_stages=num_stages)
         return
-    if device != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            return launch(kernel, grid, *arguments, num_warps=num_warps, num_stages=num_stages)
-    # a kernel's own hash is over its source
-    kernel_id = id(kernel)
-    runtime = _num_runtime_arguments.get(kernel_id)
-    if runtime is None:
-        runtime = sum(not parameter.is_constexpr for parameter in kernel.params)
-        _num_runtime_arguments[kernel_id] = runtime
-    key: list[Any] = [kernel_id, device, num_warps, num_stages, arguments[runtime:]]
+    known = _kernels.get(id(kernel))
+    if known is None:
+        known = _kernels[id(kernel)] = (sum(not parameter.is_constexpr for parameter in kernel.params), {})
+    runtime, compiled_kernels = known
+    key: list[Any] = [num_warps, num_stages, arguments[runtime:]]
     addresses = 0
+    device = None
     for argument in arguments[:runtime]:
         kind = type(argument)
-        if argument is None or kind is float:
-            key.append(kind)
-        elif kind is int:
+        if kind is int:
             key.append(-1 if argument == 1 else (argument & 15 == 0) + 2 * (argument >= 2**31))
+        elif argument is None or kind is float:
+            key.append(kind)
         else:
             key.append(argument.dtype)
             addresses |= argument.data_ptr()
+            if device is None:
+                device = argument.get_device()
+    # the binding under torch.cuda.current_device, which first looks whether CUDA is initialised
+    if device != torch._C._cuda_getDevice():
+        with torch.cuda.device(device):
+            return launch(kernel, grid, *arguments, num_warps=num_warps, num_stages=num_stages)
     if addresses & 15:
         kernel[grid](*arguments, num_warps=num_warps, num_stages=num_stages)
         return
+    key.append(device)
     found = tuple(key)
-    compiled = _compiled.get(found)
+    compiled = compiled_kernels.get(found)
     if compiled is None:
-        _compiled[found] = kernel[grid](*arguments, num_warps=num_warps, num_stages=num_stages)
+        compiled_kernels[found] = kernel[grid](*arguments, num_warps=num_warps, num_stages=num_stages)
         return
     # a compiled kernel wants all three axes
-    compiled[(*grid, 1, 1)[:3]](*arguments)
+    compiled[(*grid, 1, 1)[:3]](*arguments, stream=torch._C._cuda_getCurrentRawStream(device))

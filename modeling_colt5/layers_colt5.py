@@ -64,17 +64,16 @@ def project(states: torch.Tensor, *projections: nn.Linear) -> tuple[torch.Tensor
     It does for eager calls with many more states than weights, which it copies together. Compilers decide for
     themselves; adapters, quantised weights and hooks are called as the modules they are.
     """
-    plain = runs_eagerly() and all(
-        type(linear) is nn.Linear
-        and not linear._forward_hooks
-        and not linear._forward_pre_hooks
-        and "forward" not in linear.__dict__
-        for linear in projections
-    )
-    if not plain or states.numel() < 4 * sum(linear.weight.numel() for linear in projections):
+    widths = [linear.out_features for linear in projections]
+    # a tracer comes first: it must not meet a choice by a length that it keeps open
+    if not runs_eagerly() or states.numel() < 4 * states.shape[-1] * sum(widths):
         return tuple(linear(states) for linear in projections)
+    for linear in projections:
+        adapted = type(linear) is not nn.Linear or "forward" in linear.__dict__
+        if adapted or linear._forward_hooks or linear._forward_pre_hooks:
+            return tuple(linear(states) for linear in projections)
     weight = torch.cat([linear.weight for linear in projections])
-    return nn.functional.linear(states, weight).split([linear.out_features for linear in projections], -1)
+    return nn.functional.linear(states, weight).split(widths, -1)
 
 
 class CoLT5LayerNorm(nn.Module):
@@ -87,13 +86,17 @@ class CoLT5LayerNorm(nn.Module):
         self.config = config
 
     def forward(
-        self, hidden_states: torch.Tensor, router_weights: torch.Tensor | None = None
+        self,
+        hidden_states: torch.Tensor,
+        router_weights: torch.Tensor | None = None,
+        kernel_backend: str | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Normalise [batch, n, d_model]; with router vectors [routers, d_model] also their scores, see
-        `rms_norm_scores`."""
+        `rms_norm_scores`. Without a `kernel_backend` the configuration's."""
+        backend = kernel_backend or self.config.kernel_backend
         # autocast would take the scores' product in half precision
         with maybe_autocast(hidden_states.device.type, enabled=False):
-            return rms_norm_scores(hidden_states, self.weight, router_weights, self.eps, self.config.kernel_backend)
+            return rms_norm_scores(hidden_states, self.weight, router_weights, self.eps, backend)
 
 
 class CoLT5Attention(nn.Module):
@@ -116,7 +119,8 @@ class CoLT5Attention(nn.Module):
 
     def split_heads(self, states: torch.Tensor) -> torch.Tensor:
         """[batch, n, heads * d_kv] → [batch, n, heads, d_kv]."""
-        return states.unflatten(-1, (-1, self.d_kv))
+        batch, length, width = states.shape
+        return states.view(batch, length, width // self.d_kv, self.d_kv)
 
     def attend(
         self,
@@ -141,10 +145,6 @@ class CoLT5Attention(nn.Module):
             position_bias=None if bias is None else bias.to(query.dtype),
         )
 
-    def uses_kernel(self, kernel_backend: str) -> bool:
-        """Whether a fused kernel stands in for "sdpa"; "eager" is for those who want to see the weights."""
-        return kernel_backend == "triton" and self.config._attn_implementation == "sdpa"
-
 
 class CoLT5DenseActDense(nn.Module):
     """T5's feed-forward of a given hidden size, gated or not."""
@@ -164,14 +164,14 @@ class CoLT5DenseActDense(nn.Module):
         # the fused kernel is of this activation alone
         self.has_gated_gelu = self.is_gated_act and config.dense_act_fn == "gelu_new"
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """[..., d_model] → the same shape, in the dtype of `wo`."""
+    def forward(self, hidden_states: torch.Tensor, kernel_backend: str | None = None) -> torch.Tensor:
+        """[..., d_model] → the same shape, in the dtype of `wo`. Without a `kernel_backend` the configuration's."""
         if not self.is_gated_act:
             return self.project_out(self.dropout(self.act(self.wi(hidden_states))))
         gate, up = project(hidden_states, self.wi_0, self.wi_1)
         if not self.has_gated_gelu:
             return self.project_out(self.dropout(self.act(gate) * up))
-        backend = self.config.kernel_backend
+        backend = kernel_backend or self.config.kernel_backend
         activated = gated_gelu(gate, up, backend)
         if self.training and self.dropout.p > 0:
             return self.project_out(self.dropout(activated))

@@ -1,6 +1,6 @@
 """The routers of a layer: what scores its tokens, and the budgets that a batch gives them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ class RoutingBudget:
     """How many tokens routers that read the same states take, for one launch that runs them all.
 
     Args:
-        budget: int64 [batch, routers], of each row.
+        budget: int64 [batch * routers], of each row and router.
         capacities: the slots of each router, the same for all rows.
         mask: bool [batch * routers, n], True for real tokens; None for all.
     """
@@ -38,21 +38,36 @@ class RoutingPlan:
     Args:
         mask: bool [batch, n], True for real tokens; None for all.
         kernel_backend: "triton" or "torch".
+        fused_attention: whether fused kernels stand in for "sdpa"; "eager" is for those who want to see the weights.
+        settings: of the soft top-k, the keywords of `route`. Like the two before, read off the configuration once for
+            all layers: Transformers' configurations are slow to read.
         attention: the budgets of queries and of keys/values; None with `routing="none"`.
         feed_forward: the budget of the feed-forward; None with `routing="none"`.
     """
 
     mask: torch.Tensor | None
     kernel_backend: str
+    fused_attention: bool
+    settings: dict[str, Any] = field(default_factory=dict)
     attention: RoutingBudget | None = None
     feed_forward: RoutingBudget | None = None
 
     @classmethod
     def make(cls, config: CoLT5Config, hidden_states: torch.Tensor, mask: torch.Tensor | None) -> "RoutingPlan":
         """The plan for a batch [batch, n, d_model]: a row's budgets depend on its own number of real tokens."""
-        plan = cls(mask, "triton" if uses_triton(hidden_states, config.kernel_backend) else "torch")
+        kernel_backend = "triton" if uses_triton(hidden_states, config.kernel_backend) else "torch"
+        plan = cls(mask, kernel_backend, kernel_backend == "triton" and config._attn_implementation == "sdpa")
         if config.routing == "none":
             return plan
+        plan.settings = {
+            "soft_topk_ratio": config.soft_topk_ratio,
+            "epsilon": config.routing_epsilon,
+            "solver": config.soft_topk_solver,
+            "num_iterations": config.num_soft_topk_iterations,
+            "epsilon_init": config.routing_epsilon_init,
+            "epsilon_decay": config.routing_epsilon_decay,
+            "kernel_backend": kernel_backend,
+        }
         batch, length = hidden_states.shape[:2]
         if mask is None:
             lengths = torch.full((batch,), length, dtype=torch.int64, device=hidden_states.device)
@@ -62,7 +77,7 @@ class RoutingPlan:
         def budget(*fractions: float) -> RoutingBudget:
             minimum = config.min_routed_tokens
             return RoutingBudget(
-                torch.stack([routed_budget(lengths, fraction, minimum) for fraction in fractions], 1),
+                torch.stack([routed_budget(lengths, fraction, minimum) for fraction in fractions], 1).flatten(),
                 tuple(routed_capacity(length, fraction, minimum) for fraction in fractions),
                 None if mask is None else mask.repeat_interleave(len(fractions), 0),
             )
@@ -77,7 +92,8 @@ class RoutingPlan:
         def moved(part: Any) -> Any:
             return part if part is None else part.to(device, non_blocking=non_blocking)
 
-        return RoutingPlan(moved(self.mask), self.kernel_backend, moved(self.attention), moved(self.feed_forward))
+        parts = {name: moved(getattr(self, name)) for name in ("mask", "attention", "feed_forward")}
+        return replace(self, **parts)
 
 
 class CoLT5Router(nn.Module):
@@ -85,9 +101,9 @@ class CoLT5Router(nn.Module):
 
     def __init__(self, config: CoLT5Config, seed: int):
         super().__init__()
-        self.config = config
+        self.routing = config.routing
         self.seed = seed
-        if config.routing == "learned":
+        if self.routing == "learned":
             self.weight = nn.Parameter(torch.empty(config.d_model))
 
     def control_scores(
@@ -106,7 +122,7 @@ class CoLT5Router(nn.Module):
         """
         batch, length = hidden_states.shape[:2]
         device = hidden_states.device
-        if self.config.routing == "random" and self.training:
+        if self.routing == "random" and self.training:
             return torch.rand(batch, length, device=device)
         # by rank among the real tokens, so that padding changes nothing
         if mask is None:
@@ -114,7 +130,7 @@ class CoLT5Router(nn.Module):
             real = torch.full((batch, 1), length, device=device)
         else:
             rank, real = mask.cumsum(-1) - 1, mask.sum(-1, keepdim=True).clamp(min=1)
-        if self.config.routing == "even":
+        if self.routing == "even":
             budget = budget[:, None]
             return ((rank + 1) * budget // real > rank * budget // real).float()
         # multiplicative hashing (Knuth), twice with a shift between to mix the high bits down
@@ -126,7 +142,7 @@ class CoLT5Router(nn.Module):
 
 def router_weights(*routers: CoLT5Router) -> torch.Tensor | None:
     """The routers' vectors as [routers, d_model]; None for controls."""
-    if routers[0].config.routing != "learned":
+    if routers[0].routing != "learned":
         return None
     return torch.stack([router.weight for router in routers]) if len(routers) > 1 else routers[0].weight[None]
 
@@ -150,31 +166,20 @@ def run_routers(
     Returns:
         Each router's tokens, in rows [batch]; the controls' weights are 1.
     """
-    config = routers[0].config
     learned = scores is not None
     if scores is None:
-        budgets = budget.budget.unbind(1)
+        budgets = budget.budget.view(-1, len(routers)).unbind(1)
         kinds = zip(routers, budgets, strict=True)
         scores = torch.stack([router.control_scores(hidden_states, plan.mask, b) for router, b in kinds], 1)
-    routed = route(
-        scores.flatten(0, 1),
-        budget.budget.flatten(),
-        max(budget.capacities),
-        mask=budget.mask,
-        soft_topk_ratio=config.soft_topk_ratio,
-        epsilon=config.routing_epsilon,
-        solver=config.soft_topk_solver,
-        num_iterations=config.num_soft_topk_iterations,
-        epsilon_init=config.routing_epsilon_init,
-        epsilon_decay=config.routing_epsilon_decay,
-        kernel_backend=plan.kernel_backend,
-    )
-    weights = routed.weights if learned else routed.valid.to(routed.weights.dtype)
+    routed = route(scores.flatten(0, 1), budget.budget, max(budget.capacities), mask=budget.mask, **plan.settings)
+    if not learned:
+        routed.weights = routed.valid.to(routed.weights.dtype)
     if len(routers) == 1:
-        return [RoutedTokens(routed.indices, weights, routed.valid)]
+        return [routed]
+    slots = routed.indices.shape[1]
+    parts = (part.view(-1, len(routers), slots).unbind(1) for part in (routed.indices, routed.weights, routed.valid))
     # used slots come first, so that a router with fewer slots than the largest has all of its own at the front
-    parts = (part.unflatten(0, (-1, len(routers))).unbind(1) for part in (routed.indices, weights, routed.valid))
     return [
-        RoutedTokens(indices[:, :capacity], weights[:, :capacity], valid[:, :capacity])
-        for indices, weights, valid, capacity in zip(*parts, budget.capacities, strict=True)
+        RoutedTokens(*parts) if capacity == slots else RoutedTokens(*(part[:, :capacity] for part in parts))
+        for *parts, capacity in zip(*parts, budget.capacities, strict=True)
     ]

@@ -10,7 +10,7 @@ import math
 
 import torch
 
-from .kernel_launch import launch
+from .kernel_launch import cdiv, launch, next_power_of_2
 
 try:
     import triton
@@ -666,7 +666,7 @@ def _row_warps(block: int) -> int:
 
 def _grid_block(n: int) -> int:
     """Tokens of a program: enough that a row has at most 1,024 programs, for which sums over blocks are short."""
-    return max(SHORTEST_BLOCK, triton.next_power_of_2(triton.cdiv(n, 1024)))
+    return max(SHORTEST_BLOCK, next_power_of_2(cdiv(n, 1024)))
 
 
 def kernels_take(n: int, solver: str) -> bool:
@@ -708,7 +708,7 @@ def route_forward(
     flags = {"HAS_SOFT_BUDGET": soft_budget is not None, "HAS_MASK": mask is not None,
              "HAS_LENGTHS": lengths is not None}  # fmt: skip
     if n <= LONGEST_ROW:
-        block = triton.next_power_of_2(n)
+        block = next_power_of_2(n)
         launch(
             route_row_kernel, (rows,),
             *inputs, weights, indices, valid, state, *score_strides, *mask_strides, n, capacity,
@@ -718,7 +718,7 @@ def route_forward(
         return weights, indices, valid, state
 
     block = _grid_block(max(n, capacity))
-    blocks = triton.cdiv(max(n, capacity), block)
+    blocks = cdiv(max(n, capacity), block)
     sums_width = 6 * blocks + 4 * (NEWTON_PASSES + 1)
     work = torch.zeros((rows, HISTOGRAM_WIDTH), dtype=torch.int32, device=device)
     sums = torch.empty((rows, sums_width), dtype=torch.float32, device=device)
@@ -738,7 +738,7 @@ def route_forward(
             BLOCK=block,
             num_warps=8,
         )
-    padded = max(16, triton.next_power_of_2(blocks))
+    padded = max(16, next_power_of_2(blocks))
     for step in range(NEWTON_PASSES + 1):
         launch(
             newton_kernel, grid,
@@ -780,7 +780,7 @@ def route_backward(
     strides = (*grad_weights.stride(), *scores.stride(), *((0, 0) if mask is None else mask.stride()))
     flags = {"HAS_MASK": mask is not None, "HAS_LENGTHS": lengths is not None}
     if solver != "exact":
-        block = triton.next_power_of_2(n)
+        block = next_power_of_2(n)
         launch(
             descent_backward_kernel, (rows,),
             *slots, soft_budget, state, grad_scores, grad_budget, *strides, n, capacity,
@@ -791,7 +791,7 @@ def route_backward(
         return grad_scores, grad_budget
 
     one_part = capacity <= SLOTS_OF_A_PART
-    parts = triton.cdiv(capacity, SLOTS_OF_A_PART)
+    parts = cdiv(capacity, SLOTS_OF_A_PART)
     sums = grad_budget
     if not one_part:
         sums = torch.empty((rows, parts), dtype=torch.float32, device=scores.device)
@@ -807,13 +807,13 @@ def route_backward(
             PART=SLOTS_OF_A_PART,
             num_warps=8,
         )
-    block = min(2048, triton.next_power_of_2(n))
-    blocks = triton.cdiv(n, block)
+    block = min(2048, next_power_of_2(n))
+    blocks = cdiv(n, block)
     launch(
         route_backward_kernel, (rows * blocks,),
         *slots, state, sums, grad_scores, grad_budget, *strides, n, capacity, epsilon, blocks, parts,
-        **flags, ONE_PART=one_part, PARTS=triton.next_power_of_2(parts),
+        **flags, ONE_PART=one_part, PARTS=next_power_of_2(parts),
         STEPS=2 if capacity <= 2**20 else 3,
-        SLOTS=triton.next_power_of_2(capacity) if one_part else 1024, BLOCK=block, num_warps=4,
+        SLOTS=next_power_of_2(capacity) if one_part else 1024, BLOCK=block, num_warps=4,
     )  # fmt: skip
     return grad_scores, grad_budget

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .kernel_backend import Operator, runs_eagerly, triton_is_interpreted, uses_triton
+from .kernel_backend import Operator, kernel_takes, runs_eagerly, uses_triton
 from .token_ops_reference import combine as combine_reference
 from .token_ops_reference import combine_norm as combine_norm_reference
 from .token_ops_reference import gated_gelu as gated_gelu_reference
@@ -43,10 +43,10 @@ with contextlib.suppress(ImportError):
 
 def _kernel_or(reference: Callable[..., Any], operand: int = 0) -> Callable[..., Any]:
     """The kernel of the reference's name where it runs, else the reference; one operand's device and dtype decide."""
+    kernel = KERNELS.get(reference.__name__, reference)
 
     def implementation(*inputs: Any) -> Any:
-        backend = "triton" if triton_is_interpreted() else "auto"
-        return (KERNELS[reference.__name__] if uses_triton(inputs[operand], backend) else reference)(*inputs)
+        return (kernel if kernel_takes(inputs[operand]) else reference)(*inputs)
 
     return implementation
 

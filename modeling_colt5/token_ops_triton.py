@@ -6,10 +6,12 @@ program that owns the position, which finds the slot routed there by binary sear
 weights' gradients are summed per program and then over the programs in a fixed order.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
-from .kernel_launch import launch
+from .kernel_launch import cdiv, launch, next_power_of_2
 from .token_ops_reference import normed_dtype
 
 try:
@@ -25,9 +27,10 @@ GRADIENT_PROGRAMS = 512
 FORWARD_TILE, BACKWARD_TILE = 4096, 2048
 
 
+@functools.cache
 def tile_shape(width: int, elements: int = FORWARD_TILE) -> tuple[int, int, int]:
     """Rows a program holds, its padded width and its warps, for rows of `width` features."""
-    block = triton.next_power_of_2(width)
+    block = next_power_of_2(width)
     rows = max(1, min(16, elements // block))
     return rows, block, max(1, min(16, rows * block // 512))
 
@@ -420,7 +423,7 @@ def combine(
     rows, block, warps = tile_shape(d)
     launch(
         combine_kernel,
-        (batch * triton.cdiv(length, rows),),
+        (batch * cdiv(length, rows),),
         None if base is None else base.contiguous(),
         None if light is None else light.contiguous(),
         updates.contiguous(),
@@ -464,7 +467,7 @@ def combine_norm(
     rows, block, warps = tile_shape(d)
     launch(
         combine_norm_kernel,
-        (batch * triton.cdiv(n, rows),),
+        (batch * cdiv(n, rows),),
         residual.contiguous(),
         None if light is None else light.contiguous(),
         None if heavy is None else heavy.contiguous(),
@@ -482,7 +485,7 @@ def combine_norm(
         eps,
         d,
         routers,
-        triton.next_power_of_2(max(routers, 1)),
+        next_power_of_2(max(routers, 1)),
         rows,
         block,
         num_warps=warps,
@@ -503,7 +506,7 @@ def norm_backward(
     batch, n, d = hidden_states.shape
     routers = 0 if router_weights is None else router_weights.shape[0]
     rows, block, warps = tile_shape(d, BACKWARD_TILE)
-    total_blocks = batch * triton.cdiv(n, rows)
+    total_blocks = batch * cdiv(n, rows)
     programs = min(GRADIENT_PROGRAMS, total_blocks)
     grad_rows = torch.empty(hidden_states.shape, device=hidden_states.device, dtype=hidden_states.dtype)
     grad_norm_weight = torch.empty(d, device=hidden_states.device, dtype=norm_weight.dtype)
@@ -527,14 +530,14 @@ def norm_backward(
         total_blocks,
         d,
         routers,
-        triton.next_power_of_2(max(routers, 1)),
+        next_power_of_2(max(routers, 1)),
         rows,
         block,
         num_warps=warps,
     )
     launch(
         sum_partials_kernel,
-        (triton.cdiv(d, 32), 1 + routers),
+        (cdiv(d, 32), 1 + routers),
         partials,
         grad_norm_weight,
         grad_router,
@@ -636,10 +639,10 @@ def gated_gelu(gate: Tensor, up: Tensor) -> Tensor:
     gate_rows, up_rows = rows_of(gate), rows_of(up)
     rows, width = gate_rows.shape
     out = torch.empty(gate.shape, device=gate.device, dtype=gate.dtype)
-    block = min(1024, triton.next_power_of_2(width))
+    block = min(1024, next_power_of_2(width))
     launch(
         gated_gelu_kernel,
-        (rows, triton.cdiv(width, block)),
+        (rows, cdiv(width, block)),
         gate_rows,
         up_rows,
         out,
@@ -658,10 +661,10 @@ def gated_gelu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor,
     rows, width = gate_rows.shape
     grad_gate = torch.empty(gate.shape, device=gate.device, dtype=gate.dtype)
     grad_up = torch.empty(up.shape, device=up.device, dtype=up.dtype)
-    block = min(1024, triton.next_power_of_2(width))
+    block = min(1024, next_power_of_2(width))
     launch(
         gated_gelu_backward_kernel,
-        (rows, triton.cdiv(width, block)),
+        (rows, cdiv(width, block)),
         grad.contiguous(),
         gate_rows,
         up_rows,
