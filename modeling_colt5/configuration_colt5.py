@@ -122,6 +122,8 @@ class CoLT5Config(PreTrainedConfig):
         scale_decoder_outputs: whether the decoder's output is scaled by d_model^-½ before the head (T5 1.0).
         kernel_backend: "auto" (Triton kernels on CUDA where triton is installed, PyTorch elsewhere), "triton" or
             "torch". The environment variable COLT5_KERNEL_BACKEND, where set, has the last word.
+        use_cuda_graphs: whether inference on CUDA replays the encoder as a CUDA graph from the third call of a shape
+            on, up to 65,536 tokens; a graph keeps the memory of one call.
         output_routing: whether the encoder returns which tokens it routed.
 
     Raises:
@@ -180,6 +182,7 @@ class CoLT5Config(PreTrainedConfig):
     tie_word_embeddings: bool = False
     scale_decoder_outputs: bool = False
     kernel_backend: str = _one_of(KERNEL_BACKENDS)
+    use_cuda_graphs: bool = True
     output_routing: bool = False
     is_encoder_decoder: bool = True
     is_decoder: bool = False

@@ -135,17 +135,19 @@ class CoLT5LayerConditionalAttention(nn.Module):
 
         routers = (self.query_router, self.key_value_router)
         normed, scores = self.layer_norm(hidden_states, router_weights(*routers), plan.kernel_backend)
-        queries, keys = run_routers(routers, normed, scores, plan, plan.attention)
-        normed, query_states, key_value_states = share_and_gather(
-            normed,
-            (queries.indices, queries.valid, None),
-            (keys.indices, keys.valid, keys.weights),
-            kernel_backend=plan.kernel_backend,
-        )
+        with plan.heavy():
+            queries, keys = run_routers(routers, normed, scores, plan, plan.attention)
+            normed, query_states, key_value_states = share_and_gather(
+                normed,
+                (queries.indices, queries.valid, None),
+                (keys.indices, keys.valid, keys.weights),
+                kernel_backend=plan.kernel_backend,
+            )
+            heavy, heavy_weights = self.heavy_attention(
+                query_states, key_value_states, heavy_bias_table, queries, keys, plan
+            )
         light, light_weights = self.light_attention(normed, light_bias_table, plan)
-        heavy, heavy_weights = self.heavy_attention(
-            query_states, key_value_states, heavy_bias_table, queries, keys, plan
-        )
+        plan.join()
         return Branches(hidden_states, light, heavy, queries), light_weights, heavy_weights, keys
 
 
@@ -179,10 +181,14 @@ class CoLT5LayerConditionalFF(nn.Module):
 
         weights = router_weights(self.router)
         hidden_states, normed, scores = branches.merge_and_norm(self.dropout, self.layer_norm, weights, backend)
-        (tokens,) = run_routers((self.router,), normed, scores, plan, plan.feed_forward)
-        normed, routed_states = share_and_gather(normed, (tokens.indices, tokens.valid, None), kernel_backend=backend)
+        with plan.heavy():
+            (tokens,) = run_routers((self.router,), normed, scores, plan, plan.feed_forward)
+            normed, routed_states = share_and_gather(
+                normed, (tokens.indices, tokens.valid, None), kernel_backend=backend
+            )
+            heavy = self.heavy_feed_forward(routed_states, backend)
         light = self.light_feed_forward(normed, backend)
-        heavy = self.heavy_feed_forward(routed_states, backend)
+        plan.join()
         return Branches(hidden_states, light, heavy, tokens).merge(self.dropout, backend), tokens
 
 

@@ -70,6 +70,11 @@ def runs_eagerly() -> bool:
     return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0
 
 
+def is_capturing() -> bool:
+    """Whether the eager calls of now become a CUDA graph."""
+    return runs_eagerly() and torch.cuda.is_current_stream_capturing()
+
+
 class Operator:
     """An operator `colt5::<name>`, called past PyTorch's dispatcher while nobody traces.
 

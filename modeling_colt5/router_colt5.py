@@ -1,5 +1,7 @@
 """The routers of a layer: what scores its tokens, and the budgets that a batch gives them."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -7,7 +9,7 @@ import torch
 from torch import nn
 
 from .configuration_colt5 import CoLT5Config
-from .kernel_backend import uses_triton
+from .kernel_backend import is_capturing, uses_triton
 from .routing import RoutedTokens, route, routed_budget, routed_capacity
 
 
@@ -43,6 +45,8 @@ class RoutingPlan:
             all layers: Transformers' configurations are slow to read.
         attention: the budgets of queries and of keys/values; None with `routing="none"`.
         feed_forward: the budget of the feed-forward; None with `routing="none"`.
+        side: the stream that heavy branches run on next to the light ones, while a CUDA graph is captured; None
+            elsewhere, where switching streams would cost the host more than it saves.
     """
 
     mask: torch.Tensor | None
@@ -51,6 +55,7 @@ class RoutingPlan:
     settings: dict[str, Any] = field(default_factory=dict)
     attention: RoutingBudget | None = None
     feed_forward: RoutingBudget | None = None
+    side: torch.cuda.Stream | None = None
 
     @classmethod
     def make(cls, config: CoLT5Config, hidden_states: torch.Tensor, mask: torch.Tensor | None) -> "RoutingPlan":
@@ -82,9 +87,29 @@ class RoutingPlan:
                 None if mask is None else mask.repeat_interleave(len(fractions), 0),
             )
 
+        if hidden_states.is_cuda and not torch.is_grad_enabled() and is_capturing():
+            plan.side = torch.cuda.Stream(hidden_states.device)
         plan.attention = budget(config.routed_query_fraction, config.routed_key_value_fraction)
         plan.feed_forward = budget(config.routed_feed_forward_fraction)
         return plan
+
+    @contextmanager
+    def heavy(self) -> Iterator[None]:
+        """Inside, a sublayer's heavy branch: from its routers on, it may run next to what comes after until `join`.
+
+        What it reads must live until then.
+        """
+        if self.side is None:
+            yield
+            return
+        self.side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.side):
+            yield
+
+    def join(self) -> None:
+        """Wait for the heavy branch."""
+        if self.side is not None:
+            torch.cuda.current_stream().wait_stream(self.side)
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "RoutingPlan":
         """The same on another device; Accelerate calls it where a device map spreads the blocks."""

@@ -17,6 +17,8 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .configuration_colt5 import CoLT5Config
 from .decoder_layers_colt5 import CoLT5DecoderBlock
 from .encoder_layers_colt5 import CoLT5EncoderBlock
+from .inference_graphs import replayed
+from .kernel_backend import runs_eagerly, uses_triton
 from .layers_colt5 import CoLT5Attention, CoLT5DenseActDense, CoLT5LayerNorm
 from .outputs_colt5 import CoLT5EncoderOutput
 from .relative_position import CoLT5RelativePositionBias, bias_by_position
@@ -217,13 +219,28 @@ class CoLT5Encoder(CoLT5PreTrainedModel):
             self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
         hidden_states = self.dropout(_embed(self.embed_tokens, input_ids, inputs_embeds))
         mask = padding_mask("attention_mask", attention_mask, hidden_states)
+        if self.replays(hidden_states, kwargs):
+            hidden_states = replayed(self, repr(vars(self.config)), self.run_blocks, hidden_states, mask)
+        else:
+            hidden_states = self.run_blocks(hidden_states, mask)
+        return CoLT5EncoderOutput(last_hidden_state=self.dropout(hidden_states))
+
+    def replays(self, hidden_states: torch.Tensor, flags: dict[str, Any]) -> bool:
+        """Whether this call may be a replayed graph: wanted, fused, and nothing of the layers is to be returned."""
+        config = self.config
+        if not (runs_eagerly() and config.use_cuda_graphs and uses_triton(hidden_states, config.kernel_backend)):
+            return False
+        names = (f"output_{name}" for name in self._can_record_outputs)
+        return not any(flags.get(name, getattr(config, name, False)) for name in names)
+
+    def run_blocks(self, hidden_states: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """All layers and the last norm: [batch, n, d_model] and a bool mask [batch, n] → [batch, n, d_model]."""
         plan = RoutingPlan.make(self.config, hidden_states, mask)
         light_bias_table = self.light_relative_attention_bias()
         heavy_bias_table = None if self.config.routing == "none" else self.heavy_relative_attention_bias()
         for block in self.block:
             hidden_states = block(hidden_states, light_bias_table, heavy_bias_table, plan)[0]
-        hidden_states, _ = self.final_layer_norm(hidden_states)
-        return CoLT5EncoderOutput(last_hidden_state=self.dropout(hidden_states))
+        return self.final_layer_norm(hidden_states, None, plan.kernel_backend)[0]
 
 
 class CoLT5Decoder(CoLT5PreTrainedModel):
