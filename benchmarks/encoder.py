@@ -24,8 +24,8 @@ CAPTURED, COMPILED, COMPILED_CAPTURED = "captured", "compiled", "compiled, captu
 FORWARD, BOTH = "forward", "fwd+bwd"
 
 TITLE = (
-    "Base-size encoders, bf16, random weights, no dropout: median milliseconds of a call. Eager: as it is called (CoLT5 "
-    "then replays its forward without gradients as a CUDA graph, which use_cuda_graphs=False turns off); "
+    "Base-size encoders, bf16, random weights, no dropout: median milliseconds of a call. Eager: as it is called "
+    "(CoLT5 then replays its forward without gradients as a CUDA graph; use_cuda_graphs=False turns that off); "
     "captured: the eager call's kernels replayed as one CUDA graph; compiled: `torch.compile(mode="
     '"reduce-overhead")`; compiled, captured: what `torch.compile` makes, replayed as one graph. Memory: peak beyond '
     "weights, gradients and inputs. Share: the rate of the forward pass (arithmetic over time) as a part of the rate "
