@@ -26,9 +26,10 @@ from .token_ops_reference import normed_dtype
 KERNELS: dict[str, Callable[..., Any]] = {}
 # without triton `uses_triton` is False, and nothing below looks for a kernel
 with contextlib.suppress(ImportError):
-    from .token_ops_triton import combine, combine_norm, gather, gather_dot, norm_backward
-    from .token_ops_triton import gated_gelu as gated_gelu_kernel
-    from .token_ops_triton import gated_gelu_backward as gated_gelu_backward_kernel
+    from .gated_gelu_triton import gated_gelu as gated_gelu_kernel
+    from .gated_gelu_triton import gated_gelu_backward as gated_gelu_backward_kernel
+    from .token_norm_triton import combine_norm, norm_backward
+    from .token_rows_triton import combine, gather, gather_dot
 
     KERNELS = {
         "combine": combine,

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.library import opcheck
 
-from modeling_colt5 import token_ops_triton
+from modeling_colt5 import token_norm_triton
+from modeling_colt5.token_norm_triton import BACKWARD_TILE, GRADIENT_PROGRAMS, norm_backward
 from modeling_colt5.token_ops import (
     combine_branches,
     combine_norm_scores,
@@ -21,7 +22,7 @@ from modeling_colt5.token_ops import (
     scatter_add_tokens,
     share_and_gather,
 )
-from modeling_colt5.token_ops_triton import BACKWARD_TILE, GRADIENT_PROGRAMS, norm_backward, tile_shape
+from modeling_colt5.token_rows_triton import tile_shape
 
 # relative to the norm of the float64 result: a few roundings of fp32 sums, or of a result rounded once and what enters
 # it rounded once or twice. Triton's interpreter truncates to bf16 where GPUs round, which doubles bf16's error.
@@ -258,7 +259,7 @@ def test_weight_gradients_are_summed_in_one_order(
     programs: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """More row blocks than programs, so that partial sums form; twice the same bits, and the float64 sum."""
-    monkeypatch.setattr(token_ops_triton, "GRADIENT_PROGRAMS", programs)
+    monkeypatch.setattr(token_norm_triton, "GRADIENT_PROGRAMS", programs)
     d = 1024
     rows = tile_shape(d, BACKWARD_TILE)[0]
     # an odd number of blocks: the programs' shares differ in size

@@ -1,0 +1,293 @@
+"""Triton kernels that move routed tokens: gather their rows, and combine their updates with the states.
+
+A program holds whole rows of `d` features in registers. Dense results are written by the program that owns the
+position, which finds the slot routed there by binary search in the ascending indices, so no kernel needs an atomic.
+"""
+
+import functools
+
+import torch
+from torch import Tensor
+
+from .kernel_launch import cdiv, launch, next_power_of_2
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError as error:
+    raise ImportError("token_rows_triton needs triton; use kernel_backend='torch' without it") from error
+
+# elements a program holds
+FORWARD_TILE = 4096
+
+
+@functools.cache
+def tile_shape(width: int, elements: int = FORWARD_TILE) -> tuple[int, int, int]:
+    """Rows a program holds, its padded width and its warps, for rows of `width` features."""
+    block = next_power_of_2(width)
+    rows = max(1, min(16, elements // block))
+    return rows, block, max(1, min(16, rows * block // 512))
+
+
+@triton.jit
+def routed_slots(positions, batch, indices_ptr, valid_ptr, capacity):
+    """The slot that holds each position `[rows]`, as a row of `[batch · capacity]`, and whether there is one."""
+    first = batch * capacity
+    low = tl.zeros_like(positions)
+    high = tl.zeros_like(positions) + capacity
+    width = capacity
+    while width > 0:
+        middle = (low + high) // 2
+        open_ = low < high
+        found = tl.load(indices_ptr + first + middle, mask=open_, other=0)
+        right = open_ & (found < positions)
+        high = tl.where(open_ & (found >= positions), middle, high)
+        low = tl.where(right, middle + 1, low)
+        width = width // 2
+    inside = low < capacity
+    slots = first + low
+    here = inside & (tl.load(indices_ptr + slots, mask=inside, other=-1) == positions)
+    return slots, here & (tl.load(valid_ptr + slots, mask=here, other=0).to(tl.int32) != 0)
+
+
+@triton.jit
+def routed_rows(
+    positions, batch, columns, column_mask, updates_ptr, indices_ptr, valid_ptr, weights_ptr, capacity, d: tl.constexpr
+):
+    """What the slots add at each position `[rows, block]`, in fp32: weight · update, or zeros."""
+    slots, here = routed_slots(positions, batch, indices_ptr, valid_ptr, capacity)
+    updates = tl.load(
+        updates_ptr + slots[:, None] * d + columns[None, :], mask=here[:, None] & column_mask[None, :], other=0.0
+    ).to(tl.float32)
+    if weights_ptr is not None:
+        updates *= tl.load(weights_ptr + slots, mask=here, other=0.0).to(tl.float32)[:, None]
+    return updates
+
+
+@triton.jit(do_not_specialize=["n", "capacity", "capacity2"])
+def combine_kernel(
+    base_ptr,
+    light_ptr,
+    updates_ptr,
+    indices_ptr,
+    valid_ptr,
+    weights_ptr,
+    capacity,
+    updates2_ptr,
+    indices2_ptr,
+    valid2_ptr,
+    weights2_ptr,
+    capacity2,
+    out_ptr,
+    n,
+    d: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """out = base + light + the routed rows of one or two routings, one block of positions a program."""
+    blocks = tl.cdiv(n, ROWS)
+    batch = (tl.program_id(0) // blocks).to(tl.int64)
+    positions = (tl.program_id(0) % blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, BLOCK)
+    column_mask = columns < d
+    mask = (positions < n)[:, None] & column_mask[None, :]
+    offsets = (batch * n + positions)[:, None] * d + columns[None, :]
+    total = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
+    if base_ptr is not None:
+        total += tl.load(base_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    if light_ptr is not None:
+        total += tl.load(light_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    total += routed_rows(
+        positions, batch, columns, column_mask, updates_ptr, indices_ptr, valid_ptr, weights_ptr, capacity, d
+    )
+    if updates2_ptr is not None:
+        total += routed_rows(
+            positions, batch, columns, column_mask, updates2_ptr, indices2_ptr, valid2_ptr, weights2_ptr, capacity2, d
+        )
+    tl.store(out_ptr + offsets, total.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def gather_slot(
+    slot,
+    hidden_ptr,
+    other_ptr,
+    indices_ptr,
+    valid_ptr,
+    weights_ptr,
+    out_ptr,
+    dots_ptr,
+    n,
+    capacity,
+    d: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One slot's row times its weight, and the row's product with the slot's row of `other`; zeros where unused."""
+    columns = tl.arange(0, BLOCK)
+    mask = columns < tl.load(valid_ptr + slot).to(tl.int32) * d
+    source = (slot // capacity) * n + tl.load(indices_ptr + slot)
+    row = tl.load(hidden_ptr + source * d + columns, mask=mask, other=0.0).to(tl.float32)
+    if dots_ptr is not None:
+        other = tl.load(other_ptr + slot * d + columns, mask=mask, other=0.0).to(tl.float32)
+        tl.store(dots_ptr + slot, tl.sum(row * other, axis=0))
+    if out_ptr is not None:
+        if weights_ptr is not None:
+            row *= tl.load(weights_ptr + slot).to(tl.float32)
+        tl.store(out_ptr + slot * d + columns, row.to(out_ptr.dtype.element_ty), mask=columns < d)
+
+
+@triton.jit(do_not_specialize=["n", "capacity", "capacity2", "slots"])
+def gather_kernel(
+    hidden_ptr,
+    other_ptr,
+    indices_ptr,
+    valid_ptr,
+    weights_ptr,
+    out_ptr,
+    dots_ptr,
+    capacity,
+    slots,
+    indices2_ptr,
+    valid2_ptr,
+    weights2_ptr,
+    out2_ptr,
+    capacity2,
+    n,
+    d: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A slot a program: the first routing's `slots` slots, then the second routing's, where there is one."""
+    slot = tl.program_id(0).to(tl.int64)
+    if out2_ptr is None:
+        gather_slot(
+            slot, hidden_ptr, other_ptr, indices_ptr, valid_ptr, weights_ptr, out_ptr, dots_ptr, n, capacity, d, BLOCK
+        )
+    else:
+        if slot < slots:
+            gather_slot(
+                slot, hidden_ptr, None, indices_ptr, valid_ptr, weights_ptr, out_ptr, None, n, capacity, d, BLOCK
+            )
+        else:
+            gather_slot(
+                slot - slots, hidden_ptr, None, indices2_ptr, valid2_ptr, weights2_ptr, out2_ptr, None, n, capacity2,
+                d, BLOCK,
+            )  # fmt: skip
+
+
+def combine(
+    base: Tensor | None,
+    light: Tensor | None,
+    updates: Tensor,
+    indices: Tensor,
+    valid: Tensor,
+    weights: Tensor | None,
+    updates2: Tensor | None,
+    indices2: Tensor | None,
+    valid2: Tensor | None,
+    weights2: Tensor | None,
+    length: int,
+) -> Tensor:
+    """`token_ops_reference.combine` as one launch."""
+    batch, capacity, d = updates.shape
+    out = torch.empty(batch, length, d, device=updates.device, dtype=updates.dtype if base is None else base.dtype)
+    rows, block, warps = tile_shape(d)
+    launch(
+        combine_kernel,
+        (batch * cdiv(length, rows),),
+        None if base is None else base.contiguous(),
+        None if light is None else light.contiguous(),
+        updates.contiguous(),
+        indices.contiguous(),
+        valid.contiguous(),
+        None if weights is None else weights.contiguous(),
+        capacity,
+        None if updates2 is None else updates2.contiguous(),
+        None if indices2 is None else indices2.contiguous(),
+        None if valid2 is None else valid2.contiguous(),
+        None if weights2 is None else weights2.contiguous(),
+        0 if updates2 is None else updates2.shape[1],
+        out,
+        length,
+        d,
+        rows,
+        block,
+        num_warps=warps,
+    )
+    return out
+
+
+def gather(
+    hidden_states: Tensor,
+    indices: Tensor,
+    valid: Tensor,
+    weights: Tensor | None,
+    indices2: Tensor | None,
+    valid2: Tensor | None,
+    weights2: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """`token_ops_reference.gather` as one launch."""
+    batch, n, d = hidden_states.shape
+    capacity = indices.shape[1]
+    capacity2 = 0 if indices2 is None else indices2.shape[1]
+    out = torch.empty(batch, capacity, d, device=hidden_states.device, dtype=hidden_states.dtype)
+    out2 = torch.empty(
+        (batch, capacity2, d) if capacity2 else 0, device=hidden_states.device, dtype=hidden_states.dtype
+    )
+    _, block, _ = tile_shape(d)
+    launch(
+        gather_kernel,
+        (batch * (capacity + capacity2),),
+        hidden_states.contiguous(),
+        None,
+        indices.contiguous(),
+        valid.contiguous(),
+        None if weights is None else weights.contiguous(),
+        out,
+        None,
+        capacity,
+        batch * capacity,
+        None if indices2 is None else indices2.contiguous(),
+        None if valid2 is None else valid2.contiguous(),
+        None if weights2 is None else weights2.contiguous(),
+        None if indices2 is None else out2,
+        capacity2,
+        n,
+        d,
+        block,
+        num_warps=max(1, min(8, block // 256)),
+    )
+    return out, out2
+
+
+def gather_dot(
+    hidden_states: Tensor, other: Tensor, indices: Tensor, valid: Tensor, weights: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`token_ops_reference.gather_dot` as one launch."""
+    batch, n, d = hidden_states.shape
+    capacity = indices.shape[1]
+    out = torch.empty(batch, capacity, d, device=hidden_states.device, dtype=other.dtype)
+    dots = torch.empty(batch, capacity, device=hidden_states.device, dtype=torch.float32)
+    _, block, _ = tile_shape(d)
+    launch(
+        gather_kernel,
+        (batch * capacity,),
+        hidden_states.contiguous(),
+        other.contiguous(),
+        indices.contiguous(),
+        valid.contiguous(),
+        None if weights is None else weights.contiguous(),
+        out,
+        dots,
+        capacity,
+        batch * capacity,
+        None,
+        None,
+        None,
+        None,
+        0,
+        n,
+        d,
+        block,
+        num_warps=max(1, min(8, block // 256)),
+    )
+    return out, dots
