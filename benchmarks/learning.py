@@ -1,8 +1,8 @@
-"""Does it learn: held-out loss of CoLT5, its controls and LongT5, equal in all but the encoder, against steps and time.
+"""Does it learn: held-out loss of CoLT5, its controls and LongT5, equal but for the encoder, against steps and time.
 
-    python benchmarks/learning.py --prepare folder/with/proposals     # once: tokens of the corpus, one small file
-    python benchmarks/learning.py --seconds 420                       # the runs that are not there yet; again, the rest
-    python docs/learning_picture.py                                   # pictures and table from what is there
+    python benchmarks/learning.py --prepare folder/with/proposals   # once: tokens of the corpus, one small file
+    python benchmarks/learning.py --seconds 420                     # the runs that are not there yet; again: the rest
+    python docs/learning_picture.py                                 # pictures and table from what is there
 
 `--prepare` takes a folder with train.jsonl.gz and validation.jsonl.gz, rows with a text `document`.
 
@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from transformers import (
     LongT5Config,
     LongT5ForConditionalGeneration,
     PreTrainedModel,
-    get_cosine_schedule_with_warmup,
+    get_inverse_sqrt_schedule,
 )
 
 from modeling_colt5 import CoLT5Config, CoLT5ForConditionalGeneration, CoLT5Tokenizer
@@ -59,7 +60,7 @@ VARIANTS = (
 )
 
 
-@dataclass
+@dataclass(frozen=True)
 class Settings:
     """What all variants share; a result belongs to its settings."""
 
@@ -70,8 +71,8 @@ class Settings:
     length: int = field(default=4096, metadata={"help": "tokens of every input"})
     batch: int = field(default=16, metadata={"help": "inputs in a step"})
     steps: int = field(default=600, metadata={"help": "steps of a run"})
-    warmup_steps: int = field(default=60, metadata={"help": "steps of rising learning rate; then a cosine to 0"})
-    learning_rate: float = field(default=1e-3, metadata={"help": "AdamW's, at its highest"})
+    warmup_steps: int = field(default=100, metadata={"help": "steps of rising learning rate; then as 1 / √step"})
+    learning_rate: float = field(default=2e-3, metadata={"help": "AdamW's, at its highest"})
     eval_every: int = field(default=25, metadata={"help": "steps between evaluations"})
     eval_rows: int = field(default=64, metadata={"help": "held-out inputs"})
 
@@ -114,6 +115,20 @@ def corrupted(tokens: np.ndarray, rows: int, settings: Settings, seed: int, repe
     if len(batch["input_ids"]) < rows or not batch["attention_mask"].all() or (batch["labels"] < 0).any():
         raise ValueError(f"the held-out text does not fill {rows} inputs of {settings.length} tokens")
     return {name: batch[name].to(torch.int16) for name in ("input_ids", "labels")}
+
+
+@lru_cache(maxsize=1)
+def load_examples(
+    tokens: Path, settings: Settings, seed: int, device: torch.device
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """All examples of a seed's runs, in their order, and the held-out ones, which are the same for every run."""
+    streams = np.load(tokens)
+    train = corrupted(streams["train"], settings.batch * settings.steps, settings, seed, repeat=True)
+    held_out = corrupted(streams["validation"], settings.eval_rows, settings, 12345, repeat=False)
+    order = torch.randperm(len(train["labels"]), generator=torch.Generator().manual_seed(seed))
+    train = {name: ids[order] for name, ids in train.items()}
+    first, second = ({name: ids.to(device) for name, ids in part.items()} for part in (train, held_out))
+    return first, second
 
 
 def make_model(variant: str, settings: Settings) -> PreTrainedModel:
@@ -216,7 +231,8 @@ def train_steps(model: PreTrainedModel, data: dict[str, torch.Tensor], settings:
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=settings.learning_rate, weight_decay=0.0, fused=data["labels"].is_cuda
     )
-    schedule = get_cosine_schedule_with_warmup(optimizer, settings.warmup_steps, settings.steps)
+    # T5's schedule: it knows no last step, so that a curve can be read at any time
+    schedule = get_inverse_sqrt_schedule(optimizer, settings.warmup_steps)
     for step in range(settings.steps):
         yield step
         optimizer.zero_grad()
@@ -235,13 +251,7 @@ def run(
     variant: str, seed: int, settings: Settings, tokens: Path, device: torch.device, deadline: float
 ) -> dict[str, Any] | None:
     """One run: its curve, with the seconds of training alone; `None` where the deadline came first."""
-    streams = np.load(tokens)
-    train = corrupted(streams["train"], settings.batch * settings.steps, settings, seed, repeat=True)
-    order = torch.randperm(len(train["labels"]), generator=torch.Generator().manual_seed(seed))
-    train = {name: ids[order].to(device) for name, ids in train.items()}
-    # every run is measured on the same held-out examples
-    held_out = corrupted(streams["validation"], settings.eval_rows, settings, 12345, repeat=False)
-    held_out = {name: ids.to(device) for name, ids in held_out.items()}
+    train, held_out = load_examples(tokens, settings, seed, device)
 
     # kernels are compiled and chosen before the clock starts, on a model that is thrown away
     with device:
