@@ -36,7 +36,7 @@ from modeling_colt5 import CoLT5Config, CoLT5ForConditionalGeneration, CoLT5Toke
 from modeling_colt5.denoising import DataCollatorForDenoising, SpanCorruption, chunk_documents
 
 ROOT = Path(__file__).resolve().parents[1]
-# T5's own vocabulary would make two thirds of such small models embeddings, and the head most of their time
+# with T5's own vocabulary, such small models would be embeddings more than layers, and the head most of their time
 VOCABULARY = ROOT / "tokenization/python_stdlib"
 VOCAB_SIZE = 8192
 
@@ -144,8 +144,9 @@ def make_model(variant: str, settings: Settings) -> PreTrainedModel:
         "num_heads": heads,
         "dropout_rate": 0.0,
         "feed_forward_proj": "gated-gelu",
-        "tie_word_embeddings": False,
-        "scale_decoder_outputs": False,
+        # T5 1.0's head in all: LongT5 in Transformers has no other, whatever its configuration says
+        "tie_word_embeddings": True,
+        "scale_decoder_outputs": True,
         "decoder_start_token_id": 0,
     }
     if variant in COLT5:
@@ -157,10 +158,7 @@ def make_model(variant: str, settings: Settings) -> PreTrainedModel:
             "heavy_d_ff": 4 * d_ff,
         }
         return CoLT5ForConditionalGeneration(CoLT5Config(**shared, **branches, **COLT5[variant]))
-    model = LongT5ForConditionalGeneration(LongT5Config(**shared, encoder_attention_type=LONGT5[variant]))
-    # Transformers' head starts √d_model times larger, at a loss in the hundreds: T5 1.1's start, which CoLT5 has too
-    torch.nn.init.normal_(model.lm_head.weight, std=settings.d_model**-0.5)
-    return model
+    return LongT5ForConditionalGeneration(LongT5Config(**shared, encoder_attention_type=LONGT5[variant]))
 
 
 def rows_of(data: dict[str, torch.Tensor], rows: slice) -> dict[str, torch.Tensor]:
