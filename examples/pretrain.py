@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import load_dataset
-from model_arguments import ModelArguments, load_model, load_tokenizer
+from model_arguments import ModelArguments, load_model, load_tokenizer, save_whole
 from transformers import AutoModelForSeq2SeqLM, HfArgumentParser, Trainer, TrainingArguments, set_seed
 
 from modeling_colt5.denoising import (
@@ -105,7 +105,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         processing_class=tokenizer,
     )
     result = trainer.train(resume_from_checkpoint=training.resume_from_checkpoint).metrics
-    trainer.save_model()
+    save_whole(trainer)
     if eval_dataset is not None:
         result |= trainer.evaluate()
     trainer.log_metrics("all", result)
