@@ -85,7 +85,7 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_two_processes_train_like_one_and_one_resumes_them(file, script, one_process, tmp_path):
     two, printed = pretrain(tmp_path, "two", *launcher(file, 2, *script), batch=1)
     # fp32 sums in another order; were a process's loss not weighted by its share of the labels, the difference would
-    # be of 1e-2 from the second step on
+    # be of 1e-2 from the first step on
     assert losses(two) == pytest.approx(losses(one_process), abs=2e-5)
     assert losses(two)[-1] < losses(two)[0] - 1, "nothing was learned: nothing was compared"
     assert_same_weights(two, one_process)
