@@ -10,8 +10,9 @@ import sys
 from dataclasses import dataclass, field
 from typing import Any
 
-from data import DataArguments, check_rows, load_rows
-from model_arguments import ModelArguments, load_model, load_tokenizer, with_lora
+from data import DataArguments, check_rows, describe, load_rows
+from model_arguments import ModelArguments, load_model, load_tokenizer, save_whole, with_lora
+from run_record import finish
 from transformers import (
     AutoModelForSequenceClassification,
     DataCollatorWithPadding,
@@ -80,11 +81,12 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     result: dict[str, float] = {}
     if "train" in tokenized:
         result |= trainer.train(resume_from_checkpoint=training.resume_from_checkpoint).metrics
-        trainer.save_model()
+        save_whole(trainer)
     if "validation" in tokenized:
         result |= trainer.evaluate()
-    trainer.log_metrics("all", result)
-    trainer.save_metrics("all", result)
+    finish(
+        trainer, result, "text classification", describe(task), task.dataset_name, model_arguments.model_name_or_path
+    )
     return result
 
 

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from data import DataArguments, check_rows, exact_match_and_f1, load_rows, rouge
-from model_arguments import ModelArguments, load_model, load_tokenizer, with_lora
+from data import DataArguments, check_rows, describe, exact_match_and_f1, load_rows, rouge
+from model_arguments import ModelArguments, load_model, load_tokenizer, save_whole, with_lora
+from run_record import finish
 from transformers import (
     AutoModelForSeq2SeqLM,
     DataCollatorForSeq2Seq,
@@ -93,11 +94,11 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     result: dict[str, float] = {}
     if "train" in tokenized:
         result |= trainer.train(resume_from_checkpoint=training.resume_from_checkpoint).metrics
-        trainer.save_model()
+        save_whole(trainer)
     if "validation" in tokenized:
         result |= trainer.evaluate()
-    trainer.log_metrics("all", result)
-    trainer.save_metrics("all", result)
+    kind = "summarization" if task.query_column is None else "question answering"
+    finish(trainer, result, kind, describe(task), task.dataset_name, model_arguments.model_name_or_path)
     return result
 
 

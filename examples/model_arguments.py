@@ -1,9 +1,9 @@
-"""Which model the scripts train: a checkpoint, or a new one of a given size; with or without LoRA."""
+"""Which model the scripts train: a checkpoint, or a new one of a given size; with or without LoRA; and saving it."""
 
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from modeling_colt5 import CoLT5Config
 
@@ -111,3 +111,10 @@ def with_lora(model: PreTrainedModel, arguments: ModelArguments, task: str, head
         if "router" in name:
             parameter.requires_grad = True
     return adapted
+
+
+def save_whole(trainer: Trainer) -> None:
+    """Save the trained model for `from_pretrained`, also where FSDP writes its checkpoints in parts."""
+    if trainer.is_fsdp_enabled:
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+    trainer.save_model()

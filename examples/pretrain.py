@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from datasets import load_dataset
-from model_arguments import ModelArguments, load_model, load_tokenizer
+from model_arguments import ModelArguments, load_model, load_tokenizer, save_whole
+from run_record import finish
 from transformers import AutoModelForSeq2SeqLM, HfArgumentParser, Trainer, TrainingArguments, set_seed
 
 from modeling_colt5.denoising import (
@@ -105,11 +106,18 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         processing_class=tokenizer,
     )
     result = trainer.train(resume_from_checkpoint=training.resume_from_checkpoint).metrics
-    trainer.save_model()
+    save_whole(trainer)
     if eval_dataset is not None:
         result |= trainer.evaluate()
-    trainer.log_metrics("all", result)
-    trainer.save_metrics("all", result)
+    data = corpus.dataset_name or f"{len(corpus.train_files)} text files"
+    finish(
+        trainer,
+        result,
+        "pre-training",
+        f"{data}, {corpus.objective}, inputs of {corpus.input_length} tokens",
+        corpus.dataset_name,
+        model_arguments.model_name_or_path,
+    )
     return result
 
 

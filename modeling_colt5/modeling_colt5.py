@@ -41,12 +41,16 @@ class CoLT5Seq2SeqPreTrainedModel(CoLT5PreTrainedModel):
         "encoder.embed_tokens.weight": "shared.weight",
         "decoder.embed_tokens.weight": "shared.weight",
     }
+    # a state dict that FSDP2 gathers has copies in place of one tensor under several names
+    _keys_to_ignore_on_save = ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight"]
 
     def __init__(self, config: CoLT5Config):
         super().__init__(_with_encoder_decoder(config, True))
         self.shared = nn.Embedding(config.vocab_size, config.d_model)
         self.encoder = CoLT5Encoder(self.config)
         self.decoder = CoLT5Decoder(self.config)
+        # one module, not three that share a weight: FSDP2 takes a weight for one group of modules only
+        self.set_input_embeddings(self.shared)
 
     def get_input_embeddings(self) -> nn.Module:
         """The embedding that encoder and decoder share."""
@@ -247,11 +251,14 @@ class CoLT5EncoderHeadModel(CoLT5PreTrainedModel):
 
     _tied_weights_keys = {"encoder.embed_tokens.weight": "shared.weight"}
     _keys_to_ignore_on_load_unexpected = [r"^decoder\.", r"^lm_head\."]
+    _keys_to_ignore_on_save = ["encoder.embed_tokens.weight"]
 
     def __init__(self, config: CoLT5Config):
         super().__init__(_with_encoder_decoder(config, False))
         self.shared = nn.Embedding(config.vocab_size, config.d_model)
         self.encoder = CoLT5Encoder(self.config)
+        # one module, not two that share a weight: FSDP2 takes a weight for one group of modules only
+        self.set_input_embeddings(self.shared)
 
     def get_input_embeddings(self) -> nn.Module:
         """The encoder's embedding."""

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import dense  # noqa: E402
 import flops  # noqa: E402
 import measure  # noqa: E402
+import multi_gpu  # noqa: E402
 import peers  # noqa: E402
 import picture  # noqa: E402
 import results  # noqa: E402
@@ -37,6 +38,22 @@ def test_every_benchmark_runs_by_the_one_command(name: str, tmp_path: Path) -> N
     for row in line["rows"]:
         assert all(value > 0 for value in row.values() if isinstance(value, int | float)), row
     assert (tmp_path / "encoder.svg").exists() == (name == "encoder")
+
+
+# three runs that start Python anew: twenty seconds
+def test_two_processes_beside_one(tmp_path: Path) -> None:
+    multi_gpu.main(["--tiny", "--kinds", "DDP", "--out", str(tmp_path)])
+    (line,) = results.read_runs("multi_gpu", tmp_path)
+    assert line["complete"] and [row["GPUs"] for row in line["rows"]] == [1, 2, 1]
+
+
+def test_a_lost_checkpoint_is_found() -> None:
+    two = {"losses": {"1": 10.0, "11": 5.0, "12": 4.9}}
+    multi_gpu.check("DDP", two, {"losses": {"11": 5.05, "12": 4.85}})
+    with pytest.raises(RuntimeError, match="step 12 is 4.9 on two GPUs, 9.5 resumed"):
+        multi_gpu.check("DDP", two, {"losses": {"11": 5.0, "12": 9.5}})
+    with pytest.raises(RuntimeError, match="fell by 0"):
+        multi_gpu.check("DDP", {"losses": {"1": 5.1, "11": 5.0, "12": 5.0}}, two)
 
 
 def test_a_run_out_of_time_says_what_it_left_out(tmp_path: Path) -> None:

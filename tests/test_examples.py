@@ -1,46 +1,17 @@
 """The scripts of examples/, each run on a few rows: they train, resume, and refuse bad rows before any work."""
 
 import json
-import sys
-from pathlib import Path
 
+import convert_t5
+import data
+import finetune_classification
+import finetune_seq2seq
+import finetune_token_classification
+import pretrain
 import pytest
 import torch
+from example_runs import FAST, NEW_MODEL, ROWS, TOKENIZER, seq2seq_arguments, write_rows
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, T5Config, T5ForConditionalGeneration
-
-REPOSITORY = Path(__file__).parent.parent
-TOKENIZER = REPOSITORY / "tokenization" / "python_stdlib"
-sys.path.insert(0, str(REPOSITORY / "examples"))
-
-import convert_t5  # noqa: E402
-import data  # noqa: E402
-import finetune_classification  # noqa: E402
-import finetune_seq2seq  # noqa: E402
-import finetune_token_classification  # noqa: E402
-import pretrain  # noqa: E402
-
-TINY = (
-    "d_model=32,d_kv=8,d_ff=48,num_layers=1,num_decoder_layers=1,num_heads=4,num_light_heads=2,num_heavy_heads=2,"
-    "light_d_ff=24,heavy_d_ff=64"
-)
-NEW_MODEL = ["--size", "base", "--config_overrides", TINY, "--tokenizer_name", str(TOKENIZER)]
-FAST = ["--report_to", "none", "--disable_tqdm", "true", "--use_cpu", "true", "--per_device_train_batch_size", "2"]
-
-
-def write_rows(path: Path, rows: list[dict]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
-def seq2seq_arguments(tmp_path: Path, rows: list[dict]) -> list[str]:
-    file = write_rows(tmp_path / "rows.jsonl", rows)
-    return [*NEW_MODEL, *FAST, "--train_file", file, "--validation_file", file, "--output_dir", str(tmp_path / "out")]
-
-
-ROWS = [
-    {"document": f"def f{i}(x):\n    return x + {i}\n" * 20, "summary": f"adds {i}", "query": f"What does f{i} do?"}
-    for i in range(4)
-]
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])

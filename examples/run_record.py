@@ -1,0 +1,69 @@
+"""How a training script ends: metrics, the trainer's state, and a record of the run for the model card."""
+
+import json
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer
+
+RECORD = "run.json"
+
+
+@dataclass
+class RunRecord:
+    """What a model card says about a run, beside its metrics.
+
+    Attributes:
+        task: what was trained: "pre-training", "summarization", "question answering", "text classification" or
+            "token classification".
+        data: name of the data: a dataset of the Hub, or files.
+        dataset: the Hub's id of it, if it has one.
+        base_model: the checkpoint that training began with; None for a new model.
+        settings: the arguments of `Trainer` that make a run another run.
+        versions: of the packages.
+    """
+
+    task: str
+    data: str
+    dataset: str | None
+    base_model: str | None
+    settings: dict[str, Any]
+    versions: dict[str, str]
+
+    @classmethod
+    def load(cls, folder: Path) -> "RunRecord":
+        """The record that `finish` left in a folder."""
+        return cls(**json.loads((folder / RECORD).read_text(encoding="utf-8")))
+
+
+SETTINGS = (
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "optim",
+    "weight_decay",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "bf16",
+    "fp16",
+    "seed",
+)
+
+
+def finish(
+    trainer: Trainer, metrics: dict[str, float], task: str, data: str, dataset: str | None, base_model: str | None
+) -> None:
+    """Log and keep the metrics, and record the run; `trainer` is the run's, the rest as in `RunRecord`."""
+    trainer.log_metrics("all", metrics)
+    trainer.save_metrics("all", metrics)
+    trainer.save_state()
+    arguments = trainer.args.to_sanitized_dict()
+    settings = {name: arguments[name] for name in SETTINGS if arguments[name] not in (False, None)}
+    settings |= {"steps": trainer.state.global_step, "processes": trainer.args.world_size}
+    versions = {name: version(name) for name in ("torch", "transformers")}
+    record = RunRecord(task, data, dataset, base_model, settings, versions)
+    if trainer.is_world_process_zero():
+        text = json.dumps(asdict(record), indent=1) + "\n"
+        Path(trainer.args.output_dir, RECORD).write_text(text, encoding="utf-8")

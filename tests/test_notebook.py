@@ -1,0 +1,51 @@
+"""The notebook runs from its first cell to its last, and is kept without outputs."""
+
+import json
+import os
+import re
+import uuid
+from pathlib import Path
+
+import pytest
+
+# of the extra "dev", which a machine with a torch of its own may lack
+nbformat = pytest.importorskip("nbformat")
+nbclient = pytest.importorskip("nbclient")
+pytest.importorskip("ipykernel")
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOK = ROOT / "examples" / "colt5_in_a_notebook.ipynb"
+
+
+def test_outputs_are_stripped():
+    cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert code and not any(cell["outputs"] or cell["execution_count"] for cell in code)
+
+
+# reads some 20,000 tokens seven times and trains for thirty steps: half a minute
+def test_it_runs(tmp_path, request):
+    """Every cell; it pushes where there is a loopback Hub to push to."""
+    environment = dict(os.environ)
+    if "COLT5_TEST_HUB_ENDPOINT" in environment:
+        environment = dict(request.getfixturevalue("hub_environment"))
+        environment["COLT5_NOTEBOOK_REPOSITORY"] = f"notebook-{uuid.uuid4().hex[:8]}"
+    environment |= {"PYTHONPATH": str(ROOT), "IPYTHONDIR": str(tmp_path), "TMPDIR": str(tmp_path)}
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    nbformat.validate(notebook)
+    client = nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(NOTEBOOK.parent)}})
+    client.execute(env=environment)
+
+    code = {cell.id: cell for cell in notebook.cells if cell.cell_type == "code"}
+    printed = {name: "".join(output.get("text", "") for output in cell.outputs) for name, cell in code.items()}
+    new, trained = (code[name].outputs[0]["data"]["text/html"] for name in ("routing", "routing-again"))
+    for page in (new, trained):
+        shades = set(re.findall(r"0, (\d\.\d\d)\)", page))
+        assert "0.00" in shades and len(shades) > 1
+    assert new != trained, "training changed no choice"
+    rows = [line.split() for line in printed["budget"].splitlines()[1:]]
+    distances = [float(distance) for _, _, distance in rows]
+    assert len(rows) == 4 and distances[0] == 0 and all(distance > 0 for distance in distances[1:])
+    before, after = map(float, re.findall(r"(\d+\.\d+) (?:before|after)", printed["train"]))
+    assert after < before - 1
+    assert printed["push"].startswith("pushed to" if "COLT5_NOTEBOOK_REPOSITORY" in environment else "kept in")

@@ -1,0 +1,110 @@
+"""A finished run becomes a repository of the Hub whose card says what the run did and loads what it left."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+
+import finetune_seq2seq
+import pytest
+import upload
+from example_runs import FAST, REPOSITORY, ROWS, TOKENIZER, seq2seq_arguments, write_rows
+from huggingface_hub import ModelCard
+from models import tiny_config
+from transformers import AutoTokenizer
+
+from modeling_colt5 import CoLT5ForConditionalGeneration
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small fine-tuning run."""
+    folder = tmp_path_factory.mktemp("run")
+    arguments = [*seq2seq_arguments(folder, ROWS), "--max_steps", "2", "--max_target_length", "8", "--save_steps", "1"]
+    finetune_seq2seq.main([*arguments, "--query_column", "query", "--feed_forward_fraction", "0.25"])
+    return folder / "out"
+
+
+def test_the_model_card_says_what_the_run_did(finished_run, tmp_path):
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    upload.main([str(run), "someone/reader", "--dry-run", "--license", "apache-2.0"])
+    card = ModelCard.load(run / "README.md")
+    results = json.loads((run / "all_results.json").read_text())
+    assert card.data.license == "apache-2.0" and card.data.pipeline_tag == "question-answering"
+    assert {result.metric_name: result.metric_value for result in card.data.eval_results} == {
+        name: round(results[f"eval_{name}"], 4) for name in ("rouge1", "rouge2", "rougeLsum", "exact_match", "f1")
+    }
+    for text in (
+        "rows.jsonl",
+        "from scratch",
+        # a quarter of 16,384
+        "| tokens through the heavy feed-forward | 0.25 | 4,096 |",
+        f"| loss | {results['eval_loss']:.4f} |",
+        "| steps | 2 |",
+        "`modeling_colt5.py`",
+        'AutoModelForSeq2SeqLM.from_pretrained("someone/reader", trust_remote_code=True)',
+    ):
+        assert text in card.text, text
+
+    (run / "README.md").write_text("mine")
+    upload.main([str(run), "someone/reader", "--dry-run", "--keep-card"])
+    assert (run / "README.md").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [("model.safetensors", "has not weights"), ("run.json", "finished"), ("modeling_colt5.py", "model's code")],
+)
+def test_an_unfinished_run_is_not_uploaded(file, message, finished_run, tmp_path, capsys):
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    (run / file).unlink()
+    with pytest.raises(SystemExit):
+        upload.main([str(run), "someone/reader"])
+    assert message in capsys.readouterr().err
+    assert not (run / "README.md").exists()
+
+
+def test_an_adapters_card_loads_it_with_peft(tmp_path):
+    CoLT5ForConditionalGeneration(tiny_config(vocab_size=8192)).save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(tmp_path / "base")
+    file = write_rows(tmp_path / "rows.jsonl", ROWS)
+    arguments = [*FAST, "--model_name_or_path", str(tmp_path / "base"), "--train_file", file, "--lora", "true"]
+    finetune_seq2seq.main([*arguments, "--max_steps", "1", "--output_dir", str(tmp_path / "out")])
+    upload.main([str(tmp_path / "out"), str(tmp_path / "out"), "--dry-run"])
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.library_name == "peft" and "Not evaluated" in card.text
+    # the repository's name here is the folder's, so that the card's own lines load it
+    exec(code_block(card.text), {})
+
+
+def code_block(text: str) -> str:
+    """The first block of Python in a page."""
+    return re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
+
+
+def test_upload_to_the_hub_and_the_cards_own_lines(hub_environment, finished_run, tmp_path):
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    environment = hub_environment | {"PYTHONPATH": str(REPOSITORY)}
+
+    def python(*command: str) -> str:
+        done = subprocess.run(
+            [sys.executable, *command], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    owner = python("-c", "import huggingface_hub as h; print(h.whoami()['name'])").strip()
+    repository = f"{owner}/reader-{uuid.uuid4().hex[:8]}"
+    assert "uploaded to" in python(str(REPOSITORY / "examples" / "upload.py"), str(run), repository, "--private")
+    listing = f"import huggingface_hub as h; print(*h.list_repo_files({repository!r}), sep='\\n')"
+    files = set(python("-c", listing).split())
+    assert {"README.md", "model.safetensors", "tokenizer.json", "run.json", "modeling_colt5.py", "routing.py"} <= files
+    assert not [file for file in files if file.startswith("checkpoint-") or file == "training_args.bin"]
+    # as somebody without the package
+    block = code_block((run / "README.md").read_text())
+    hidden = f"import sys; sys.path.insert(0, {str(REPOSITORY / 'tests')!r})\n"
+    hidden += "import hub_steps; hub_steps.Hidden(['modeling_colt5'])\n"
+    python("-c", hidden + block)
