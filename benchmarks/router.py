@@ -1,34 +1,48 @@
-"""Times routing on a CUDA device against colt5-attention's Triton path, torch.topk and the card's copy bandwidth.
+"""Times routing against colt5-attention's Triton path, torch.topk and a copy of the scores; verifies before it times.
 
-`python benchmarks/router.py --out DIR [--peer FOLDER]`: FOLDER holds an unpacked colt5-attention 0.11.2 (it need not
-be installed); without it only our numbers are taken. Writes router.md and router.json to DIR. Results are verified
-against the float64 reference before anything is timed.
+python benchmarks/router.py --peer FOLDER                      all rows, the most important first
+python benchmarks/router.py --rows 8x131072 1x1048576          some of them
+
+FOLDER holds an unpacked colt5-attention 0.11.2 (`pip download --no-deps colt5-attention==0.11.2`, then unzip; it need
+not be installed). Without it only our numbers are taken.
 """
 
 import argparse
 import importlib
-import json
-import math
 import statistics
 import sys
 import time
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-import triton
+from measure import captured, gpu_ms, make_parser, parse, peak_mib, synchronize
+from peers import DEVICE
+from results import Row, Table, render
 
 from modeling_colt5.routing import route
 
-WITH_PEER = ((8, 4096), (4, 16384), (32, 16384), (1, 65536), (8, 65536), (1, 131072), (8, 131072))
-OURS_ALONE = ((1, 262144), (1, 1 << 20), (1, 1 << 22))
+# those that targets name stand first
+ROWS = (
+    (8, 131072), (1, 1 << 20), (4, 16384), (32, 16384), (1, 131072), (8, 65536), (1, 65536), (8, 4096),
+    (1, 1 << 22), (1, 262144),
+)  # fmt: skip
+TINY_ROWS = ((2, 64), (1, 300))
+LONGEST_OF_PEER = 131072
 FRACTION = 16
 PEER_SETTINGS = {
-    "peer 50": {"n_iters": 50, "eps": 1.0, "checkpoint_segments": 10},
-    "peer 20": {"n_iters": 20, "eps": 1.0, "eps_init": 4.0, "eps_decay": 0.7, "checkpoint_segments": 4},
+    "peer, 50 iterations": {"n_iters": 50, "eps": 1.0, "checkpoint_segments": 10},
+    "peer, 20 scaled": {"n_iters": 20, "eps": 1.0, "eps_init": 4.0, "eps_decay": 0.7, "checkpoint_segments": 4},
 }
+TITLE = (
+    f"Routing: scores to indices and weights. fp32, k = n/{FRACTION}, soft k = 9/8 k, ε = 1. Microseconds, medians. "
+    "GPU: device time a call in a CUDA graph of several calls. Eager: called from Python, the device waited for. "
+    "Graph: one call's CUDA graph replayed, the device waited for. Copy: the scores read and written once at the "
+    "rate of a large copy. The peer is colt5-attention 0.11.2's Triton path, then torch.topk and gather"
+)
+
+Routing = Callable[[torch.Tensor], torch.Tensor]
 
 
 def load_peer(folder: Path) -> Callable[..., torch.Tensor]:
@@ -39,183 +53,170 @@ def load_peer(folder: Path) -> Callable[..., torch.Tensor]:
     return importlib.import_module("colt5_attention.triton_coor_descent").triton_coor_descent
 
 
-def wall(function: Callable[[], object], seconds: float = 0.25) -> float:
-    """Median microseconds of a call as host and device see it, synchronised before and after."""
-    for _ in range(3):
-        function()
-    torch.cuda.synchronize()
+def wall_us(call: Callable[[], object], tiny: bool) -> float:
+    """Median microseconds of a call as host and device see it, the device waited for before and after each.
+
+    More repeats than `measure.median_ms`, because a call is short and the host uneven: 300, or a quarter of a second.
+    """
+    for _ in range(1 if tiny else 3):
+        call()
+    synchronize()
     times: list[float] = []
-    while sum(times) < seconds * 1e6 and len(times) < 200 or len(times) < 5:
+    while len(times) < 2 or not tiny and (len(times) < 5 or len(times) < 300 and sum(times) < 250_000):
         start = time.perf_counter()
-        function()
-        torch.cuda.synchronize()
+        call()
+        synchronize()
         times.append((time.perf_counter() - start) * 1e6)
     return statistics.median(times)
 
 
-def graph_times(function: Callable[[], object], calls: int) -> tuple[float, float]:
-    """Microseconds of device time a call, in a CUDA graph of `calls` in a row, and of replaying a graph of one."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        function()
-    torch.cuda.synchronize()
-    results = []
-    for count in (calls, 1):
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for _ in range(count):
-                function()
-        graph.replay()
-        torch.cuda.synchronize()
-        if count == 1:
-            results.append(wall(graph.replay, 0.1))
-            break
-        times = []
-        for _ in range(7):
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end) * 1e3 / count)
-        results.append(statistics.median(times))
-    return results[0], results[1]
+def gpu_us(call: Callable[[], object], calls: int, tiny: bool) -> float:
+    """Median microseconds of device time of a call, in a graph of several."""
+    return 1e3 * gpu_ms(*[call] * (1 if tiny else calls), tiny=tiny)
 
 
-def peak_bytes(function: Callable[[], object]) -> int:
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    function()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
-
-
-def measure(forward: Callable[[torch.Tensor], torch.Tensor], scores: torch.Tensor, calls: int) -> dict[str, float]:
-    """Times of `forward` (scores to weights) and of forward and backward; the backward's is the difference."""
-    cotangent = torch.randn_like(forward(scores))
+def forward_and_backward(routing: Routing, scores: torch.Tensor) -> Callable[[], None]:
+    """A call of both, which keeps nothing: in a graph, later calls take the memory of earlier ones."""
+    cotangent = torch.randn_like(routing(scores))
 
     def both() -> None:
         leaf = scores.detach().requires_grad_()
-        torch.autograd.grad(forward(leaf), leaf, cotangent)
+        torch.autograd.grad(routing(leaf), leaf, cotangent)
 
-    forward_gpu, _ = graph_times(lambda: forward(scores), calls)
-    both_gpu, both_replay = graph_times(both, calls)
-    return {
-        "forward wall": wall(lambda: forward(scores)),
-        "both wall": wall(both),
-        "both replay": both_replay,
-        "forward GPU": forward_gpu,
-        "backward GPU": both_gpu - forward_gpu,
-        "both GPU": both_gpu,
-        "forward peak bytes": peak_bytes(lambda: forward(scores)),
-        "both peak bytes": peak_bytes(both),
-    }
+    return both
 
 
 def verify(scores: torch.Tensor, budget: torch.Tensor, k: int) -> float:
-    """Largest error of our weights against the float64 reference; indices and gradients must agree too."""
-    leaf = scores.detach().requires_grad_()
-    exact = scores.double().requires_grad_()
+    """The largest error of our weights against the float64 reference; raises where anything is wrong."""
+    leaf, exact = scores.detach().requires_grad_(), scores.double().requires_grad_()
     routed, expected = route(leaf, budget, k), route(exact, budget, k, kernel_backend="torch")
-    assert torch.equal(routed.indices, expected.indices)
-    assert torch.equal(routed.indices, scores.topk(k).indices.sort().values)
+    chosen = scores.gather(-1, routed.indices).sort(-1, descending=True).values
+    if not torch.equal(chosen, scores.topk(k).values) or not torch.equal(routed.indices, expected.indices):
+        raise AssertionError("not the largest scores, or not in order of position")
     cotangent = torch.randn_like(routed.weights)
-    (grad,) = torch.autograd.grad(routed.weights, leaf, cotangent)
-    (expected_grad,) = torch.autograd.grad(expected.weights, exact, cotangent.double())
-    error = float((routed.weights - expected.weights).abs().max())
-    assert error < 2e-6, error
-    assert float((grad - expected_grad).abs().max()) < 1e-5
+    (gradient,) = torch.autograd.grad(routed.weights, leaf, cotangent)
+    (exact_gradient,) = torch.autograd.grad(expected.weights, exact, cotangent.double())
+    error = float((routed.weights.detach() - expected.weights.detach()).abs().max())
+    # fp32 holds the exponents to 2.4e-7, and sums of many add to it; gradients reach twice the largest cotangent
+    if error > 2e-6 or (gradient - exact_gradient).abs().max() > 4e-6 * cotangent.abs().max():
+        raise AssertionError(f"weights are off by {error:.1e}, or their gradient is off")
     return error
 
 
-def benchmark(rows: int, n: int, peer: Callable[..., torch.Tensor] | None) -> dict[str, Any]:
+def wanted_times(rows: int, n: int) -> int:
+    """How many times as fast as the peer's 50 iterations eager forward and backward should be."""
+    return 100 if rows * n >= 8 * 131072 else 10 if n >= 65536 else 5
+
+
+def measure_ours(rows: int, n: int, copy_rate: float, tiny: bool) -> tuple[Row, torch.Tensor]:
+    """Our columns of a row, and the scores."""
     k = n // FRACTION
-    scores = torch.randn(rows, n, device="cuda")
-    budget = torch.full((rows,), k, device="cuda")
-    result: dict[str, Any] = {"rows": rows, "n": n, "k": k, "error": verify(scores, budget, k)}
+    scores = torch.randn(rows, n, device=DEVICE)
+    budget = torch.full((rows,), k, device=DEVICE)
+    row: Row = {"rows": rows, "n": n, "largest error": verify(scores, budget, k)}
+
+    def routing(s: torch.Tensor) -> torch.Tensor:
+        return route(s, budget, k).weights
+
+    def forward() -> None:
+        routing(scores)
+
+    def topk() -> None:
+        scores.topk(k)
+
+    both = forward_and_backward(routing, scores)
     calls = 20 if rows * n <= 1 << 20 else 5
-    result["ours"] = measure(lambda s: route(s, budget, k).weights, scores, calls)
-    result["topk GPU"], _ = graph_times(lambda: scores.topk(k), calls)
-    result["topk wall"] = wall(lambda: scores.topk(k))
-    target = torch.empty_like(scores)
-    result["copy GPU"], _ = graph_times(lambda: target.copy_(scores), 50)
-    if peer is None or (rows, n) not in WITH_PEER:
-        return result
+    row["forward GPU"] = gpu_us(forward, calls, tiny)
+    both_gpu = gpu_us(both, calls, tiny)
+    # timings of a toy run on the CPU can differ the other way
+    row["backward GPU"] = both_gpu - row["forward GPU"] if DEVICE.type == "cuda" else None
+    row["topk GPU"] = gpu_us(topk, calls, tiny)
+    row["below topk"] = "yes" if row["forward GPU"] <= row["topk GPU"] else "no"
+    row["copy"] = 1e6 * 2 * 4 * scores.numel() / copy_rate
+    row["4 copies + 60"] = 4 * row["copy"] + 60
+    row["forward within"] = "yes" if row["forward GPU"] <= row["4 copies + 60"] else "no"
+    row["forward eager"] = wall_us(forward, tiny)
+    row["fwd+bwd eager"] = wall_us(both, tiny)
+    row["fwd+bwd graph"] = wall_us(captured(both), tiny)
+    row["forward MiB"], row["fwd+bwd MiB"] = peak_mib(forward), peak_mib(both)
+    return row, scores
+
+
+def measure_peer(row: Row, scores: torch.Tensor, peer: Callable[..., torch.Tensor], tiny: bool) -> Row:
+    """The peer's columns, beside ours of the same run."""
+    rows, n = scores.shape
+    k = n // FRACTION
     # a number for k is copied to the device at every call, which a graph cannot capture
-    soft_k = torch.full((rows,), k * 9 / 8, device="cuda")
+    soft_k = torch.full((rows,), k * 9 / 8, device=DEVICE)
+    budget = torch.full((rows,), k, device=DEVICE)
+    expected = route(scores.double(), budget, k, kernel_backend="torch")
+    columns: Row = {}
     for name, settings in PEER_SETTINGS.items():
 
-        def forward(s: torch.Tensor, settings: dict[str, Any] = settings) -> torch.Tensor:
-            weights = peer(s, k=soft_k, **settings)
-            return weights.gather(-1, s.detach().topk(k).indices)
+        def routing(s: torch.Tensor, settings: dict[str, float] = settings) -> torch.Tensor:
+            return peer(s, k=soft_k, **settings).gather(-1, s.detach().topk(k).indices)
 
-        expected = route(scores.double(), budget, k, kernel_backend="torch")
-        dense = peer(scores, k=soft_k, **settings).gather(-1, expected.indices)
-        result[f"{name} error"] = float((dense - expected.weights).abs().max())
-        result[name] = measure(forward, scores, 3)
-    return result
-
-
-def table(results: list[dict[str, Any]], copy_rate: float) -> str:
-    versions = f"torch {torch.__version__}, triton {triton.__version__}"
-    lines = [
-        "# Routing: scores to indices and weights",
-        "",
-        f"{torch.cuda.get_device_name()}, {versions}; a large copy moves {copy_rate:.2f} TB/s (read and written). "
-        f"fp32, k = n/{FRACTION}, soft k = 9/8 k, ε = 1. Microseconds, medians. *GPU*: device time a call in a CUDA "
-        "graph of several calls. *wall*: called eagerly, synchronised. *replay*: one call's graph replayed, "
-        "synchronised. The peer is colt5-attention 0.11.2's Triton path, then torch.topk and gather.",
-        "",
-        "| rows × n | forward GPU | backward GPU | topk GPU | copy GPU | forward wall | fwd+bwd wall | fwd+bwd replay "
-        "| peer 50 fwd+bwd wall / replay | peer 20 fwd+bwd wall / replay | times faster (50): wall / replay "
-        "| peak MiB fwd+bwd, ours / peer |",
-        "| --- " * 12 + "|",
-    ]
-    for result in results:
-        ours = result["ours"]
-        cells = [f"{result['rows']} × {result['n']:,}"]
-        cells += [f"{value:.1f}" for value in (ours["forward GPU"], ours["backward GPU"], result["topk GPU"])]
-        cells += [f"{result['copy GPU']:.1f}"]
-        cells += [f"{ours[key]:.0f}" for key in ("forward wall", "both wall", "both replay")]
-        peers = [result.get(name) for name in PEER_SETTINGS]
-        cells += ["–" if p is None else f"{p['both wall']:.0f} / {p['both replay']:.0f}" for p in peers]
-        memory = f"{ours['both peak bytes'] / 2**20:.2f}"
-        if peers[0] is None:
-            cells += ["–", memory]
-        else:
-            wall_ratio, replay_ratio = (peers[0][key] / ours[key] for key in ("both wall", "both replay"))
-            peer_memory = f"{peers[0]['both peak bytes'] / 2**20:.2f}"
-            cells += [f"{wall_ratio:.1f} / {replay_ratio:.1f}", f"{memory} / {peer_memory}"]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        weights = peer(scores, k=soft_k, **settings).gather(-1, expected.indices)
+        columns[f"{name}: from the optimum"] = float((weights - expected.weights).abs().max())
+        both = forward_and_backward(routing, scores)
+        columns[f"{name}: fwd+bwd eager"] = eager = wall_us(both, tiny)
+        columns[f"{name}: fwd+bwd graph"] = graph = wall_us(captured(both), tiny)
+        columns[f"{name}: fwd+bwd MiB"] = peak_mib(both)
+        if name == "peer, 50 iterations":
+            columns["times as fast, eager"] = eager / row["fwd+bwd eager"]
+            columns["wanted, eager"] = wanted_times(rows, n)
+            columns["times as fast, graph (10 wanted)"] = graph / row["fwd+bwd graph"]
+    return columns
 
 
-def measure_copy_rate() -> float:
-    """TB/s of a copy far larger than the caches, bytes read and written."""
-    source = torch.randn(1 << 29, device="cuda")
+def measure_copy_rate(tiny: bool) -> float:
+    """Bytes a second, read and written, of a copy far larger than the caches."""
+    source = torch.randn(1 << (10 if tiny else 29), device=DEVICE)
     target = torch.empty_like(source)
-    return 2 * 4 * source.numel() / graph_times(lambda: target.copy_(source), 5)[0] / 1e6
+    return 2 * 4 * source.numel() / (1e-6 * gpu_us(lambda: target.copy_(source), 5, tiny))
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--peer", type=Path)
-    arguments = parser.parse_args(argv)
-    arguments.out.mkdir(parents=True, exist_ok=True)
+def parse_rows(text: str) -> tuple[int, int]:
+    """`8x131072` as (8, 131072).
+
+    Raises:
+        ArgumentTypeError: for anything else.
+    """
+    rows, _, n = text.partition("x")
+    if not (rows.isdigit() and n.isdigit() and int(rows) and int(n) >= FRACTION):
+        raise argparse.ArgumentTypeError(f"{text!r}; it must be rows x tokens, such as 8x131072")
+    return int(rows), int(n)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure row by row, and keep each as it is measured."""
+    parser = make_parser(__doc__)
+    parser.add_argument("--peer", type=Path, help="folder with an unpacked colt5-attention 0.11.2")
+    parser.add_argument("--rows", nargs="+", type=parse_rows, metavar="ROWSxN", help="what to measure instead of all")
+    options = parse(parser, arguments)
     torch.manual_seed(0)
-    copy_rate = measure_copy_rate()
-    peer = load_peer(arguments.peer) if arguments.peer else None
-    results = []
-    for rows, n in (*WITH_PEER, *OURS_ALONE):
-        result = benchmark(rows, n, peer)
-        results.append(result)
-        print(json.dumps(result, default=lambda value: math.nan), flush=True)
-        # written as it grows: a run cut short keeps what it has
-        (arguments.out / "router.md").write_text(table(results, copy_rate))
-        settings = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
-        (arguments.out / "router.json").write_text(json.dumps({**settings, "results": results}, indent=1) + "\n")
+    peer = load_peer(options.peer) if options.peer else None
+    table = Table("router", TITLE, options)
+    copy_rate = measure_copy_rate(options.tiny)
+    table.note(f"A large copy moves {copy_rate / 1e12:.2f} TB/s, read and written.")
+    left_out = []
+    for rows, n in options.rows or (TINY_ROWS if options.tiny else ROWS):
+        if time.perf_counter() > options.deadline:
+            left_out.append(f"{rows} × {n:,}")
+            continue
+        row, scores = measure_ours(rows, n, copy_rate, options.tiny)
+        if peer is not None and n <= LONGEST_OF_PEER:
+            try:
+                row |= measure_peer(row, scores, peer, options.tiny)
+            except (RuntimeError, ValueError, AssertionError) as error:  # out of memory, or a shape that it refuses
+                row["note"] = f"the peer fails: {type(error).__name__}"
+        table.add(row)
+    if left_out:
+        table.note(f"Not measured for lack of time: {', '.join(left_out)}.")
+    if left_out or options.rows:
+        render("router", options.out)
+    else:
+        table.finish()
 
 
 if __name__ == "__main__":

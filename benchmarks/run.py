@@ -51,11 +51,8 @@ def write_tables(folder: Path) -> None:
 def run(name: str, options: argparse.Namespace, seconds: float) -> bool:
     """Run one benchmark; whether it came to its end."""
     print(f"== {name}, {seconds:.0f} s", flush=True)
-    arguments = ["--out", str(options.out)]
-    # the router's table has options of its own
-    if name != "router":
-        arguments += ["--seconds", str(seconds), *(["--tiny"] if options.tiny else [])]
-        arguments += ["--commit", options.commit] if options.commit else []
+    arguments = ["--out", str(options.out), "--seconds", str(seconds), *(["--tiny"] if options.tiny else [])]
+    arguments += ["--commit", options.commit] if options.commit else []
     try:
         importlib.import_module(name).main(arguments)
     except Exception:  # noqa: BLE001 - one that fails must not lose the others' numbers

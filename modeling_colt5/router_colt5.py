@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.integrations import use_kernel_forward_from_hub
+from transformers.utils import is_kernels_available
 
 from .configuration_colt5 import CoLT5Config
-from .kernel_backend import is_capturing, uses_triton
+from .kernel_backend import is_capturing, triton_is_available, uses_triton
 from .routing import RoutedTokens, route, routed_budget, routed_capacity
 
 
@@ -121,6 +123,61 @@ class RoutingPlan:
         return replace(self, **parts)
 
 
+@use_kernel_forward_from_hub("CoLT5Routing")
+class CoLT5Routing(nn.Module):
+    """The routing operation as a layer without weights, for whom `kernels` can put another forward in its place."""
+
+    def forward(
+        self,
+        scores: torch.Tensor,
+        budget: torch.Tensor,
+        capacity: int,
+        mask: torch.Tensor | None,
+        settings: dict[str, Any],
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Indices, weights and valid [rows, capacity] of the routed tokens; arguments and results are `route`'s,
+        `settings` its other keywords."""
+        routed = route(scores, budget, capacity, mask=mask, **settings)
+        return routed.indices, routed.weights, routed.valid
+
+
+class CoLT5RoutingTriton(nn.Module):
+    """What takes that forward's place: the Triton kernels, also where the configuration says "torch"."""
+
+    has_backward = True
+    can_torch_compile = True
+
+    def forward(
+        self,
+        scores: torch.Tensor,
+        budget: torch.Tensor,
+        capacity: int,
+        mask: torch.Tensor | None,
+        settings: dict[str, Any],
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """As `CoLT5Routing.forward`."""
+        routed = route(scores, budget, capacity, mask=mask, **settings | {"kernel_backend": "triton"})
+        return routed.indices, routed.weights, routed.valid
+
+
+class TritonLayers:
+    """A repository of layers as `kernels` understands it, in this file instead of on the Hub."""
+
+    def load(self) -> type[nn.Module]:
+        """The layer."""
+        return CoLT5RoutingTriton
+
+
+if is_kernels_available() and triton_is_available():
+    # `is_kernels_available` is Transformers' word on whether this version of kernels is one that it uses
+    try:
+        from kernels import register_kernel_mapping
+
+        register_kernel_mapping({"CoLT5Routing": {"cuda": TritonLayers()}})
+    except ImportError:
+        pass
+
+
 class CoLT5Router(nn.Module):
     """What scores the tokens of one heavy branch: a learned vector (Ainslie et al. 2023), or a control without one."""
 
@@ -128,6 +185,7 @@ class CoLT5Router(nn.Module):
         super().__init__()
         self.routing = config.routing
         self.seed = seed
+        self.select = CoLT5Routing()
         if self.routing == "learned":
             self.weight = nn.Parameter(torch.empty(config.d_model))
 
@@ -196,13 +254,14 @@ def run_routers(
         budgets = budget.budget.view(-1, len(routers)).unbind(1)
         kinds = zip(routers, budgets, strict=True)
         scores = torch.stack([router.control_scores(hidden_states, plan.mask, b) for router, b in kinds], 1)
-    routed = route(scores.flatten(0, 1), budget.budget, max(budget.capacities), mask=budget.mask, **plan.settings)
+    slots = max(budget.capacities)
+    select = routers[0].select
+    indices, weights, valid = select(scores.flatten(0, 1), budget.budget, slots, budget.mask, plan.settings)
     if not learned:
-        routed.weights = routed.valid.to(routed.weights.dtype)
+        weights = valid.to(weights.dtype)
     if len(routers) == 1:
-        return [routed]
-    slots = routed.indices.shape[1]
-    parts = (part.view(-1, len(routers), slots).unbind(1) for part in (routed.indices, routed.weights, routed.valid))
+        return [RoutedTokens(indices, weights, valid)]
+    parts = (part.view(-1, len(routers), slots).unbind(1) for part in (indices, weights, valid))
     # used slots come first, so that a router with fewer slots than the largest has all of its own at the front
     return [
         RoutedTokens(*parts) if capacity == slots else RoutedTokens(*(part[:, :capacity] for part in parts))

@@ -23,11 +23,8 @@ import results  # noqa: E402
 import run  # noqa: E402
 import targets  # noqa: E402
 
-# router.py measures a GPU and nothing else
-NAMES = [name for name in run.SHARES if name != "router"]
 
-
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", run.SHARES)
 def test_every_benchmark_runs_by_the_one_command(name: str, tmp_path: Path) -> None:
     run.main([name, "--tiny", "--out", str(tmp_path)])
     assert (tmp_path / "targets.md").exists() and (tmp_path / f"{name}.md").exists()
