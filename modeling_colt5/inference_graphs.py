@@ -142,7 +142,7 @@ def _record(
     pool = pools.setdefault(stream, torch.cuda.graph_pool_handle())
     static = [None if tensor is None else tensor.clone() for tensor in inputs]
     graph = torch.cuda.CUDAGraph()
-    # cuBLAS keeps a workspace for each stream, and frees it when Inductor records graphs of its own. One that was there
+    # cuBLAS keeps a workspace for each stream and frees it when Inductor records graphs of its own. One that was there
     # before would be freed under this graph; so the graph makes its own, in its own memory, and leaves none behind
     torch._C._cuda_clearCublasWorkspaces()
     try:
