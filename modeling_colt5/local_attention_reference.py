@@ -64,8 +64,8 @@ def local_attention_reference(
 
     # overlapping windows fold into one dimension only as a copy, except for a batch of 1: copied here, an exported
     # program does not ask which of the two it has
-    # padded with its heads flat: otherwise the padding's gradient, where there is one block, has another order in memory
-    # than a program compiled for more expects
+    # padded with its heads flat: otherwise the gradient of the padding, where there is one block, has another order in
+    # memory than a program compiled for more expects
     query = F.pad(query.flatten(-2), (0, 0, 0, pad))
     query = rearrange(query, "b (n l) (h d) -> (b n) h l d", l=BLOCK_LENGTH, h=heads)
     key, value = (
