@@ -151,14 +151,16 @@ def _measure(
         block.layer[1].DenseReluDense.wo.register_forward_pre_hook(lambda _, inputs, layer=layer: watch(layer, inputs))
         for layer, block in enumerate(source.encoder.block)
     ]
-    implementation, training = source.config._attn_implementation, source.training
+    # T5's encoder has a configuration of its own, which older releases of Transformers do not reach from the model's
+    encoder = source.encoder
+    implementation, training = encoder.config._attn_implementation, source.training
     source.eval()
     if with_heads:
-        source.set_attn_implementation("eager")
+        encoder.set_attn_implementation("eager")
     try:
         for batch in samples:
             with torch.no_grad():
-                output = source.encoder(**batch, output_attentions=with_heads)
+                output = encoder(**batch, output_attentions=with_heads)
             if with_heads:
                 position = torch.arange(batch["input_ids"].shape[1])
                 near = (position[:, None] - position).abs() <= config.local_radius
@@ -169,7 +171,7 @@ def _measure(
     finally:
         for hook in hooks:
             hook.remove()
-        source.set_attn_implementation(implementation)
+        encoder.set_attn_implementation(implementation)
         source.train(training)
     for layer, block in enumerate(source.encoder.block):
         activity[layer] *= block.layer[1].DenseReluDense.wo.weight.detach().cpu().float().norm(dim=0)

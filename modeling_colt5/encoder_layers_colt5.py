@@ -43,19 +43,25 @@ class Branches:
             return clamp_half(self.residual + dropout(update))
         return clamp_half(combine_branches(self.residual, self.light, self.heavy, *routed, kernel_backend))
 
-    def merge_and_norm(
-        self, dropout: nn.Dropout, norm: "CoLT5LayerNorm", routers: torch.Tensor | None, kernel_backend: str
+
+class CoLT5MergingLayerNorm(CoLT5LayerNorm):
+    """The norm between a layer's two sublayers, which takes the sum of the first one's branches on the way."""
+
+    def forward(  # type: ignore[override]
+        self, branches: Branches, dropout: nn.Dropout, routers: torch.Tensor | None, kernel_backend: str
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """What `merge` gives, and what `norm` makes of it, in one pass where nothing comes between the two."""
-        separate = (dropout.training and dropout.p > 0) or self.residual.dtype == torch.float16
-        if separate or self.routed is None or self.heavy is None:
-            merged = self.merge(dropout, kernel_backend)
-            return merged, *norm(merged, routers, kernel_backend)
-        routed = (self.routed.indices, self.routed.valid, self.routed.weights)
+        """The merged branches [batch, n, d_model], their norm, and the router scores [batch, routers, n], in one pass
+        where nothing comes between sum and norm."""
+        residual, heavy, routed = branches.residual, branches.heavy, branches.routed
+        separate = (dropout.training and dropout.p > 0) or residual.dtype == torch.float16
+        if separate or routed is None or heavy is None:
+            merged = branches.merge(dropout, kernel_backend)
+            return merged, *super().forward(merged, routers, kernel_backend)
+        routing = (routed.indices, routed.valid, routed.weights)
         # autocast would take the scores' product in half precision
-        with maybe_autocast(self.residual.device.type, enabled=False):
+        with maybe_autocast(residual.device.type, enabled=False):
             return combine_norm_scores(
-                self.residual, self.light, self.heavy, *routed, norm.weight, routers, norm.eps, kernel_backend
+                residual, branches.light, heavy, *routing, self.weight, routers, self.eps, kernel_backend
             )
 
 
@@ -156,7 +162,7 @@ class CoLT5LayerConditionalFF(nn.Module):
 
     def __init__(self, config: CoLT5Config, layer_idx: int):
         super().__init__()
-        self.layer_norm = CoLT5LayerNorm(config)
+        self.layer_norm = CoLT5MergingLayerNorm(config)
         self.light_feed_forward = CoLT5DenseActDense(config, config.light_d_ff)
         if config.routing != "none":
             self.router = CoLT5Router(config, seed=3 * layer_idx + 2)
@@ -175,12 +181,12 @@ class CoLT5LayerConditionalFF(nn.Module):
         """
         backend = plan.kernel_backend
         if plan.feed_forward is None:
-            hidden_states, normed, _ = branches.merge_and_norm(self.dropout, self.layer_norm, None, backend)
+            hidden_states, normed, _ = self.layer_norm(branches, self.dropout, None, backend)
             light = self.light_feed_forward(normed, backend)
             return Branches(hidden_states, light, None, None).merge(self.dropout, backend), None
 
         weights = router_weights(self.router)
-        hidden_states, normed, scores = branches.merge_and_norm(self.dropout, self.layer_norm, weights, backend)
+        hidden_states, normed, scores = self.layer_norm(branches, self.dropout, weights, backend)
         with plan.heavy():
             (tokens,) = run_routers((self.router,), normed, scores, plan, plan.feed_forward)
             normed, routed_states = share_and_gather(

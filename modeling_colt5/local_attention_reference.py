@@ -55,7 +55,7 @@ def local_attention_reference(
         The output [batch, length, heads, d_kv] in the query's dtype and, where `attend` gives weights, the weights
         [batch, heads, length, 2 * r + 1] with r = min(radius, length - 1): entry r + d is for the token d away.
     """
-    batch, length = query.shape[:2]
+    batch, length, heads = query.shape[:3]
     radius = min(radius, length - 1)
     # always one block too many, never a pad of zero: an exported program then holds for every length
     num_blocks = length // BLOCK_LENGTH + 1
@@ -64,7 +64,10 @@ def local_attention_reference(
 
     # overlapping windows fold into one dimension only as a copy, except for a batch of 1: copied here, an exported
     # program does not ask which of the two it has
-    query = rearrange(F.pad(query, (0, 0, 0, 0, 0, pad)), "b (n l) h d -> (b n) h l d", l=BLOCK_LENGTH)
+    # padded with its heads flat: otherwise the gradient of the padding, where there is one block, has another order in
+    # memory than a program compiled for more expects
+    query = F.pad(query.flatten(-2), (0, 0, 0, pad))
+    query = rearrange(query, "b (n l) (h d) -> (b n) h l d", l=BLOCK_LENGTH, h=heads)
     key, value = (
         F.pad(states, (0, 0, 0, 0, radius, radius + pad))
         .unfold(1, window, BLOCK_LENGTH)

@@ -189,6 +189,10 @@ class CoLT5Router(nn.Module):
         if self.routing == "learned":
             self.weight = nn.Parameter(torch.empty(config.d_model))
 
+    def forward(self) -> torch.Tensor:
+        """The learned vector [d_model]: to call it is what lets a hook bring an offloaded one."""
+        return self.weight
+
     def control_scores(
         self, hidden_states: torch.Tensor, mask: torch.Tensor | None, budget: torch.Tensor
     ) -> torch.Tensor:
@@ -227,7 +231,7 @@ def router_weights(*routers: CoLT5Router) -> torch.Tensor | None:
     """The routers' vectors as [routers, d_model]; None for controls."""
     if routers[0].routing != "learned":
         return None
-    return torch.stack([router.weight for router in routers]) if len(routers) > 1 else routers[0].weight[None]
+    return torch.stack([router() for router in routers]) if len(routers) > 1 else routers[0]()[None]
 
 
 def run_routers(

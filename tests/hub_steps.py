@@ -67,6 +67,9 @@ class Hidden:
 
     def __init__(self, names: Sequence[str]):
         self.names = set(names)
+        # Transformers or PyTorch may have imported one of them already
+        for name in [name for name in sys.modules if name.partition(".")[0] in self.names]:
+            del sys.modules[name]
         self.finders = sys.meta_path[:]
         sys.meta_path[:] = [self]
 

@@ -123,9 +123,12 @@ def test_the_nearest_heads_and_the_largest_units_become_light():
 def test_the_source_is_left_as_it_was():
     source = make_t5("relu", True, False).train()
     before = {name: weight.clone() for name, weight in source.state_dict().items()}
-    implementation = source.config._attn_implementation
+    implementation = source.encoder.config._attn_implementation
+    assert implementation == source.config._attn_implementation == "sdpa"
     convert(source, samples=[{"input_ids": torch.randint(2, 64, (1, 12))}])
-    assert source.training and source.config._attn_implementation == implementation
+    assert source.training
+    for model in (source, source.encoder, source.decoder):
+        assert model.config._attn_implementation == implementation
     for name, weight in source.state_dict().items():
         assert torch.equal(weight, before[name]), name
 

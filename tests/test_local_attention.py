@@ -58,6 +58,25 @@ def test_values_and_gradients_are_those_of_dense_attention(
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-11)
 
 
+def test_gradients_compile_for_any_number_of_blocks():
+    """One block of 128 first, then more; heads split off a projection, as in the model."""
+    # with a gradient, as in training: PyTorch then takes attention whose gradients lie in the order of its inputs
+    table = torch.randn(2, 17, requires_grad=True)
+
+    def attend(query, key, value):
+        split = (states.unflatten(-1, (2, 8)) for states in (query, key, value))
+        return local_attention_reference(*split, table, 5)[0].flatten(-2)
+
+    compiled = torch.compile(attend, fullgraph=True, dynamic=True, backend="aot_eager")
+    for length in (70, 133, 300):
+        leaves = [torch.randn(2, length, 16, requires_grad=True) for _ in range(3)]
+        cotangent = torch.randn(2, length, 16)
+        expected = torch.autograd.grad(attend(*leaves), leaves, cotangent)
+        for ours, theirs in zip(torch.autograd.grad(compiled(*leaves), leaves, cotangent), expected, strict=True):
+            # fp32, the same operations
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
 def test_weights_come_by_distance():
     batch, length, radius = 2, 150, 20
     query, key, value, table = inputs(batch, length, 2, 1, 4, 16)

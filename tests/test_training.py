@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from models import pad, random_ids, tiny_config, tiny_model
+from models import pad, tiny_config, tiny_model
 from peft import AutoPeftModelForSeq2SeqLM, LoraConfig, PeftModel, TaskType, get_peft_model
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import (
-    AutoModelForSeq2SeqLM,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
     Trainer,
@@ -324,19 +323,6 @@ def test_half_precision(model_class: type[nn.Module], dtype: torch.dtype, tmp_pa
     loss.backward()
     assert torch.isfinite(loss)
     assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
-
-
-@pytest.mark.parametrize("device_map", ["auto", "cpu", {"": "cpu"}])
-def test_device_map(device_map: str | dict[str, str], tmp_path: Path) -> None:
-    model = tiny_model()
-    model.save_pretrained(tmp_path)
-    loaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path, device_map=device_map)
-    batch = pad([random_ids(30), random_ids(12)])
-    target = random_ids(2, 4)
-    with torch.no_grad():
-        expected = model(**batch, decoder_input_ids=target).logits
-        output = loaded(**batch, decoder_input_ids=target).logits
-    torch.testing.assert_close(output.cpu(), expected, rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("model_class", [*HEADS, CoLT5Model, CoLT5EncoderModel])

@@ -1,0 +1,126 @@
+"""Device maps: a model whose parts wait in CPU memory or on disk computes what the whole one does."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import cpu_offload, dispatch_model
+from models import pad, random_ids, tiny_model
+from torch import nn
+from transformers import AutoModelForSeq2SeqLM
+
+from modeling_colt5 import CoLT5ForConditionalGeneration, CoLT5ForSequenceClassification, CoLT5PreTrainedModel
+
+# what every pass reads stays, every kind of block is away
+PARTS = {
+    "shared": "cpu",
+    "encoder.embed_tokens": "cpu",
+    "encoder.light_relative_attention_bias": "disk",
+    "encoder.heavy_relative_attention_bias": "cpu",
+    "encoder.block.0": "disk",
+    "encoder.block.1": "cpu",
+    "encoder.final_layer_norm": "disk",
+    "decoder.embed_tokens": "cpu",
+    "decoder.relative_attention_bias": "disk",
+    "decoder.block.0": "disk",
+    "decoder.block.1": "cpu",
+    "decoder.block.2": "disk",
+    "decoder.final_layer_norm": "disk",
+    "lm_head": "disk",
+}
+
+
+def waiting(model: nn.Module) -> set[str]:
+    """The parameters that are not in memory."""
+    return {name for name, parameter in model.named_parameters() if parameter.is_meta}
+
+
+@torch.no_grad()
+def assert_same(model: CoLT5PreTrainedModel, whole: CoLT5PreTrainedModel) -> None:
+    """Output, routing and generated tokens, bit for bit; afterwards what waited waits again."""
+    batch = pad([random_ids(30), random_ids(12)])
+    before = waiting(model)
+    inputs = {**batch, "output_routing": True}
+    if whole.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = random_ids(2, 4)
+        expected = whole.generate(**batch, max_new_tokens=5)
+        assert torch.equal(model.generate(**batch, max_new_tokens=5), expected)
+    output, expected = model(**inputs), whole(**inputs)
+    assert torch.equal(output.logits.cpu(), expected.logits)
+    field = "encoder_routing" if whole.config.is_encoder_decoder else "routing"
+    for mine, theirs in zip(output[field], expected[field], strict=True):
+        for router in ("query", "key_value", "feed_forward"):
+            chosen = getattr(theirs, router)
+            assert (chosen is None) == (whole.config.routing == "none")
+            assert chosen is None or torch.equal(getattr(mine, router).indices.cpu(), chosen.indices)
+    assert waiting(model) == before
+
+
+@pytest.mark.parametrize("device_map", ["auto", "cpu", {"": "cpu"}])
+@torch.no_grad()
+def test_loading_onto_devices(device_map: str | dict[str, str], tmp_path: Path) -> None:
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path, device_map=device_map)
+    inputs = {**pad([random_ids(30), random_ids(12)]), "decoder_input_ids": random_ids(2, 4)}
+    # "auto" may take a GPU, whose sums have another order
+    torch.testing.assert_close(loaded(**inputs).logits.cpu(), model(**inputs).logits, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("routing", ["learned", "even", "none"])
+def test_parts_on_disk_by_name(routing: str, tmp_path: Path) -> None:
+    model = tiny_model(routing=routing)
+    model.save_pretrained(tmp_path)
+    parts = {name: place for name, place in PARTS.items() if routing != "none" or "heavy" not in name}
+    loaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path, device_map=parts, offload_folder=tmp_path / "offload")
+    away = waiting(loaded)
+    for name, place in parts.items():
+        assert any(parameter.startswith(f"{name}.") for parameter in away) == (place == "disk"), name
+    assert_same(loaded, model)
+
+
+def test_parts_on_disk_by_memory(tmp_path: Path) -> None:
+    """`device_map="auto"` finds the parts itself, and never splits a block."""
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    loaded = AutoModelForSeq2SeqLM.from_pretrained(
+        tmp_path, device_map="auto", max_memory={"cpu": size // 2}, offload_folder=tmp_path / "offload"
+    )
+    assert "disk" in loaded.hf_device_map.values()
+    assert not any(".layer" in name and ".block" in name for name in loaded.hf_device_map)
+    assert_same(loaded, model)
+
+
+@pytest.mark.parametrize("model_class", [CoLT5ForConditionalGeneration, CoLT5ForSequenceClassification])
+def test_all_parameters_wait_in_cpu_memory(model_class: type[CoLT5PreTrainedModel]) -> None:
+    model, whole = tiny_model(model_class), tiny_model(model_class)
+    whole.load_state_dict(model.state_dict())
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    assert waiting(model) == {name for name, _ in model.named_parameters()}
+    assert_same(model, whole)
+
+
+def test_dispatching_a_model_that_is_loaded(tmp_path: Path) -> None:
+    model, whole = tiny_model(), tiny_model()
+    whole.load_state_dict(model.state_dict())
+    parts = {name: place for name, place in PARTS.items() if not name.endswith("embed_tokens")}
+    # tied weights stand together
+    parts |= dict.fromkeys(("encoder.embed_tokens", "decoder.embed_tokens"), "cpu")
+    dispatch_model(model, parts, offload_dir=tmp_path, main_device="cpu", force_hooks=True)
+    assert waiting(model)
+    assert_same(model, whole)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+def test_blocks_that_wait_while_the_gpu_computes(place: str, tmp_path: Path) -> None:
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    parts = {name: place if "block" in name else 0 for name in PARTS}
+    loaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path, device_map=parts, offload_folder=tmp_path / "offload")
+    assert all("block" in name for name in waiting(loaded)) and waiting(loaded)
+    inputs = {**pad([random_ids(30), random_ids(12)]), "decoder_input_ids": random_ids(2, 4)}
+    with torch.no_grad():
+        # sums in another order
+        torch.testing.assert_close(loaded(**inputs).logits.cpu(), model(**inputs).logits, rtol=0, atol=2e-5)
