@@ -118,10 +118,9 @@ class CoLT5Config(PreTrainedConfig):
         routing_epsilon_decay: factor on the temperature after each iteration, down to `routing_epsilon`.
         num_cross_key_value_heads: key/value heads of the decoder's cross-attention; 1 is the paper's multi-query
             attention, `num_heads` is T5's.
-        routed_cross_key_values: tokens of the encoder's output, at most, that a sequence's cross-attention reads in each
-            decoder layer; its router chooses them. None is the paper's cross-attention, to all tokens.
-        num_cross_routers: routers of a layer's cross-attention, each of which chooses `routed_cross_key_values` tokens
-            for its group of heads; without effect where that is None.
+        routed_cross_key_values: how many tokens of the encoder's output a router of the cross-attention chooses;
+            all where there are no more. None is the paper's cross-attention, to every token.
+        num_cross_routers: routers of a layer's routed cross-attention, each for a group of heads.
         feed_forward_proj: an activation of Transformers, with "gated-" before it for a gated feed-forward.
         scale_decoder_outputs: whether the decoder's output is scaled by d_model^-½ before the head (T5 1.0).
         kernel_backend: "auto" (Triton kernels on CUDA where triton is installed, PyTorch elsewhere), "triton" or
