@@ -276,7 +276,7 @@ class CoLT5Decoder(CoLT5PreTrainedModel):
         self.block = nn.ModuleList(
             [CoLT5DecoderBlock(config, layer_idx) for layer_idx in range(config.num_decoder_layers)]
         )
-        self.is_cross_routed = config.routed_cross_key_values is not None
+        self.is_cross_routed = config.is_encoder_decoder and config.routed_cross_key_values is not None
         if self.is_cross_routed:
             self.cross_routing = CoLT5CrossRouting(config)
         self.final_layer_norm = CoLT5LayerNorm(config)

@@ -219,6 +219,19 @@ def test_budget_can_be_set_on_a_loaded_model(tmp_path):
     assert model.config.routed_cross_key_values == 13
 
 
+@torch.no_grad()
+def test_checkpoint_without_routers_gets_new_ones_and_keeps_its_function(tmp_path):
+    full = tiny_model(d_model=64)
+    full.save_pretrained(tmp_path)
+    model = CoLT5ForConditionalGeneration.from_pretrained(tmp_path, routed_cross_key_values=30, num_cross_routers=4)
+    inputs = inputs_of(30, 12)
+    torch.testing.assert_close(model(**inputs).logits, full(**inputs).logits, atol=TOLERANCE, rtol=0)
+    drawn = torch.stack(list(cross_routers(model).values()))
+    assert drawn.shape == (3 * 4, 64)
+    # d_model^-½, as every router's; 768 draws have a standard deviation within 1 / sqrt(2 * 768) = 2.6 %, four times
+    assert abs(drawn.std() * 8 - 1) < 0.11
+
+
 @pytest.mark.parametrize("routing", ["random", "even"])
 @torch.no_grad()
 def test_controls_route_as_many_tokens_with_weights_of_one(routing):
