@@ -26,6 +26,7 @@ SHARES = {
     "generation": 3,
     "training": 1,
     "dense": 1,
+    "cross_attention": 1,
     "attention": 2,
     "token_ops": 1,
     "router": 1,

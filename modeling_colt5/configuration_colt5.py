@@ -118,20 +118,23 @@ class CoLT5Config(PreTrainedConfig):
         routing_epsilon_decay: factor on the temperature after each iteration, down to `routing_epsilon`.
         num_cross_key_value_heads: key/value heads of the decoder's cross-attention; 1 is the paper's multi-query
             attention, `num_heads` is T5's.
+        routed_cross_key_values: how many tokens of the encoder's output a router of the cross-attention chooses;
+            all where there are no more. None is the paper's cross-attention, to every token.
+        num_cross_routers: routers of a layer's routed cross-attention, each for a group of heads.
         feed_forward_proj: an activation of Transformers, with "gated-" before it for a gated feed-forward.
         scale_decoder_outputs: whether the decoder's output is scaled by d_model^-½ before the head (T5 1.0).
         kernel_backend: "auto" (Triton kernels on CUDA where triton is installed, PyTorch elsewhere), "triton" or
             "torch". The environment variable COLT5_KERNEL_BACKEND, where set, has the last word.
         use_cuda_graphs: whether inference on CUDA replays the encoder as a CUDA graph from the third call of a shape
             on, up to 65,536 tokens; a graph keeps the memory of one call.
-        output_routing: whether the encoder returns which tokens it routed.
+        output_routing: whether the models return which tokens they routed.
 
     Raises:
         StrictDataclassError: for a value of another type than declared, or one that breaks a rule.
     """
 
     model_type = "colt5"
-    keys_to_ignore_at_inference = ["past_key_values", "encoder_routing", "routing"]
+    keys_to_ignore_at_inference = ["past_key_values", "encoder_routing", "cross_routing", "routing"]
     attribute_map = {
         "hidden_size": "d_model",
         "num_attention_heads": "num_heads",
@@ -172,6 +175,8 @@ class CoLT5Config(PreTrainedConfig):
     relative_attention_num_buckets: int = _at_least(4, 32)
     relative_attention_max_distance: int = _at_least(2, 128)
     num_cross_key_value_heads: int = _at_least(1, 1)
+    routed_cross_key_values: int | None = _rule(None, "None or an integer of at least 1", lambda value: value >= 1)
+    num_cross_routers: int = _at_least(1, 1)
     dropout_rate: float | int = _dropout(0.1)
     classifier_dropout: float | int = _dropout(0.0)
     layer_norm_epsilon: float = _positive(1e-6)
@@ -228,6 +233,22 @@ class CoLT5Config(PreTrainedConfig):
             raise ValueError(
                 f"num_cross_key_value_heads is {self.num_cross_key_value_heads}; it must divide num_heads, "
                 f"which is {self.num_heads}"
+            )
+        if self.num_heads % self.num_cross_routers != 0:
+            raise ValueError(
+                f"num_cross_routers is {self.num_cross_routers}; it must divide num_heads, which is {self.num_heads}"
+            )
+        if self.num_cross_key_value_heads % self.num_cross_routers and (
+            self.num_cross_routers % self.num_cross_key_value_heads
+        ):
+            raise ValueError(
+                f"num_cross_routers is {self.num_cross_routers}; it must divide num_cross_key_value_heads, which is "
+                f"{self.num_cross_key_value_heads}, or be a multiple of it"
+            )
+        if self.routed_cross_key_values is not None and self.routing == "none":
+            raise ValueError(
+                f"routed_cross_key_values is {self.routed_cross_key_values} and routing is 'none'; it must be None "
+                "where nothing is routed"
             )
         if self.relative_attention_num_buckets % 2 != 0:
             raise ValueError(

@@ -3,7 +3,7 @@
 import torch
 from einops import rearrange
 from torch import nn
-from transformers.cache_utils import Cache, EncoderDecoderCache
+from transformers.cache_utils import Cache, EncoderDecoderCache, StaticLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .configuration_colt5 import CoLT5Config
@@ -43,11 +43,27 @@ class CoLT5SelfAttention(CoLT5Attention):
 
 
 class CoLT5CrossAttention(CoLT5Attention):
-    """The decoder's attention to the encoder's output; multi-query in the paper (Shazeer 2019)."""
+    """The decoder's attention to the encoder's output, all of it or what was routed out of it; multi-query in the
+    paper (Shazeer 2019)."""
 
     def __init__(self, config: CoLT5Config, layer_idx: int):
         super().__init__(config, config.num_heads, config.num_cross_key_value_heads)
         self.layer_idx = layer_idx
+        self.is_routed = config.routed_cross_key_values is not None
+        self.num_routers = config.num_cross_routers if self.is_routed else 1
+
+    def split_routers(self, states: torch.Tensor) -> torch.Tensor:
+        """[batch, routers * slots, key/value heads * d_kv] → [batch, groups, slots, d_kv], where the groups of heads
+        are as many as the routers or the key/value heads, whichever are more: each has one of both."""
+        if self.num_routers == 1:
+            return self.split_heads(states).transpose(1, 2)
+        routers, heads = self.num_routers, self.num_key_value_heads
+        common = min(routers, heads)
+        outer, inner = routers // common, heads // common
+        states = rearrange(
+            states, "b (r o s) (h i d) -> b r o s h i d", r=common, o=outer, h=common, i=inner, d=self.d_kv
+        )
+        return rearrange(states.diagonal(dim1=1, dim2=4), "b o s i d c -> b (c o i) s d")
 
     def forward(
         self,
@@ -58,7 +74,9 @@ class CoLT5CrossAttention(CoLT5Attention):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[batch, n, d_model] → the same shape, and the weights where the implementation gives them.
 
-        `encoder_mask` is bool [batch, encoder length], True for real tokens.
+        `encoder_hidden_states` is [batch, encoder length, d_model], or the routed rows [batch, routers * slots,
+        d_model], and not read where the cache has its keys and values. `encoder_mask` is bool [batch, encoder length
+        or slots], True for real tokens.
         """
         cache = past_key_values if isinstance(past_key_values, EncoderDecoderCache) else None
         if cache is not None and cache.is_updated.get(self.layer_idx):
@@ -66,13 +84,18 @@ class CoLT5CrossAttention(CoLT5Attention):
             key, value = layer.keys, layer.values
         else:
             states = project(encoder_hidden_states, self.k, self.v)
-            key, value = (self.split_heads(part).transpose(1, 2) for part in states)
+            key, value = map(self.split_routers, states)
             if cache is not None:
+                if self.is_routed:
+                    self.shorten_static_layer(cache.cross_attention_cache)
                 key, value = cache.cross_attention_cache.update(key, value, self.layer_idx)
                 cache.is_updated[self.layer_idx] = True
+        if self.is_routed and encoder_mask is not None:
+            # a static cache of the caller's may be longer
+            key, value = (states[:, :, : encoder_mask.shape[1]] for states in (key, value))
 
         # no bias and no causality here: the heads that share a key/value head are just more queries for it
-        groups = self.num_key_value_heads
+        groups = key.shape[1]
         query = rearrange(self.split_heads(self.q(hidden_states)), "b n (g h) d -> b g (h n) d", g=groups)
         mask = None if encoder_mask is None else encoder_mask[:, None, None, :]
         weights: torch.Tensor | None = None
@@ -85,6 +108,12 @@ class CoLT5CrossAttention(CoLT5Attention):
         if weights is not None:
             weights = rearrange(weights, "b g (h n) k -> b (g h) n k", n=hidden_states.shape[1])
         return self.o(output), weights
+
+    def shorten_static_layer(self, cache: Cache) -> None:
+        """Make a static cache's layer, which is sized for all of the encoder's output, no longer than the budget."""
+        layer = cache.layers[self.layer_idx] if self.layer_idx < len(cache.layers) else None
+        if isinstance(layer, StaticLayer) and not layer.is_initialized:
+            layer.max_cache_len = min(layer.max_cache_len, self.config.routed_cross_key_values)
 
 
 class CoLT5LayerSelfAttention(nn.Module):

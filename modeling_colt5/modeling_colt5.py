@@ -102,6 +102,7 @@ class CoLT5Seq2SeqPreTrainedModel(CoLT5PreTrainedModel):
             # another library's plain BaseModelOutput has neither
             encoder_heavy_attentions=encoder_outputs.get("heavy_attentions"),
             encoder_routing=encoder_outputs.get("routing"),
+            cross_routing=decoder_outputs.cross_routing,
         )
 
 

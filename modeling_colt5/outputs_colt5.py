@@ -1,10 +1,11 @@
-"""The outputs of CoLT5 models: Transformers' own, with what the encoder routed and how its heavy branch attended."""
+"""The outputs of CoLT5 models: Transformers' own, with what was routed and how the encoder's heavy branch attended."""
 
 from dataclasses import dataclass
 
 import torch
 from transformers.modeling_outputs import (
     BaseModelOutput,
+    BaseModelOutputWithPastAndCrossAttentions,
     QuestionAnsweringModelOutput,
     Seq2SeqLMOutput,
     Seq2SeqModelOutput,
@@ -33,6 +34,19 @@ class CoLT5LayerRouting(ModelOutput):
 
 
 @dataclass
+class CoLT5DecoderOutput(BaseModelOutputWithPastAndCrossAttentions):
+    """The output of the decoder; the weights in `cross_attentions` are on all tokens of the encoder's output, or where
+    `cross_routing` chose, on its slots: [batch, num_heads, n, slots].
+
+    Args:
+        cross_routing: each layer's tokens of routed cross-attention, a `RoutedTokens` for each of its routers, with
+            `output_routing=True`; None where there is none, and where keys and values came from the cache.
+    """
+
+    cross_routing: tuple[tuple[RoutedTokens, ...], ...] | None = None
+
+
+@dataclass
 class CoLT5EncoderOutput(BaseModelOutput):
     """The output of the encoder.
 
@@ -54,18 +68,22 @@ class CoLT5EncoderOutput(BaseModelOutput):
 
 @dataclass
 class CoLT5Seq2SeqModelOutput(Seq2SeqModelOutput):
-    """The output of encoder and decoder; `encoder_attentions` and what is added here are `CoLT5EncoderOutput`'s."""
+    """The output of encoder and decoder; `encoder_attentions` and what is added here are `CoLT5EncoderOutput`'s, and
+    `cross_routing` is `CoLT5DecoderOutput`'s."""
 
     encoder_heavy_attentions: tuple[torch.Tensor, ...] | None = None
     encoder_routing: tuple[CoLT5LayerRouting, ...] | None = None
+    cross_routing: tuple[tuple[RoutedTokens, ...], ...] | None = None
 
 
 @dataclass
 class CoLT5Seq2SeqLMOutput(Seq2SeqLMOutput):
-    """The output with a language modelling head; what is added here is `CoLT5EncoderOutput`'s."""
+    """The output with a language modelling head; what is added here is `CoLT5EncoderOutput`'s, and `cross_routing` is
+    `CoLT5DecoderOutput`'s."""
 
     encoder_heavy_attentions: tuple[torch.Tensor, ...] | None = None
     encoder_routing: tuple[CoLT5LayerRouting, ...] | None = None
+    cross_routing: tuple[tuple[RoutedTokens, ...], ...] | None = None
 
 
 @dataclass

@@ -35,6 +35,34 @@ class RoutingBudget:
         return RoutingBudget(self.budget.to(device, non_blocking=non_blocking), self.capacities, mask)
 
 
+def route_settings(config: CoLT5Config, kernel_backend: str) -> dict[str, Any]:
+    """The keywords of `route` that a configuration gives."""
+    return {
+        "soft_topk_ratio": config.soft_topk_ratio,
+        "epsilon": config.routing_epsilon,
+        "solver": config.soft_topk_solver,
+        "num_iterations": config.num_soft_topk_iterations,
+        "epsilon_init": config.routing_epsilon_init,
+        "epsilon_decay": config.routing_epsilon_decay,
+        "kernel_backend": kernel_backend,
+    }
+
+
+def real_lengths(states: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """How many real tokens each row of states [batch, n, d_model] has, int64 [batch]."""
+    if mask is not None:
+        return mask.sum(-1)
+    return torch.full((states.shape[0],), states.shape[1], dtype=torch.int64, device=states.device)
+
+
+def memory_slots(config: CoLT5Config, memory: torch.Tensor) -> int:
+    """The slots of each router of routed cross-attention to a memory [batch, n, d_model], also for a symbolic n."""
+    length, budget = memory.shape[1], config.routed_cross_key_values
+    if budget is None:
+        return length
+    return min(length, budget) if isinstance(length, int) else torch.sym_min(length, budget)
+
+
 @dataclass
 class RoutingPlan:
     """What all layers share in one forward pass: which tokens are real, the routers' budgets, and who computes.
@@ -66,20 +94,8 @@ class RoutingPlan:
         plan = cls(mask, kernel_backend, kernel_backend == "triton" and config._attn_implementation == "sdpa")
         if config.routing == "none":
             return plan
-        plan.settings = {
-            "soft_topk_ratio": config.soft_topk_ratio,
-            "epsilon": config.routing_epsilon,
-            "solver": config.soft_topk_solver,
-            "num_iterations": config.num_soft_topk_iterations,
-            "epsilon_init": config.routing_epsilon_init,
-            "epsilon_decay": config.routing_epsilon_decay,
-            "kernel_backend": kernel_backend,
-        }
-        batch, length = hidden_states.shape[:2]
-        if mask is None:
-            lengths = torch.full((batch,), length, dtype=torch.int64, device=hidden_states.device)
-        else:
-            lengths = mask.sum(-1)
+        plan.settings = route_settings(config, kernel_backend)
+        length, lengths = hidden_states.shape[1], real_lengths(hidden_states, mask)
 
         def budget(*fractions: float) -> RoutingBudget:
             minimum = config.min_routed_tokens
@@ -112,6 +128,21 @@ class RoutingPlan:
         """Wait for the heavy branch."""
         if self.side is not None:
             torch.cuda.current_stream().wait_stream(self.side)
+
+    @classmethod
+    def for_memory(
+        cls, config: CoLT5Config, memory: torch.Tensor, mask: torch.Tensor | None, num_routers: int
+    ) -> tuple["RoutingPlan", RoutingBudget]:
+        """The plan and the budget of all routers of routed cross-attention to a memory [batch, n, d_model]: each takes
+        `routed_cross_key_values` of a row's real tokens, or all where the row has no more."""
+        kernel_backend = "triton" if uses_triton(memory, config.kernel_backend) else "torch"
+        slots = memory_slots(config, memory)
+        budget = RoutingBudget(
+            real_lengths(memory, mask).clamp(max=slots).repeat_interleave(num_routers),
+            (slots,) * num_routers,
+            None if mask is None else mask.repeat_interleave(num_routers, 0),
+        )
+        return cls(mask, kernel_backend, False, route_settings(config, kernel_backend)), budget
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "RoutingPlan":
         """The same on another device; Accelerate calls it where a device map spreads the blocks."""

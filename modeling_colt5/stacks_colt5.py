@@ -10,19 +10,20 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_colt5 import CoLT5Config
+from .cross_routing_colt5 import CoLT5CrossRouting
 from .decoder_layers_colt5 import CoLT5DecoderBlock
 from .encoder_layers_colt5 import CoLT5EncoderBlock
 from .inference_graphs import replayed
 from .kernel_backend import runs_eagerly, uses_triton
 from .layers_colt5 import CoLT5Attention, CoLT5DenseActDense, CoLT5LayerNorm
-from .outputs_colt5 import CoLT5EncoderOutput
+from .outputs_colt5 import CoLT5DecoderOutput, CoLT5EncoderOutput
 from .relative_position import CoLT5RelativePositionBias, bias_by_position
 from .router_colt5 import CoLT5Router, RoutingPlan
+from .routing import RoutedTokens
 
 
 class CoLT5ClassificationHead(nn.Module):
@@ -45,7 +46,7 @@ class CoLT5PreTrainedModel(PreTrainedModel):
     config: CoLT5Config
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["CoLT5EncoderBlock", "CoLT5DecoderBlock"]
+    _no_split_modules = ["CoLT5EncoderBlock", "CoLT5DecoderBlock", "CoLT5CrossRouting"]
     _keep_in_fp32_modules = ["wo"]
     _supports_sdpa = True
     _supports_flash_attn = False
@@ -107,7 +108,11 @@ class CoLT5PreTrainedModel(PreTrainedModel):
         return {key: source for key, source in tied.items() if self.config.tie_word_embeddings or "lm_head" not in key}
 
     def set_routing_budget(
-        self, feed_forward: float | None = None, query: float | None = None, key_value: float | None = None
+        self,
+        feed_forward: float | None = None,
+        query: float | None = None,
+        key_value: float | None = None,
+        cross_key_values: int | None = None,
     ) -> None:
         """Change how many tokens a loaded model routes: quality against speed, without retraining.
 
@@ -115,19 +120,28 @@ class CoLT5PreTrainedModel(PreTrainedModel):
             feed_forward: new `routed_feed_forward_fraction`; None leaves it as it is.
             query: new `routed_query_fraction`.
             key_value: new `routed_key_value_fraction`.
+            cross_key_values: new `routed_cross_key_values`.
 
         Raises:
-            StrictDataclassError: for a fraction outside of (0, 1]; nothing is changed then.
+            StrictDataclassError: for a fraction outside of (0, 1], or a number of tokens below 1; nothing is changed
+                then.
+            ValueError: for `cross_key_values` where the model's cross-attention has no routers.
         """
-        fractions = {
+        if cross_key_values is not None and self.config.routed_cross_key_values is None:
+            raise ValueError(
+                f"cross_key_values is {cross_key_values}; it must be None where the configuration's "
+                "routed_cross_key_values is, as the model then has no routers for its cross-attention"
+            )
+        budgets = {
             "routed_feed_forward_fraction": feed_forward,
             "routed_query_fraction": query,
             "routed_key_value_fraction": key_value,
+            "routed_cross_key_values": cross_key_values,
         }
-        given = {name: fraction for name, fraction in fractions.items() if fraction is not None}
+        given = {name: budget for name, budget in budgets.items() if budget is not None}
         type(self.config)(**given)
-        for name, fraction in given.items():
-            setattr(self.config, name, fraction)
+        for name, budget in given.items():
+            setattr(self.config, name, budget)
 
     @property
     def dummy_inputs(self) -> dict[str, torch.Tensor]:
@@ -244,7 +258,8 @@ class CoLT5Encoder(CoLT5PreTrainedModel):
 
 
 class CoLT5Decoder(CoLT5PreTrainedModel):
-    """The decoder: T5's, with multi-query cross-attention; the paper routes nothing here."""
+    """The decoder: T5's, with multi-query cross-attention; the paper routes nothing here, the configuration may have
+    the cross-attention read routed tokens alone."""
 
     _can_record_outputs = {
         "hidden_states": OutputRecorder(CoLT5DecoderBlock, index=0),
@@ -261,6 +276,9 @@ class CoLT5Decoder(CoLT5PreTrainedModel):
         self.block = nn.ModuleList(
             [CoLT5DecoderBlock(config, layer_idx) for layer_idx in range(config.num_decoder_layers)]
         )
+        self.is_cross_routed = config.is_encoder_decoder and config.routed_cross_key_values is not None
+        if self.is_cross_routed:
+            self.cross_routing = CoLT5CrossRouting(config)
         self.final_layer_norm = CoLT5LayerNorm(config)
         self.dropout = nn.Dropout(config.dropout_rate)
         self.gradient_checkpointing = False
@@ -278,7 +296,7 @@ class CoLT5Decoder(CoLT5PreTrainedModel):
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPastAndCrossAttentions:
+    ) -> CoLT5DecoderOutput:
         """Decode a batch.
 
         Args:
@@ -289,7 +307,7 @@ class CoLT5Decoder(CoLT5PreTrainedModel):
             encoder_attention_mask: [batch, encoder length], 1 for real tokens.
             past_key_values: the cache of earlier calls.
             use_cache: whether to fill a cache.
-            kwargs: `output_hidden_states`, `output_attentions` and `return_dict`.
+            kwargs: `output_hidden_states`, `output_attentions`, `output_routing` and `return_dict`.
 
         Raises:
             ValueError: for both or neither of ids and embeddings, no encoder output, or an encoder mask of another
@@ -317,17 +335,34 @@ class CoLT5Decoder(CoLT5PreTrainedModel):
             torch.arange(key_length, device=hidden_states.device),
         )[None]
 
+        memories, encoder_mask, cross_routing = self.route_memory(encoder_hidden_states, encoder_mask, past_key_values)
         hidden_states = self.dropout(hidden_states)
-        for block in self.block:
+        for block, memory in zip(self.block, memories, strict=True):
             hidden_states = block(
-                hidden_states,
-                position_bias,
-                mask,
-                encoder_hidden_states,
-                encoder_mask,
-                past_key_values=past_key_values,
+                hidden_states, position_bias, mask, memory, encoder_mask, past_key_values=past_key_values
             )[0]
         hidden_states, _ = self.final_layer_norm(hidden_states)
-        return BaseModelOutputWithPastAndCrossAttentions(
-            last_hidden_state=self.dropout(hidden_states), past_key_values=past_key_values
+        return CoLT5DecoderOutput(
+            last_hidden_state=self.dropout(hidden_states),
+            past_key_values=past_key_values,
+            cross_routing=cross_routing if kwargs.get("output_routing", self.config.output_routing) else None,
         )
+
+    def route_memory(
+        self, memory: torch.Tensor, mask: torch.Tensor | None, cache: Cache | None
+    ) -> tuple[list[torch.Tensor], torch.Tensor | None, tuple[tuple[RoutedTokens, ...], ...] | None]:
+        """What each layer's cross-attention reads of a memory [batch, n, d_model], and its mask; and what was routed.
+
+        Layers whose keys and values the cache has already read nothing: they get the memory as it is.
+        """
+        memories = [memory] * len(self.block)
+        if not self.is_cross_routed:
+            return memories, mask, None
+        is_updated = cache.is_updated if isinstance(cache, EncoderDecoderCache) else {}
+        routing = None
+        if not all(is_updated.get(layer_idx) for layer_idx in range(len(self.block))):
+            memories, routing = self.cross_routing(memory, mask)
+        # without padding all slots are used; a static cache may still be longer than they are
+        if mask is not None or cache is not None:
+            mask = self.cross_routing.used_slots(memory, mask)
+        return memories, mask, routing

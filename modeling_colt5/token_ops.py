@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .kernel_backend import Operator, kernel_takes, runs_eagerly, uses_triton
+from .token_ops_reference import accumulation_dtype, normed_dtype
 from .token_ops_reference import combine as combine_reference
 from .token_ops_reference import combine_norm as combine_norm_reference
 from .token_ops_reference import gated_gelu as gated_gelu_reference
@@ -21,7 +22,8 @@ from .token_ops_reference import gated_gelu_backward as gated_gelu_backward_refe
 from .token_ops_reference import gather as gather_reference
 from .token_ops_reference import gather_dot as gather_dot_reference
 from .token_ops_reference import norm_backward as norm_backward_reference
-from .token_ops_reference import normed_dtype
+from .token_ops_reference import router_scores as router_scores_reference
+from .token_ops_reference import router_scores_backward as router_scores_backward_reference
 
 KERNELS: dict[str, Callable[..., Any]] = {}
 # without triton `uses_triton` is False, and nothing below looks for a kernel
@@ -262,6 +264,73 @@ class _ShareAndGather(torch.autograd.Function):
         return _gather_gradients(ctx, grad_shared, grad, grad2)
 
 
+# router_scores: matrix products, of a part of the states at a time, so that no fp32 copy of all of them is made
+
+# tokens of all rows together; 48 MiB in fp32 at d = 768, which stays in the L2 of an H100
+_SCORED_AT_ONCE = 16_384
+
+
+def _parts(hidden_states: Tensor) -> Iterator[slice]:
+    """Parts of the positions of `[batch, n, d]`."""
+    batch, n, _ = hidden_states.shape
+    step = max(1, _SCORED_AT_ONCE // batch)
+    return (slice(first, first + step) for first in range(0, n, step))
+
+
+def _router_scores_forward(hidden_states: Tensor, router_weights: Tensor) -> Tensor:
+    scores = _fake_router_scores(hidden_states, router_weights)
+    for part in _parts(hidden_states):
+        scores[:, :, part] = router_scores_reference(hidden_states[:, part], router_weights)
+    return scores
+
+
+def _fake_router_scores(hidden_states: Tensor, router_weights: Tensor) -> Tensor:
+    batch, n, _ = hidden_states.shape
+    dtype = accumulation_dtype(hidden_states.dtype)
+    return hidden_states.new_empty(batch, router_weights.shape[0], n, dtype=dtype)
+
+
+def _router_scores_backward_in_parts(
+    grad: Tensor, hidden_states: Tensor, router_weights: Tensor
+) -> tuple[Tensor, Tensor]:
+    grad_states = torch.empty_like(hidden_states)
+    grad_router = torch.zeros_like(router_weights, dtype=grad.dtype)
+    for part in _parts(hidden_states):
+        grad_states[:, part], partial = router_scores_backward_reference(
+            grad[:, :, part], hidden_states[:, part], router_weights
+        )
+        grad_router += partial
+    return grad_states, grad_router.to(router_weights.dtype)
+
+
+def _fake_router_scores_backward(grad: Tensor, hidden_states: Tensor, router_weights: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(hidden_states), torch.empty_like(router_weights)
+
+
+_router_scores_backward = Operator(
+    "router_scores_backward(Tensor grad, Tensor hidden_states, Tensor router_weights) -> (Tensor, Tensor)",
+    _router_scores_backward_in_parts,
+    _fake_router_scores_backward,
+)
+
+
+def _save_router_scores(ctx: Any, inputs: tuple[Tensor, ...], _: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward_router_scores(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    return _router_scores_backward(grad, *ctx.saved_tensors)
+
+
+_router_scores = Operator(
+    "router_scores(Tensor hidden_states, Tensor router_weights) -> Tensor",
+    _router_scores_forward,
+    _fake_router_scores,
+    _save_router_scores,
+    _backward_router_scores,
+)
+
+
 # gated_gelu
 
 
@@ -321,6 +390,20 @@ def rms_norm_scores(
     run = _combine_norm if uses_triton(hidden_states, kernel_backend) else combine_norm_reference
     _, normed, _, scores = run(hidden_states, None, None, None, None, None, weight, router_weights, eps)
     return normed, None if router_weights is None else scores
+
+
+def router_scores(hidden_states: Tensor, router_weights: Tensor, kernel_backend: str = "auto") -> Tensor:
+    """The products of states with router vectors, for states that are normalised already; no copy of the states.
+
+    Args:
+        hidden_states: `[batch, n, d]`, any float dtype.
+        router_weights: one learned vector a router `[routers, d]`.
+
+    Returns:
+        `[batch, routers, n]` in fp32 (float64 for float64), contiguous.
+    """
+    run = _router_scores if uses_triton(hidden_states, kernel_backend) else router_scores_reference
+    return run(hidden_states, router_weights)
 
 
 def combine_norm_scores(

@@ -153,6 +153,24 @@ def combine_norm(
     return combined, normed, rstd, scores.contiguous()
 
 
+def router_scores(hidden_states: Tensor, router_weights: Tensor) -> Tensor:
+    """The states' products with router vectors, in fp32: `[batch, n, d]`, `[routers, d]` → `[batch, routers, n]`."""
+    dtype = accumulation_dtype(hidden_states.dtype)
+    return torch.einsum("bnd,rd->brn", hidden_states.to(dtype), router_weights.to(dtype)).contiguous()
+
+
+def router_scores_backward(grad: Tensor, hidden_states: Tensor, router_weights: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of `router_scores` to its states, in their dtype, and to its vectors, in fp32.
+
+    Args:
+        grad: `[batch, routers, n]` in fp32.
+        hidden_states, router_weights: as in `router_scores`.
+    """
+    dtype = accumulation_dtype(hidden_states.dtype)
+    grad_states = torch.einsum("brn,rd->bnd", grad, router_weights.to(dtype)).to(hidden_states.dtype)
+    return grad_states, torch.einsum("brn,bnd->rd", grad, hidden_states.to(dtype))
+
+
 def norm_backward(
     grad_hidden: Tensor | None,
     grad_normed: Tensor | None,

@@ -76,6 +76,8 @@ POSITIVE_INTEGERS = [
     "min_routed_tokens",
     "num_soft_topk_iterations",
     "num_cross_key_value_heads",
+    "routed_cross_key_values",
+    "num_cross_routers",
 ]
 FRACTIONS = [
     "routed_feed_forward_fraction",
@@ -141,6 +143,12 @@ def test_values_of_another_type_are_refused(name):
     ("fields", "mentioned"),
     [
         ({"num_heads": 12, "num_cross_key_value_heads": 5}, ["num_cross_key_value_heads is 5", "num_heads", "12"]),
+        ({"num_heads": 12, "num_cross_routers": 5}, ["num_cross_routers is 5", "num_heads", "12"]),
+        (
+            {"num_heads": 12, "num_cross_routers": 2, "num_cross_key_value_heads": 3},
+            ["num_cross_routers is 2", "num_cross_key_value_heads", "3"],
+        ),
+        ({"routed_cross_key_values": 9, "routing": "none"}, ["routed_cross_key_values is 9", "'none'", "None"]),
         ({"relative_attention_num_buckets": 7}, ["relative_attention_num_buckets is 7", "even"]),
         ({"relative_attention_max_distance": 16}, ["relative_attention_max_distance is 16", "32"]),
         ({"routing_epsilon_init": 4.0}, ["routing_epsilon_init is 4.0", "coordinate_descent"]),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.library import opcheck
 
-from modeling_colt5 import token_norm_triton
+from modeling_colt5 import token_norm_triton, token_ops
 from modeling_colt5.token_norm_triton import BACKWARD_TILE, GRADIENT_PROGRAMS, norm_backward
 from modeling_colt5.token_ops import (
     combine_branches,
@@ -19,6 +19,7 @@ from modeling_colt5.token_ops import (
     gather_tokens,
     recomputed_in_backward,
     rms_norm_scores,
+    router_scores,
     scatter_add_tokens,
     share_and_gather,
 )
@@ -334,11 +335,34 @@ def test_operators_are_registered_well(device: torch.device) -> None:
         (ops.token_gather.default, (residual, *routed, *plain)),
         (ops.token_gather.default, (residual, *plain, *nothing)),
         (ops.token_gather_dot.default, (residual.detach(), heavy.detach(), indices, valid, factors.detach())),
+        (ops.router_scores.default, (residual, routers)),
+        (ops.router_scores_backward.default, (scores, residual.detach(), routers.detach())),
         (ops.gated_gelu.default, (residual, light)),
         (ops.gated_gelu_backward.default, (normed, residual.detach(), light.detach())),
     ]  # fmt: skip
     for operator, inputs in samples:
         opcheck(operator, inputs)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("at_once", [1, 10, 1000])
+def test_router_scores_of_a_part_at_a_time(
+    at_once: int, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values and gradients against float64, whatever the parts: 37 positions of two rows, 1, 5 or all at once."""
+    monkeypatch.setattr(token_ops, "_SCORED_AT_ONCE", at_once)
+    exact = leaves(dtype, device, (BATCH, LENGTH, 20), (3, 20))
+    expected = torch.einsum("bnd,rd->brn", *exact)
+    inputs = cast(exact, dtype)
+    scores = router_scores(*inputs, "triton")
+    assert scores.dtype == torch.float32 and scores.is_contiguous()
+    # of products of half-precision numbers, taken and summed in fp32
+    torch.testing.assert_close(scores.double(), expected, atol=1e-5, rtol=1e-5)
+    cotangent = torch.randn_like(expected)
+    actual = torch.autograd.grad(scores, inputs, cotangent.float())
+    for gradient, wide, leaf in zip(actual, torch.autograd.grad(expected, exact, cotangent), inputs, strict=True):
+        assert gradient.dtype == leaf.dtype
+        assert (gradient.double() - wide).norm() < TOLERANCE[dtype] * wide.norm()
 
 
 def test_recomputed_states_are_not_kept(device: torch.device) -> None:
