@@ -252,6 +252,11 @@ def _check_mask(mask: Tensor | None) -> None:
         raise TypeError(f"mask has dtype {mask.dtype}; it must be bool")
 
 
+def _check_rows(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:
+    if tensor is not None and tensor.shape != shape:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; for these scores it must be {tuple(shape)}")
+
+
 def soft_topk(
     scores: Tensor,
     k: float | Tensor,
@@ -366,7 +371,8 @@ def route(
 
     Raises:
         TypeError: for scores that are not floating point, a mask that is not bool, a setting of another type.
-        ValueError: for a setting out of its range, both `mask` and `lengths`, scores of another rank or no tokens.
+        ValueError: for a setting out of its range, both `mask` and `lengths`, scores of another rank or no tokens,
+            another argument of another shape.
     """
     _check_scores(scores)
     _check_solver(solver, epsilon, num_iterations, epsilon_init, epsilon_decay)
@@ -378,6 +384,9 @@ def route(
         raise ValueError(f"scores have shape {tuple(scores.shape)}; it must be [rows, n] with n at least 1")
     if mask is not None and lengths is not None:
         raise ValueError("mask and lengths are both given; they are two forms of one thing")
+    _check_rows("mask", mask, scores.shape)
+    for name, tensor in (("budget", budget), ("lengths", lengths), ("soft_budget", soft_budget)):
+        _check_rows(name, tensor, scores.shape[:1])
     if isinstance(capacity, int) and capacity < 1:
         raise ValueError(f"capacity is {capacity}; it must be at least 1")
     init = epsilon if epsilon_init is None else epsilon_init

@@ -13,6 +13,8 @@ from .routing_grid_triton import histogram_kernel, newton_kernel, select_kernel
 from .routing_row_triton import route_row_kernel
 
 LONGEST_ROW = 16384
+# a grid's counts are exact in fp32, and fit 16 bits in a block, up to here
+MOST_TOKENS = 1 << 24
 SHORTEST_BLOCK = 2048
 # slots that one program of the backward sums by itself
 SLOTS_OF_A_PART = 4096
@@ -32,7 +34,12 @@ def _grid_block(n: int) -> int:
 
 def kernels_take(n: int, solver: str) -> bool:
     """Whether there is a kernel for rows of `n` tokens: coordinate descent has one for rows that fit one program."""
-    return solver == "exact" or n <= LONGEST_ROW
+    return n <= (MOST_TOKENS if solver == "exact" else LONGEST_ROW)
+
+
+def _adjacent(rows: torch.Tensor | None) -> torch.Tensor | None:
+    """Numbers of rows as the kernels read them."""
+    return None if rows is None else rows.contiguous()
 
 
 def route_forward(
@@ -63,7 +70,7 @@ def route_forward(
     state = torch.empty((rows, 3 if exact else num_iterations), dtype=torch.float32, device=device)
     if rows == 0:
         return weights, indices, valid, state
-    inputs = (scores, budget, soft_budget, mask, lengths)
+    inputs = (scores, budget.contiguous(), _adjacent(soft_budget), mask, _adjacent(lengths))
     score_strides = scores.stride()
     mask_strides = (0, 0) if mask is None else mask.stride()
     # constants by position, which costs the host less than by name
@@ -128,14 +135,14 @@ def route_backward(
     grad_budget = torch.empty(rows, dtype=torch.float32, device=scores.device)
     if rows == 0:
         return grad_scores, grad_budget
-    slots = (grad_weights, weights, indices, valid, scores, mask, lengths)
+    slots = (grad_weights, weights, indices, valid, scores, mask, _adjacent(lengths))
     strides = (*grad_weights.stride(), *scores.stride(), *((0, 0) if mask is None else mask.stride()))
     given = (mask is not None, lengths is not None)
     if solver != "exact":
         block = next_power_of_2(n)
         launch(
             descent_backward_kernel, (rows,),
-            *slots, soft_budget, state, grad_scores, grad_budget, *strides, n, capacity,
+            *slots, _adjacent(soft_budget), state, grad_scores, grad_budget, *strides, n, capacity,
             epsilon, max(epsilon, epsilon_init), math.log2(epsilon_decay), num_iterations,
             soft_budget is not None, *given, block, min(1024, block), num_warps=_row_warps(block),
         )  # fmt: skip

@@ -204,6 +204,49 @@ def test_kernels_take_any_strides(kernels, device):
     assert torch.equal(grad, expected)
 
 
+@pytest.mark.parametrize("backend", ("triton", "torch"))
+def test_rows_of_numbers_may_have_any_strides(kernels, device, backend):
+    """Budgets and lengths that are columns of a matrix, or one number expanded."""
+    scores = torch.randn(3, 90, device=device)
+    columns = torch.tensor([[4, 80, 7], [9, 33, 5], [6, 90, 8]], device=device)
+    soft = torch.tensor([[3.5, 1.0], [8.25, 1.0], [7.0, 1.0]], device=device)
+    for budget, lengths, soft_budget in (
+        (columns[:, 0], columns[:, 1], soft[:, 0]),
+        (columns[0, 0].expand(3), columns[0, 1].expand(3), soft[0, 0].expand(3)),
+    ):
+        for solver in ("exact", "coordinate_descent"):
+            grads, routings = [], []
+            for rows in ((budget, lengths, soft_budget), (budget.clone(), lengths.clone(), soft_budget.clone())):
+                leaves = scores.clone().requires_grad_(), rows[2].detach().requires_grad_()
+                routed = route(
+                    leaves[0], rows[0], 9, lengths=rows[1], soft_budget=leaves[1], solver=solver, num_iterations=5,
+                    kernel_backend=backend,
+                )  # fmt: skip
+                routings.append(routed)
+                grads.append(torch.autograd.grad(routed.weights.square().sum(), leaves))
+            assert torch.equal(routings[0].indices, routings[1].indices)
+            assert torch.equal(routings[0].valid, routings[1].valid)
+            assert torch.equal(routings[0].weights, routings[1].weights)
+            assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)
+def test_gradient_of_a_soft_budget_comes_in_its_dtype(kernels, device, dtype):
+    scores = torch.randn(2, 200, device=device)
+    # numbers that half precision holds exactly
+    half = torch.tensor([20.5, 7.25], device=device, dtype=dtype, requires_grad=True)
+    exact = half.detach().double().requires_grad_()
+    budget = torch.tensor([18, 7], device=device)
+    gradients = []
+    for leaf, values, backend in ((half, scores, "triton"), (exact, scores.double(), "torch")):
+        routed = route(values, budget, 18, soft_budget=leaf, kernel_backend=backend)
+        gradients.append(torch.autograd.grad(routed.weights.square().sum(), leaf)[0])
+    assert gradients[0].dtype == dtype
+    # rounded once
+    torch.testing.assert_close(gradients[0].double(), gradients[1], rtol=2**-7 if dtype == torch.bfloat16 else 2**-10,
+                               atol=0)  # fmt: skip
+
+
 def test_gradient_with_more_slots_than_one_part(device, monkeypatch):
     """The backward then sums over parts, and finds the slots of a block by search."""
     monkeypatch.setattr(routing_triton, "SLOTS_OF_A_PART", 256)
@@ -258,6 +301,12 @@ def test_scores_that_are_no_numbers_stay_in_bounds(kernels, device, backend):
     assert routed.weights[1:].isfinite().all()
     routed.weights.sum().backward()
     assert ((routed.indices >= 0) & (routed.indices < 50)).all()
+
+
+def test_rows_beyond_exact_counts_go_to_the_reference():
+    """fp32 counts to 2^24; n alone is looked at, so that no such row need exist here."""
+    assert routing_triton.kernels_take(1 << 24, "exact")
+    assert not routing_triton.kernels_take((1 << 24) + 1, "exact")
 
 
 def test_same_bits_every_time(kernels, device):
@@ -358,6 +407,12 @@ def test_refuses_what_cannot_be_routed():
         route(scores[:, :0], budget, 1)
     with pytest.raises(ValueError, match="lengths"):
         route(scores, budget, 1, mask=scores > 0, lengths=budget)
+    # what the reference would broadcast, and a kernel read past its end
+    for name, tensor in (("mask", scores[:1] > 0), ("lengths", budget[:1]), ("soft_budget", scores[:1, 0])):
+        with pytest.raises(ValueError, match=name):
+            route(scores, budget, 1, **{name: tensor})
+    with pytest.raises(ValueError, match=r"budget has shape \(1,\)"):
+        route(scores, budget[:1], 1)
 
 
 @pytest.mark.gpu
