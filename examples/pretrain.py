@@ -96,7 +96,11 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         MixtureOfDenoisers() if corpus.objective == "ul2" else SpanCorruption(),
         seed=training.seed,
     )
-    train_dataset = ChunkedDocuments(documents, collator, text_column=corpus.text_column, repeat=True)
+    # workers take turns by batches: their number changes nothing
+    batch_size = training.per_device_train_batch_size
+    train_dataset = ChunkedDocuments(
+        documents, collator, text_column=corpus.text_column, repeat=True, batch_size=batch_size
+    )
     eval_dataset = None
     if held_out is not None:
         chunks = chunk_documents(held_out, collator, text_column=corpus.text_column)

@@ -82,6 +82,20 @@ def test_pretraining_resumes_to_the_same_weights(tmp_path, objective):
         assert torch.equal(weight, two[name]), name
 
 
+def test_pretraining_is_the_same_for_any_number_of_workers(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("".join(row["document"] for row in ROWS) * 8)
+    arguments = [*NEW_MODEL, *FAST, "--train_files", str(text), "--input_length", "64", "--target_length", "32"]
+    arguments += ["--max_steps", "3", "--save_strategy", "no"]
+    weights = []
+    for workers in ("0", "3"):
+        folder = tmp_path / workers
+        pretrain.main([*arguments, "--dataloader_num_workers", workers, "--output_dir", str(folder)])
+        weights.append(AutoModelForSeq2SeqLM.from_pretrained(folder).state_dict())
+    for name, weight in weights[0].items():
+        assert torch.equal(weight, weights[1][name]), name
+
+
 def test_datasets_are_taken_by_name(tmp_path):
     """A folder has the Hub's form of a dataset: the same call loads both."""
     folder = tmp_path / "dataset"
