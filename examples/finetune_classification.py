@@ -68,7 +68,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         inputs["labels"] = [numbers[label] for label in batch[task.label_column]]
         return inputs
 
-    tokenized = rows.map(tokenize, batched=True, remove_columns=parts[0].column_names)
+    with training.main_process_first(desc="tokenization"):
+        tokenized = rows.map(tokenize, batched=True, remove_columns=parts[0].column_names)
     trainer = Trainer(
         model,
         training,

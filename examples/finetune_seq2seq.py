@@ -66,12 +66,13 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     tokenizer = load_tokenizer(model_arguments)
     model = load_model(model_arguments, AutoModelForSeq2SeqLM, tokenizer)
     model = with_lora(model, model_arguments, "SEQ_2_SEQ_LM", [])
-    tokenized = rows.map(
-        tokenize,
-        batched=True,
-        fn_kwargs={"arguments": task, "tokenizer": tokenizer},
-        remove_columns=next(iter(rows.values())).column_names,
-    )
+    with training.main_process_first(desc="tokenization"):
+        tokenized = rows.map(
+            tokenize,
+            batched=True,
+            fn_kwargs={"arguments": task, "tokenizer": tokenizer},
+            remove_columns=next(iter(rows.values())).column_names,
+        )
 
     def metrics(prediction: EvalPrediction) -> dict[str, float]:
         texts = [

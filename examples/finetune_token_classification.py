@@ -36,8 +36,8 @@ class TaskArguments(DataArguments):
     pad_to_multiple_of: int | None = field(default=128, metadata={"help": "pad batches to a multiple of this"})
 
 
-def check_lengths(rows: Dataset, split: str, words: str, labels: str) -> None:
-    """Refuse rows whose words and labels differ in number.
+def check_lists(rows: Dataset, split: str, words: str, labels: str) -> None:
+    """Refuse rows whose words and labels differ in number, or are no words and labels.
 
     Raises:
         ValueError: naming the split and the row.
@@ -45,6 +45,10 @@ def check_lengths(rows: Dataset, split: str, words: str, labels: str) -> None:
     for number, row in enumerate(rows):
         if len(row[words]) != len(row[labels]):
             raise ValueError(f"{split}: row {number} has {len(row[words])} {words} and {len(row[labels])} {labels}")
+        for column, kinds in ((words, str), (labels, (int, str))):
+            wrong = [item for item in row[column] if not isinstance(item, kinds)]
+            if wrong:
+                raise ValueError(f"{split}: row {number} has {wrong[0]!r} among its {column}")
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
@@ -63,7 +67,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     rows = load_rows(task)
     for split, part in rows.items():
         check_rows(part, split, {task.words_column: list, task.labels_column: list})
-        check_lengths(part, split, task.words_column, task.labels_column)
+        check_lists(part, split, task.words_column, task.labels_column)
     parts = list(rows.values())
     names = sorted({label for part in parts for labels in part[task.labels_column] for label in labels})
     numbers = {name: number for number, name in enumerate(names)}
@@ -91,7 +95,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             )
         return inputs
 
-    tokenized = rows.map(tokenize, batched=True, remove_columns=parts[0].column_names)
+    with training.main_process_first(desc="tokenization"):
+        tokenized = rows.map(tokenize, batched=True, remove_columns=parts[0].column_names)
     trainer = Trainer(
         model,
         training,

@@ -57,12 +57,16 @@ def load_documents(arguments: CorpusArguments) -> tuple[Iterable[Any], Iterable[
     """The documents to train on, and those to evaluate on.
 
     Raises:
-        ValueError: without documents, with two sources of them, or for a file that is missing or empty.
+        ValueError: without documents, with two sources of them, for a file that is missing or empty, or for a
+            dataset without the column of text.
     """
     if (arguments.dataset_name is None) == (not arguments.train_files):
         raise ValueError("give either --dataset_name or --train_files")
     if arguments.dataset_name is not None:
         streams = load_dataset(arguments.dataset_name, arguments.dataset_config_name, streaming=True)
+        columns = streams["train"].column_names
+        if columns is not None and arguments.text_column not in columns:
+            raise ValueError(f"text_column is {arguments.text_column!r}; the columns are {', '.join(columns)}")
         return streams["train"], streams.get("validation")
     for name in arguments.train_files + arguments.validation_files:
         if not Path(name).is_file() or not Path(name).stat().st_size:
@@ -92,7 +96,11 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         MixtureOfDenoisers() if corpus.objective == "ul2" else SpanCorruption(),
         seed=training.seed,
     )
-    train_dataset = ChunkedDocuments(documents, collator, text_column=corpus.text_column, repeat=True)
+    # workers take turns by batches: their number changes nothing
+    batch_size = training.per_device_train_batch_size
+    train_dataset = ChunkedDocuments(
+        documents, collator, text_column=corpus.text_column, repeat=True, batch_size=batch_size
+    )
     eval_dataset = None
     if held_out is not None:
         chunks = chunk_documents(held_out, collator, text_column=corpus.text_column)

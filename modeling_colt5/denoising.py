@@ -420,8 +420,9 @@ class ChunkedDocuments(IterableDataset):
 
     Args:
         documents, collator, text_column, repeat: as for `chunk_documents`.
-        batch_size: chunks that a worker yields in turn. With the `DataLoader`'s batch size (under `Trainer`, times the
-            number of processes), batches and their order do not depend on the number of workers either.
+        batch_size: chunks that a worker yields in turn. With the `DataLoader`'s batch size, batches and their order do
+            not depend on the number of workers either. Under `Trainer` that is `per_device_train_batch_size`: its
+            first process loads the batches of all.
     """
 
     def __init__(

@@ -60,6 +60,9 @@ def test_classification_of_words(tmp_path):
     write_rows(tmp_path / "rows.jsonl", [*rows, {"tokens": ["x"], "tags": [0, 1]}])
     with pytest.raises(ValueError, match="row 3 has 1 tokens and 2 tags"):
         finetune_token_classification.main(arguments)
+    write_rows(tmp_path / "rows.jsonl", [*rows, {"tokens": ["x", "y"], "tags": [0, None]}])
+    with pytest.raises(ValueError, match="row 3 has None among its tags"):
+        finetune_token_classification.main(arguments)
 
 
 @pytest.mark.parametrize("objective", ["ul2", "span_corruption"])
@@ -77,6 +80,41 @@ def test_pretraining_resumes_to_the_same_weights(tmp_path, objective):
     one, two = (AutoModelForSeq2SeqLM.from_pretrained(folder).state_dict() for folder in (whole, resumed))
     for name, weight in one.items():
         assert torch.equal(weight, two[name]), name
+
+
+def test_pretraining_is_the_same_for_any_number_of_workers(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("".join(row["document"] for row in ROWS) * 8)
+    arguments = [*NEW_MODEL, *FAST, "--train_files", str(text), "--input_length", "64", "--target_length", "32"]
+    arguments += ["--max_steps", "3", "--save_strategy", "no"]
+    weights = []
+    for workers in ("0", "2"):
+        folder = tmp_path / workers
+        pretrain.main([*arguments, "--dataloader_num_workers", workers, "--output_dir", str(folder)])
+        weights.append(AutoModelForSeq2SeqLM.from_pretrained(folder).state_dict())
+    for name, weight in weights[0].items():
+        assert torch.equal(weight, weights[1][name]), name
+
+
+def test_datasets_are_taken_by_name(tmp_path):
+    """A folder has the Hub's form of a dataset: the same call loads both."""
+    folder = tmp_path / "dataset"
+    folder.mkdir()
+    for split in ("train", "validation"):
+        write_rows(folder / f"{split}.jsonl", ROWS * 8)
+    arguments = [*NEW_MODEL, *FAST, "--dataset_name", str(folder), "--max_steps", "2", "--save_strategy", "no"]
+    metrics = finetune_seq2seq.main(
+        [*arguments, "--output_dir", str(tmp_path / "tuned"), "--max_train_samples", "3", "--max_eval_samples", "2"]
+        + ["--max_target_length", "8"]
+    )
+    assert metrics["eval_loss"] > 0
+    # streamed
+    arguments += ["--input_length", "64", "--target_length", "32", "--max_eval_chunks", "2"]
+    metrics = pretrain.main([*arguments, "--text_column", "document", "--output_dir", str(tmp_path / "trained")])
+    assert metrics["eval_loss"] > 0
+    with pytest.raises(ValueError, match="text_column is 'text'; the columns are document, summary, query"):
+        pretrain.main([*arguments, "--output_dir", str(tmp_path / "nothing")])
+    assert not (tmp_path / "nothing").exists()
 
 
 def test_pretraining_refuses_what_is_missing(tmp_path):

@@ -13,7 +13,7 @@ import pytest
 import tomllib
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ["README.md"]
+PAGES = ["README.md", "docs/training.md"]
 SCRIPTS = sorted(path for path in ROOT.glob("examples/*.py") if "__main__" in path.read_text(encoding="utf-8"))
 # in a block of these there is nothing to run
 INERT = {"bibtex", "text"}
@@ -45,7 +45,7 @@ def shown_commands(page: str) -> list[str]:
     """The commands of the page's shell blocks, and those that its sentences quote."""
     text = (ROOT / page).read_text(encoding="utf-8")
     prose = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
-    quoted = re.findall(r"`((?:make|python|accelerate|torchrun|pip) [^`\n]+)`", prose)
+    quoted = re.findall(r"`((?:make|python) [^`\n]+)`", prose)
     return [command for block in blocks(page) if block.language == "bash" for command in commands(block.text)] + quoted
 
 
