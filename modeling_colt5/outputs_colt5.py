@@ -1,10 +1,12 @@
-"""The outputs of CoLT5 models: Transformers' own, with what the encoder routed and how its heavy branch attended."""
+"""The outputs of CoLT5 models: Transformers' own, with what was routed and how the encoder's heavy branch attended."""
 
 from dataclasses import dataclass
 
 import torch
 from transformers.modeling_outputs import (
     BaseModelOutput,
+    BaseModelOutputWithPastAndCrossAttentions,
+    CausalLMOutputWithPast,
     QuestionAnsweringModelOutput,
     Seq2SeqLMOutput,
     Seq2SeqModelOutput,
@@ -33,6 +35,40 @@ class CoLT5LayerRouting(ModelOutput):
 
 
 @dataclass
+class CoLT5CausalLayerRouting(ModelOutput):
+    """What the routers of one causally routed decoder layer chose.
+
+    Args:
+        query: fp32 [batch, n], each token's weight as a query of the heavy attention, 0 where it was not routed. None
+            with `causal_attention="local"`, as the next.
+        key_value: the pools of the windows that the tokens fall into, and of the one after: `indices` (int64, ranks
+            among the row's real tokens, ascending over the used slots), `weights` (fp32) and `valid` (bool) are each
+            [batch, routers, windows + 1, causal_routed_keys].
+        feed_forward: fp32 [batch, n], each token's weight in the heavy feed-forward, 0 where it was not routed. None
+            with `causal_feed_forward="dense"`.
+    """
+
+    query: torch.Tensor | None = None
+    key_value: RoutedTokens | None = None
+    feed_forward: torch.Tensor | None = None
+
+
+@dataclass
+class CoLT5DecoderOutput(BaseModelOutputWithPastAndCrossAttentions):
+    """The output of the decoder; `routing` has each layer's choices where it is causally routed, with
+    `output_routing=True`."""
+
+    routing: tuple[CoLT5CausalLayerRouting, ...] | None = None
+
+
+@dataclass
+class CoLT5CausalLMOutput(CausalLMOutputWithPast):
+    """The output of the causal language model; what is added here is `CoLT5DecoderOutput`'s."""
+
+    routing: tuple[CoLT5CausalLayerRouting, ...] | None = None
+
+
+@dataclass
 class CoLT5EncoderOutput(BaseModelOutput):
     """The output of the encoder.
 
@@ -54,18 +90,22 @@ class CoLT5EncoderOutput(BaseModelOutput):
 
 @dataclass
 class CoLT5Seq2SeqModelOutput(Seq2SeqModelOutput):
-    """The output of encoder and decoder; `encoder_attentions` and what is added here are `CoLT5EncoderOutput`'s."""
+    """The output of encoder and decoder; `encoder_attentions` and what is added here are `CoLT5EncoderOutput`'s, and
+    `decoder_routing` is `CoLT5DecoderOutput`'s."""
 
     encoder_heavy_attentions: tuple[torch.Tensor, ...] | None = None
     encoder_routing: tuple[CoLT5LayerRouting, ...] | None = None
+    decoder_routing: tuple[CoLT5CausalLayerRouting, ...] | None = None
 
 
 @dataclass
 class CoLT5Seq2SeqLMOutput(Seq2SeqLMOutput):
-    """The output with a language modelling head; what is added here is `CoLT5EncoderOutput`'s."""
+    """The output with a language modelling head; what is added here is `CoLT5EncoderOutput`'s, and
+    `decoder_routing` is `CoLT5DecoderOutput`'s."""
 
     encoder_heavy_attentions: tuple[torch.Tensor, ...] | None = None
     encoder_routing: tuple[CoLT5LayerRouting, ...] | None = None
+    decoder_routing: tuple[CoLT5CausalLayerRouting, ...] | None = None
 
 
 @dataclass
