@@ -210,7 +210,9 @@ class CoLT5CausalRoutedAttention(CoLT5Attention):
 
         windows = plan.num_windows
         # a step's one token has a row of its own
-        first_ranks = plan.past[:, None] if plan.is_step and plan.past is not None else plan.ranks.view(batch * windows, -1)[:, :1]
+        first_ranks = plan.ranks.view(batch * windows, -1)[:, :1]
+        if plan.is_step:
+            first_ranks = first_ranks + plan.offset[:, None]
         positions = first_ranks + queries.indices
         outputs, sources = [], []
         for group in range(self.groups):

@@ -99,7 +99,7 @@ class CausalPlan:
     def make(
         cls, config: CoLT5Config, hidden_states: Tensor, mask: Tensor | None, past: Tensor | None
     ) -> "CausalPlan":
-        """The plan for a chunk [batch, n, d_model], its mask bool [batch, n] (None: all real), and what came before."""
+        """The plan for a chunk [batch, n, d_model] with its mask, bool [batch, n] or None, and what came before."""
         batch, length = hidden_states.shape[:2]
         device = hidden_states.device
         settings = CausalSettings.make(config, hidden_states)
