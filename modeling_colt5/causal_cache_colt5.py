@@ -47,8 +47,10 @@ class _RoutedState:
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Rows by beam."""
-        super().reorder_cache(beam_idx)  # type: ignore[misc]
-        self._replace_each(lambda value: value.index_select(0, beam_idx.to(value.device)))
+        if self.has_state:
+            self._replace_each(lambda value: value.index_select(0, beam_idx.to(value.device)))
+        else:
+            super().reorder_cache(beam_idx)  # type: ignore[misc]
 
 
 class CoLT5DynamicRoutedLayer(_RoutedState, DynamicLayer):
@@ -113,15 +115,17 @@ class CoLT5DynamicRoutedLayer(_RoutedState, DynamicLayer):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row `repeats` times."""
-        if not self.has_state:
+        if self.has_state:
+            self._replace_each(lambda value: value.repeat_interleave(repeats, 0))
+        else:
             super().batch_repeat_interleave(repeats)
-        self._replace_each(lambda value: value.repeat_interleave(repeats, 0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Only the rows `indices`."""
-        if not self.has_state:
+        if self.has_state:
+            self._replace_each(lambda value: value[indices])
+        else:
             super().batch_select_indices(indices)
-        self._replace_each(lambda value: value[indices])
 
 
 class CoLT5StaticRoutedLayer(_RoutedState, StaticLayer):
@@ -132,6 +136,9 @@ class CoLT5StaticRoutedLayer(_RoutedState, StaticLayer):
 
     def count(self, positions: int) -> None:
         """Note that so many positions came in."""
+        device = self.counters["lengths"].device
+        if self.cumulative_length.device != device:
+            self.cumulative_length = self.cumulative_length.to(device)
         self.cumulative_length.add_(positions)
 
     def get_seq_length(self) -> Any:
@@ -148,10 +155,6 @@ class CoLT5StaticRoutedLayer(_RoutedState, StaticLayer):
             tensors[name] = value.clone()
             if not torch.compiler.is_compiling():
                 torch._dynamo.mark_static_address(tensors[name])
-        if kind == "counters" and self.cumulative_length.device != values["lengths"].device:
-            self.cumulative_length = self.cumulative_length.to(values["lengths"].device)
-            if not torch.compiler.is_compiling():
-                torch._dynamo.mark_static_address(self.cumulative_length)
 
     def reset(self) -> None:
         """Forget everything, and keep the tensors."""
