@@ -422,3 +422,22 @@ def test_inside_the_encoder_decoder(cache: str, num_beams: int) -> None:
     # both stacks learn, through both branches
     model.train()(**batch, labels=output).loss.backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_kernels_are_the_reference(device: torch.device) -> None:
+    """The same gradients through the Triton kernels, interpreted on the CPU, as through PyTorch."""
+    results = []
+    for backend in ("torch", "triton"):
+        model = make_model(kernel_backend=backend, num_decoder_layers=1, num_causal_key_value_routers=2).to(device)
+        # what padding predicts is nobody's, so it stands where it predicts no real token
+        batch = pad([random_ids(n) for n in (19, 10)])
+        batch = {name: part.to(device) for name, part in batch.items()}
+        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        output = model(**batch, labels=labels)
+        output.loss.backward()
+        logits = output.logits.detach()[batch["attention_mask"].bool()]
+        results.append([logits, *(parameter.grad for parameter in model.parameters())])
+    for expected, actual in zip(*results, strict=True):
+        # products of fp32 in another order, or TF32 on a GPU
+        tolerance = (3e-2 if device.type == "cuda" else 1e-4) * expected.abs().max().item()
+        torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
