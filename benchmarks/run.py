@@ -31,6 +31,7 @@ SHARES = {
     "token_ops": 1,
     "router": 1,
     "encoder_cpu": 4,
+    "causal": 4,
 }
 DEFAULT = ("encoder", "generation", "training", "dense")
 TABLES = "tables"

@@ -3,6 +3,7 @@
 from transformers import (
     AutoConfig,
     AutoModel,
+    AutoModelForCausalLM,
     AutoModelForQuestionAnswering,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
@@ -14,6 +15,7 @@ from transformers import (
 from .configuration_colt5 import CoLT5Config
 from .modeling_colt5 import (
     CoLT5EncoderModel,
+    CoLT5ForCausalLM,
     CoLT5ForConditionalGeneration,
     CoLT5ForQuestionAnswering,
     CoLT5ForSequenceClassification,
@@ -29,6 +31,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CoLT5Config",
     "CoLT5EncoderModel",
+    "CoLT5ForCausalLM",
     "CoLT5ForConditionalGeneration",
     "CoLT5ForQuestionAnswering",
     "CoLT5ForSequenceClassification",
@@ -44,6 +47,7 @@ AutoTokenizer.register(CoLT5Config, tokenizer_class=CoLT5Tokenizer, exist_ok=Tru
 for _auto_class, _model_class in (
     (AutoModel, CoLT5Model),
     (AutoModelForSeq2SeqLM, CoLT5ForConditionalGeneration),
+    (AutoModelForCausalLM, CoLT5ForCausalLM),
     (AutoModelForTextEncoding, CoLT5EncoderModel),
     (AutoModelForSequenceClassification, CoLT5ForSequenceClassification),
     (AutoModelForTokenClassification, CoLT5ForTokenClassification),

@@ -10,9 +10,12 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
+from .causal_cache_colt5 import LAYER_TYPE
 from .kernel_backend import KERNEL_BACKENDS
 
 ROUTINGS = ("learned", "random", "even", "none")
+CAUSAL_ATTENTIONS = ("full", "local", "routed")
+CAUSAL_FEED_FORWARDS = ("dense", "routed")
 SOFT_TOPK_SOLVERS = ("exact", "coordinate_descent")
 
 # Ainslie et al. 2023, table of model sizes; what is not named here is the default of CoLT5Config
@@ -47,6 +50,7 @@ AUTO_MAP: dict[str, Any] = {
     "AutoConfig": "configuration_colt5.CoLT5Config",
     "AutoModel": "modeling_colt5.CoLT5Model",
     "AutoModelForSeq2SeqLM": "modeling_colt5.CoLT5ForConditionalGeneration",
+    "AutoModelForCausalLM": "modeling_colt5.CoLT5ForCausalLM",
     "AutoModelForTextEncoding": "modeling_colt5.CoLT5EncoderModel",
     "AutoModelForSequenceClassification": "modeling_colt5.CoLT5ForSequenceClassification",
     "AutoModelForTokenClassification": "modeling_colt5.CoLT5ForTokenClassification",
@@ -121,6 +125,17 @@ class CoLT5Config(PreTrainedConfig):
         routed_cross_key_values: how many tokens of the encoder's output a router of the cross-attention chooses;
             all where there are no more. None is the paper's cross-attention, to every token.
         num_cross_routers: routers of a layer's routed cross-attention, each for a group of heads.
+        causal_attention: the decoder's self-attention. "full" is T5's, as in the paper; "local" is light attention
+            that looks back; "routed" has a heavy branch beside it, see docs/causal_routing.md. The last two take
+            heads, radius and fractions from the encoder's fields above.
+        causal_feed_forward: the decoder's feed-forward: "dense" is T5's, as in the paper; "routed" has a light and a
+            heavy branch, of the sizes above.
+        causal_window: tokens of a window of the causal routing.
+        causal_routed_keys: keys/values that a window's heavy attention reads, out of all windows before it.
+        causal_capacity_ratio: how many queries, or tokens of the heavy feed-forward, a window may route at most, over
+            how many it is to route on average.
+        num_causal_key_value_routers: routers of the causal heavy attention's keys/values, each for a group of heads.
+        causal_unrouted_vector: whether tokens without a heavy part of the causal attention get a learned vector.
         feed_forward_proj: an activation of Transformers, with "gated-" before it for a gated feed-forward.
         scale_decoder_outputs: whether the decoder's output is scaled by d_model^-½ before the head (T5 1.0).
         kernel_backend: "auto" (Triton kernels on CUDA where triton is installed, PyTorch elsewhere), "triton" or
@@ -134,7 +149,9 @@ class CoLT5Config(PreTrainedConfig):
     """
 
     model_type = "colt5"
-    keys_to_ignore_at_inference = ["past_key_values", "encoder_routing", "cross_routing", "routing"]
+    keys_to_ignore_at_inference = [
+        "past_key_values", "encoder_routing", "decoder_routing", "cross_routing", "routing",
+    ]  # fmt: skip
     attribute_map = {
         "hidden_size": "d_model",
         "num_attention_heads": "num_heads",
@@ -177,6 +194,13 @@ class CoLT5Config(PreTrainedConfig):
     num_cross_key_value_heads: int = _at_least(1, 1)
     routed_cross_key_values: int | None = _rule(None, "None or an integer of at least 1", lambda value: value >= 1)
     num_cross_routers: int = _at_least(1, 1)
+    causal_attention: str = _one_of(CAUSAL_ATTENTIONS)
+    causal_feed_forward: str = _one_of(CAUSAL_FEED_FORWARDS)
+    causal_window: int = _at_least(1, 256)
+    causal_routed_keys: int = _at_least(1, 512)
+    causal_capacity_ratio: float | int = _rule(2.0, "a finite number of at least 1", lambda value: value >= 1)
+    num_causal_key_value_routers: int = _at_least(1, 1)
+    causal_unrouted_vector: bool = False
     dropout_rate: float | int = _dropout(0.1)
     classifier_dropout: float | int = _dropout(0.0)
     layer_norm_epsilon: float = _positive(1e-6)
@@ -273,6 +297,23 @@ class CoLT5Config(PreTrainedConfig):
                 f"routing_epsilon_init is {self.routing_epsilon_init}; it must be at least routing_epsilon, which is "
                 f"{self.routing_epsilon}"
             )
+        if self.num_heavy_heads % self.num_causal_key_value_routers != 0:
+            raise ValueError(
+                f"num_causal_key_value_routers is {self.num_causal_key_value_routers}; it must divide "
+                f"num_heavy_heads, which is {self.num_heavy_heads}"
+            )
+        if self.causal_feed_forward == "routed" and self.causal_attention == "full":
+            raise ValueError(
+                "causal_feed_forward is 'routed' and causal_attention is 'full'; routed tokens need the windows of "
+                "causal_attention 'local' or 'routed'"
+            )
+        if "routed" in (self.causal_attention, self.causal_feed_forward) and (
+            self.routing != "learned" or self.soft_topk_solver != "exact"
+        ):
+            raise ValueError(
+                f"routing is {self.routing!r} and soft_topk_solver is {self.soft_topk_solver!r}; causal routing needs "
+                "'learned' and 'exact'"
+            )
         for name in ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"):
             value = getattr(self, name)
             for token_id in value if isinstance(value, list) else [value]:
@@ -288,6 +329,9 @@ class CoLT5Config(PreTrainedConfig):
             return self
         config = copy.copy(self)
         config.num_layers = self.num_decoder_layers
+        if self.causal_attention != "full":
+            # on this copy alone: Transformers refuses to make or save a configuration with a layer type of others
+            config.layer_types = [LAYER_TYPE] * self.num_decoder_layers
         return config
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A decoder layer, T5's: causal self-attention, multi-query cross-attention, feed-forward."""
+"""A decoder layer: self-attention and feed-forward, T5's or routed, with multi-query cross-attention between."""
 
 import torch
 from einops import rearrange
@@ -6,6 +6,9 @@ from torch import nn
 from transformers.cache_utils import Cache, EncoderDecoderCache, StaticLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .causal_cache_colt5 import routed_layer
+from .causal_layers_colt5 import CoLT5LayerCausalAttention, CoLT5LayerCausalFF
+from .causal_plan_colt5 import CausalPlan
 from .configuration_colt5 import CoLT5Config
 from .layers_colt5 import (
     CoLT5Attention,
@@ -15,6 +18,7 @@ from .layers_colt5 import (
     eager_attention_forward,
     project,
 )
+from .outputs_colt5 import CoLT5CausalLayerRouting
 
 
 class CoLT5SelfAttention(CoLT5Attention):
@@ -176,33 +180,66 @@ class CoLT5LayerFF(nn.Module):
 
 
 class CoLT5DecoderBlock(GradientCheckpointingLayer):
-    """One decoder layer, T5's: causal self-attention, cross-attention, feed-forward."""
+    """One decoder layer: self-attention, cross-attention where there is an encoder, feed-forward."""
 
     def __init__(self, config: CoLT5Config, layer_idx: int):
         super().__init__()
-        self.layer = nn.ModuleList(
-            [
-                CoLT5LayerSelfAttention(config, layer_idx),
-                CoLT5LayerCrossAttention(config, layer_idx),
-                CoLT5LayerFF(config),
-            ]
-        )
+        self.layer_idx = layer_idx
+        self.is_causally_routed = config.causal_attention != "full"
+        self.has_cross_attention = config.is_encoder_decoder
+        attention = CoLT5LayerCausalAttention if self.is_causally_routed else CoLT5LayerSelfAttention
+        self.layer = nn.ModuleList([attention(config, layer_idx)])
+        if self.has_cross_attention:
+            self.layer.append(CoLT5LayerCrossAttention(config, layer_idx))
+        is_routed = config.causal_feed_forward == "routed"
+        self.layer.append(CoLT5LayerCausalFF(config) if is_routed else CoLT5LayerFF(config))
 
     def forward(
         self,
         hidden_states: torch.Tensor,
         position_bias: torch.Tensor,
+        heavy_bias_table: torch.Tensor | None,
         attention_mask: torch.Tensor | None,
-        encoder_hidden_states: torch.Tensor,
+        plan: CausalPlan | None,
+        encoder_hidden_states: torch.Tensor | None,
         encoder_mask: torch.Tensor | None,
         past_key_values: Cache | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """The new hidden states [batch, n, d_model], self-attention and cross-attention weights."""
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, CoLT5CausalLayerRouting | None]:
+        """One layer.
+
+        Args:
+            hidden_states: [batch, n, d_model].
+            position_bias: of T5's self-attention, [1, heads, n, keys]; of a causally routed layer's light branch, a
+                table [heads, 2 * max_distance + 1].
+            heavy_bias_table: of a routed layer's heavy branch; None where there is none.
+            attention_mask: of T5's self-attention.
+            plan: the windows of a causally routed layer; None for T5's.
+            encoder_hidden_states, encoder_mask: for the cross-attention; None without an encoder.
+            past_key_values: the cache.
+
+        Returns:
+            The new hidden states, self-attention and cross-attention weights (None where not given), and what was
+            routed (None in T5's layer).
+        """
         self_cache = past_key_values
         if isinstance(past_key_values, EncoderDecoderCache):
             self_cache = past_key_values.self_attention_cache
-        hidden_states, weights = self.layer[0](hidden_states, position_bias, attention_mask, self_cache)
-        hidden_states, cross_weights = self.layer[1](
-            hidden_states, encoder_hidden_states, encoder_mask, past_key_values
-        )
-        return self.layer[2](hidden_states), weights, cross_weights
+        weights = cross_weights = routing = None
+        if plan is None:
+            hidden_states, weights = self.layer[0](hidden_states, position_bias, attention_mask, self_cache)
+        else:
+            routing = CoLT5CausalLayerRouting()
+            self_cache = routed_layer(self_cache, self.layer_idx)
+            hidden_states, routing.query, routing.key_value = self.layer[0](
+                hidden_states, position_bias, heavy_bias_table, plan, self_cache
+            )
+        if self.has_cross_attention:
+            hidden_states, cross_weights = self.layer[1](
+                hidden_states, encoder_hidden_states, encoder_mask, past_key_values
+            )
+        if isinstance(self.layer[-1], CoLT5LayerCausalFF):
+            assert routing is not None
+            hidden_states, routing.feed_forward = self.layer[-1](hidden_states, plan, self_cache)
+        else:
+            hidden_states = self.layer[-1](hidden_states)
+        return hidden_states, weights, cross_weights, routing

@@ -1,4 +1,4 @@
-"""The Hugging Face models of CoLT5: encoder–decoder, encoder, and the heads on them."""
+"""The Hugging Face models of CoLT5: encoder–decoder, encoder, causal decoder, and the heads on them."""
 
 import copy
 from typing import Any
@@ -8,10 +8,12 @@ from torch import nn
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.loss.loss_utils import fixed_cross_entropy
+from transformers.masking_utils import create_masks_for_generate
 from transformers.utils import can_return_tuple
 
 from .configuration_colt5 import CoLT5Config
 from .outputs_colt5 import (
+    CoLT5CausalLMOutput,
     CoLT5EncoderOutput,
     CoLT5QuestionAnsweringOutput,
     CoLT5Seq2SeqLMOutput,
@@ -32,6 +34,19 @@ def _with_encoder_decoder(config: CoLT5Config, is_encoder_decoder: bool) -> CoLT
     config = copy.deepcopy(config)
     config.is_encoder_decoder = is_encoder_decoder
     return config
+
+
+class CoLT5GenerationMixin(GenerationMixin):
+    """`generate`, with the masks of a causally routed decoder, which reads no mask of queries and keys."""
+
+    @staticmethod
+    def create_masks_for_generate(
+        config: CoLT5Config, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs: Any
+    ) -> Any:
+        """A compiled step's mask: Transformers' own, or for a routed decoder the new tokens' part of the 2D mask."""
+        if config.causal_attention == "full":
+            return create_masks_for_generate(config, inputs_embeds, attention_mask, **kwargs)
+        return attention_mask if attention_mask is None else attention_mask[:, -inputs_embeds.shape[1] :]
 
 
 class CoLT5Seq2SeqPreTrainedModel(CoLT5PreTrainedModel):
@@ -103,6 +118,7 @@ class CoLT5Seq2SeqPreTrainedModel(CoLT5PreTrainedModel):
             encoder_heavy_attentions=encoder_outputs.get("heavy_attentions"),
             encoder_routing=encoder_outputs.get("routing"),
             cross_routing=decoder_outputs.cross_routing,
+            decoder_routing=decoder_outputs.routing,
         )
 
 
@@ -157,7 +173,7 @@ class CoLT5Model(CoLT5Seq2SeqPreTrainedModel):
         )
 
 
-class CoLT5ForConditionalGeneration(CoLT5Seq2SeqPreTrainedModel, GenerationMixin):
+class CoLT5ForConditionalGeneration(CoLT5Seq2SeqPreTrainedModel, CoLT5GenerationMixin):
     """Encoder and decoder with a language modelling head."""
 
     _auto_class = "AutoModelForSeq2SeqLM"
@@ -245,6 +261,81 @@ class CoLT5ForConditionalGeneration(CoLT5Seq2SeqPreTrainedModel, GenerationMixin
         shifted = labels.roll(1, dims=-1)
         shifted[..., 0] = start
         return shifted.masked_fill(shifted == -100, padding)
+
+
+class CoLT5ForCausalLM(CoLT5PreTrainedModel, CoLT5GenerationMixin):
+    """A language model from the decoder alone, full or causally routed as the configuration's `causal_attention` and
+    `causal_feed_forward` say; `num_decoder_layers` deep."""
+
+    _auto_class = "AutoModelForCausalLM"
+    _tied_weights_keys = {"decoder.embed_tokens.weight": "shared.weight", "lm_head.weight": "shared.weight"}
+
+    def __init__(self, config: CoLT5Config):
+        super().__init__(_with_encoder_decoder(config, False))
+        self.shared = nn.Embedding(config.vocab_size, config.d_model)
+        self.decoder = CoLT5Decoder(self.config)
+        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The decoder's embedding."""
+        return self.shared
+
+    def set_input_embeddings(self, new_embeddings: nn.Embedding) -> None:
+        """Replace the decoder's embedding."""
+        self.shared = self.decoder.embed_tokens = new_embeddings
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> CoLT5CausalLMOutput:
+        """Predict each token's successor.
+
+        Args:
+            input_ids: int64 [batch, n].
+            attention_mask: [batch, past + n], 1 for real tokens, 0 for padding on either side.
+            past_key_values: the cache of earlier calls.
+            inputs_embeds: [batch, n, d_model], instead of `input_ids`.
+            labels: int64 [batch, n], the tokens themselves, shifted here; -100 is left out of the loss.
+            use_cache: whether to fill a cache.
+            logits_to_keep: how many of the last tokens get logits, 0 for all; or their positions.
+            kwargs: `num_items_in_batch`, `output_hidden_states`, `output_attentions`, `output_routing` and
+                `return_dict`.
+        """
+        num_items_in_batch = kwargs.pop("num_items_in_batch", None)
+        outputs = dict(
+            self.decoder(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                inputs_embeds=inputs_embeds,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                **kwargs,
+            )
+        )
+        hidden_states = outputs.pop("last_hidden_state")
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        hidden_states = hidden_states[:, kept]
+        if self.config.scale_decoder_outputs:
+            hidden_states = hidden_states * self.config.d_model**-0.5
+        logits = self.lm_head(hidden_states)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits,
+                labels=labels,
+                vocab_size=self.config.vocab_size,
+                num_items_in_batch=num_items_in_batch,
+            )
+        return CoLT5CausalLMOutput(loss=loss, logits=logits, **outputs)
 
 
 class CoLT5EncoderHeadModel(CoLT5PreTrainedModel):

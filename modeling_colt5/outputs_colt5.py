@@ -6,6 +6,7 @@ import torch
 from transformers.modeling_outputs import (
     BaseModelOutput,
     BaseModelOutputWithPastAndCrossAttentions,
+    CausalLMOutputWithPast,
     QuestionAnsweringModelOutput,
     Seq2SeqLMOutput,
     Seq2SeqModelOutput,
@@ -34,16 +35,44 @@ class CoLT5LayerRouting(ModelOutput):
 
 
 @dataclass
+class CoLT5CausalLayerRouting(ModelOutput):
+    """What the routers of one causally routed decoder layer chose.
+
+    Args:
+        query: fp32 [batch, n], each token's weight as a query of the heavy attention, 0 where it was not routed. None
+            with `causal_attention="local"`, as the next.
+        key_value: the pools of the windows that the tokens fall into, and of the one after: `indices` (int64, ranks
+            among the row's real tokens, ascending over the used slots), `weights` (fp32) and `valid` (bool) are each
+            [batch, routers, windows + 1, causal_routed_keys].
+        feed_forward: fp32 [batch, n], each token's weight in the heavy feed-forward, 0 where it was not routed. None
+            with `causal_feed_forward="dense"`.
+    """
+
+    query: torch.Tensor | None = None
+    key_value: RoutedTokens | None = None
+    feed_forward: torch.Tensor | None = None
+
+
+@dataclass
 class CoLT5DecoderOutput(BaseModelOutputWithPastAndCrossAttentions):
     """The output of the decoder; the weights in `cross_attentions` are on all tokens of the encoder's output, or where
     `cross_routing` chose, on its slots: [batch, num_heads, n, slots].
 
     Args:
+        routing: each layer's choices where it is causally routed, with `output_routing=True`.
         cross_routing: each layer's tokens of routed cross-attention, a `RoutedTokens` for each of its routers, with
             `output_routing=True`; None where there is none, and where keys and values came from the cache.
     """
 
+    routing: tuple[CoLT5CausalLayerRouting, ...] | None = None
     cross_routing: tuple[tuple[RoutedTokens, ...], ...] | None = None
+
+
+@dataclass
+class CoLT5CausalLMOutput(CausalLMOutputWithPast):
+    """The output of the causal language model; what is added here is `CoLT5DecoderOutput`'s."""
+
+    routing: tuple[CoLT5CausalLayerRouting, ...] | None = None
 
 
 @dataclass
@@ -69,20 +98,22 @@ class CoLT5EncoderOutput(BaseModelOutput):
 @dataclass
 class CoLT5Seq2SeqModelOutput(Seq2SeqModelOutput):
     """The output of encoder and decoder; `encoder_attentions` and what is added here are `CoLT5EncoderOutput`'s, and
-    `cross_routing` is `CoLT5DecoderOutput`'s."""
+    `decoder_routing` and `cross_routing` are `CoLT5DecoderOutput`'s."""
 
     encoder_heavy_attentions: tuple[torch.Tensor, ...] | None = None
     encoder_routing: tuple[CoLT5LayerRouting, ...] | None = None
+    decoder_routing: tuple[CoLT5CausalLayerRouting, ...] | None = None
     cross_routing: tuple[tuple[RoutedTokens, ...], ...] | None = None
 
 
 @dataclass
 class CoLT5Seq2SeqLMOutput(Seq2SeqLMOutput):
-    """The output with a language modelling head; what is added here is `CoLT5EncoderOutput`'s, and `cross_routing` is
-    `CoLT5DecoderOutput`'s."""
+    """The output with a language modelling head; what is added here is `CoLT5EncoderOutput`'s, and
+    `decoder_routing` and `cross_routing` are `CoLT5DecoderOutput`'s."""
 
     encoder_heavy_attentions: tuple[torch.Tensor, ...] | None = None
     encoder_routing: tuple[CoLT5LayerRouting, ...] | None = None
+    decoder_routing: tuple[CoLT5CausalLayerRouting, ...] | None = None
     cross_routing: tuple[tuple[RoutedTokens, ...], ...] | None = None
 
 

@@ -13,6 +13,9 @@ from transformers.masking_utils import create_causal_mask
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from .causal_cache_colt5 import routed_layer
+from .causal_layers_colt5 import CoLT5LayerCausalAttention
+from .causal_plan_colt5 import CausalPlan
 from .configuration_colt5 import CoLT5Config
 from .cross_routing_colt5 import CoLT5CrossRouting
 from .decoder_layers_colt5 import CoLT5DecoderBlock
@@ -85,6 +88,9 @@ class CoLT5PreTrainedModel(PreTrainedModel):
             for name in ("wi_0", "wi_1") if self.config.is_gated_act else ("wi",):
                 normal(getattr(module, name), d_model)
             normal(module.wo, module.wo.in_features**-0.5)
+        elif isinstance(module, CoLT5LayerCausalAttention):
+            if hasattr(module, "unrouted"):
+                init.zeros_(module.unrouted)
         elif isinstance(module, CoLT5ClassificationHead):
             normal(module.dense, d_model)
             normal(module.out_proj, d_model)
@@ -258,21 +264,29 @@ class CoLT5Encoder(CoLT5PreTrainedModel):
 
 
 class CoLT5Decoder(CoLT5PreTrainedModel):
-    """The decoder: T5's, with multi-query cross-attention; the paper routes nothing here, the configuration may have
-    the cross-attention read routed tokens alone."""
+    """The decoder: T5's, with multi-query cross-attention to all of the encoder's output or to what was routed out of
+    it, or causally routed; without an encoder a causal stack."""
 
     _can_record_outputs = {
         "hidden_states": OutputRecorder(CoLT5DecoderBlock, index=0),
         "attentions": OutputRecorder(CoLT5DecoderBlock, index=1),
         "cross_attentions": OutputRecorder(CoLT5DecoderBlock, index=2),
+        "routing": OutputRecorder(CoLT5DecoderBlock, index=3),
     }
 
     def __init__(self, config: CoLT5Config):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
-        self.relative_attention_bias = CoLT5RelativePositionBias(
-            config.num_heads, config.relative_attention_num_buckets, config.relative_attention_max_distance, False
-        )
+        buckets, distance = config.relative_attention_num_buckets, config.relative_attention_max_distance
+        if config.causal_attention == "full":
+            self.relative_attention_bias = CoLT5RelativePositionBias(config.num_heads, buckets, distance, False)
+        else:
+            heads = {"light": config.num_light_heads}
+            if config.causal_attention == "routed":
+                heads["heavy"] = config.num_heavy_heads
+            for branch, num_heads in heads.items():
+                bias = CoLT5RelativePositionBias(num_heads, buckets, distance, False)
+                setattr(self, f"{branch}_relative_attention_bias", bias)
         self.block = nn.ModuleList(
             [CoLT5DecoderBlock(config, layer_idx) for layer_idx in range(config.num_decoder_layers)]
         )
@@ -301,46 +315,42 @@ class CoLT5Decoder(CoLT5PreTrainedModel):
 
         Args:
             input_ids: int64 [batch, n].
-            attention_mask: [batch, past + n], 1 for real tokens; or a ready 4D mask.
+            attention_mask: [batch, past + n], 1 for real tokens. T5's decoder takes a ready 4D mask too, a causally
+                routed one the last n columns alone.
             inputs_embeds: [batch, n, d_model], instead of `input_ids`.
-            encoder_hidden_states: [batch, encoder length, d_model].
+            encoder_hidden_states: [batch, encoder length, d_model]; None in a model without an encoder.
             encoder_attention_mask: [batch, encoder length], 1 for real tokens.
             past_key_values: the cache of earlier calls.
             use_cache: whether to fill a cache.
             kwargs: `output_hidden_states`, `output_attentions`, `output_routing` and `return_dict`.
 
         Raises:
-            ValueError: for both or neither of ids and embeddings, no encoder output, or an encoder mask of another
-                shape.
+            ValueError: for both or neither of ids and embeddings, no encoder output, or a mask of another shape.
+            TypeError: for a cache that does not fit a causally routed decoder.
         """
-        hidden_states = _embed(self.embed_tokens, input_ids, inputs_embeds, "decoder_")
-        if encoder_hidden_states is None:
-            raise ValueError("encoder_hidden_states is None; the decoder needs the encoder's output")
+        has_encoder = self.config.is_encoder_decoder
+        hidden_states = _embed(self.embed_tokens, input_ids, inputs_embeds, "decoder_" if has_encoder else "")
+        encoder_mask = None
+        if has_encoder:
+            if encoder_hidden_states is None:
+                raise ValueError("encoder_hidden_states is None; the decoder needs the encoder's output")
+            encoder_mask = padding_mask("encoder attention_mask", encoder_attention_mask, encoder_hidden_states)
         if use_cache and past_key_values is None:
-            past_key_values = EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache(config=self.config))
-        self_cache = past_key_values
+            past_key_values = DynamicCache(config=self.config)
+            if has_encoder:
+                past_key_values = EncoderDecoderCache(past_key_values, DynamicCache(config=self.config))
+        cache = past_key_values
         if isinstance(past_key_values, EncoderDecoderCache):
-            self_cache = past_key_values.self_attention_cache
-        mask = create_causal_mask(
-            config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask, past_key_values=self_cache
-        )
-        encoder_mask = padding_mask("encoder attention_mask", encoder_attention_mask, encoder_hidden_states)
+            cache = past_key_values.self_attention_cache
 
-        length = hidden_states.shape[1]
-        past = self_cache.get_seq_length() if self_cache is not None else 0
-        key_length = self_cache.get_mask_sizes(length, 0)[0] if self_cache is not None else length
-        position_bias = bias_by_position(
-            self.relative_attention_bias(),
-            torch.arange(length, device=hidden_states.device) + past,
-            torch.arange(key_length, device=hidden_states.device),
-        )[None]
-
+        if self.config.causal_attention == "full":
+            inputs = self._full_attention_inputs(hidden_states, attention_mask, cache)
+        else:
+            inputs = self._routed_inputs(hidden_states, attention_mask, cache)
         memories, encoder_mask, cross_routing = self.route_memory(encoder_hidden_states, encoder_mask, past_key_values)
         hidden_states = self.dropout(hidden_states)
         for block, memory in zip(self.block, memories, strict=True):
-            hidden_states = block(
-                hidden_states, position_bias, mask, memory, encoder_mask, past_key_values=past_key_values
-            )[0]
+            hidden_states = block(hidden_states, *inputs, memory, encoder_mask, past_key_values=past_key_values)[0]
         hidden_states, _ = self.final_layer_norm(hidden_states)
         return CoLT5DecoderOutput(
             last_hidden_state=self.dropout(hidden_states),
@@ -348,15 +358,33 @@ class CoLT5Decoder(CoLT5PreTrainedModel):
             cross_routing=cross_routing if kwargs.get("output_routing", self.config.output_routing) else None,
         )
 
+    def _full_attention_inputs(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, cache: Cache | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, CausalPlan | None]:
+        """Position bias and mask of T5's self-attention, as the blocks take them."""
+        mask = create_causal_mask(
+            config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask, past_key_values=cache
+        )
+        length = hidden_states.shape[1]
+        past = cache.get_seq_length() if cache is not None else 0
+        key_length = cache.get_mask_sizes(length, 0)[0] if cache is not None else length
+        position_bias = bias_by_position(
+            self.relative_attention_bias(),
+            torch.arange(length, device=hidden_states.device) + past,
+            torch.arange(key_length, device=hidden_states.device),
+        )[None]
+        return position_bias, None, mask, None
+
     def route_memory(
-        self, memory: torch.Tensor, mask: torch.Tensor | None, cache: Cache | None
-    ) -> tuple[list[torch.Tensor], torch.Tensor | None, tuple[tuple[RoutedTokens, ...], ...] | None]:
+        self, memory: torch.Tensor | None, mask: torch.Tensor | None, cache: Cache | None
+    ) -> tuple[list[torch.Tensor | None], torch.Tensor | None, tuple[tuple[RoutedTokens, ...], ...] | None]:
         """What each layer's cross-attention reads of a memory [batch, n, d_model], and its mask; and what was routed.
+        Nothing of either in a model without an encoder.
 
         Layers whose keys and values the cache has already read nothing: they get the memory as it is.
         """
         memories = [memory] * len(self.block)
-        if not self.is_cross_routed:
+        if memory is None or not self.is_cross_routed:
             return memories, mask, None
         is_updated = cache.is_updated if isinstance(cache, EncoderDecoderCache) else {}
         routing = None
@@ -366,3 +394,26 @@ class CoLT5Decoder(CoLT5PreTrainedModel):
         if mask is not None or cache is not None:
             mask = self.cross_routing.used_slots(memory, mask)
         return memories, mask, routing
+
+    def _routed_inputs(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, cache: Cache | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, CausalPlan | None]:
+        """Bias tables and plan of the causally routed layers, as the blocks take them; the caches count the chunk."""
+        length = hidden_states.shape[1]
+        if attention_mask is not None:
+            if attention_mask.dim() == 2:
+                attention_mask = attention_mask[:, -length:]
+            attention_mask = padding_mask("decoder attention_mask", attention_mask, hidden_states)
+        first = routed_layer(cache, 0)
+        past = first.counters["lengths"].clone() if first is not None and first.has_state else None
+        plan = CausalPlan.make(self.config, hidden_states, attention_mask, past)
+        if cache is not None:
+            for layer_idx in range(len(self.block)):
+                layer = routed_layer(cache, layer_idx)
+                layer.window = plan.settings.window
+                layer.write("counters", plan.advance_counters(layer.counters, attention_mask))
+                layer.count(length)
+        light = self.light_relative_attention_bias()
+        later = torch.arange(light.shape[1], device=light.device) > light.shape[1] // 2
+        heavy = self.heavy_relative_attention_bias() if self.config.causal_attention == "routed" else None
+        return light.masked_fill(later, -torch.inf), heavy, None, plan

@@ -149,8 +149,10 @@ def combine_norm(
     normed = norm(hidden, rstd, norm_weight)
     if router_weights is None:
         return combined, normed, rstd, rstd.new_empty(0)
-    scores = torch.einsum("bnd,rd->brn", normed.to(dtype), router_weights.to(dtype))
-    return combined, normed, rstd, scores.contiguous()
+    # not as a matrix product, whose rounding differs with a row's place: equal tokens must get equal scores
+    wide = normed.to(dtype)
+    scores = [(wide * vector).sum(-1) for vector in router_weights.to(dtype).unbind(0)]
+    return combined, normed, rstd, torch.stack(scores, 1)
 
 
 def router_scores(hidden_states: Tensor, router_weights: Tensor) -> Tensor:

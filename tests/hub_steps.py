@@ -26,11 +26,15 @@ ROOT = Path(__file__).resolve().parents[1]
 AUTO_CLASSES = {
     "AutoModel": "CoLT5Model",
     "AutoModelForSeq2SeqLM": "CoLT5ForConditionalGeneration",
+    "AutoModelForCausalLM": "CoLT5ForCausalLM",
     "AutoModelForTextEncoding": "CoLT5EncoderModel",
     "AutoModelForSequenceClassification": "CoLT5ForSequenceClassification",
     "AutoModelForTokenClassification": "CoLT5ForTokenClassification",
     "AutoModelForQuestionAnswering": "CoLT5ForQuestionAnswering",
 }
+# a decoder without cross-attention has other weights
+OF_ONE_CHECKPOINT = [auto_class for auto_class in AUTO_CLASSES if auto_class != "AutoModelForCausalLM"]
+GENERATING = {"CoLT5ForConditionalGeneration", "CoLT5ForCausalLM"}
 OWN_WEIGHTS = {
     "AutoModelForSequenceClassification": {
         f"classification_head.{layer}.{kind}" for layer in ("dense", "out_proj") for kind in ("weight", "bias")
@@ -143,7 +147,7 @@ def load_all(where: str, home: str) -> dict[str, torch.Tensor]:
     assert sizes == {"base": 768, "large": 1024, "xl": 2048}
     batch = dict(tokenizer(TEXTS, padding=True, return_tensors="pt"))
     outputs = {"input_ids": batch["input_ids"]}
-    for auto_class in AUTO_CLASSES:
+    for auto_class in OF_ONE_CHECKPOINT:
         model = load(auto_class, where)
         assert type(model).__module__.partition(".")[0] == home, (auto_class, type(model))
         outputs[auto_class] = run_model(model, batch)

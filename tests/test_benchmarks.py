@@ -1,6 +1,7 @@
 """The scripts of benchmarks/: each runs at toy size, keeps its history, and judges by rules that are checked here."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from modeling_colt5 import CoLT5EncoderModel
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import causal_learning  # noqa: E402
 import dense  # noqa: E402
 import flops  # noqa: E402
 import measure  # noqa: E402
@@ -166,3 +169,21 @@ def test_picture_shows_lengths_and_crosses(tmp_path: Path) -> None:
     picture.draw(tmp_path)
     drawing = (tmp_path / "encoder.svg").read_text()
     assert all(f">{text}<" in drawing for text in ("16k", "64k", "out of memory", "LongT5 local"))
+
+
+def test_causal_learning_is_drawn_from_its_runs(tmp_path: Path) -> None:
+    runs, page = tmp_path / "runs", tmp_path / "causal_routing.md"
+    arguments = ["--tiny", "--seeds", "0", "--out", str(runs)]
+    causal_learning.main([*arguments, "--seconds", "0"])
+    assert list(runs.iterdir()) == []
+    causal_learning.main(arguments)
+    written = {path: path.stat().st_mtime_ns for path in runs.iterdir()}
+    assert {path.stem for path in written} == {f"{variant}-0" for variant in causal_learning.VARIANTS}
+    # what is complete is not done again
+    causal_learning.main(arguments)
+    assert {path: path.stat().st_mtime_ns for path in runs.iterdir()} == written
+    page.write_text((ROOT / "docs/causal_routing.md").read_text(encoding="utf-8"), encoding="utf-8")
+    done = [sys.executable, str(ROOT / "docs/causal_routing_picture.py"), "--results", str(runs), "--page", str(page)]
+    subprocess.run(done, check=True)
+    loss = json.loads((runs / "routed-0.json").read_text())["curve"][-1]["loss"]
+    assert f"{loss:.4f}" in page.read_text() and page.with_suffix(".svg").exists()

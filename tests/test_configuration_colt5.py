@@ -313,6 +313,7 @@ def test_saving_keeps_every_field_and_names_every_head(tmp_path):
         "AutoConfig",
         "AutoModel",
         "AutoModelForSeq2SeqLM",
+        "AutoModelForCausalLM",
         "AutoModelForTextEncoding",
         "AutoModelForSequenceClassification",
         "AutoModelForTokenClassification",

@@ -42,6 +42,7 @@ def test_repositories_go_round_with_and_without_the_package(hub_environment, tmp
     tokenizer_files = hub_steps.closure("tokenization_colt5") | {"tokenizer.json", "tokenizer_config.json"}
     expected = dict.fromkeys((first, second, third), code | tokenizer_files | {"generation_config.json"})
     expected |= dict.fromkeys(alone, code) | {tokenizer_alone: tokenizer_files}
+    expected[f"{prefix}-CoLT5ForCausalLM"] = code | {"generation_config.json"}
     for repository, files in expected.items():
         siblings = ask(hub_environment, "GET", f"/api/models/{repository}")["siblings"]
         assert {sibling["rfilename"] for sibling in siblings} - {".gitattributes", "README.md"} == files, repository

@@ -146,6 +146,7 @@ def test_public_names():
     promised = {
         "CoLT5Config",
         "CoLT5EncoderModel",
+        "CoLT5ForCausalLM",
         "CoLT5ForConditionalGeneration",
         "CoLT5ForQuestionAnswering",
         "CoLT5ForSequenceClassification",

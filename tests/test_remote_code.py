@@ -45,7 +45,7 @@ def test_each_head_saves_weights_config_and_code(name, tmp_path):
     code = hub_steps.closure("modeling_colt5")
     assert {"configuration_colt5.py", "tokenization_colt5.py"} < code
     others = {"config.json", "model.safetensors"}
-    if name == "CoLT5ForConditionalGeneration":
+    if name in hub_steps.GENERATING:
         others.add("generation_config.json")
     assert {path.name for path in tmp_path.iterdir()} == code | others
     for file in code:
@@ -67,7 +67,7 @@ def test_tokenizer_alone_saves_its_code(tmp_path):
     assert saved["auto_map"] == {"AutoTokenizer": ["tokenization_colt5.CoLT5Tokenizer", None]}
 
 
-@pytest.mark.parametrize("auto_class", hub_steps.AUTO_CLASSES)
+@pytest.mark.parametrize("auto_class", hub_steps.OF_ONE_CHECKPOINT)
 def test_report_names_the_heads_own_weights_and_no_others(auto_class, tmp_path, caplog):
     folder = make_folder(tmp_path, seed=1)
     transformers_logging.enable_propagation()

@@ -1,0 +1,250 @@
+"""Causal conditional attention beside full causal SDPA and the peer's class, and what a generated token costs.
+
+python benchmarks/causal.py [--peer FOLDER]
+
+FOLDER holds colt5-attention 0.11.2, local-attention and hyper-connections, unpacked:
+
+pip download --no-deps colt5-attention==0.11.2 local-attention hyper-connections && unzip -o '*.whl' -d FOLDER
+"""
+
+import importlib
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from encoder import release
+from measure import make_parser, median_ms, parse, peak_mib, synchronize
+from peers import DEVICE, DTYPE, colt5_config, random_ids, scaled_length
+from results import Row, Table
+from torch import Tensor, nn
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from modeling_colt5 import CoLT5Config, CoLT5ForCausalLM
+from modeling_colt5.causal_layers_colt5 import CoLT5LayerCausalAttention
+from modeling_colt5.causal_plan_colt5 import CausalPlan
+from modeling_colt5.layers_colt5 import CoLT5LayerNorm
+from modeling_colt5.relative_position import CoLT5RelativePositionBias
+
+ATTENTION_TITLE = (
+    "Causal attention of one layer (norm and projections included), base size, batch 1, forward and backward: "
+    "milliseconds, and MiB beyond input and weights. CoLT5: 4 light heads of radius 127, 8 heavy heads, windows of "
+    "256, 512 routed keys/values; SDPA: 12 heads, `is_causal`, no bias; peer: colt5-attention 0.11.2, the same heads, "
+    "windows and budgets, fp32 as it needs. *leak*: the largest change of an output before a token that was changed"
+)
+GENERATION_TITLE = (
+    "Generation by `CoLT5ForCausalLM`, 12 layers of base size, causally routed, batch 1, greedy: milliseconds a token "
+    "behind a context of so many tokens, and MiB of its cache. The static cache's step is compiled by `generate`"
+)
+LENGTHS = (8192, 32768, 131072)
+CONTEXTS = (1024, 16384, 131072)
+# the first ones after the prompt warm up: graphs are recorded
+SKIPPED = 8
+
+
+def causal_config(tiny: bool) -> CoLT5Config:
+    """Base size with both kinds of causal routing; `dropout_rate` is 0."""
+    small = {"causal_window": 8, "causal_routed_keys": 12, "num_heavy_heads": 2, "local_radius": 5} if tiny else {}
+    return colt5_config(tiny, causal_attention="routed", causal_feed_forward="routed", **small)
+
+
+class RoutedAttention(nn.Module):
+    """A routed layer with its bias tables: [1, n, d_model] → the same shape, without the residual."""
+
+    def __init__(self, config: CoLT5Config):
+        super().__init__()
+        config._attn_implementation = "sdpa"
+        self.config = config
+        self.layer = CoLT5LayerCausalAttention(config, 0)
+        buckets, distance = config.relative_attention_num_buckets, config.relative_attention_max_distance
+        self.light_bias = CoLT5RelativePositionBias(config.num_light_heads, buckets, distance, False)
+        self.heavy_bias = CoLT5RelativePositionBias(config.num_heavy_heads, buckets, distance, False)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 1 and "norm" not in name or "bias" in name:
+                nn.init.normal_(parameter, std=config.d_model**-0.5)
+
+    def forward(self, states: Tensor) -> Tensor:
+        plan = CausalPlan.make(self.config, states, None, None)
+        light = self.light_bias()
+        later = torch.arange(light.shape[1], device=light.device) > light.shape[1] // 2
+        return self.layer(states, light.masked_fill(later, -torch.inf), self.heavy_bias(), plan, None)[0] - states
+
+
+class FullAttention(nn.Module):
+    """Norm, T5's projections and PyTorch's causal attention without a bias, which it takes only with a whole mask."""
+
+    def __init__(self, config: CoLT5Config):
+        super().__init__()
+        heads = config.num_light_heads + config.num_heavy_heads
+        self.d_kv = config.d_kv
+        self.norm = CoLT5LayerNorm(config)
+        self.qkv = nn.Linear(config.d_model, 3 * heads * config.d_kv, bias=False)
+        self.o = nn.Linear(heads * config.d_kv, config.d_model, bias=False)
+
+    def forward(self, states: Tensor) -> Tensor:
+        query, key, value = self.qkv(self.norm(states)[0]).unflatten(-1, (3, -1, self.d_kv)).transpose(1, 3).unbind(2)
+        output = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=1.0)
+        return self.o(output.transpose(1, 2).flatten(2))
+
+
+def make_peer(folder: Path, config: CoLT5Config) -> nn.Module:
+    """The peer's class with the same sizes."""
+    sys.path.insert(0, str(folder))
+    window = config.causal_window
+    return importlib.import_module("colt5_attention").ConditionalRoutedAutoregressiveAttention(
+        config.d_model,
+        num_heavy_tokens_q=max(1, int(window * config.routed_query_fraction)),
+        num_heavy_tokens_kv=config.causal_routed_keys,
+        light_dim_head=config.d_kv,
+        light_heads=config.num_light_heads,
+        light_window_size=config.local_radius + 1,
+        heavy_window_size=window,
+        heavy_dim_head=config.d_kv,
+        heavy_heads=config.num_heavy_heads,
+    )
+
+
+@torch.no_grad()
+def leak(module: nn.Module, config: CoLT5Config, dtype: torch.dtype) -> float:
+    """The largest change of an output before the middle when the rest changes."""
+    length = 8 * config.causal_window
+    middle = length // 2 + config.causal_window // 2
+    states = torch.randn(1, length, config.d_model, device=DEVICE, dtype=dtype)
+    other = states.clone()
+    other[:, middle:] = torch.randn_like(other[:, middle:])
+    return float((module(states) - module(other))[:, :middle].abs().max())
+
+
+@torch.no_grad()
+def verify(config: CoLT5Config) -> None:
+    """The kernels' layer is the PyTorch layer, but for tokens whose score is within rounding of a threshold."""
+    torch.manual_seed(0)
+    layer = RoutedAttention(config).to(DEVICE)
+    states = torch.randn(2, 9 * config.causal_window + 3, config.d_model, device=DEVICE)
+    outputs = []
+    for backend in ("auto", "torch"):
+        config.kernel_backend = backend
+        outputs.append(layer(states))
+    config.kernel_backend = "auto"
+    # sums of d_model fp32 products in another order, the kernels' in TF32 where the device has it
+    wrong = ((outputs[0] - outputs[1]).abs().amax(-1) > 5e-3 * outputs[1].abs().max()).float().mean()
+    assert wrong < 0.01, f"{wrong:.2%} of the tokens differ"
+    assert leak(layer, config, torch.float32) == 0, "an output depends on a later token"
+
+
+def forward_and_backward(module: nn.Module, states: Tensor) -> Callable[[], object]:
+    """A call that runs the module and the gradients of its input and parameters."""
+    inputs = [states, *module.parameters()]
+    cotangent = torch.randn_like(states)
+    return lambda: torch.autograd.grad(module(states), inputs, cotangent, allow_unused=True)
+
+
+def measure_attention(table: Table, config: CoLT5Config, peer: Path | None, tiny: bool, deadline: float) -> None:
+    """Rows of all lengths, each with all classes."""
+    makers: dict[str, tuple[Callable[[], nn.Module], torch.dtype]] = {
+        "CoLT5": (lambda: RoutedAttention(config), DTYPE),
+        "SDPA, causal": (lambda: FullAttention(config), DTYPE),
+        "CoLT5 fp32": (lambda: RoutedAttention(config), torch.float32),
+    }
+    if peer is None:
+        table.note("The peer was not measured: no --peer.")
+    else:
+        makers["peer fp32"] = (lambda: make_peer(peer, config), torch.float32)
+    for length in LENGTHS:
+        for name, (make, dtype) in makers.items():
+            if time.perf_counter() > deadline:
+                table.note(f"Not measured for lack of time: {name} at {length} tokens, and what follows.")
+                return
+            torch.manual_seed(0)
+            length_here = scaled_length(length, tiny)
+            row: Row = {"class": name, "tokens": length_here}
+            try:
+                module = make().to(DEVICE, dtype)
+                row["leak"] = f"{leak(module, config, dtype):.2g}"
+                states = torch.randn(1, length_here, config.d_model, device=DEVICE, dtype=dtype, requires_grad=True)
+                call = forward_and_backward(module, states)
+                row["MiB"] = peak_mib(call)
+                row["ms"] = median_ms(call, tiny)
+                if row["MiB"] is None:
+                    del row["MiB"]
+            except torch.cuda.OutOfMemoryError:
+                row["remark"] = "out of memory"
+            table.add(row)
+            module = states = call = None
+            release()
+
+
+class StepClock(LogitsProcessor):
+    """Notes when each step's logits come by, and leaves them as they are."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        self.times.append(time.perf_counter())
+        return scores
+
+
+def measure_generation(table: Table, config: CoLT5Config, tiny: bool, deadline: float) -> None:
+    """Rows of both caches and all contexts."""
+    torch.manual_seed(0)
+    with DEVICE:
+        model = CoLT5ForCausalLM(config).to(DTYPE).eval()
+    with torch.no_grad():
+        # the end token's logit is then 0, and some other's is above
+        model.lm_head.weight[config.eos_token_id] = 0
+    tokens, runs = (12, 1) if tiny else (72, 3)
+    for cache in ("dynamic", "static"):
+        for context in CONTEXTS:
+            if time.perf_counter() > deadline:
+                table.note(f"Not measured for lack of time: {cache} cache at {context} tokens, and what follows.")
+                return
+            ids = random_ids(1, scaled_length(context, tiny), tiny)
+            row: Row = {"cache": cache, "context": ids.shape[1]}
+            times = []
+            for _ in range(runs + 1):
+                clock = StepClock()
+                output = model.generate(
+                    input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False,
+                    cache_implementation=None if cache == "dynamic" else cache, disable_compile=tiny,
+                    logits_processor=LogitsProcessorList([clock]), return_dict_in_generate=True,
+                )  # fmt: skip
+                synchronize()
+                assert output.sequences.shape[1] == ids.shape[1] + tokens
+                steps = clock.times[min(SKIPPED, tokens - 2) :]
+                times.append(1e3 * (steps[-1] - steps[0]) / (len(steps) - 1))
+            row["ms/token"] = statistics.median(times[1:])
+            layers = output.past_key_values.layers
+            tensors = [
+                tensor
+                for part in layers
+                for kind in (part.rings, part.carried, part.counters)
+                for tensor in kind.values()
+            ]
+            row["cache MiB"] = sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 2**20
+            table.add(row)
+            del output
+            release()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Verify, then measure."""
+    parser = make_parser(__doc__)
+    parser.add_argument("--peer", type=Path, help="folder with the peer's packages")
+    options = parse(parser, arguments)
+    config = causal_config(options.tiny)
+    verify(config)
+    begin = time.perf_counter()
+    table = Table("causal", ATTENTION_TITLE, options)
+    # the second table has half of the time
+    measure_attention(table, config, options.peer, options.tiny, begin + (options.deadline - begin) / 2)
+    table.finish()
+    table = Table("causal_generation", GENERATION_TITLE, options)
+    measure_generation(table, config, options.tiny, options.deadline)
+    table.finish()
+
+
+if __name__ == "__main__":
+    main()

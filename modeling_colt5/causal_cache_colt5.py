@@ -1,0 +1,179 @@
+"""The cache of a causally routed layer: rings of recent tokens, and what complete windows carry over to later ones."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
+
+LAYER_TYPE = "colt5_routed"
+
+
+class _RoutedState:
+    """What both kinds of routed cache layer share; its size depends on window and budget, never on the length.
+
+    Three kinds of tensor, all with the batch first, which their shape and not their content fixes:
+
+    - `rings` [batch, R, ...]: the last R = 2 · window + radius real tokens of each row, token `rank` in slot
+      `rank % R`.
+    - `carried` [batch, 2, ...]: what complete windows hand on, entry 0 for the row's current window and entry 1 for
+      the one before, to which a crop may go back.
+    - `counters`: `lengths` [batch], real tokens of each row; `floor` [batch], the length below which a crop cannot go;
+      `recent` [batch, R], which of the last R positions were real.
+
+    Until a routed layer writes to it, it is the plain layer that it derives from: an encoder–decoder's
+    cross-attention cache is made of the same classes.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.window = 0
+        self.rings: dict[str, Tensor] = {}
+        self.carried: dict[str, Tensor] = {}
+        self.counters: dict[str, Tensor] = {}
+
+    @property
+    def has_state(self) -> bool:
+        """Whether a routed layer has written to it."""
+        return bool(self.counters)
+
+    def write(self, kind: str, values: dict[str, Tensor]) -> None:
+        """Replace tensors of one kind, "rings", "carried" or "counters"."""
+        getattr(self, kind).update(values)
+
+    def _replace_each(self, function: Any) -> None:
+        for kind in ("rings", "carried", "counters"):
+            self.write(kind, {name: function(value) for name, value in getattr(self, kind).items()})
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Rows by beam."""
+        if self.has_state:
+            self._replace_each(lambda value: value.index_select(0, beam_idx.to(value.device)))
+        else:
+            super().reorder_cache(beam_idx)  # type: ignore[misc]
+
+
+class CoLT5DynamicRoutedLayer(_RoutedState, DynamicLayer):
+    """The cache layer of `DynamicCache` for a causally routed layer."""
+
+    _layer_type = LAYER_TYPE
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.seen = 0
+
+    def get_seq_length(self) -> int:
+        """Positions seen, padding included."""
+        return self.seen if self.has_state else super().get_seq_length()
+
+    def count(self, positions: int) -> None:
+        """Note that so many positions came in."""
+        self.seen += positions
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self.seen = 0
+        for tensors in (self.rings, self.carried, self.counters):
+            tensors.clear()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last `-tokens_to_remove` positions, at most to the start of a row's last complete window.
+
+        Raises:
+            ValueError: for a positive number, or one that goes further back.
+        """
+        if not self.has_state:
+            super().crop(tokens_to_remove)
+            return
+        if tokens_to_remove > 0:
+            raise ValueError(
+                f"tokens_to_remove is {tokens_to_remove}; it must be minus the number of tokens to remove"
+            )
+        removed = -tokens_to_remove
+        if removed == 0:
+            return
+        recent, lengths, floor = (self.counters[name] for name in ("recent", "lengths", "floor"))
+        reach = recent.shape[1]
+        shorter = lengths - recent[:, max(reach - removed, 0) :].sum(-1)
+        if (removed > reach and self.seen > reach) or bool((shorter < floor).any()):
+            raise ValueError(
+                f"tokens_to_remove is {tokens_to_remove}; a routed cache goes back to the start of the last complete "
+                f"window of {self.window} tokens, here by at most {int((lengths - floor).min())} tokens"
+            )
+        moved = shorter // self.window < lengths // self.window
+        for name, value in self.carried.items():
+            current = torch.where(moved.view(-1, *[1] * (value.dim() - 2)), value[:, 1], value[:, 0])
+            self.carried[name] = torch.stack([current, value[:, 1]], 1)
+        kept = recent[:, : max(reach - removed, 0)]
+        self.counters = {
+            "lengths": shorter,
+            "floor": torch.where(moved, shorter // self.window * self.window, floor),
+            "recent": torch.cat([recent.new_zeros(len(recent), reach - kept.shape[1]), kept], 1),
+        }
+        self.seen = max(self.seen - removed, 0)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row `repeats` times."""
+        if self.has_state:
+            self._replace_each(lambda value: value.repeat_interleave(repeats, 0))
+        else:
+            super().batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Only the rows `indices`."""
+        if self.has_state:
+            self._replace_each(lambda value: value[indices])
+        else:
+            super().batch_select_indices(indices)
+
+
+class CoLT5StaticRoutedLayer(_RoutedState, StaticLayer):
+    """The cache layer of `StaticCache` for a causally routed layer: tensors keep their addresses, for compilers."""
+
+    _layer_type = LAYER_TYPE
+    cumulative_length: Tensor
+
+    def count(self, positions: int) -> None:
+        """Note that so many positions came in."""
+        device = self.counters["lengths"].device
+        if self.cumulative_length.device != device:
+            self.cumulative_length = self.cumulative_length.to(device)
+        self.cumulative_length.add_(positions)
+
+    def get_seq_length(self) -> Any:
+        """Positions seen, padding included."""
+        return self.cumulative_length if self.has_state else super().get_seq_length()
+
+    def write(self, kind: str, values: dict[str, Tensor]) -> None:
+        """Replace tensors of one kind, in place from the second time on."""
+        tensors = getattr(self, kind)
+        for name, value in values.items():
+            if name in tensors and tensors[name].shape == value.shape:
+                tensors[name].copy_(value)
+                continue
+            tensors[name] = value.clone()
+            if not torch.compiler.is_compiling():
+                torch._dynamo.mark_static_address(tensors[name])
+
+    def reset(self) -> None:
+        """Forget everything, and keep the tensors."""
+        super().reset()
+        self._replace_each(torch.zeros_like)
+
+
+def routed_layer(cache: Cache | None, layer_idx: int) -> Any:
+    """The routed cache layer of one decoder layer; None without a cache.
+
+    Raises:
+        TypeError: for a cache that was made without the model's configuration.
+    """
+    if cache is None:
+        return None
+    layer = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
+    if not isinstance(layer, _RoutedState):
+        raise TypeError(
+            f"layer {layer_idx} of the cache is {layer!r}; a decoder with causal_attention 'local' or 'routed' needs "
+            "a cache that was made for it, such as DynamicCache(config=model.config)"
+        )
+    return layer

@@ -1,0 +1,443 @@
+"""The causally routed decoder as a model: causality to the last bit, caches, generation, padding, training, saving."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from models import pad, random_ids, tiny_config
+from transformers import AutoModelForCausalLM, DynamicCache, StaticCache, Trainer, TrainingArguments
+
+from modeling_colt5 import CoLT5ForCausalLM, CoLT5ForConditionalGeneration
+from modeling_colt5.configuration_colt5 import CoLT5Config
+
+# fp32 sums taken in another order over logits of size 1
+TOLERANCE = 1e-5
+WINDOW = 8
+KINDS = {
+    "routed": {},
+    "two routers": {"num_causal_key_value_routers": 2, "causal_unrouted_vector": True, "causal_routed_keys": 5},
+    "local": {"causal_attention": "local"},
+    "wide radius": {"causal_feed_forward": "dense", "local_radius": 21, "causal_window": 3},
+    "full": {"causal_attention": "full", "causal_feed_forward": "dense"},
+}
+
+
+def causal_config(**fields: Any) -> CoLT5Config:
+    causal = {
+        "causal_attention": "routed",
+        "causal_feed_forward": "routed",
+        "causal_window": WINDOW,
+        "causal_routed_keys": 12,
+        "num_heavy_heads": 4,
+    }
+    return tiny_config(**(causal | fields))
+
+
+def make_model(**fields: Any) -> CoLT5ForCausalLM:
+    """A tiny model whose routed branches change its logits by more than any tolerance here."""
+    torch.manual_seed(0)
+    model = CoLT5ForCausalLM(causal_config(**fields)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "heavy" in name and name.endswith((".o.weight", ".wo.weight")):
+                parameter.mul_(3)
+            if "unrouted" in name:
+                parameter.normal_()
+    return model
+
+
+@pytest.fixture(params=KINDS.values(), ids=KINDS.keys())
+def model(request: pytest.FixtureRequest) -> CoLT5ForCausalLM:
+    return make_model(**request.param)
+
+
+def make_cache(model: CoLT5ForCausalLM, kind: str, length: int) -> DynamicCache | StaticCache:
+    if kind == "dynamic":
+        return DynamicCache(config=model.config)
+    return StaticCache(config=model.config, max_cache_len=length)
+
+
+@torch.no_grad()
+def decode(
+    model: CoLT5ForCausalLM, batch: dict[str, torch.Tensor], chunks: list[int], cache: DynamicCache | StaticCache
+) -> torch.Tensor:
+    """Logits [batch, n, vocabulary] of a batch that comes in chunks."""
+    logits, start = [], 0
+    for chunk in chunks:
+        ids, mask = batch["input_ids"][:, start : start + chunk], batch["attention_mask"][:, : start + chunk]
+        logits.append(model(ids, attention_mask=mask, past_key_values=cache, use_cache=True).logits)
+        start += chunk
+    return torch.cat(logits, 1)
+
+
+@torch.no_grad()
+def test_no_output_depends_on_a_later_token(model: CoLT5ForCausalLM) -> None:
+    ids = random_ids(2, 5 * WINDOW + 3)
+    logits = model(ids).logits
+    for token in (1, WINDOW - 1, WINDOW, 2 * WINDOW + 3, 5 * WINDOW - 1, 5 * WINDOW + 2):
+        changed = ids.clone()
+        changed[:, token:] = random_ids(2, ids.shape[1] - token)
+        changed[:, token] = (ids[:, token] + 1) % 90 + 3
+        other = model(changed).logits
+        assert torch.equal(other[:, :token], logits[:, :token])
+        assert not torch.equal(other[:, token:], logits[:, token:])
+
+
+@torch.no_grad()
+def test_every_branch_takes_part() -> None:
+    """A heavy branch that did nothing would make every other test here easy."""
+    model = make_model()
+    ids = random_ids(2, 5 * WINDOW)
+    logits, routing = model(ids).logits, model(ids, output_routing=True).routing
+    assert len(routing) == model.config.num_decoder_layers
+    for layer, block in enumerate(model.decoder.block):
+        assert (routing[layer].query[:, WINDOW:] > 0).any() and not (routing[layer].query[:, :WINDOW] > 0).any()
+        assert (routing[layer].feed_forward > 0).any()
+        for heavy in (block.layer[0].heavy_attention.o, block.layer[1].heavy_feed_forward.wo):
+            kept = heavy.weight.clone()
+            heavy.weight.zero_()
+            assert (model(ids).logits - logits).abs().max() > 100 * TOLERANCE
+            heavy.weight.copy_(kept)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("prompt", [1, WINDOW - 1, WINDOW, WINDOW + 1, 3 * WINDOW])
+def test_token_by_token_is_the_parallel_forward(model: CoLT5ForCausalLM, cache: str, prompt: int) -> None:
+    ids = random_ids(2, 5 * WINDOW + 3)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    rest = ids.shape[1] - prompt
+    logits = decode(model, batch, [prompt, *[1] * rest], make_cache(model, cache, ids.shape[1]))
+    torch.testing.assert_close(logits, model(ids).logits, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("chunks", [[44], [1] * 44, [7, 1, 9, 1, 1, 20, 5], [30, 14]])
+def test_padded_rows_are_the_rows_alone(model: CoLT5ForCausalLM, side: str, chunks: list[int]) -> None:
+    rows = [random_ids(n) for n in (44, 31, 3)]
+    batch = pad(rows, side)
+    logits = decode(model, batch, chunks, make_cache(model, "dynamic", 44))
+    for row, ids in enumerate(rows):
+        part = slice(0, len(ids)) if side == "right" else slice(44 - len(ids), 44)
+        torch.testing.assert_close(logits[row, part], model(ids[None]).logits[0], rtol=0, atol=TOLERANCE)
+
+
+def test_padding_between_prompt_and_continuation() -> None:
+    """As after prompts padded on the right: the continuation stands at later positions and at the next ranks."""
+    model = make_model()
+    prompts = [random_ids(n) for n in (20, 13)]
+    batch = pad(prompts, "right")
+    more = random_ids(2, 14)
+    batch = {
+        "input_ids": torch.cat([batch["input_ids"], more], 1),
+        "attention_mask": torch.cat([batch["attention_mask"], torch.ones_like(more)], 1),
+    }
+    logits = decode(model, batch, [20, *[1] * 14], make_cache(model, "dynamic", 34))
+    for row, prompt in enumerate(prompts):
+        alone = model(torch.cat([prompt, more[row]])[None]).logits[0]
+        torch.testing.assert_close(logits[row, 20:], alone[len(prompt) :], rtol=0, atol=TOLERANCE)
+
+
+def generate(model: CoLT5ForCausalLM, batch: dict[str, torch.Tensor], **options: Any) -> Any:
+    torch.manual_seed(0)
+    fixed = {"max_new_tokens": 3 * WINDOW, "min_new_tokens": 3 * WINDOW, "do_sample": False}
+    return model.generate(**batch, **(fixed | options), return_dict_in_generate=True, output_logits=True)
+
+
+@torch.no_grad()
+def recomputed(
+    model: CoLT5ForCausalLM, sequences: torch.Tensor, prompts: list[torch.Tensor], start: int
+) -> torch.Tensor:
+    """Logits before each new token, each row without padding and without a cache."""
+    rows = []
+    for row, prompt in zip(sequences, prompts, strict=True):
+        ids = torch.cat([prompt, row[start:]])
+        rows.append(model(ids[None], use_cache=False).logits[0, len(prompt) - 1 : -1])
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("options", [{}, {"do_sample": True, "top_k": 20}], ids=["greedy", "sample"])
+def test_generation(model: CoLT5ForCausalLM, cache: str, side: str, options: dict[str, Any]) -> None:
+    if side == "right" and model.config.causal_attention == "full":
+        pytest.skip("full attention counts positions, and a decoder-only prompt has to be padded on the left")
+    prompts = [random_ids(n) for n in (21, 9, 2)]
+    output = generate(model, pad(prompts, side), cache_implementation=cache, disable_compile=True, **options)
+    logits = torch.stack(output.logits, 1)
+    # the first new token of a prompt padded on the right comes from the padding's logits, in any model
+    first = 1 if side == "right" else 0
+    expected = recomputed(model, output.sequences, prompts, 21)
+    torch.testing.assert_close(logits[:, first:], expected[:, first:], rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_beam_search(model: CoLT5ForCausalLM, cache: str) -> None:
+    batch = pad([random_ids(n) for n in (21, 9, 2)], "left")
+    options = {"num_beams": 3, "num_return_sequences": 2, "disable_compile": True}
+    output = generate(model, batch, cache_implementation=cache, **options)
+    uncached = generate(model, batch, use_cache=False, **options)
+    assert torch.equal(output.sequences, uncached.sequences)
+    # otherwise no beam was ever reordered
+    assert (output.beam_indices[:, 1:] != output.beam_indices[:, :-1]).any()
+
+
+def test_step_compiles_whole() -> None:
+    """As `generate` compiles it for a static cache: one graph, one compilation, for all steps, across windows."""
+    model = make_model(num_decoder_layers=1)
+    ids = random_ids(2, 3 * WINDOW)
+    expected = model(ids).logits
+    cache = make_cache(model, "static", ids.shape[1])
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        model(ids[:, :5], past_key_values=cache, use_cache=True)
+        step = torch.compile(model, backend=backend, fullgraph=True)
+        for token in range(5, ids.shape[1]):
+            mask = torch.ones(2, 1, dtype=torch.long)
+            output = step(ids[:, token : token + 1], attention_mask=mask, past_key_values=cache, use_cache=True)
+            torch.testing.assert_close(output.logits[:, 0], expected[:, token], rtol=0, atol=TOLERANCE)
+    assert len(graphs) == 1
+
+
+def test_prompt_lookup_and_assisted_decoding_are_greedy_decoding() -> None:
+    model = make_model()
+    # a prompt that repeats itself gives candidates, some of which are wrong and taken back
+    batch = pad([random_ids(7).repeat(4)])
+    greedy = generate(model, batch).sequences
+    assert torch.equal(generate(model, batch, prompt_lookup_num_tokens=5).sequences, greedy)
+    assistant = make_model(num_decoder_layers=1)
+    assert torch.equal(generate(model, batch, assistant_model=assistant).sequences, greedy)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [5, 2 * WINDOW, 3 * WINDOW + 5])
+def test_cropped_cache_goes_on_as_if_nothing_had_been(length: int) -> None:
+    model = make_model()
+    ids, others = random_ids(2, length + 2 * WINDOW)[:, : length + WINDOW], random_ids(2, length)
+    expected = model(ids).logits
+    reach = length if length < 2 * WINDOW else length - (length // WINDOW - 1) * WINDOW
+    for removed in range(1, reach + 1):
+        cache = make_cache(model, "dynamic", 0)
+        kept = length - removed
+        wrong = torch.cat([ids[:, :kept], others[:, kept:]], 1)
+        model(wrong, past_key_values=cache, use_cache=True)
+        cache.crop(-removed)
+        assert cache.get_seq_length() == kept
+        logits = model(ids[:, kept:], past_key_values=cache, use_cache=True).logits
+        torch.testing.assert_close(logits, expected[:, kept:], rtol=0, atol=TOLERANCE)
+    if reach < length:
+        model(ids[:, :length], past_key_values=(cache := make_cache(model, "dynamic", 0)), use_cache=True)
+        with pytest.raises(ValueError, match=rf"at most {reach} tokens"):
+            cache.crop(-(reach + 1))
+        # and an error changes nothing
+        logits = model(ids[:, length:], past_key_values=cache, use_cache=True).logits
+        torch.testing.assert_close(logits, expected[:, length:], rtol=0, atol=TOLERANCE)
+
+
+@torch.no_grad()
+def test_crop_again_and_again() -> None:
+    model = make_model()
+    ids = random_ids(1, 6 * WINDOW)
+    expected = model(ids).logits
+    cache = make_cache(model, "dynamic", 0)
+    generator, start = torch.Generator().manual_seed(0), 0
+    while start < ids.shape[1]:
+        draw = int(torch.randint(1, WINDOW + 1, (), generator=generator))
+        right = min(draw, ids.shape[1] - start)
+        wrong = int(torch.randint(0, WINDOW - 1, (), generator=generator))
+        chunk = torch.cat([ids[:, start : start + right], random_ids(1, wrong)], 1)
+        logits = model(chunk, past_key_values=cache, use_cache=True).logits
+        torch.testing.assert_close(logits[:, :right], expected[:, start : start + right], rtol=0, atol=TOLERANCE)
+        cache.crop(-wrong)
+        start += right
+
+
+@torch.no_grad()
+def test_rows_of_the_cache_move() -> None:
+    model = make_model()
+    ids = random_ids(3, 2 * WINDOW + 5)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    more = random_ids(6, WINDOW)
+    cases = {
+        "reorder_cache": (torch.tensor([2, 0, 0]), torch.tensor([2, 0, 0])),
+        "batch_repeat_interleave": (2, torch.tensor([0, 0, 1, 1, 2, 2])),
+        "batch_select_indices": (torch.tensor([2, 1]), torch.tensor([2, 1])),
+    }
+    for name, (argument, rows) in cases.items():
+        cache = make_cache(model, "dynamic", 0)
+        decode(model, batch, [11, *[1] * 10], cache)
+        getattr(cache, name)(argument)
+        after = more[: len(rows)]
+        logits = model(after, past_key_values=cache, use_cache=True).logits
+        expected = model(torch.cat([ids[rows], after], 1)).logits[:, ids.shape[1] :]
+        torch.testing.assert_close(logits, expected, rtol=0, atol=TOLERANCE)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_reset_cache_is_as_new(kind: str) -> None:
+    model = make_model()
+    ids = random_ids(2, 3 * WINDOW)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    cache = make_cache(model, kind, ids.shape[1])
+    decode(model, {name: part.flip(1) for name, part in batch.items()}, [ids.shape[1]], cache)
+    cache.reset()
+    assert int(cache.get_seq_length()) == 0
+    logits = decode(model, batch, [WINDOW + 1, *[1] * (2 * WINDOW - 1)], cache)
+    torch.testing.assert_close(logits, model(ids).logits, rtol=0, atol=TOLERANCE)
+
+
+@torch.no_grad()
+def test_size_of_the_cache_does_not_grow() -> None:
+    model = make_model()
+
+    def size(length: int) -> int:
+        cache = make_cache(model, "dynamic", 0)
+        model(random_ids(1, length), past_key_values=cache, use_cache=True)
+        layers = [[*layer.rings.values(), *layer.carried.values(), *layer.counters.values()] for layer in cache.layers]
+        return sum(tensor.numel() for tensors in layers for tensor in tensors)
+
+    assert size(1) == size(3 * WINDOW) == size(40 * WINDOW + 1) > 0
+
+
+def test_cache_of_another_model_is_refused() -> None:
+    model = make_model()
+    with pytest.raises(TypeError, match=r"DynamicCache\(config=model.config\)"):
+        model(random_ids(1, 3), past_key_values=DynamicCache(), use_cache=True)
+    with pytest.raises(ValueError, match=r"decoder attention_mask has shape \(1, 2\)"):
+        model(random_ids(1, 3), attention_mask=torch.ones(1, 2))
+
+
+def test_layer_types_are_on_the_caches_copy_alone(tmp_path) -> None:
+    config = causal_config()
+    assert config.get_text_config(decoder=True).layer_types == ["colt5_routed"] * config.num_decoder_layers
+    assert getattr(config, "layer_types", None) is None
+    config.save_pretrained(tmp_path)
+    assert CoLT5Config.from_pretrained(tmp_path).to_diff_dict() == config.to_diff_dict()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_causal_key_value_routers": 3}, "num_causal_key_value_routers is 3; it must divide num_heavy_heads"),
+        ({"causal_attention": "full"}, "causal_feed_forward is 'routed' and causal_attention is 'full'"),
+        ({"routing": "even"}, "routing is 'even' and soft_topk_solver is 'exact'; causal routing needs"),
+        ({"causal_window": 0}, "causal_window"),
+        ({"causal_capacity_ratio": 0.5}, "causal_capacity_ratio"),
+    ],
+)
+def test_bad_fields_are_named(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(Exception, match=message):
+        causal_config(**fields)
+
+
+def test_saved_and_loaded_by_the_auto_class(tmp_path) -> None:
+    model = make_model(tie_word_embeddings=True)
+    given = tiny_config(causal_attention="local")
+    assert CoLT5ForCausalLM(given).config.is_encoder_decoder is False and given.is_encoder_decoder
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert type(loaded) is CoLT5ForCausalLM and loaded.config.is_encoder_decoder is False
+    ids = random_ids(2, 20)
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    assert loaded.lm_head.weight is loaded.shared.weight is loaded.decoder.embed_tokens.weight
+
+
+def test_loss_is_the_next_tokens_and_keeps_what_is_asked() -> None:
+    model = make_model()
+    ids = random_ids(2, 20)
+    labels = ids.clone()
+    labels[0, :7] = -100
+    output = model(ids, labels=labels)
+    expected = torch.nn.functional.cross_entropy(output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    torch.testing.assert_close(output.loss, expected)
+    torch.testing.assert_close(model(ids, logits_to_keep=3).logits, output.logits[:, -3:])
+    embeds = model.get_input_embeddings()(ids)
+    assert torch.equal(model(inputs_embeds=embeds).logits, output.logits)
+
+
+def test_trainer_learns_a_text_by_heart(tmp_path) -> None:
+    torch.manual_seed(0)
+    model = CoLT5ForCausalLM(causal_config(num_decoder_layers=2))
+    text = random_ids(4, 3 * WINDOW)
+    rows = [{"input_ids": row, "labels": row} for row in text for _ in range(8)]
+    arguments = TrainingArguments(
+        output_dir=tmp_path, max_steps=60, learning_rate=1e-2, per_device_train_batch_size=4, report_to=[],
+        gradient_accumulation_steps=2, use_cpu=True, disable_tqdm=True,
+        save_strategy="no", logging_steps=20,
+    )  # fmt: skip
+    before = model(text, labels=text).loss.item()
+    Trainer(model=model, args=arguments, train_dataset=rows).train()
+    # ln 96 = 4.6 before, and a text that is known by heart costs little
+    assert before > 4 and model.eval()(text, labels=text).loss.item() < 0.5 * before
+
+
+def test_checkpointing_changes_no_gradient() -> None:
+    ids = random_ids(2, 3 * WINDOW + 1)
+    gradients = []
+    for checkpointing in (False, True):
+        model = make_model().train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model(ids, labels=ids).loss.backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for one, other in zip(*gradients, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_finite_and_near(dtype: torch.dtype, attn_implementation: str) -> None:
+    model = make_model()
+    model.set_attn_implementation(attn_implementation)
+    batch = pad([random_ids(n) for n in (40, 11)], "left")
+    expected = model(**batch).logits
+    half = copy.deepcopy(model).to(dtype)
+    logits = half(**batch).logits
+    assert logits.isfinite().all()
+    # a token whose score is within rounding of the threshold is routed in one and not in the other: most are not
+    close = (logits - expected).abs().amax(-1) < 0.05 * expected.abs().max()
+    assert close[batch["attention_mask"].bool()].double().mean() > 0.8
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_inside_the_encoder_decoder(cache: str, num_beams: int) -> None:
+    torch.manual_seed(0)
+    model = CoLT5ForConditionalGeneration(causal_config(num_causal_key_value_routers=2)).eval()
+    batch = pad([random_ids(n) for n in (30, 12)], "right")
+    options = {"max_new_tokens": 3 * WINDOW, "min_new_tokens": 3 * WINDOW, "num_beams": num_beams, "do_sample": False}
+    output = model.generate(**batch, **options, cache_implementation=cache, disable_compile=True)
+    assert torch.equal(output, model.generate(**batch, **options, use_cache=False))
+    with torch.no_grad():
+        logits = model(**batch, decoder_input_ids=output, output_routing=True)
+    assert len(logits.decoder_routing) == model.config.num_decoder_layers
+    assert (logits.decoder_routing[0].query > 0).any()
+    # both stacks learn, through both branches
+    model.train()(**batch, labels=output).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_kernels_are_the_reference(device: torch.device) -> None:
+    """The same gradients through the Triton kernels, interpreted on the CPU, as through PyTorch."""
+    results = []
+    for backend in ("torch", "triton"):
+        model = make_model(kernel_backend=backend, num_decoder_layers=1, num_causal_key_value_routers=2).to(device)
+        # what padding predicts is nobody's, so it stands where it predicts no real token
+        batch = pad([random_ids(n) for n in (19, 10)])
+        batch = {name: part.to(device) for name, part in batch.items()}
+        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        output = model(**batch, labels=labels)
+        output.loss.backward()
+        logits = output.logits.detach()[batch["attention_mask"].bool()]
+        results.append([logits, *(parameter.grad for parameter in model.parameters())])
+    for expected, actual in zip(*results, strict=True):
+        # products of fp32 in another order, or TF32 on a GPU
+        tolerance = (3e-2 if device.type == "cuda" else 1e-4) * expected.abs().max().item()
+        torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
