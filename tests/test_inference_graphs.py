@@ -16,7 +16,7 @@ def count_graphs(model: nn.Module) -> int:
 
 @pytest.fixture
 def model(device: torch.device) -> CoLT5EncoderModel:
-    return CoLT5EncoderModel(tiny_config()).to(device).eval()
+    return CoLT5EncoderModel(tiny_config(use_cuda_graphs=True)).to(device).eval()
 
 
 def ordinary(model: CoLT5EncoderModel, **inputs: torch.Tensor) -> torch.Tensor:
