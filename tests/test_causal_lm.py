@@ -407,10 +407,12 @@ def test_half_precision_is_finite_and_near(dtype: torch.dtype, attn_implementati
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
-@pytest.mark.parametrize("num_beams", [1, 3])
-def test_inside_the_encoder_decoder(cache: str, num_beams: int) -> None:
+@pytest.mark.parametrize(("num_beams", "cross"), [(1, None), (3, None), (3, 8)])
+def test_inside_the_encoder_decoder(cache: str, num_beams: int, cross: int | None) -> None:
+    """Beside cross-attention to all of the encoder's output, and to routed tokens of it."""
     torch.manual_seed(0)
-    model = CoLT5ForConditionalGeneration(causal_config(num_causal_key_value_routers=2)).eval()
+    config = causal_config(num_causal_key_value_routers=2, routed_cross_key_values=cross)
+    model = CoLT5ForConditionalGeneration(config).eval()
     batch = pad([random_ids(n) for n in (30, 12)], "right")
     options = {"max_new_tokens": 3 * WINDOW, "min_new_tokens": 3 * WINDOW, "num_beams": num_beams, "do_sample": False}
     output = model.generate(**batch, **options, cache_implementation=cache, disable_compile=True)
