@@ -48,20 +48,22 @@ class CoLT5MergingLayerNorm(CoLT5LayerNorm):
     """The norm between a layer's two sublayers, which takes the sum of the first one's branches on the way."""
 
     def forward(  # type: ignore[override]
-        self, branches: Branches, dropout: nn.Dropout, routers: torch.Tensor | None, kernel_backend: str
+        self, branches: Branches, dropout: nn.Dropout, router: torch.Tensor | None, kernel_backend: str
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """The merged branches [batch, n, d_model], their norm, and the router scores [batch, routers, n], in one pass
+        """The merged branches [batch, n, d_model], their norm, and its scores by a router [d_model], in one pass
         where nothing comes between sum and norm."""
+        # not by the caller: PyTorch's module hooks (FlopCounterMode) take no view that was made without gradients
+        weights = None if router is None else router[None]
         residual, heavy, routed = branches.residual, branches.heavy, branches.routed
         separate = (dropout.training and dropout.p > 0) or residual.dtype == torch.float16
         if separate or routed is None or heavy is None:
             merged = branches.merge(dropout, kernel_backend)
-            return merged, *super().forward(merged, routers, kernel_backend)
+            return merged, *super().forward(merged, weights, kernel_backend)
         routing = (routed.indices, routed.valid, routed.weights)
         # autocast would take the scores' product in half precision
         with maybe_autocast(residual.device.type, enabled=False):
             return combine_norm_scores(
-                residual, branches.light, heavy, *routing, self.weight, routers, self.eps, kernel_backend
+                residual, branches.light, heavy, *routing, self.weight, weights, self.eps, kernel_backend
             )
 
 
@@ -185,8 +187,7 @@ class CoLT5LayerConditionalFF(nn.Module):
             light = self.light_feed_forward(normed, backend)
             return Branches(hidden_states, light, None, None).merge(self.dropout, backend), None
 
-        weights = router_weights(self.router)
-        hidden_states, normed, scores = self.layer_norm(branches, self.dropout, weights, backend)
+        hidden_states, normed, scores = self.layer_norm(branches, self.dropout, self.router(), backend)
         with plan.heavy():
             (tokens,) = run_routers((self.router,), normed, scores, plan, plan.feed_forward)
             normed, routed_states = share_and_gather(

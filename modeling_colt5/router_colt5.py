@@ -220,9 +220,9 @@ class CoLT5Router(nn.Module):
         if self.routing == "learned":
             self.weight = nn.Parameter(torch.empty(config.d_model))
 
-    def forward(self) -> torch.Tensor:
-        """The learned vector [d_model]: to call it is what lets a hook bring an offloaded one."""
-        return self.weight
+    def forward(self) -> torch.Tensor | None:
+        """The learned vector [d_model], None for controls: to call it is what lets a hook bring an offloaded one."""
+        return self.weight if self.routing == "learned" else None
 
     def control_scores(
         self, hidden_states: torch.Tensor, mask: torch.Tensor | None, budget: torch.Tensor

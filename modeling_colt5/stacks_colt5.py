@@ -362,9 +362,8 @@ class CoLT5Decoder(CoLT5PreTrainedModel):
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, cache: Cache | None
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, CausalPlan | None]:
         """Position bias and mask of T5's self-attention, as the blocks take them."""
-        mask = create_causal_mask(
-            config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask, past_key_values=cache
-        )
+        # by position: Transformers renamed the last one
+        mask = create_causal_mask(self.config, hidden_states, attention_mask, cache)
         length = hidden_states.shape[1]
         past = cache.get_seq_length() if cache is not None else 0
         key_length = cache.get_mask_sizes(length, 0)[0] if cache is not None else length

@@ -79,7 +79,16 @@ class CoLT5Tokenizer(T5Tokenizer):
     def _from_pretrained(
         cls, resolved_vocab_files: dict[str, str | None], *args: Any, **kwargs: Any
     ) -> "CoLT5Tokenizer":
-        """Load as the base class does, without taking over another class's `model_max_length`."""
+        """Load as the base class does, without taking over another class's `model_max_length`.
+
+        Raises:
+            OSError: where there is no vocabulary; the base class would make one of special tokens alone.
+        """
+        if resolved_vocab_files.get("tokenizer_file") is None and resolved_vocab_files.get("vocab_file") is None:
+            raise OSError(
+                f"{args[0]} has no tokenizer: neither tokenizer.json nor spiece.model is there. Save one with the "
+                "model (tokenizer.save_pretrained), or load it from where the vocabulary is"
+            )
         config_file = resolved_vocab_files.get("tokenizer_config_file")
         if config_file is not None and "model_max_length" not in kwargs:
             with open(config_file, encoding="utf-8") as file:

@@ -1,6 +1,7 @@
 """What every test stands on: Triton's interpreter without CUDA, no network, a seed, a device."""
 
 import ipaddress
+import logging
 import os
 import shutil
 import socket
@@ -93,3 +94,23 @@ def float64_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
     from modeling_colt5 import token_ops_reference
 
     monkeypatch.setattr(token_ops_reference, "mean_square", lambda hidden_states: hidden_states.pow(2).mean(-1))
+
+
+class Messages(logging.Handler):
+    """Collects what Transformers logs at WARNING and above."""
+
+    def __init__(self):
+        super().__init__(logging.WARNING)
+        self.text = ""
+
+    def emit(self, record):
+        self.text += record.getMessage() + "\n"
+
+
+@pytest.fixture
+def messages():
+    handler = Messages()
+    logger = logging.getLogger("transformers")
+    logger.addHandler(handler)
+    yield handler
+    logger.removeHandler(handler)

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, T5Tokenizer
 
+from modeling_colt5 import CoLT5Config
 from modeling_colt5.tokenization_colt5 import UL2_MODE_TOKENS, CoLT5Tokenizer
 
 TEXTS = [
@@ -303,3 +304,11 @@ def test_the_standard_library_is_found(script):
     assert {("textwrap.py",), ("argparse.py",), ("json", "decoder.py")} <= set(parts)
     assert not any({"site-packages", "test"} & set(part) for part in parts)
     assert parts == sorted(parts)
+
+
+def test_a_folder_without_a_vocabulary_is_refused(tmp_path):
+    """Transformers would give a tokenizer of special tokens alone, to which every word is unknown."""
+    CoLT5Config().save_pretrained(tmp_path)
+    for load in (AutoTokenizer.from_pretrained, CoLT5Tokenizer.from_pretrained):
+        with pytest.raises(OSError, match="no tokenizer: neither tokenizer.json nor spiece.model"):
+            load(tmp_path)
