@@ -108,13 +108,16 @@ def make_peer(folder: Path, config: CoLT5Config) -> nn.Module:
 
 @torch.no_grad()
 def leak(module: nn.Module, config: CoLT5Config, dtype: torch.dtype) -> float:
-    """The largest change of an output before the middle when the rest changes."""
+    """The largest change of an output before a token from which on all changes, for tokens all over a window."""
     length = 8 * config.causal_window
-    middle = length // 2 + config.causal_window // 2
-    states = torch.randn(1, length, config.d_model, device=DEVICE, dtype=dtype)
-    other = states.clone()
-    other[:, middle:] = torch.randn_like(other[:, middle:])
-    return float((module(states) - module(other))[:, :middle].abs().max())
+    largest = 0.0
+    for eighth in range(1, 8):
+        first = length // 2 + eighth * config.causal_window // 8
+        states = torch.randn(1, length, config.d_model, device=DEVICE, dtype=dtype)
+        other = states.clone()
+        other[:, first:] = torch.randn_like(other[:, first:])
+        largest = max(largest, float((module(states) - module(other))[:, :first].abs().max()))
+    return largest
 
 
 @torch.no_grad()
