@@ -94,6 +94,9 @@ class Arguments:
     """What to do."""
 
     prepare: Path | None = field(default=None, metadata={"help": "tokenise the corpus in this folder, and stop"})
+    own_words: bool = field(
+        default=False, metadata={"help": "make up documents with words of their own instead of a corpus, and stop"}
+    )
     tokens: Path = field(
         default=ROOT / "build/learning_tokens.npz", metadata={"help": "the tokens that --prepare makes"}
     )
@@ -115,6 +118,23 @@ def prepare(folder: Path, out: Path) -> None:
         print(f"{split}: {len(texts)} documents, {len(streams[split])} tokens")
     out.parent.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(out, **{split: tokens.astype(np.uint16) for split, tokens in streams.items()})
+
+
+def prepare_own_words(out: Path) -> None:
+    """A language in which the encoder matters soon: half of a document's words are from 32 of its own, the rest, and
+    those 32, from 1,000 common ones. What is masked is guessed better by who has read the rest."""
+    random = np.random.default_rng(0)
+    common = np.arange(100, 1100)
+    streams = {}
+    for split, documents in (("train", 2600), ("validation", 150)):
+        parts = []
+        for _ in range(documents):
+            own = random.choice(common, 32, replace=False)
+            tokens = np.where(random.random(600) < 0.5, random.choice(own, 600), random.choice(common, 600))
+            parts.append(np.append(tokens, CoLT5Config().eos_token_id))
+        streams[split] = np.concatenate(parts).astype(np.uint16)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(out, **streams)
 
 
 def corrupted(tokens: np.ndarray, rows: int, settings: Settings, seed: int, repeat: bool) -> dict[str, torch.Tensor]:
@@ -397,6 +417,9 @@ def main(argv: list[str] | None = None) -> None:
     deadline += arguments.seconds
     if arguments.prepare is not None:
         prepare(arguments.prepare, arguments.tokens)
+        return
+    if arguments.own_words:
+        prepare_own_words(arguments.tokens)
         return
     if unknown := set(arguments.variants) - {*VARIANTS, *DIAGNOSIS}:
         known = ", ".join((*VARIANTS, *DIAGNOSIS))

@@ -1,6 +1,6 @@
 """Draws docs/learning_*.svg and writes tables of docs/learning.md, from the runs of benchmarks/learning.py.
 
-python docs/learning_picture.py [--results FOLDER] [--small FOLDER] [--page FILE]
+python docs/learning_picture.py [--results FOLDER] [--small FOLDER] [--words FOLDER] [--page FILE]
 
 What has no runs has no table and no picture: the page's blocks hold both, and are empty then.
 """
@@ -32,6 +32,7 @@ NAMES = {
     "colt5-epsilon": "CoLT5, learned routing, ε = 0.1",
     "colt5-router-rate": "CoLT5, learned routing, routers' learning rate × 10",
 }
+ROUTERS = {"query": "queries", "key_value": "keys/values", "feed_forward": "feed-forward"}
 EXACT, DESCENT = "colt5-learned", "colt5-descent"
 Run = dict[str, Any]
 
@@ -117,7 +118,8 @@ def small_table(runs: dict[str, list[Run]]) -> str:
     """A row for each variant: loss at the last step, with swapped inputs, and routing weights at start and end."""
 
     def weight(run: Run, point: int) -> str:
-        routers = run["curve"][point]["routing"].values()
+        routing = run["curve"][point]["routing"]
+        routers = [routing[name] for name in ROUTERS if name in routing]
         return f"{np.mean([router['weight'] for router in routers]):.2f}" if routers else ""
 
     lines = [
@@ -135,7 +137,7 @@ def routing_table(run: Run) -> str:
     """What the learned routers do at the end, from the first to the last layer."""
     routing = run["curve"][-1]["routing"]
     lines = ["| router | mean weight | weights at 1 | sentinels routed |", "| --- | --- | --- | --- |"]
-    for router, title in (("query", "queries"), ("key_value", "keys/values"), ("feed_forward", "feed-forward")):
+    for router, title in ROUTERS.items():
         parts = [" ".join(f"{share:.2f}" for share in routing[router][part]) for part in routing[router]]
         lines.append(f"| {title} | {' | '.join(parts)} |")
     return "\n".join(lines)
@@ -151,26 +153,29 @@ def solver_table(exact: Run, descent: Run) -> str:
     return "\n".join(lines)
 
 
-def blocks(runs: dict[str, list[Run]], small: dict[str, list[Run]], folder: Path) -> dict[str, str]:
-    """The page's blocks by name; draws the pictures that they link to into the folder."""
-    parts: dict[str, list[str]] = {name: [] for name in ("results", "routing", "small", "solvers")}
-    if compared := {name: of_variant for name, of_variant in runs.items() if name != DESCENT}:
+def blocks(sets: dict[str, dict[str, list[Run]]], folder: Path) -> dict[str, str]:
+    """The page's blocks by name, from the sets of runs; draws the pictures that they link to into the folder."""
+    parts: dict[str, list[str]] = {name: [] for name in ("results", "routing", "small", "words", "solvers")}
+    compared = {
+        name: {variant: of_variant for variant, of_variant in runs.items() if variant != DESCENT}
+        for name, runs in sets.items()
+    }
+    runs = compared["results"]
+    if runs:
         parts["results"] = [
-            table(compared),
-            draw(folder / "learning_steps.svg", "Held-out loss against steps", "step", "steps", compared),
-            draw(folder / "learning_time.svg", "Held-out loss against time", "seconds", "seconds of training", compared),
+            table(runs),
+            draw(folder / "learning_steps.svg", "Held-out loss against steps", "step", "steps", runs),
+            draw(folder / "learning_time.svg", "Held-out loss against time", "seconds", "seconds of training", runs),
         ]
     if EXACT in runs:
         parts["routing"] = [routing_table(runs[EXACT][0])]
-    if compared := {name: of_variant for name, of_variant in small.items() if name != DESCENT}:
-        title = "Held-out loss of the small models"
-        parts["small"] = [
-            small_table(compared),
-            draw(folder / "learning_small.svg", title, "step", "steps", compared),
-        ]
-    for source in (runs, small):
-        if EXACT in source and DESCENT in source:
-            pair = {name: source[name][:1] for name in (EXACT, DESCENT)}
+    for name, title in (("small", "Small models on the proposals"), ("words", "Small models on made-up documents")):
+        if runs := compared[name]:
+            parts[name] = [small_table(runs), draw(folder / f"learning_{name}.svg", title, "step", "steps", runs)]
+    # where the encoder matters most comes first
+    for name in ("results", "words", "small"):
+        if EXACT in sets[name] and DESCENT in sets[name]:
+            pair = {variant: sets[name][variant][:1] for variant in (EXACT, DESCENT)}
             title = "Exact soft top-k and 50 iterations of coordinate descent"
             parts["solvers"] = [
                 solver_table(*(of_variant[0] for of_variant in pair.values())),
@@ -184,13 +189,14 @@ def main() -> None:
     """Draw what there is."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--results", type=Path, default=RESULTS / "learning", help="the runs of the GPU")
-    parser.add_argument("--small", type=Path, default=RESULTS / "learning_cpu", help="the runs of the CPU")
+    parser.add_argument("--small", type=Path, default=RESULTS / "learning_cpu", help="of the CPU, on the proposals")
+    parser.add_argument("--words", type=Path, default=RESULTS / "learning_own_words", help="of the CPU, --own_words")
     parser.add_argument("--page", type=Path, default=DOCS / "learning.md", help="written anew; pictures go beside it")
     arguments = parser.parse_args()
     page = arguments.page
     text = page.read_text(encoding="utf-8")
-    found = blocks(load_runs(arguments.results), load_runs(arguments.small), page.parent)
-    for name, content in found.items():
+    sets = {name: load_runs(getattr(arguments, name)) for name in ("results", "small", "words")}
+    for name, content in blocks(sets, page.parent).items():
         before, after = text.split(opening := f"<!-- {name} -->\n")
         text = before + opening + content + after[after.index("\n<!-- end -->") :]
     page.write_text(text, encoding="utf-8")

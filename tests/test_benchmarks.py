@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -194,23 +193,22 @@ def test_causal_learning_is_drawn_from_its_runs(tmp_path: Path) -> None:
 
 def test_learning_is_drawn_from_the_runs_there_are(tmp_path: Path) -> None:
     tokens, runs, page = tmp_path / "tokens.npz", tmp_path / "runs", tmp_path / "learning.md"
-    random = np.random.default_rng(0)
-    np.savez(tokens, **{split: random.integers(3, 7000, 4000).astype(np.uint16) for split in ("train", "validation")})
+    learning.main(["--own_words", "--tokens", str(tokens)])
     sizes = "--d_model 32 --d_kv 16 --num_layers 1 --num_decoder_layers 1 --length 128 --batch 2 --steps 2"
     arguments = f"{sizes} --eval_every 1 --eval_rows 2 --seeds 0 --tokens {tokens} --out {runs} --devices cpu --variants"
     learning.main([*arguments.split(), *learning.VARIANTS[:1], "colt5-descent", *learning.DIAGNOSIS])
     text = (ROOT / "docs/learning.md").read_text(encoding="utf-8")
     page.write_text(text, encoding="utf-8")
     script, nothing = str(ROOT / "docs/learning_picture.py"), str(tmp_path / "nothing")
-    draw = [sys.executable, script, "--page", str(page), "--results"]
-    subprocess.run([*draw, nothing, "--small", str(runs)], check=True)
+    draw = [sys.executable, script, "--page", str(page), "--results", nothing, "--words", nothing, "--small"]
+    subprocess.run([*draw, str(runs)], check=True)
     drawn = page.read_text(encoding="utf-8")
     loss = json.loads((runs / "colt5-learned-0.json").read_text())["curve"][-1]["loss"]
     assert f"{loss:.3f}" in drawn and f"{loss:.4f}" in drawn
     # links to the pictures that were drawn, and to no other
     assert set(re.findall(r"\((learning_\w+\.svg)\)", drawn)) == {path.name for path in tmp_path.glob("*.svg")}
     assert (tmp_path / "learning_small.svg").exists() and not (tmp_path / "learning_steps.svg").exists()
-    subprocess.run([*draw, nothing, "--small", nothing], check=True)
+    subprocess.run([*draw, nothing], check=True)
     assert "learning_small.svg" not in page.read_text(encoding="utf-8")
 
 
