@@ -103,7 +103,9 @@ class Arguments:
     out: Path = field(default=RESULTS / "learning", metadata={"help": "folder of the results, one file a run"})
     seconds: float = field(default=float("inf"), metadata={"help": "budget of this invocation, start included"})
     seeds: list[int] = field(default_factory=lambda: [0, 1], metadata={"help": "all variants with each in turn"})
-    variants: list[str] = field(default_factory=lambda: list(VARIANTS), metadata={"help": " ".join((*VARIANTS, *DIAGNOSIS))})
+    variants: list[str] = field(
+        default_factory=lambda: list(VARIANTS), metadata={"help": " ".join((*VARIANTS, *DIAGNOSIS))}
+    )
     devices: list[str] | None = field(default=None, metadata={"help": "such as cuda:0 cuda:1; default: all there are"})
 
 
@@ -121,16 +123,16 @@ def prepare(folder: Path, out: Path) -> None:
 
 
 def prepare_own_words(out: Path) -> None:
-    """A language in which the encoder matters soon: half of a document's words are from 32 of its own, the rest, and
-    those 32, from 1,000 common ones. What is masked is guessed better by who has read the rest."""
+    """A language in which the encoder matters soon: half of a document's words are from 8 of its own, the rest, and
+    those 8, from 200 common ones. What is masked is guessed better by who has read the rest."""
     random = np.random.default_rng(0)
-    common = np.arange(100, 1100)
+    common = np.arange(100, 300)
     streams = {}
-    for split, documents in (("train", 2600), ("validation", 150)):
+    for split, documents in (("train", 5200), ("validation", 150)):
         parts = []
         for _ in range(documents):
-            own = random.choice(common, 32, replace=False)
-            tokens = np.where(random.random(600) < 0.5, random.choice(own, 600), random.choice(common, 600))
+            own = random.choice(common, 8, replace=False)
+            tokens = np.where(random.random(300) < 0.5, random.choice(own, 300), random.choice(common, 300))
             parts.append(np.append(tokens, CoLT5Config().eos_token_id))
         streams[split] = np.concatenate(parts).astype(np.uint16)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -164,15 +166,13 @@ def load_examples(
 
 
 class RandomScores(nn.Module):
-    """A router's routing operation, of normal scores in place of its own: in evaluation the same ones at every call."""
+    """A router's routing operation, with normal scores for its own: in evaluation the same at every call."""
 
     def __init__(self, routing: nn.Module):
         super().__init__()
         self.routing = routing
 
-    def forward(
-        self, scores: torch.Tensor, *arguments: Any
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def forward(self, scores: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """As the operation's."""
         generator = None if self.training else torch.Generator(scores.device).manual_seed(0)
         random = torch.empty_like(scores).normal_(generator=generator)
@@ -186,9 +186,7 @@ class FullWeights(nn.Module):
         super().__init__()
         self.routing = routing
 
-    def forward(
-        self, scores: torch.Tensor, *arguments: Any
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def forward(self, scores: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """As the operation's."""
         indices, weights, valid = self.routing(scores, *arguments)
         return indices, valid.to(weights.dtype), valid

@@ -195,7 +195,9 @@ def test_learning_is_drawn_from_the_runs_there_are(tmp_path: Path) -> None:
     tokens, runs, page = tmp_path / "tokens.npz", tmp_path / "runs", tmp_path / "learning.md"
     learning.main(["--own_words", "--tokens", str(tokens)])
     sizes = "--d_model 32 --d_kv 16 --num_layers 1 --num_decoder_layers 1 --length 128 --batch 2 --steps 2"
-    arguments = f"{sizes} --eval_every 1 --eval_rows 2 --seeds 0 --tokens {tokens} --out {runs} --devices cpu --variants"
+    arguments = (
+        f"{sizes} --eval_every 1 --eval_rows 2 --seeds 0 --tokens {tokens} --out {runs} --devices cpu --variants"
+    )
     learning.main([*arguments.split(), *learning.VARIANTS[:1], "colt5-descent", *learning.DIAGNOSIS])
     text = (ROOT / "docs/learning.md").read_text(encoding="utf-8")
     page.write_text(text, encoding="utf-8")
