@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from measure import RESULTS, describe_device
+from torch import nn
 from transformers import (
     HfArgumentParser,
     LongT5Config,
@@ -34,6 +35,7 @@ from transformers import (
 
 from modeling_colt5 import CoLT5Config, CoLT5ForConditionalGeneration, CoLT5Tokenizer
 from modeling_colt5.denoising import DataCollatorForDenoising, SpanCorruption, chunk_documents
+from modeling_colt5.router_colt5 import CoLT5Router
 
 ROOT = Path(__file__).resolve().parents[1]
 # with T5's own vocabulary, such small models would be embeddings more than layers, and the head most of their time
@@ -58,6 +60,16 @@ VARIANTS = (
     "colt5-none",
     "colt5-descent",
 )
+# further learned models that tell choice, strength and training of the routers apart
+DIAGNOSIS = {
+    # another choice at every step, with weights that learned routers start with
+    "colt5-random-soft": {"routing": "learned"},
+    # the choice of router vectors that stay as they were drawn, with the controls' weights of 1
+    "colt5-untrained": {"routing": "learned"},
+    "colt5-epsilon": {"routing": "learned", "routing_epsilon": 0.1},
+    "colt5-router-rate": {"routing": "learned"},
+}
+ROUTER_RATE = 10.0
 
 
 @dataclass(frozen=True)
@@ -82,13 +94,18 @@ class Arguments:
     """What to do."""
 
     prepare: Path | None = field(default=None, metadata={"help": "tokenise the corpus in this folder, and stop"})
+    own_words: bool = field(
+        default=False, metadata={"help": "make up documents with words of their own instead of a corpus, and stop"}
+    )
     tokens: Path = field(
         default=ROOT / "build/learning_tokens.npz", metadata={"help": "the tokens that --prepare makes"}
     )
     out: Path = field(default=RESULTS / "learning", metadata={"help": "folder of the results, one file a run"})
     seconds: float = field(default=float("inf"), metadata={"help": "budget of this invocation, start included"})
     seeds: list[int] = field(default_factory=lambda: [0, 1], metadata={"help": "all variants with each in turn"})
-    variants: list[str] = field(default_factory=lambda: list(VARIANTS), metadata={"help": " ".join(VARIANTS)})
+    variants: list[str] = field(
+        default_factory=lambda: list(VARIANTS), metadata={"help": " ".join((*VARIANTS, *DIAGNOSIS))}
+    )
     devices: list[str] | None = field(default=None, metadata={"help": "such as cuda:0 cuda:1; default: all there are"})
 
 
@@ -103,6 +120,23 @@ def prepare(folder: Path, out: Path) -> None:
         print(f"{split}: {len(texts)} documents, {len(streams[split])} tokens")
     out.parent.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(out, **{split: tokens.astype(np.uint16) for split, tokens in streams.items()})
+
+
+def prepare_own_words(out: Path) -> None:
+    """A language in which the encoder matters soon: half of a document's words are from 8 of its own, the rest, and
+    those 8, from 200 common ones. What is masked is guessed better by who has read the rest."""
+    random = np.random.default_rng(0)
+    common = np.arange(100, 300)
+    streams = {}
+    for split, documents in (("train", 5200), ("validation", 150)):
+        parts = []
+        for _ in range(documents):
+            own = random.choice(common, 8, replace=False)
+            tokens = np.where(random.random(300) < 0.5, random.choice(own, 300), random.choice(common, 300))
+            parts.append(np.append(tokens, CoLT5Config().eos_token_id))
+        streams[split] = np.concatenate(parts).astype(np.uint16)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(out, **streams)
 
 
 def corrupted(tokens: np.ndarray, rows: int, settings: Settings, seed: int, repeat: bool) -> dict[str, torch.Tensor]:
@@ -131,6 +165,36 @@ def load_examples(
     return first, second
 
 
+class RandomScores(nn.Module):
+    """A router's routing operation, with normal scores for its own: in evaluation the same at every call."""
+
+    def __init__(self, routing: nn.Module):
+        super().__init__()
+        self.routing = routing
+
+    def forward(self, scores: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """As the operation's."""
+        generator = None if self.training else torch.Generator(scores.device).manual_seed(0)
+        random = torch.empty_like(scores).normal_(generator=generator)
+        return self.routing(random, *arguments)
+
+
+class FullWeights(nn.Module):
+    """A router's routing operation, with weights of 1 for what it chooses: nothing trains the scores."""
+
+    def __init__(self, routing: nn.Module):
+        super().__init__()
+        self.routing = routing
+
+    def forward(self, scores: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """As the operation's."""
+        indices, weights, valid = self.routing(scores, *arguments)
+        return indices, valid.to(weights.dtype), valid
+
+
+ROUTING_OF = {"colt5-random-soft": RandomScores, "colt5-untrained": FullWeights}
+
+
 def make_model(variant: str, settings: Settings) -> PreTrainedModel:
     """A fresh model of a variant. The sizes of branches and feed-forwards are to the width as in the base size."""
     heads, d_ff = settings.d_model // settings.d_kv, 8 * settings.d_model // 3
@@ -149,7 +213,7 @@ def make_model(variant: str, settings: Settings) -> PreTrainedModel:
         "scale_decoder_outputs": True,
         "decoder_start_token_id": 0,
     }
-    if variant in COLT5:
+    if variant not in LONGT5:
         light = max(heads // 3, 1)
         branches = {
             "num_light_heads": light,
@@ -157,7 +221,13 @@ def make_model(variant: str, settings: Settings) -> PreTrainedModel:
             "light_d_ff": d_ff // 2,
             "heavy_d_ff": 4 * d_ff,
         }
-        return CoLT5ForConditionalGeneration(CoLT5Config(**shared, **branches, **COLT5[variant]))
+        own = (COLT5 | DIAGNOSIS)[variant]
+        model = CoLT5ForConditionalGeneration(CoLT5Config(**shared, **branches, **own))
+        if variant in ROUTING_OF:
+            for module in model.modules():
+                if isinstance(module, CoLT5Router):
+                    module.select = ROUTING_OF[variant](module.select)
+        return model
     return LongT5ForConditionalGeneration(LongT5Config(**shared, encoder_attention_type=LONGT5[variant]))
 
 
@@ -222,12 +292,20 @@ def describe_routing(model: PreTrainedModel, data: dict[str, torch.Tensor], batc
     return description
 
 
-def train_steps(model: PreTrainedModel, data: dict[str, torch.Tensor], settings: Settings) -> Iterator[int]:
+def train_steps(
+    model: PreTrainedModel, data: dict[str, torch.Tensor], settings: Settings, router_rate: float = 1.0
+) -> Iterator[int]:
     """Train in place, a plain loop: Trainer would add host time, of which small models on short steps have none to
-    spare, and its clock holds the evaluations. Yields the number of steps done, 0 first, before each step and at the
-    end."""
+    spare, and its clock holds the evaluations. `router_rate` multiplies the learning rate of the routers' vectors.
+    Yields the number of steps done, 0 first, before each step and at the end."""
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for name, parameter in model.named_parameters():
+        groups[name.endswith("router.weight")].append(parameter)
+    rates = {True: settings.learning_rate * router_rate, False: settings.learning_rate}
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=settings.learning_rate, weight_decay=0.0, fused=data["labels"].is_cuda
+        [{"params": groups[of_routers], "lr": rates[of_routers]} for of_routers in groups if groups[of_routers]],
+        weight_decay=0.0,
+        fused=data["labels"].is_cuda,
     )
     # T5's schedule: it knows no last step, so that a curve can be read at any time
     schedule = get_inverse_sqrt_schedule(optimizer, settings.warmup_steps)
@@ -265,7 +343,7 @@ def run(
         model = make_model(variant, settings)
     curve, seconds = [], 0.0
     started = time.perf_counter()
-    for step in train_steps(model, train, settings):
+    for step in train_steps(model, train, settings, ROUTER_RATE if variant == "colt5-router-rate" else 1.0):
         if step % settings.eval_every == 0 or step == settings.steps:
             synchronize(device)
             seconds += time.perf_counter() - started
@@ -277,7 +355,10 @@ def run(
             curve.append(point)
             synchronize(device)
             started = time.perf_counter()
-    return {"parameters": model.num_parameters(), "curve": curve}
+    # each held-out target with another's input: what the decoder knows without the encoder
+    others = held_out | {"input_ids": held_out["input_ids"].roll(1, 0)}
+    swapped = held_out_loss(model, others, settings.batch)
+    return {"parameters": model.num_parameters(), "swapped_loss": swapped, "curve": curve}
 
 
 def rounded(value: Any) -> Any:
@@ -335,8 +416,12 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.prepare is not None:
         prepare(arguments.prepare, arguments.tokens)
         return
-    if unknown := set(arguments.variants) - set(VARIANTS):
-        raise ValueError(f"variants has {', '.join(sorted(unknown))}; there are {', '.join(VARIANTS)}")
+    if arguments.own_words:
+        prepare_own_words(arguments.tokens)
+        return
+    if unknown := set(arguments.variants) - {*VARIANTS, *DIAGNOSIS}:
+        known = ", ".join((*VARIANTS, *DIAGNOSIS))
+        raise ValueError(f"variants has {', '.join(sorted(unknown))}; there are {known}")
     if not arguments.tokens.exists():
         raise ValueError(f"tokens is {arguments.tokens}, which is not there; --prepare makes it")
     arguments.out.mkdir(parents=True, exist_ok=True)

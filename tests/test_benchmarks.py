@@ -1,6 +1,7 @@
 """The scripts of benchmarks/: each runs at toy size, keeps its history, and judges by rules that are checked here."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import causal_learning  # noqa: E402
 import dense  # noqa: E402
 import flops  # noqa: E402
+import learning  # noqa: E402
 import measure  # noqa: E402
 import multi_gpu  # noqa: E402
 import peers  # noqa: E402
@@ -189,3 +191,44 @@ def test_causal_learning_is_drawn_from_its_runs(tmp_path: Path) -> None:
     subprocess.run(done, check=True)
     loss = json.loads((runs / "routed-0.json").read_text())["curve"][-1]["loss"]
     assert f"{loss:.4f}" in page.read_text() and page.with_suffix(".svg").exists()
+
+
+def test_learning_is_drawn_from_the_runs_there_are(tmp_path: Path) -> None:
+    tokens, runs, page = tmp_path / "tokens.npz", tmp_path / "runs", tmp_path / "learning.md"
+    learning.main(["--own_words", "--tokens", str(tokens)])
+    sizes = "--d_model 32 --d_kv 16 --num_layers 1 --num_decoder_layers 1 --length 128 --batch 2 --steps 2"
+    arguments = (
+        f"{sizes} --eval_every 1 --eval_rows 2 --seeds 0 --tokens {tokens} --out {runs} --devices cpu --variants"
+    )
+    learning.main([*arguments.split(), *learning.VARIANTS[:1], "colt5-descent", *learning.DIAGNOSIS])
+    text = (ROOT / "docs/learning.md").read_text(encoding="utf-8")
+    page.write_text(text, encoding="utf-8")
+    script, nothing = str(ROOT / "docs/learning_picture.py"), str(tmp_path / "nothing")
+    draw = [sys.executable, script, "--page", str(page), "--results", nothing, "--words", nothing, "--small"]
+    subprocess.run([*draw, str(runs)], check=True)
+    drawn = page.read_text(encoding="utf-8")
+    loss = json.loads((runs / "colt5-learned-0.json").read_text())["curve"][-1]["loss"]
+    assert f"{loss:.3f}" in drawn and f"{loss:.4f}" in drawn
+    # links to the pictures that were drawn, and to no other
+    assert set(re.findall(r"\((learning_\w+\.svg)\)", drawn)) == {path.name for path in tmp_path.glob("*.svg")}
+    assert (tmp_path / "learning_small.svg").exists() and not (tmp_path / "learning_steps.svg").exists()
+    subprocess.run([*draw, nothing], check=True)
+    assert "learning_small.svg" not in page.read_text(encoding="utf-8")
+
+
+def test_diagnosis_changes_choice_or_weights() -> None:
+    sizes = {"d_model": 32, "d_kv": 16, "num_layers": 1, "num_decoder_layers": 1}
+    settings = learning.Settings(**sizes)
+    inputs = torch.randint(3, 7000, (2, 256))
+    routing = {}
+    for variant in ("colt5-learned", "colt5-random-soft", "colt5-untrained"):
+        torch.manual_seed(0)
+        model = learning.make_model(variant, settings)
+        with torch.no_grad():
+            twice = [model.encoder(inputs, output_routing=True).routing[0].feed_forward for _ in range(2)]
+        routing[variant] = twice[0]
+        # only random scores are new at each training step
+        assert torch.equal(twice[0].indices, twice[1].indices) == (variant != "colt5-random-soft")
+    learned, soft, untrained = routing.values()
+    assert torch.equal(learned.indices, untrained.indices) and (untrained.weights == 1).all()
+    assert not torch.equal(learned.indices, soft.indices) and (soft.weights < 1).any()
