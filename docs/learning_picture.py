@@ -172,8 +172,7 @@ def blocks(sets: dict[str, dict[str, list[Run]]], folder: Path) -> dict[str, str
     for name, title in (("small", "Small models on the proposals"), ("words", "Small models on made-up documents")):
         if runs := compared[name]:
             parts[name] = [small_table(runs), draw(folder / f"learning_{name}.svg", title, "step", "steps", runs)]
-    # where the encoder matters most comes first
-    for name in ("results", "words", "small"):
+    for name in ("results", "small", "words"):
         if EXACT in sets[name] and DESCENT in sets[name]:
             pair = {variant: sets[name][variant][:1] for variant in (EXACT, DESCENT)}
             title = "Exact soft top-k and 50 iterations of coordinate descent"
