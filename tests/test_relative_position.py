@@ -59,7 +59,9 @@ def test_bias_of_a_sequence_is_that_of_its_positions(length, key_length, past):
         bias = bias_of_sequence(table, length, key_length, start)
         assert torch.equal(bias, expected)
         # the sums are of the same terms in another order
-        torch.testing.assert_close(*torch.autograd.grad(bias, table, cotangent), expected_gradient, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            *torch.autograd.grad(bias, table, cotangent), expected_gradient, rtol=1e-12, atol=1e-12
+        )
 
 
 def test_bias_of_scattered_positions_is_the_dense_ones_entry():
