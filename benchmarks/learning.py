@@ -23,15 +23,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from captured_step import TrainingStep
 from measure import RESULTS, describe_device
 from torch import nn
-from transformers import (
-    HfArgumentParser,
-    LongT5Config,
-    LongT5ForConditionalGeneration,
-    PreTrainedModel,
-    get_inverse_sqrt_schedule,
-)
+from transformers import HfArgumentParser, LongT5Config, LongT5ForConditionalGeneration, PreTrainedModel
 
 from modeling_colt5 import CoLT5Config, CoLT5ForConditionalGeneration, CoLT5Tokenizer
 from modeling_colt5.denoising import DataCollatorForDenoising, SpanCorruption, chunk_documents
@@ -40,26 +35,20 @@ from modeling_colt5.router_colt5 import CoLT5Router
 ROOT = Path(__file__).resolve().parents[1]
 # with T5's own vocabulary, such small models would be embeddings more than layers, and the head most of their time
 VOCABULARY = ROOT / "tokenization/python_stdlib"
-VOCAB_SIZE = 8192
+# spans of T5's 3 tokens need more sentinels than T5's 100 at this length
+NUM_SENTINELS = 256
+VOCAB_SIZE = 8320
 
-# what a variant changes; the order is the order of work
+# what a variant changes
 COLT5 = {
     "colt5-learned": {"routing": "learned"},
     "colt5-random": {"routing": "random"},
     "colt5-even": {"routing": "even"},
     "colt5-none": {"routing": "none"},
-    "colt5-descent": {"routing": "learned", "soft_topk_solver": "coordinate_descent", "num_soft_topk_iterations": 50},
 }
 LONGT5 = {"longt5-local": "local", "longt5-transient-global": "transient-global"}
-VARIANTS = (
-    "colt5-learned",
-    "colt5-random",
-    "colt5-even",
-    "longt5-local",
-    "longt5-transient-global",
-    "colt5-none",
-    "colt5-descent",
-)
+# in the order of work
+VARIANTS = (*COLT5, *LONGT5)
 # further learned models that tell choice, strength and training of the routers apart
 DIAGNOSIS = {
     # another choice at every step, with weights that learned routers start with
@@ -68,6 +57,7 @@ DIAGNOSIS = {
     "colt5-untrained": {"routing": "learned"},
     "colt5-epsilon": {"routing": "learned", "routing_epsilon": 0.1},
     "colt5-router-rate": {"routing": "learned"},
+    "colt5-descent": {"routing": "learned", "soft_topk_solver": "coordinate_descent", "num_soft_topk_iterations": 50},
 }
 ROUTER_RATE = 10.0
 
@@ -81,12 +71,13 @@ class Settings:
     num_layers: int = field(default=4, metadata={"help": "encoder layers"})
     num_decoder_layers: int = field(default=2, metadata={"help": "decoder layers"})
     length: int = field(default=4096, metadata={"help": "tokens of every input"})
-    batch: int = field(default=16, metadata={"help": "inputs in a step"})
-    steps: int = field(default=600, metadata={"help": "steps of a run"})
-    warmup_steps: int = field(default=100, metadata={"help": "steps of rising learning rate; then as 1 / √step"})
-    learning_rate: float = field(default=2e-3, metadata={"help": "AdamW's, at its highest"})
-    eval_every: int = field(default=25, metadata={"help": "steps between evaluations"})
-    eval_rows: int = field(default=64, metadata={"help": "held-out inputs"})
+    batch: int = field(default=4, metadata={"help": "inputs in a step"})
+    steps: int = field(default=2400, metadata={"help": "steps of a run, at most"})
+    most_seconds: float = field(default=75.0, metadata={"help": "seconds of training of a run, at most"})
+    warmup_steps: int = field(default=200, metadata={"help": "steps of rising learning rate; then as 1 / √step"})
+    learning_rate: float = field(default=2e-2, metadata={"help": "the highest, relative to each parameter's size"})
+    eval_every: int = field(default=200, metadata={"help": "steps between evaluations"})
+    eval_rows: int = field(default=32, metadata={"help": "held-out inputs"})
 
 
 @dataclass
@@ -94,9 +85,6 @@ class Arguments:
     """What to do."""
 
     prepare: Path | None = field(default=None, metadata={"help": "tokenise the corpus in this folder, and stop"})
-    own_words: bool = field(
-        default=False, metadata={"help": "make up documents with words of their own instead of a corpus, and stop"}
-    )
     tokens: Path = field(
         default=ROOT / "build/learning_tokens.npz", metadata={"help": "the tokens that --prepare makes"}
     )
@@ -122,25 +110,18 @@ def prepare(folder: Path, out: Path) -> None:
     np.savez_compressed(out, **{split: tokens.astype(np.uint16) for split, tokens in streams.items()})
 
 
-def prepare_own_words(out: Path) -> None:
-    """A language in which the encoder could matter soon: a document has 8 words out of 200. What is masked is guessed
-    far better by who has read the rest."""
-    random = np.random.default_rng(0)
-    streams = {}
-    for split, documents in (("train", 5200), ("validation", 150)):
-        parts = []
-        for _ in range(documents):
-            own = random.choice(np.arange(100, 300), 8, replace=False)
-            parts.append(np.append(random.choice(own, 300), CoLT5Config().eos_token_id))
-        streams[split] = np.concatenate(parts).astype(np.uint16)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(out, **streams)
+def load_tokenizer() -> CoLT5Tokenizer:
+    """The vocabulary with more sentinels, which come after all other tokens."""
+    tokenizer = CoLT5Tokenizer.from_pretrained(VOCABULARY)
+    sentinels = [f"<extra_id_{number}>" for number in range(NUM_SENTINELS)]
+    tokenizer.add_tokens(sentinels, special_tokens=True)
+    return tokenizer
 
 
 def corrupted(tokens: np.ndarray, rows: int, settings: Settings, seed: int, repeat: bool) -> dict[str, torch.Tensor]:
     """The first `rows` examples of span corruption: int16 `input_ids` [rows, length] and `labels`, nothing padded."""
     collator = DataCollatorForDenoising(
-        CoLT5Tokenizer.from_pretrained(VOCABULARY), settings.length, denoiser=SpanCorruption(), seed=seed
+        load_tokenizer(), settings.length, denoiser=SpanCorruption(), seed=seed
     )
     chunks = chunk_documents([{"input_ids": tokens}], collator, repeat=repeat)
     batch = collator([chunk for _, chunk in zip(range(rows), chunks, strict=False)])
@@ -230,9 +211,8 @@ def make_model(variant: str, settings: Settings) -> PreTrainedModel:
 
 
 def rows_of(data: dict[str, torch.Tensor], rows: slice) -> dict[str, torch.Tensor]:
-    """A batch as the models take it."""
-    batch = {name: ids[rows].long() for name, ids in data.items()}
-    return batch | {"attention_mask": torch.ones_like(batch["input_ids"])}
+    """A batch as the models take it; nothing in it is padded."""
+    return {name: ids[rows].long() for name, ids in data.items()}
 
 
 def autocast(device: torch.device) -> AbstractContextManager:
@@ -268,11 +248,12 @@ def describe_routing(model: PreTrainedModel, data: dict[str, torch.Tensor], batc
     if not isinstance(model, CoLT5ForConditionalGeneration) or model.config.routing == "none":
         return {}
     inputs = rows_of(data, slice(batch))
-    # the vocabulary's last tokens are the sentinels, and UL2's three mode tokens, which do not occur
-    sentinels = inputs["input_ids"] >= int(data["labels"].max()) - 99
+    tokenizer = load_tokenizer()
+    ids = tokenizer.convert_tokens_to_ids([f"<extra_id_{number}>" for number in range(NUM_SENTINELS)])
+    sentinels = torch.isin(inputs["input_ids"], torch.tensor(ids, device=inputs["input_ids"].device))
     model.eval()
     with autocast(inputs["input_ids"].device):
-        layers = model.encoder(inputs["input_ids"], inputs["attention_mask"], output_routing=True).routing
+        layers = model.encoder(inputs["input_ids"], output_routing=True).routing
     model.train()
     description: dict[str, Any] = {}
     for name in ("query", "key_value", "feed_forward"):
@@ -290,35 +271,17 @@ def describe_routing(model: PreTrainedModel, data: dict[str, torch.Tensor], batc
     return description
 
 
-def train_steps(
-    model: PreTrainedModel, data: dict[str, torch.Tensor], settings: Settings, router_rate: float = 1.0
-) -> Iterator[int]:
-    """Train in place, a plain loop: Trainer would add host time, of which small models on short steps have none to
-    spare, and its clock holds the evaluations. `router_rate` multiplies the learning rate of the routers' vectors.
-    Yields the number of steps done, 0 first, before each step and at the end."""
-    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-    for name, parameter in model.named_parameters():
-        groups[name.endswith("router.weight")].append(parameter)
-    rates = {True: settings.learning_rate * router_rate, False: settings.learning_rate}
-    optimizer = torch.optim.AdamW(
-        [{"params": groups[of_routers], "lr": rates[of_routers]} for of_routers in groups if groups[of_routers]],
-        weight_decay=0.0,
-        fused=data["labels"].is_cuda,
-    )
-    # T5's schedule: it knows no last step, so that a curve can be read at any time
-    schedule = get_inverse_sqrt_schedule(optimizer, settings.warmup_steps)
-    for step in range(settings.steps):
-        yield step
-        optimizer.zero_grad()
-        with autocast(data["labels"].device):
-            loss = model(
-                **rows_of(data, slice(step * settings.batch, (step + 1) * settings.batch)), use_cache=False
-            ).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-    yield settings.steps
+def make_step(variant: str, model: PreTrainedModel, settings: Settings) -> TrainingStep:
+    """A variant's training step: a plain loop's, for Trainer's clock would hold the evaluations."""
+
+    def loss_of(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        with autocast(batch["labels"].device):
+            return model(**batch, use_cache=False).loss
+
+    def factor(name: str) -> float:
+        return ROUTER_RATE if variant == "colt5-router-rate" and name.endswith("router.weight") else 1.0
+
+    return TrainingStep(model, loss_of, settings.learning_rate, settings.warmup_steps, factor)
 
 
 def run(
@@ -326,37 +289,48 @@ def run(
 ) -> dict[str, Any] | None:
     """One run: its curve, with the seconds of training alone; `None` where the deadline came first."""
     train, held_out = load_examples(tokens, settings, seed, device)
+    # each held-out target with another's input: what the decoder knows without the encoder
+    swapped = held_out | {"input_ids": held_out["input_ids"].roll(1, 0)}
+
+    def batch_of(done: int) -> dict[str, torch.Tensor]:
+        return rows_of(train, slice(done * settings.batch, (done + 1) * settings.batch))
 
     # kernels are compiled and chosen before the clock starts, on a model that is thrown away
     with device:
         model = make_model(variant, settings)
-    for step in train_steps(model, train, settings):
-        if step == min(3, settings.steps):
-            break
+    step = make_step(variant, model, settings)
+    for done in range(min(5, settings.steps)):
+        step(batch_of(done))
     held_out_loss(model, held_out, settings.batch)
     describe_routing(model, held_out, settings.batch)
+    del model, step
 
     torch.manual_seed(seed)
     with device:
         model = make_model(variant, settings)
-    curve, seconds = [], 0.0
+    step = make_step(variant, model, settings)
+    curve, seconds, loss = [], 0.0, None
     started = time.perf_counter()
-    for step in train_steps(model, train, settings, ROUTER_RATE if variant == "colt5-router-rate" else 1.0):
-        if step % settings.eval_every == 0 or step == settings.steps:
+    for done in range(settings.steps + 1):
+        if done % settings.eval_every == 0 or done == settings.steps:
             synchronize(device)
             seconds += time.perf_counter() - started
             if time.time() > deadline:
                 return None
-            point: dict[str, Any] = {"step": step, "seconds": seconds}
+            point: dict[str, Any] = {"step": done, "seconds": seconds}
+            if loss is not None:
+                point["training_loss"] = float(loss)
             point["loss"] = held_out_loss(model, held_out, settings.batch)
+            point["swapped_loss"] = held_out_loss(model, swapped, settings.batch)
             point["routing"] = describe_routing(model, held_out, settings.batch)
             curve.append(point)
+            if seconds > settings.most_seconds:
+                break
             synchronize(device)
             started = time.perf_counter()
-    # each held-out target with another's input: what the decoder knows without the encoder
-    others = held_out | {"input_ids": held_out["input_ids"].roll(1, 0)}
-    swapped = held_out_loss(model, others, settings.batch)
-    return {"parameters": model.num_parameters(), "swapped_loss": swapped, "curve": curve}
+        if done < settings.steps:
+            loss = step(batch_of(done))
+    return {"parameters": model.num_parameters(), "captured": step.captured, "curve": curve}
 
 
 def rounded(value: Any) -> Any:
@@ -393,7 +367,7 @@ def work(
         (arguments.out / f"{variant}-{seed}.json").write_text(text.replace('{"step"', '\n{"step"') + "\n")
         last = result["curve"][-1]
         print(
-            f"{variant}, seed {seed}, {device}: loss {last['loss']:.4f} after {last['step']} steps in "
+            f"{variant}, seed {seed}, {device}{', captured' if result['captured'] else ''}: loss {last['loss']:.4f} after {last['step']} steps in "
             f"{last['seconds']:.1f} s of training, {time.perf_counter() - started:.0f} s in all",
             flush=True,
         )
@@ -413,9 +387,6 @@ def main(argv: list[str] | None = None) -> None:
     deadline += arguments.seconds
     if arguments.prepare is not None:
         prepare(arguments.prepare, arguments.tokens)
-        return
-    if arguments.own_words:
-        prepare_own_words(arguments.tokens)
         return
     if unknown := set(arguments.variants) - {*VARIANTS, *DIAGNOSIS}:
         known = ", ".join((*VARIANTS, *DIAGNOSIS))

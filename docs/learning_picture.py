@@ -1,6 +1,6 @@
 """Draws docs/learning_*.svg and writes tables of docs/learning.md, from the runs of benchmarks/learning.py.
 
-python docs/learning_picture.py [--results FOLDER] [--small FOLDER] [--words FOLDER] [--page FILE]
+python docs/learning_picture.py [--results FOLDER] [--page FILE]
 
 What has no runs has no table and no picture: the page's blocks hold both, and are empty then.
 """
@@ -26,14 +26,16 @@ NAMES = {
     "colt5-none": "CoLT5, light branches only",
     "longt5-local": "LongT5, local",
     "longt5-transient-global": "LongT5, transient-global",
-    "colt5-descent": "CoLT5, coordinate descent",
     "colt5-random-soft": "CoLT5, random routing, a new router's weights",
     "colt5-untrained": "CoLT5, untrained routers' choice, weights 1",
     "colt5-epsilon": "CoLT5, learned routing, ε = 0.1",
     "colt5-router-rate": "CoLT5, learned routing, routers' learning rate × 10",
+    "colt5-descent": "CoLT5, learned routing, coordinate descent",
 }
 ROUTERS = {"query": "queries", "key_value": "keys/values", "feed_forward": "feed-forward"}
 EXACT, DESCENT = "colt5-learned", "colt5-descent"
+# runs that ask why, drawn apart from those that compare
+DIAGNOSIS = ("colt5-random-soft", "colt5-untrained", "colt5-epsilon", "colt5-router-rate")
 Run = dict[str, Any]
 
 
@@ -92,44 +94,56 @@ def by_seed(of_variant: list[Run], value: Callable[[Run], float]) -> str:
     return " / ".join(f"{value(run):.3f}" for run in of_variant)
 
 
-def last_loss(run: Run) -> float:
-    """The loss at the last step."""
-    return run["curve"][-1]["loss"]
+def at(run: Run, against: str, where: float, name: str = "loss") -> float:
+    """A number of a run at a step or second, on the line between two evaluations."""
+    return float(np.interp(where, column(run, against), column(run, name)))
 
 
 def table(runs: dict[str, list[Run]]) -> str:
-    """A row for each variant: parameters, time, loss at the last step, and when the fastest run's time was up."""
-    limit = min(run["curve"][-1]["seconds"] for of_variant in runs.values() for run in of_variant)
+    """A row for each variant: parameters, time, and losses: at the last step and the last second that all runs have,
+    at each one's own end, and there with swapped inputs."""
+    every = [run for of_variant in runs.values() for run in of_variant]
+    last_step = min(run["curve"][-1]["step"] for run in every)
+    last_second = min(run["curve"][-1]["seconds"] for run in every)
     lines = [
-        f"| | parameters, M | ms a step | held-out loss at the end, by seed | the same after {limit:.1f} s |",
-        "| --- | --- | --- | --- | --- |",
+        f"| | parameters, M | ms a step | loss at step {last_step} | after {last_second:.0f} s | at the end | step "
+        "there | swapping inputs costs |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for variant, of_variant in runs.items():
-        step = np.mean([1e3 * run["curve"][-1]["seconds"] / run["curve"][-1]["step"] for run in of_variant])
-        then = by_seed(of_variant, lambda run: float(np.interp(limit, column(run, "seconds"), column(run, "loss"))))
-        parameters = of_variant[0]["parameters"] / 1e6
-        lines.append(
-            f"| {NAMES[variant]} | {parameters:.1f} | {step:.1f} | {by_seed(of_variant, last_loss)} | {then} |"
-        )
+        ends = [run["curve"][-1] for run in of_variant]
+        cells = [
+            NAMES[variant],
+            f"{of_variant[0]['parameters'] / 1e6:.1f}",
+            f"{np.mean([1e3 * end['seconds'] / end['step'] for end in ends]):.1f}",
+            by_seed(of_variant, lambda run: at(run, "step", last_step)),
+            by_seed(of_variant, lambda run: at(run, "seconds", last_second)),
+            by_seed(of_variant, lambda run: run["curve"][-1]["loss"]),
+            " / ".join(f"{end['step']:,}" for end in ends),
+            by_seed(of_variant, lambda run: run["curve"][-1]["swapped_loss"] - run["curve"][-1]["loss"]),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def small_table(runs: dict[str, list[Run]]) -> str:
-    """A row for each variant: loss at the last step, with swapped inputs, and routing weights at start and end."""
+def diagnosis_table(runs: dict[str, list[Run]]) -> str:
+    """A row for each variant that asks why, at the last step of all: loss, what swapping costs, routing weights."""
 
     def weight(run: Run, point: int) -> str:
         routing = run["curve"][point]["routing"]
         routers = [routing[name] for name in ROUTERS if name in routing]
         return f"{np.mean([router['weight'] for router in routers]):.2f}" if routers else ""
 
+    step = min(run["curve"][-1]["step"] for of_variant in runs.values() for run in of_variant)
     lines = [
-        "| | held-out loss at the end, by seed | with swapped inputs | mean weight at first | at the end |",
+        f"| | loss at step {step} | swapping inputs costs | mean weight at first | at the end |",
         "| --- | --- | --- | --- | --- |",
     ]
     for variant, of_variant in runs.items():
-        losses, swapped = by_seed(of_variant, last_loss), by_seed(of_variant, lambda run: run["swapped_loss"])
+        losses = by_seed(of_variant, lambda run: at(run, "step", step))
+        costs = by_seed(of_variant, lambda run: at(run, "step", step, "swapped_loss") - at(run, "step", step))
         weights = f"{weight(of_variant[0], 0)} | {weight(of_variant[0], -1)}"
-        lines.append(f"| {NAMES[variant]} | {losses} | {swapped} | {weights} |")
+        lines.append(f"| {NAMES[variant]} | {losses} | {costs} | {weights} |")
     return "\n".join(lines)
 
 
@@ -144,58 +158,52 @@ def routing_table(run: Run) -> str:
 
 
 def solver_table(exact: Run, descent: Run) -> str:
-    """Both losses side by side, at every fourth evaluation and the last."""
+    """Both losses side by side, as far as both went."""
     lines = ["| step | exact | coordinate descent | difference |", "| --- | --- | --- | --- |"]
-    points = list(zip(exact["curve"], descent["curve"], strict=True))
-    for first, second in points[:-1:4] + points[-1:]:
+    for first, second in zip(exact["curve"], descent["curve"], strict=False):
         losses = first["loss"], second["loss"]
         lines.append(f"| {first['step']} | {losses[0]:.4f} | {losses[1]:.4f} | {losses[1] - losses[0]:+.4f} |")
     return "\n".join(lines)
 
 
-def blocks(sets: dict[str, dict[str, list[Run]]], folder: Path) -> dict[str, str]:
-    """The page's blocks by name, from the sets of runs; draws the pictures that they link to into the folder."""
-    parts: dict[str, list[str]] = {name: [] for name in ("results", "routing", "small", "words", "solvers")}
-    compared = {
-        name: {variant: of_variant for variant, of_variant in runs.items() if variant != DESCENT}
-        for name, runs in sets.items()
-    }
-    runs = compared["results"]
-    if runs:
+def blocks(runs: dict[str, list[Run]], folder: Path) -> dict[str, str]:
+    """The page's blocks by name; draws the pictures that they link to into the folder."""
+    parts: dict[str, list[str]] = {name: [] for name in ("results", "routing", "diagnosis", "solvers")}
+    compared = {variant: runs[variant] for variant in runs if variant not in (*DIAGNOSIS, DESCENT)}
+    if compared:
         parts["results"] = [
-            table(runs),
-            draw(folder / "learning_steps.svg", "Held-out loss against steps", "step", "steps", runs),
-            draw(folder / "learning_time.svg", "Held-out loss against time", "seconds", "seconds of training", runs),
+            table(compared),
+            draw(folder / "learning_steps.svg", "Held-out loss against steps", "step", "steps", compared),
+            draw(folder / "learning_time.svg", "Held-out loss against time", "seconds", "seconds of training", compared),
         ]
     if EXACT in runs:
         parts["routing"] = [routing_table(runs[EXACT][0])]
-    for name, title in (("small", "Small models on the proposals"), ("words", "Small models on made-up documents")):
-        if runs := compared[name]:
-            parts[name] = [small_table(runs), draw(folder / f"learning_{name}.svg", title, "step", "steps", runs)]
-    for name in ("results", "small", "words"):
-        if EXACT in sets[name] and DESCENT in sets[name]:
-            pair = {variant: sets[name][variant][:1] for variant in (EXACT, DESCENT)}
-            title = "Exact soft top-k and 50 iterations of coordinate descent"
-            parts["solvers"] = [
-                solver_table(*(of_variant[0] for of_variant in pair.values())),
-                draw(folder / "learning_solvers.svg", title, "step", "steps", pair),
-            ]
-            break
+    asked = [variant for variant in DIAGNOSIS if variant in runs]
+    if asked:
+        why = {variant: runs[variant] for variant in ("colt5-learned", "colt5-random", *asked) if variant in runs}
+        parts["diagnosis"] = [
+            diagnosis_table(why),
+            draw(folder / "learning_diagnosis.svg", "Strength or choice", "step", "steps", why),
+        ]
+    if EXACT in runs and DESCENT in runs:
+        pair = {variant: runs[variant][:1] for variant in (EXACT, DESCENT)}
+        title = "Exact soft top-k and 50 iterations of coordinate descent"
+        parts["solvers"] = [
+            solver_table(*(of_variant[0] for of_variant in pair.values())),
+            draw(folder / "learning_solvers.svg", title, "step", "steps", pair),
+        ]
     return {name: "\n\n".join(of_block) for name, of_block in parts.items()}
 
 
 def main() -> None:
     """Draw what there is."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--results", type=Path, default=RESULTS / "learning", help="the runs of the GPU")
-    parser.add_argument("--small", type=Path, default=RESULTS / "learning_cpu", help="of the CPU, on the proposals")
-    parser.add_argument("--words", type=Path, default=RESULTS / "learning_own_words", help="of the CPU, --own_words")
+    parser.add_argument("--results", type=Path, default=RESULTS / "learning", help="the runs")
     parser.add_argument("--page", type=Path, default=DOCS / "learning.md", help="written anew; pictures go beside it")
     arguments = parser.parse_args()
     page = arguments.page
     text = page.read_text(encoding="utf-8")
-    sets = {name: load_runs(getattr(arguments, name)) for name in ("results", "small", "words")}
-    for name, content in blocks(sets, page.parent).items():
+    for name, content in blocks(load_runs(arguments.results), page.parent).items():
         before, after = text.split(opening := f"<!-- {name} -->\n")
         text = before + opening + content + after[after.index("\n<!-- end -->") :]
     page.write_text(text, encoding="utf-8")

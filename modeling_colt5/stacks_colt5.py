@@ -24,7 +24,7 @@ from .inference_graphs import replayed
 from .kernel_backend import runs_eagerly, uses_triton
 from .layers_colt5 import CoLT5Attention, CoLT5DenseActDense, CoLT5LayerNorm
 from .outputs_colt5 import CoLT5DecoderOutput, CoLT5EncoderOutput
-from .relative_position import CoLT5RelativePositionBias, bias_by_position
+from .relative_position import CoLT5RelativePositionBias, bias_of_sequence
 from .router_colt5 import CoLT5Router, RoutingPlan
 from .routing import RoutedTokens
 
@@ -367,12 +367,8 @@ class CoLT5Decoder(CoLT5PreTrainedModel):
         length = hidden_states.shape[1]
         past = cache.get_seq_length() if cache is not None else 0
         key_length = cache.get_mask_sizes(length, 0)[0] if cache is not None else length
-        position_bias = bias_by_position(
-            self.relative_attention_bias(),
-            torch.arange(length, device=hidden_states.device) + past,
-            torch.arange(key_length, device=hidden_states.device),
-        )[None]
-        return position_bias, None, mask, None
+        position_bias = bias_of_sequence(self.relative_attention_bias(), length, key_length, past)
+        return position_bias[None], None, mask, None
 
     def route_memory(
         self, memory: torch.Tensor | None, mask: torch.Tensor | None, cache: Cache | None

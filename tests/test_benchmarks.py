@@ -1,5 +1,6 @@
 """The scripts of benchmarks/: each runs at toy size, keeps its history, and judges by rules that are checked here."""
 
+import copy
 import json
 import re
 import subprocess
@@ -7,9 +8,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import get_inverse_sqrt_schedule
 
 from modeling_colt5 import CoLT5EncoderModel
 
@@ -27,6 +30,7 @@ import picture  # noqa: E402
 import results  # noqa: E402
 import run  # noqa: E402
 import targets  # noqa: E402
+from captured_step import TrainingStep  # noqa: E402
 
 
 @pytest.mark.parametrize("name", run.SHARES)
@@ -195,25 +199,56 @@ def test_causal_learning_is_drawn_from_its_runs(tmp_path: Path) -> None:
 
 def test_learning_is_drawn_from_the_runs_there_are(tmp_path: Path) -> None:
     tokens, runs, page = tmp_path / "tokens.npz", tmp_path / "runs", tmp_path / "learning.md"
-    learning.main(["--own_words", "--tokens", str(tokens)])
+    random = np.random.default_rng(0)
+    np.savez(tokens, **{split: random.integers(3, 7000, 2000, np.uint16) for split in ("train", "validation")})
     sizes = "--d_model 32 --d_kv 16 --num_layers 1 --num_decoder_layers 1 --length 128 --batch 2 --steps 2"
     arguments = (
         f"{sizes} --eval_every 1 --eval_rows 2 --seeds 0 --tokens {tokens} --out {runs} --devices cpu --variants"
     )
-    learning.main([*arguments.split(), *learning.VARIANTS[:1], "colt5-descent", *learning.DIAGNOSIS])
-    text = (ROOT / "docs/learning.md").read_text(encoding="utf-8")
-    page.write_text(text, encoding="utf-8")
-    script, nothing = str(ROOT / "docs/learning_picture.py"), str(tmp_path / "nothing")
-    draw = [sys.executable, script, "--page", str(page), "--results", nothing, "--words", nothing, "--small"]
+    learning.main([*arguments.split(), *learning.VARIANTS[:1], *learning.DIAGNOSIS])
+    page.write_text((ROOT / "docs/learning.md").read_text(encoding="utf-8"), encoding="utf-8")
+    draw = [sys.executable, str(ROOT / "docs/learning_picture.py"), "--page", str(page), "--results"]
     subprocess.run([*draw, str(runs)], check=True)
     drawn = page.read_text(encoding="utf-8")
     loss = json.loads((runs / "colt5-learned-0.json").read_text())["curve"][-1]["loss"]
     assert f"{loss:.3f}" in drawn and f"{loss:.4f}" in drawn
     # links to the pictures that were drawn, and to no other
-    assert set(re.findall(r"\((learning_\w+\.svg)\)", drawn)) == {path.name for path in tmp_path.glob("*.svg")}
-    assert (tmp_path / "learning_small.svg").exists() and not (tmp_path / "learning_steps.svg").exists()
-    subprocess.run([*draw, nothing], check=True)
-    assert "learning_small.svg" not in page.read_text(encoding="utf-8")
+    links = set(re.findall(r"\((learning_\w+\.svg)\)", drawn))
+    assert links == {path.name for path in tmp_path.glob("*.svg")} and len(links) == 4
+    subprocess.run([*draw, str(tmp_path / "nothing")], check=True)
+    assert "learning_diagnosis.svg" not in page.read_text(encoding="utf-8")
+
+
+def test_a_training_step_is_adamw_at_each_parameters_own_rate() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Embedding(7, 4), torch.nn.Linear(4, 7, bias=False))
+    with torch.no_grad():
+        model[1].weight.mul_(0.01)
+    peer = copy.deepcopy(model)
+    # to two digits
+    sizes = [float(f"{parameter.detach().square().mean().sqrt():.1e}") for parameter in model.parameters()]
+    rates = [{"params": [p], "lr": 0.1 * size} for p, size in zip(peer.parameters(), sizes, strict=True)]
+    optimizer = torch.optim.AdamW(rates, betas=(0.9, 0.99), weight_decay=0.0)
+    schedule = get_inverse_sqrt_schedule(optimizer, 2)
+    # the schedule begins with a rate of 0, the step with its first rate; without gradients this one does nothing
+    optimizer.step()
+    schedule.step()
+
+    def loss_of(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(model(batch["ids"]), batch["ids"])
+
+    step = TrainingStep(model, lambda batch: loss_of(model, batch), 0.1, 2)
+    for _ in range(6):
+        batch = {"ids": torch.randint(7, (5,))}
+        loss = loss_of(peer, batch)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(peer.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        torch.testing.assert_close(step(batch), loss.detach())
+    for parameter, expected in zip(model.parameters(), peer.parameters(), strict=True):
+        torch.testing.assert_close(parameter, expected)
 
 
 def test_diagnosis_changes_choice_or_weights() -> None:
@@ -225,7 +260,7 @@ def test_diagnosis_changes_choice_or_weights() -> None:
         torch.manual_seed(0)
         model = learning.make_model(variant, settings)
         with torch.no_grad():
-            twice = [model.encoder(inputs, output_routing=True).routing[0].feed_forward for _ in range(2)]
+            twice = [model.encoder(inputs, output_routing=True).routing[0].query for _ in range(2)]
         routing[variant] = twice[0]
         # only random scores are new at each training step
         assert torch.equal(twice[0].indices, twice[1].indices) == (variant != "colt5-random-soft")

@@ -5,7 +5,12 @@ import torch
 from transformers import T5Config
 from transformers.models.t5.modeling_t5 import T5Attention
 
-from modeling_colt5.relative_position import CoLT5RelativePositionBias, bias_by_position, relative_position_bucket
+from modeling_colt5.relative_position import (
+    CoLT5RelativePositionBias,
+    bias_by_position,
+    bias_of_sequence,
+    relative_position_bucket,
+)
 
 BUCKETS = [(32, 128), (32, 17), (8, 20), (4, 3), (4, 128), (64, 1000)]
 
@@ -41,6 +46,22 @@ def test_bias_is_t5s_for_every_pair_of_positions(bidirectional):
         expected = attention.compute_bias(length, length)
         positions = torch.arange(length)
         assert torch.equal(bias_by_position(bias(), positions, positions)[None], expected)
+
+
+@pytest.mark.parametrize(("length", "key_length", "past"), [(1, 1, 0), (7, 7, 0), (40, 40, 0), (1, 9, 4), (3, 30, 27)])
+def test_bias_of_a_sequence_is_that_of_its_positions(length, key_length, past):
+    table = torch.randn(2, 2 * 9 + 1, dtype=torch.float64, requires_grad=True)
+    positions = torch.arange(past, past + length), torch.arange(key_length)
+    cotangent = torch.randn(2, length, key_length, dtype=torch.float64)
+    expected = bias_by_position(table, *positions)
+    (expected_gradient,) = torch.autograd.grad(expected, table, cotangent)
+    for start in (past, torch.tensor(past)):
+        bias = bias_of_sequence(table, length, key_length, start)
+        assert torch.equal(bias, expected)
+        # the sums are of the same terms in another order
+        torch.testing.assert_close(
+            *torch.autograd.grad(bias, table, cotangent), expected_gradient, rtol=1e-12, atol=1e-12
+        )
 
 
 def test_bias_of_scattered_positions_is_the_dense_ones_entry():

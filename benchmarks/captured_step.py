@@ -1,0 +1,115 @@
+"""A training step of the learning benchmarks: on a GPU a CUDA graph of the whole step, elsewhere the ordinary calls."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+Batch = dict[str, Tensor]
+# steps before the graph is made: kernels are compiled and the optimiser's state is there by then
+STEPS_BEFORE = 3
+# T5's Adafactor takes no parameter for smaller
+LEAST_SIZE = 1e-3
+
+
+class TrainingStep:
+    """Loss, gradients clipped at 1, and AdamW, at T5's 1/√step, in place.
+
+    As under T5's Adafactor, a parameter's learning rate is relative to its size, here the root mean square that it was
+    initialised with: T5's embeddings begin at 1 and its query projections at 0.005, and no one rate fits both.
+
+    A model as small as the benchmarks' keeps a GPU waiting for Python; a replayed graph does not, for any model whose
+    step neither synchronises nor makes tensors of Python's numbers. Where capturing fails the step stays as it is, and
+    `captured` stays False.
+
+    Args:
+        model: in training mode, on the device of its batches.
+        loss_of: from a batch to the loss; batches always have the same names, shapes and dtypes.
+        learning_rate: the highest, relative to the parameters' sizes.
+        warmup_steps: of linearly rising rate; from then on it falls as 1/√step, which knows no last step.
+        factor: of a parameter's rate, by its name.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_of: Callable[[Batch], Tensor],
+        learning_rate: float,
+        warmup_steps: int,
+        factor: Callable[[str], float] = lambda name: 1.0,
+    ):
+        groups: dict[float, list[nn.Parameter]] = {}
+        for name, parameter in model.named_parameters():
+            size = max(float(parameter.detach().square().mean().sqrt()), LEAST_SIZE)
+            groups.setdefault(float(f"{size * factor(name):.1e}"), []).append(parameter)
+        self.parameters = list(model.parameters())
+        self.loss_of = loss_of
+        self.device = self.parameters[0].device
+        self.rates = [size * learning_rate for size in groups]
+        on_gpu = self.device.type == "cuda"
+        self.optimizer = torch.optim.AdamW(
+            [
+                # a tensor, because a number would be recorded as it was
+                {"params": group, "lr": torch.tensor(rate, device=self.device) if on_gpu else rate}
+                for group, rate in zip(groups.values(), self.rates, strict=True)
+            ],
+            betas=(0.9, 0.99),
+            weight_decay=0.0,
+            fused=on_gpu,
+            capturable=on_gpu,
+        )
+        self.warmup_steps = warmup_steps
+        self.steps = 0
+        self.captured = False
+        self._stream = torch.cuda.Stream(self.device) if on_gpu else None
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._batch: Batch = {}
+        self._loss = torch.empty(0)
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """Do a step, and give its loss before it, on the device; the next step may overwrite it."""
+        self.steps += 1
+        share = min(self.steps / self.warmup_steps, (self.warmup_steps / self.steps) ** 0.5)
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate * share)
+            else:
+                group["lr"] = rate * share
+        if self._stream is not None and self.steps == STEPS_BEFORE + 1:
+            self._capture(batch)
+        if self._graph is not None:
+            for name, tensor in self._batch.items():
+                tensor.copy_(batch[name])
+            self._graph.replay()
+            return self._loss
+        if self._stream is None:
+            return self._step(batch)
+        # on a stream of its own, as what is to be captured later must be
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            loss = self._step(batch)
+        torch.cuda.current_stream().wait_stream(self._stream)
+        return loss
+
+    def _step(self, batch: Batch) -> Tensor:
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.loss_of(batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        return loss.detach()
+
+    def _capture(self, batch: Batch) -> None:
+        self._batch = {name: tensor.clone() for name, tensor in batch.items()}
+        graph = torch.cuda.CUDAGraph()
+        # what is recorded makes the gradients anew, so that each replay overwrites them
+        self.optimizer.zero_grad(set_to_none=True)
+        try:
+            with torch.cuda.graph(graph):
+                self._loss = self._step(self._batch)
+        except RuntimeError as error:
+            print(f"the step is not captured: {str(error).splitlines()[0]}", flush=True)
+            self.optimizer.zero_grad(set_to_none=True)
+            torch.cuda.synchronize()
+            return
+        self._graph, self.captured = graph, True
