@@ -1,22 +1,19 @@
-"""A training step of the learning benchmarks: on a GPU a CUDA graph of the whole step, elsewhere the ordinary calls."""
+"""A training step of the learning benchmarks: on a GPU one CUDA graph, elsewhere the ordinary calls."""
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
+from modeling_colt5.parameter_groups import size_scaled_groups
+
 Batch = dict[str, Tensor]
 # steps before the graph is made: kernels are compiled and the optimiser's state is there by then
 STEPS_BEFORE = 3
-# T5's Adafactor takes no parameter for smaller
-LEAST_SIZE = 1e-3
 
 
 class TrainingStep:
     """Loss, gradients clipped at 1, and AdamW, at T5's 1/√step, in place.
-
-    As under T5's Adafactor, a parameter's learning rate is relative to its size, here the root mean square that it was
-    initialised with: T5's embeddings begin at 1 and its query projections at 0.005, and no one rate fits both.
 
     A model as small as the benchmarks' keeps a GPU waiting for Python; a replayed graph does not, for any model whose
     step neither synchronises nor makes tensors of Python's numbers. Where capturing fails the step stays as it is, and
@@ -25,7 +22,8 @@ class TrainingStep:
     Args:
         model: in training mode, on the device of its batches.
         loss_of: from a batch to the loss; batches always have the same names, shapes and dtypes.
-        learning_rate: the highest, relative to the parameters' sizes.
+        learning_rate: the highest, relative to the parameters' sizes as in
+            `size_scaled_groups`.
         warmup_steps: of linearly rising rate; from then on it falls as 1/√step, which knows no last step.
         factor: of a parameter's rate, by its name.
     """
@@ -38,25 +36,18 @@ class TrainingStep:
         warmup_steps: int,
         factor: Callable[[str], float] = lambda name: 1.0,
     ):
-        groups: dict[float, list[nn.Parameter]] = {}
-        for name, parameter in model.named_parameters():
-            size = max(float(parameter.detach().square().mean().sqrt()), LEAST_SIZE)
-            groups.setdefault(float(f"{size * factor(name):.1e}"), []).append(parameter)
+        groups = size_scaled_groups(model, learning_rate, factor)
         self.parameters = list(model.parameters())
         self.loss_of = loss_of
         self.device = self.parameters[0].device
-        self.rates = [size * learning_rate for size in groups]
+        self.rates = [group["lr"] for group in groups]
         on_gpu = self.device.type == "cuda"
+        if on_gpu:
+            for group in groups:
+                # a number would be recorded as it was
+                group["lr"] = torch.tensor(group["lr"], device=self.device)
         self.optimizer = torch.optim.AdamW(
-            [
-                # a tensor, because a number would be recorded as it was
-                {"params": group, "lr": torch.tensor(rate, device=self.device) if on_gpu else rate}
-                for group, rate in zip(groups.values(), self.rates, strict=True)
-            ],
-            betas=(0.9, 0.99),
-            weight_decay=0.0,
-            fused=on_gpu,
-            capturable=on_gpu,
+            groups, betas=(0.9, 0.99), weight_decay=0.0, fused=on_gpu, capturable=on_gpu
         )
         self.warmup_steps = warmup_steps
         self.steps = 0

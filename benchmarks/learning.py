@@ -14,7 +14,6 @@ import gzip
 import json
 import sys
 import time
-from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
@@ -120,9 +119,7 @@ def load_tokenizer() -> CoLT5Tokenizer:
 
 def corrupted(tokens: np.ndarray, rows: int, settings: Settings, seed: int, repeat: bool) -> dict[str, torch.Tensor]:
     """The first `rows` examples of span corruption: int16 `input_ids` [rows, length] and `labels`, nothing padded."""
-    collator = DataCollatorForDenoising(
-        load_tokenizer(), settings.length, denoiser=SpanCorruption(), seed=seed
-    )
+    collator = DataCollatorForDenoising(load_tokenizer(), settings.length, denoiser=SpanCorruption(), seed=seed)
     chunks = chunk_documents([{"input_ids": tokens}], collator, repeat=repeat)
     batch = collator([chunk for _, chunk in zip(range(rows), chunks, strict=False)])
     if len(batch["input_ids"]) < rows or not batch["attention_mask"].all() or (batch["labels"] < 0).any():

@@ -174,7 +174,9 @@ def blocks(runs: dict[str, list[Run]], folder: Path) -> dict[str, str]:
         parts["results"] = [
             table(compared),
             draw(folder / "learning_steps.svg", "Held-out loss against steps", "step", "steps", compared),
-            draw(folder / "learning_time.svg", "Held-out loss against time", "seconds", "seconds of training", compared),
+            draw(
+                folder / "learning_time.svg", "Held-out loss against time", "seconds", "seconds of training", compared
+            ),
         ]
     if EXACT in runs:
         parts["routing"] = [routing_table(runs[EXACT][0])]

@@ -1,0 +1,54 @@
+"""Learning rates relative to the parameters' sizes, against the first step of Transformers' Adafactor."""
+
+import copy
+
+import pytest
+import torch
+from models import tiny_config
+from transformers.optimization import Adafactor
+
+from modeling_colt5 import CoLT5Model
+from modeling_colt5.parameter_groups import size_scaled_groups
+
+
+def test_rates_are_adafactors() -> None:
+    model = CoLT5Model(tiny_config())
+    with torch.no_grad():
+        model.encoder.block[0].layer[0].layer_norm.weight.zero_()
+    peer = copy.deepcopy(model)
+    # a gradient of equal entries is normalised to ones: the update is the rate itself
+    for parameter in peer.parameters():
+        parameter.grad = torch.full_like(parameter, 3.0)
+    optimizer = Adafactor(
+        peer.parameters(), lr=0.01, scale_parameter=True, relative_step=False, clip_threshold=1e9, eps=(1e-30, 1e-3)
+    )
+    before = [parameter.detach().clone() for parameter in peer.parameters()]
+    optimizer.step()
+    rates = {id(p): group["lr"] for group in size_scaled_groups(model, 0.01) for p in group["params"]}
+    parameters = list(model.parameters())
+    assert len(rates) == len(parameters)
+    for parameter, start, after in zip(parameters, before, peer.parameters(), strict=True):
+        update = (start - after.detach()).mean().item()
+        # sizes are rounded to two digits
+        assert rates[id(parameter)] == pytest.approx(update, rel=0.055)
+
+
+def test_frozen_parameters_are_left_out_and_factors_go_by_name() -> None:
+    model = CoLT5Model(tiny_config())
+    model.shared.requires_grad_(False)
+    plain = {id(p): group["lr"] for group in size_scaled_groups(model, 0.01) for p in group["params"]}
+    groups = size_scaled_groups(model, 0.01, lambda name: 10.0 if name.endswith("router.weight") else 1.0)
+    raised = {id(p): group["lr"] for group in groups for p in group["params"]}
+    assert id(model.shared.weight) not in plain
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            times = 10 if name.endswith("router.weight") else 1
+            assert raised[id(parameter)] == pytest.approx(times * plain[id(parameter)], rel=0.11)
+
+
+def test_what_cannot_be_trained_is_refused() -> None:
+    model = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="learning_rate is 0"):
+        size_scaled_groups(model, 0)
+    with pytest.raises(ValueError, match="no parameter"):
+        size_scaled_groups(model.requires_grad_(False), 0.1)
