@@ -1,11 +1,10 @@
 """A training step of the learning benchmarks: on a GPU one CUDA graph, elsewhere the ordinary calls."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from modeling_colt5.parameter_groups import size_scaled_groups
 
 Batch = dict[str, Tensor]
 # steps before the graph is made: kernels are compiled and the optimiser's state is there by then
@@ -22,21 +21,17 @@ class TrainingStep:
     Args:
         model: in training mode, on the device of its batches.
         loss_of: from a batch to the loss; batches always have the same names, shapes and dtypes.
-        learning_rate: the highest, relative to the parameters' sizes as in
-            `size_scaled_groups`.
+        groups: the optimiser's groups of all parameters, each with its highest learning rate.
         warmup_steps: of linearly rising rate; from then on it falls as 1/√step, which knows no last step.
-        factor: of a parameter's rate, by its name.
     """
 
     def __init__(
         self,
         model: nn.Module,
         loss_of: Callable[[Batch], Tensor],
-        learning_rate: float,
+        groups: list[dict[str, Any]],
         warmup_steps: int,
-        factor: Callable[[str], float] = lambda name: 1.0,
     ):
-        groups = size_scaled_groups(model, learning_rate, factor)
         self.parameters = list(model.parameters())
         self.loss_of = loss_of
         self.device = self.parameters[0].device

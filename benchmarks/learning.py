@@ -29,6 +29,7 @@ from transformers import HfArgumentParser, LongT5Config, LongT5ForConditionalGen
 
 from modeling_colt5 import CoLT5Config, CoLT5ForConditionalGeneration, CoLT5Tokenizer
 from modeling_colt5.denoising import DataCollatorForDenoising, SpanCorruption, chunk_documents
+from modeling_colt5.parameter_groups import size_scaled_groups
 from modeling_colt5.router_colt5 import CoLT5Router
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,9 +57,12 @@ DIAGNOSIS = {
     "colt5-untrained": {"routing": "learned"},
     "colt5-epsilon": {"routing": "learned", "routing_epsilon": 0.1},
     "colt5-router-rate": {"routing": "learned"},
+    # AdamW as it is, at one learning rate for all parameters
+    "colt5-one-rate": {"routing": "learned"},
     "colt5-descent": {"routing": "learned", "soft_topk_solver": "coordinate_descent", "num_soft_topk_iterations": 50},
 }
 ROUTER_RATE = 10.0
+ONE_RATE = 2e-3
 
 
 @dataclass(frozen=True)
@@ -278,7 +282,10 @@ def make_step(variant: str, model: PreTrainedModel, settings: Settings) -> Train
     def factor(name: str) -> float:
         return ROUTER_RATE if variant == "colt5-router-rate" and name.endswith("router.weight") else 1.0
 
-    return TrainingStep(model, loss_of, settings.learning_rate, settings.warmup_steps, factor)
+    groups = size_scaled_groups(model, settings.learning_rate, factor)
+    if variant == "colt5-one-rate":
+        groups = [{"params": list(model.parameters()), "lr": ONE_RATE}]
+    return TrainingStep(model, loss_of, groups, settings.warmup_steps)
 
 
 def run(

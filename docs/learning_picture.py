@@ -30,12 +30,13 @@ NAMES = {
     "colt5-untrained": "CoLT5, untrained routers' choice, weights 1",
     "colt5-epsilon": "CoLT5, learned routing, ε = 0.1",
     "colt5-router-rate": "CoLT5, learned routing, routers' learning rate × 10",
+    "colt5-one-rate": "CoLT5, learned routing, one learning rate for all parameters",
     "colt5-descent": "CoLT5, learned routing, coordinate descent",
 }
 ROUTERS = {"query": "queries", "key_value": "keys/values", "feed_forward": "feed-forward"}
 EXACT, DESCENT = "colt5-learned", "colt5-descent"
 # runs that ask why, drawn apart from those that compare
-DIAGNOSIS = ("colt5-random-soft", "colt5-untrained", "colt5-epsilon", "colt5-router-rate")
+DIAGNOSIS = ("colt5-random-soft", "colt5-untrained", "colt5-epsilon", "colt5-router-rate", "colt5-one-rate")
 Run = dict[str, Any]
 
 

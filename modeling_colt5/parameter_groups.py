@@ -15,10 +15,10 @@ def size_scaled_groups(
     """Groups of parameters for an optimiser, each with `learning_rate` times the size of its parameters.
 
     T5's initialisation spans two orders of magnitude: embeddings have a root mean square of 1, query projections of
-    (d_model · d_kv)^-½. Adafactor multiplies each update by its parameter's root mean square (Shazeer & Stern 2018, §8),
-    and T5's learning rates, 0.01 to 0.001, are meant so (Raffel et al. 2020, §3.1.2). AdamW does not: at one rate for
-    all, the embeddings hardly move (docs/learning.md). Here the size is the one that a parameter has now, rounded to two
-    digits; it does not follow the training, so that a resumed run needs the sizes of the run's beginning.
+    (d_model · d_kv)^-½. Adafactor multiplies each update by its parameter's root mean square (Shazeer & Stern 2018,
+    §8), and T5's learning rates, 0.01 to 0.001, are meant so (Raffel et al. 2020, §3.1.2). AdamW does not: at one rate
+    for all, the embeddings hardly move (docs/learning.md). Here the size is the one that a parameter has now, rounded
+    to two digits; it does not follow the training, so that a resumed run needs the sizes of the run's beginning.
 
         Trainer(model, arguments, optimizers=(torch.optim.AdamW(size_scaled_groups(model, 1e-2)), None), ...)
 

@@ -76,7 +76,7 @@ def bias_by_position(
 def bias_of_sequence(bias_table: torch.Tensor, length: int, key_length: int, past: int | torch.Tensor) -> torch.Tensor:
     """The bias of consecutive queries and keys: `bias_by_position` of `past`, `past + 1`, ... and of 0, 1, ...
 
-    Read in two steps, first each distance, then each pair, for the sake of the gradient: a GPU adds up what was read of
+    Read in two steps, each distance and then each pair, for the sake of the gradient: a GPU adds up what was read of
     one entry one after the other, and all pairs beyond max_distance read the same one.
 
     Args:

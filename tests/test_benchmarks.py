@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import get_inverse_sqrt_schedule
 
 from modeling_colt5 import CoLT5EncoderModel
+from modeling_colt5.parameter_groups import size_scaled_groups
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -237,7 +238,7 @@ def test_a_training_step_is_adamw_at_each_parameters_own_rate() -> None:
     def loss_of(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         return torch.nn.functional.cross_entropy(model(batch["ids"]), batch["ids"])
 
-    step = TrainingStep(model, lambda batch: loss_of(model, batch), 0.1, 2)
+    step = TrainingStep(model, lambda batch: loss_of(model, batch), size_scaled_groups(model, 0.1), 2)
     for _ in range(6):
         batch = {"ids": torch.randint(7, (5,))}
         loss = loss_of(peer, batch)
