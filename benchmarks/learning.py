@@ -370,8 +370,9 @@ def work(
         text = json.dumps(rounded(heading | result))
         (arguments.out / f"{variant}-{seed}.json").write_text(text.replace('{"step"', '\n{"step"') + "\n")
         last = result["curve"][-1]
+        how = "captured" if result["captured"] else "eager"
         print(
-            f"{variant}, seed {seed}, {device}{', captured' if result['captured'] else ''}: loss {last['loss']:.4f} after {last['step']} steps in "
+            f"{variant}, seed {seed}, {device}, {how}: loss {last['loss']:.4f} after {last['step']} steps in "
             f"{last['seconds']:.1f} s of training, {time.perf_counter() - started:.0f} s in all",
             flush=True,
         )
