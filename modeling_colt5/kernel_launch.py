@@ -28,8 +28,9 @@ def launch(
 
     Triton inspects every argument of every call, which takes the host longer than most kernels here take the GPU
     (docs/operators.md). What it looks for is looked at here once more, only faster: dtypes, None, integers that are 1
-    or multiples of 16 or beyond 32 bits, and the constants. Where a tensor is not aligned to 16 bytes, or Triton
-    interprets, it is left to Triton.
+    or multiples of 16 or beyond 32 bits, and the constants. Where a tensor is not aligned to 16 bytes or on another
+    device, or Triton interprets, it is left to Triton. Else the kernel gets addresses for tensors: of each tensor Triton
+    would ask the driver where it lies.
 
     Args:
         kernel: a function under `triton.jit`, its constants the last of its parameters.
@@ -48,8 +49,10 @@ def launch(
         known = _kernels[id(kernel)] = (sum(not parameter.is_constexpr for parameter in kernel.params), {})
     runtime, compiled_kernels = known
     key: list[Any] = [num_warps, num_stages, arguments[runtime:]]
+    values: list[Any] = []
     addresses = 0
     device = None
+    elsewhere = False
     for argument in arguments[:runtime]:
         kind = type(argument)
         if kind is int:
@@ -58,14 +61,19 @@ def launch(
             key.append(kind)
         else:
             key.append(argument.dtype)
-            addresses |= argument.data_ptr()
+            place = argument.get_device()
             if device is None:
-                device = argument.get_device()
+                device = place
+            elif place != device:
+                elsewhere = True
+            argument = argument.data_ptr()
+            addresses |= argument
+        values.append(argument)
     # the binding under torch.cuda.current_device, which first looks whether CUDA is initialised
     if device != torch._C._cuda_getDevice():
         with torch.cuda.device(device):
             return launch(kernel, grid, *arguments, num_warps=num_warps, num_stages=num_stages)
-    if addresses & 15:
+    if elsewhere or addresses & 15:
         kernel[grid](*arguments, num_warps=num_warps, num_stages=num_stages)
         return
     key.append(device)
@@ -75,4 +83,4 @@ def launch(
         compiled_kernels[found] = kernel[grid](*arguments, num_warps=num_warps, num_stages=num_stages)
         return
     # a compiled kernel wants all three axes
-    compiled[(*grid, 1, 1)[:3]](*arguments, stream=torch._C._cuda_getCurrentRawStream(device))
+    compiled[(*grid, 1, 1)[:3]](*values, *arguments[runtime:], stream=torch._C._cuda_getCurrentRawStream(device))

@@ -224,7 +224,8 @@ def _check_scores(scores: Tensor) -> None:
 
 
 def _check_positive(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    # what is nearly always given comes first: a router checks its settings at every call
+    if type(value) is not float and (isinstance(value, bool) or not isinstance(value, int | float)):
         raise TypeError(f"{name} is {value!r}; it must be a number")
     if not 0 < value < math.inf:
         raise ValueError(f"{name} is {value!r}; it must be finite and above 0")
@@ -380,13 +381,16 @@ def route(
     _check_positive("soft_topk_ratio", soft_topk_ratio)
     if soft_topk_ratio < 1:
         raise ValueError(f"soft_topk_ratio is {soft_topk_ratio}; it must be at least 1")
-    if scores.dim() != 2 or scores.shape[1] < 1:
-        raise ValueError(f"scores have shape {tuple(scores.shape)}; it must be [rows, n] with n at least 1")
+    shape = scores.shape
+    if len(shape) != 2 or shape[1] < 1:
+        raise ValueError(f"scores have shape {tuple(shape)}; it must be [rows, n] with n at least 1")
     if mask is not None and lengths is not None:
         raise ValueError("mask and lengths are both given; they are two forms of one thing")
-    _check_rows("mask", mask, scores.shape)
-    for name, tensor in (("budget", budget), ("lengths", lengths), ("soft_budget", soft_budget)):
-        _check_rows(name, tensor, scores.shape[:1])
+    _check_rows("mask", mask, shape)
+    rows = shape[:1]
+    _check_rows("budget", budget, rows)
+    _check_rows("lengths", lengths, rows)
+    _check_rows("soft_budget", soft_budget, rows)
     if isinstance(capacity, int) and capacity < 1:
         raise ValueError(f"capacity is {capacity}; it must be at least 1")
     init = epsilon if epsilon_init is None else epsilon_init

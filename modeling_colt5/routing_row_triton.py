@@ -2,6 +2,7 @@
 
 from .routing_steps_triton import (
     HIGHEST_KEY,
+    LOWEST_FINITE_KEY,
     LOWEST_KEY,
     descent_epsilon,
     is_settled,
@@ -10,7 +11,8 @@ from .routing_steps_triton import (
     load_keys,
     newton_step,
     row_budgets,
-    saturated_and_free,
+    score_to_key,
+    sum_three,
     weigh,
 )
 
@@ -21,6 +23,104 @@ except ImportError as error:
     raise ImportError("routing_row_triton needs triton; use kernel_backend='torch' without it") from error
 
 MOST_PASSES = tl.constexpr(24)
+
+# of a normal order statistic's standard deviation, to either side of where it is expected
+FIRST_MARGIN = tl.constexpr(2.5)
+# of that of a count between two counts
+LATER_MARGIN = tl.constexpr(0.6)
+FEW_KEYS = tl.constexpr(4)
+
+
+@triton.jit
+def _counts_from(keys, first, second, third, fourth):
+    """How many keys are at or above each of four; a row of at most 16,384 keys leaves two counts to an integer."""
+    lower = (keys >= first).to(tl.int32) + ((keys >= second).to(tl.int32) << 16)
+    upper = (keys >= third).to(tl.int32) + ((keys >= fourth).to(tl.int32) << 16)
+    lower, upper = tl.split(tl.sum(tl.join(lower, upper), 0))
+    return lower & 0xFFFF, lower >> 16, upper & 0xFFFF, upper >> 16
+
+
+@triton.jit
+def _narrow(low, high, from_low, beyond_high, probe, count, rank):
+    """The bracket of the rank-th largest key after one more count."""
+    low = tl.where(count >= rank, tl.maximum(low, probe), low)
+    from_low = tl.where(count >= rank, tl.minimum(from_low, count), from_low)
+    high = tl.where(count < rank, tl.minimum(high, probe - 1), high)
+    beyond_high = tl.where(count < rank, tl.maximum(beyond_high, count), beyond_high)
+    return low, high, from_low, beyond_high
+
+
+@triton.jit
+def _find_rank(keys, rank, real_tokens, mean, deviation):
+    """A bracket [low, high] of the rank-th largest key, and the counts of keys from `low` and beyond `high`.
+
+    It is one key, or `low` has exactly the rank's number of keys from it up. A pass counts at four keys: two where
+    the counts so far, taken as exponential between the bracket's ends, put the rank, and two that divide the bracket
+    in three, so that it takes at most 21 passes; one that does not halve the number of keys within the bracket is
+    followed by a look for their smallest and largest, which resolves ties. The first takes the scores as normal.
+    """
+    low = tl.full([], LOWEST_KEY + 1, tl.int32)
+    high = tl.where(rank <= real_tokens, HIGHEST_KEY, low)
+    from_low = real_tokens
+    beyond_high = tl.zeros([], tl.int32)
+
+    share = (rank.to(tl.float32) - 0.5) / tl.maximum(real_tokens, 1).to(tl.float32)
+    # the normal quantile by a difference of powers
+    quantile = 4.91 * (tl.exp(0.14 * tl.log(1.0 - share)) - tl.exp(0.14 * tl.log(share)))
+    expected = mean + deviation * quantile
+    margin = tl.sqrt((share * (1.0 - share)) / tl.maximum(real_tokens, 1).to(tl.float32))
+    margin = FIRST_MARGIN * deviation * margin * 2.5066283 * tl.exp(0.5 * quantile * quantile)
+    first = score_to_key(expected - margin) - 1
+    second = score_to_key(expected + margin) + 1
+    third = score_to_key(expected - 4.0 * margin)
+    fourth = score_to_key(expected + 4.0 * margin)
+    while (low < high) & (from_low != rank):
+        within = from_low - beyond_high
+        first = tl.minimum(tl.maximum(first, low + 1), high)
+        second = tl.minimum(tl.maximum(second, low + 1), high)
+        third = tl.minimum(tl.maximum(third, low + 1), high)
+        fourth = tl.minimum(tl.maximum(fourth, low + 1), high)
+        from_first, from_second, from_third, from_fourth = _counts_from(keys, first, second, third, fourth)
+        low, high, from_low, beyond_high = _narrow(low, high, from_low, beyond_high, first, from_first, rank)
+        low, high, from_low, beyond_high = _narrow(low, high, from_low, beyond_high, second, from_second, rank)
+        low, high, from_low, beyond_high = _narrow(low, high, from_low, beyond_high, third, from_third, rank)
+        low, high, from_low, beyond_high = _narrow(low, high, from_low, beyond_high, fourth, from_fourth, rank)
+        left = from_low - beyond_high
+        if (left <= FEW_KEYS) | (2 * left > within):
+            largest = tl.where(keys <= high, keys, LOWEST_KEY)
+            # the complement turns the order around
+            smallest = tl.where(keys >= low, ~keys, LOWEST_KEY)
+            largest, smallest = tl.split(tl.max(tl.join(largest, smallest), 0))
+            high = largest
+            low = tl.where(rank == beyond_high + 1, high, ~smallest)
+
+        spread = (from_low - rank).to(tl.float32) + 0.5
+        spread = LATER_MARGIN * tl.sqrt(spread * (1.0 - spread / (left.to(tl.float32) + 0.5))) + 0.5
+        log_low = tl.log(from_low.to(tl.float32) + 0.5)
+        scale = 1.0 / (log_low - tl.log(beyond_high.to(tl.float32) + 0.5))
+        nearer = (log_low - tl.log(rank.to(tl.float32) + spread)) * scale
+        farther = (log_low - tl.log(tl.maximum(rank.to(tl.float32) - spread, 0.5))) * scale
+        low_score = key_to_score(low)
+        difference = key_to_score(high) - low_score
+        first = score_to_key(low_score + nearer * difference)
+        second = score_to_key(low_score + farther * difference)
+        step = high // 3 - low // 3
+        third = low + step
+        fourth = high - step
+    return low, high, from_low, beyond_high
+
+
+@triton.jit
+def _relative_weights(keys, centre, epsilon, offset):
+    return tl.exp((key_to_score(keys) - centre) / epsilon - offset)
+
+
+@triton.jit
+def _saturated_and_free(relative, one):
+    """How many of the relative weights are above `one`, and the sum of the rest over it, in one reduction."""
+    saturated = relative > one
+    count, free = tl.split(tl.sum(tl.join(saturated.to(tl.float32), tl.where(saturated, 0.0, relative)), 0))
+    return count, free / one
 
 
 @triton.jit
@@ -37,62 +137,61 @@ def route_row_kernel(
         scores, mask, lengths, row, positions, n,
         score_row_stride, score_stride, mask_row_stride, mask_stride, HAS_MASK, HAS_LENGTHS,
     )  # fmt: skip
-    real_tokens = tl.sum((keys != LOWEST_KEY).to(tl.int32))
-    budget, k, rank = row_budgets(budgets, soft_budgets, row, real_tokens, capacity, soft_topk_ratio, HAS_SOFT_BUDGET)
-
-    # the budget-th and the rank-th largest key, bit by bit, until as many keys as the rank are left above the bits
-    # found; both counts share one sum, 16 bits each
-    hard_rank = tl.maximum(budget, 1)
-    counts = tl.sum((keys >= 0).to(tl.int32))
-    hard_key = tl.where(counts >= hard_rank, 0, LOWEST_KEY)
-    soft_key = tl.where(counts >= rank, 0, LOWEST_KEY)
-    hard_count = tl.where(counts >= hard_rank, counts, BLOCK)
-    soft_count = tl.where(counts >= rank, counts, BLOCK)
-    bit = 30
-    while (bit >= 0) & ((hard_count != hard_rank) | (soft_count != rank)):
-        hard_candidate = hard_key | (1 << bit)
-        soft_candidate = soft_key | (1 << bit)
-        counts = tl.sum((keys >= hard_candidate).to(tl.int32) + ((keys >= soft_candidate).to(tl.int32) << 16))
-        hard_above = counts & 0xFFFF
-        soft_above = (counts >> 16) & 0xFFFF
-        hard_key = tl.where(hard_above >= hard_rank, hard_candidate, hard_key)
-        soft_key = tl.where(soft_above >= rank, soft_candidate, soft_key)
-        hard_count = tl.where(hard_above >= hard_rank, hard_above, hard_count)
-        soft_count = tl.where(soft_above >= rank, soft_above, soft_count)
-        bit -= 1
-    hard_key = tl.min(tl.where(keys >= hard_key, keys, HIGHEST_KEY))
-    soft_key = tl.min(tl.where(keys >= soft_key, keys, HIGHEST_KEY))
-
+    # a first guess of the search: it needs neither NaN nor what would overflow
     score = key_to_score(keys)
+    score = tl.where(tl.abs(score) < 1e15, score, 0.0)
+    real = (keys != LOWEST_KEY).to(tl.float32)
+    count, mean, square = sum_three(real, score, score * score)
+    real_tokens = count.to(tl.int32)
+    mean = mean / tl.maximum(count, 1.0)
+    deviation = tl.sqrt(tl.maximum(square / tl.maximum(count, 1.0) - mean * mean, 0.0))
+    budget, k, rank = row_budgets(budgets, soft_budgets, row, real_tokens, capacity, soft_topk_ratio, HAS_SOFT_BUDGET)
+    all_saturated = k >= count
+
+    hard_rank = tl.maximum(budget, 1)
+    low, high, from_low, beyond_high = _find_rank(keys, hard_rank, real_tokens, mean, deviation)
+    # keys above this one are taken, and of the equal ones as many as there is room for
+    hard_key = tl.where(from_low == hard_rank, low - 1, high)
+    room = tl.where(from_low == hard_rank, 0, budget - beyond_high)
+    hard_key = tl.where(budget > 0, hard_key, HIGHEST_KEY)
+    room = tl.where(budget > 0, room, 0)
+
     if EXACT:
-        all_saturated = k >= real_tokens.to(tl.float32)
-        centre = tl.where(all_saturated, 0.0, key_to_score(soft_key))
+        # any score will do that has fewer than k above it, and from which the weights below 1 make up for the rest
+        centre = key_to_score(tl.maximum(low, LOWEST_FINITE_KEY))
+        saturated, free = _saturated_and_free(_relative_weights(keys, centre, epsilon, 0.0), 1.0)
+        if (k < count) & ((saturated >= k) | (saturated + free < k)):
+            soft_key, _, _, _ = _find_rank(keys, rank, real_tokens, mean, deviation)
+            centre = key_to_score(tl.min(tl.where(keys >= soft_key, keys, HIGHEST_KEY)))
+            saturated, free = _saturated_and_free(_relative_weights(keys, centre, epsilon, 0.0), 1.0)
+        centre = tl.where(all_saturated, 0.0, centre)
         last_epsilon = epsilon
-        z = (score - centre) / epsilon
-        saturated, free = saturated_and_free(z, 0.0)
-        low = 0.0
-        high = tl.log(free / (k - saturated))
-        threshold = high
+        # from the upper end of the bracket on the threshold is kept apart from it: then passes need no exponentials
+        upper = tl.log(free / (k - saturated))
+        relative = _relative_weights(keys, centre, epsilon, upper)
+        lowest = -upper
+        highest = 0.0
+        offset = 0.0
         passes = 0
         unsettled = tl.where(all_saturated, 0, 1)
         while unsettled != 0:
-            saturated, free = saturated_and_free(z, threshold)
-            following, low, high = newton_step(threshold, low, high, saturated, free, k)
+            saturated, free = _saturated_and_free(relative, tl.exp(offset))
+            following, lowest, highest = newton_step(offset, lowest, highest, saturated, free, k)
             passes += 1
             unsettled = tl.where(is_settled(saturated, free, k) | (passes >= MOST_PASSES), 0, 1)
-            threshold = tl.where(unsettled != 0, following, threshold)
-        threshold, mass = last_step(threshold, saturated, free, k)
-        threshold = tl.where(all_saturated, float("-inf"), threshold)
+            offset = tl.where(unsettled != 0, following, offset)
+        offset, mass = last_step(offset, saturated, free, k)
+        threshold = tl.where(all_saturated, float("-inf"), upper + offset)
         mass = tl.where(all_saturated, 0.0, mass)
         tl.store(state + row * 3, centre)
         tl.store(state + row * 3 + 1, threshold)
         tl.store(state + row * 3 + 2, mass)
     else:
+        score = key_to_score(keys)
         log_k = tl.log(k)
         largest = tl.max(score)
         current = descent_epsilon(0.0, epsilon, epsilon_init, log2_decay)
-        centre = current * (tl.log(tl.maximum(real_tokens, 1).to(tl.float32)) - log_k)
-        all_saturated = k >= real_tokens.to(tl.float32)
+        centre = current * (tl.log(tl.maximum(count, 1.0)) - log_k)
         tl.store(state + row * num_iterations, tl.where(all_saturated, float("-inf"), centre))
         for iteration in range(1, num_iterations):
             current = descent_epsilon(iteration * 1.0, epsilon, epsilon_init, log2_decay)
@@ -104,14 +203,8 @@ def route_row_kernel(
         last_epsilon = descent_epsilon(num_iterations * 1.0, epsilon, epsilon_init, log2_decay)
         threshold = tl.where(all_saturated, float("-inf"), 0.0)
 
-    # loaded again, so that the iteration above needs registers for z alone
-    keys = load_keys(
-        scores, mask, lengths, row, positions, n,
-        score_row_stride, score_stride, mask_row_stride, mask_stride, HAS_MASK, HAS_LENGTHS,
-    )  # fmt: skip
     above = (keys > hard_key).to(tl.int32)
     equal = (keys == hard_key).to(tl.int32)
-    room = budget - tl.sum(above)
     ranks = tl.cumsum(above + (equal << 16), 0)
     equals_so_far = (ranks >> 16) & 0xFFFF
     selected = (above != 0) | ((equal != 0) & (equals_so_far <= room))

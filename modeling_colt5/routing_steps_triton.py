@@ -15,6 +15,9 @@ HIGHEST_KEY = tl.constexpr(2**31 - 1)
 
 SIGN_SHIFT = tl.constexpr(31)
 
+# of the negative of the largest finite score
+LOWEST_FINITE_KEY = tl.constexpr(-0x7F800000)
+
 LARGEST_SCORE = tl.constexpr(3.4028234663852886e38)
 
 
@@ -36,11 +39,14 @@ def load_keys(
     is_nan = score != score
     score = tl.where(score > LARGEST_SCORE, LARGEST_SCORE, tl.where(score < -LARGEST_SCORE, -LARGEST_SCORE, score))
     # both zeros are one score
-    score = tl.where(score == 0.0, 0.0, score)
-    bits = score.to(tl.int32, bitcast=True)
-    key = bits ^ ((bits >> SIGN_SHIFT) & HIGHEST_KEY)
-    key = tl.where(is_nan, HIGHEST_KEY, key)
+    key = tl.where(is_nan, HIGHEST_KEY, score_to_key(tl.where(score == 0.0, 0.0, score)))
     return tl.where(real, key, LOWEST_KEY)
+
+
+@triton.jit
+def score_to_key(score):
+    bits = score.to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> SIGN_SHIFT) & HIGHEST_KEY)
 
 
 @triton.jit
@@ -89,9 +95,19 @@ def saturated_and_free(z, threshold):
 
 
 @triton.jit
+def sum_three(first, second, third):
+    """Three sums in one reduction."""
+    third = tl.join(third, tl.zeros_like(third))
+    lower, upper = tl.split(tl.sum(tl.join(tl.join(first, second), third), 0))
+    first, second = tl.split(lower)
+    third, _ = tl.split(upper)
+    return first, second, third
+
+
+@triton.jit
 def is_settled(saturated, free, k):
-    # the last step makes up for what is left, as long as it does not change the saturated set
-    return tl.abs((saturated - k) + free) <= 2e-6 * free
+    # the last step makes up for what is left, as long as it does not change the saturated set; NaN is settled
+    return (tl.abs((saturated - k) + free) > 2e-6 * free) == 0
 
 
 @triton.jit

@@ -62,12 +62,11 @@ def route_forward(
         weights, indices, valid [rows, capacity] and state [rows, 3 or iterations].
     """
     rows, n = scores.shape
-    device = scores.device
     exact = solver == "exact"
-    weights = torch.empty((rows, capacity), dtype=torch.float32, device=device)
-    indices = torch.empty((rows, capacity), dtype=torch.int64, device=device)
-    valid = torch.empty((rows, capacity), dtype=torch.bool, device=device)
-    state = torch.empty((rows, 3 if exact else num_iterations), dtype=torch.float32, device=device)
+    weights = scores.new_empty((rows, capacity), dtype=torch.float32)
+    indices = weights.new_empty((rows, capacity), dtype=torch.int64)
+    valid = weights.new_empty((rows, capacity), dtype=torch.bool)
+    state = weights.new_empty((rows, 3 if exact else num_iterations))
     if rows == 0:
         return weights, indices, valid, state
     inputs = (scores, budget.contiguous(), _adjacent(soft_budget), mask, _adjacent(lengths))
@@ -88,8 +87,8 @@ def route_forward(
     block = _grid_block(max(n, capacity))
     blocks = cdiv(max(n, capacity), block)
     sums_width = 6 * blocks + 4 * (NEWTON_PASSES + 1)
-    work = torch.zeros((rows, HISTOGRAM_WIDTH), dtype=torch.int32, device=device)
-    sums = torch.empty((rows, sums_width), dtype=torch.float32, device=device)
+    work = indices.new_zeros((rows, HISTOGRAM_WIDTH), dtype=torch.int32)
+    sums = state.new_empty((rows, sums_width))
     grid = (rows * blocks,)
     shape = (*score_strides, *mask_strides, n, capacity, soft_topk_ratio)
     for level in range(4):
@@ -131,8 +130,8 @@ def route_backward(
     """`route_backward_reference` by kernels: gradients with respect to scores [rows, n] and soft budget [rows]."""
     rows, n = scores.shape
     capacity = weights.shape[1]
-    grad_scores = torch.empty((rows, n), dtype=scores.dtype, device=scores.device)
-    grad_budget = torch.empty(rows, dtype=torch.float32, device=scores.device)
+    grad_scores = scores.new_empty((rows, n))
+    grad_budget = state.new_empty(rows)
     if rows == 0:
         return grad_scores, grad_budget
     slots = (grad_weights, weights, indices, valid, scores, mask, _adjacent(lengths))
@@ -152,7 +151,7 @@ def route_backward(
     parts = cdiv(capacity, SLOTS_OF_A_PART)
     sums = grad_budget
     if not one_part:
-        sums = torch.empty((rows, parts), dtype=torch.float32, device=scores.device)
+        sums = state.new_empty((rows, parts))
         launch(
             slot_sums_kernel, (rows * parts,),
             grad_weights, weights, sums, *grad_weights.stride(), capacity, parts, SLOTS_OF_A_PART, num_warps=8,

@@ -174,6 +174,31 @@ def test_kernels_agree_with_the_reference_on_hard_rows(kernels, device, scale, e
     check_against_reference(rows, 0.1, epsilon=epsilon)
 
 
+@pytest.mark.parametrize("kind", ("all magnitudes", "neighbours", "bf16", "outliers", "two values", "limits", "tiny"))
+def test_search_finds_any_rank_of_any_scores(kernels, device, kind):
+    """The search guesses from the scores' distribution; here its guesses are bad."""
+    n, steps = 130, torch.arange(130)
+    normal = torch.randn(n)
+    scores = {
+        "all magnitudes": torch.exp2(torch.linspace(-140, 120, n)) * normal.sign(),
+        # every float between some two is a score, and the search cannot step over any
+        "neighbours": (torch.tensor(0.7).view(torch.int32) + steps).view(torch.float32),
+        "bf16": (normal.view(torch.int32) & -65536).view(torch.float32),
+        "outliers": torch.where(steps % 50 == 7, 1e30 * (steps - 60), normal),
+        "two values": (steps % 3 == 0).float(),
+        "limits": torch.where(steps % 4 == 0, math.inf, torch.where(steps % 4 == 1, -3.4e38, 3.4e38 * normal.sign())),
+        "tiny": 1e-38 * normal,
+    }[kind][torch.randperm(n)].to(device)
+    budget = torch.tensor([1, 2, 9, 64, 65, 66, 128, 129, 130], device=device)
+    # the soft budget's rank apart from the hard one's, and the same
+    for ratio in (1.0, 1.7):
+        routed = route(scores.expand(9, n), budget, n, soft_topk_ratio=ratio, epsilon=0.1, kernel_backend="triton")
+        for row, count in enumerate(budget.tolist()):
+            expected = sorted_selection(scores, count, torch.ones(n, dtype=torch.bool))
+            assert routed.indices[row, :count].tolist() == expected
+            assert routed.valid[row].sum() == count
+
+
 def test_kernels_give_the_gradient_of_a_soft_budget(kernels, device):
     scores = torch.randn(3, 300, device=device)
     check_against_reference(scores, soft_budget=torch.tensor([20.0, 7.5, 400.0], device=device))
