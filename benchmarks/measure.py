@@ -110,8 +110,12 @@ def captured(*calls: Call) -> Call:
                 call()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
+    # so that the graph has cuBLAS's workspaces in memory of its own: one that was there before goes with an older
+    # graph, or when Inductor or an encoder records (https://github.com/pytorch/pytorch/issues/193402)
+    torch._C._cuda_clearCublasWorkspaces()
     with torch.cuda.graph(graph):
         results = [call() for call in calls]
+    torch._C._cuda_clearCublasWorkspaces()
 
     def replay() -> list[object]:
         graph.replay()

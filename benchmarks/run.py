@@ -24,7 +24,7 @@ from results import render
 SHARES = {
     "encoder": 4,
     "generation": 3,
-    "training": 1,
+    "training": 4,
     "dense": 1,
     "cross_attention": 1,
     "attention": 2,

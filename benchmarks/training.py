@@ -3,11 +3,13 @@
 python benchmarks/training.py
 """
 
+import os
 import statistics
 import tempfile
 import time
 from collections.abc import Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 from encoder import release, verify
@@ -18,9 +20,24 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 TITLE = (
     "A training step through Trainer, base size, bf16 autocast, AdamW, no dropout: two documents of 16,384 tokens, "
-    "512 tokens of output; medians. Accumulated: documents a step that had to be taken one by one"
+    "512 tokens of output; medians. Accumulated: documents a step that had to be taken one by one. Compiled: "
+    '`torch_compile=True`; with graphs: `torch_compile_mode="reduce-overhead"` too. Compilation: what the first three '
+    "steps took beyond three others"
 )
 BATCH = 2
+EAGER, COMPILED, WITH_GRAPHS = "eager", "compiled", "compiled with graphs"
+# the most important first: a run that is short of time leaves out the last
+CASES = (
+    (COLT5, EAGER),
+    (COLT5, COMPILED),
+    (GLOBAL, EAGER),
+    (COLT5, WITH_GRAPHS),
+    (GLOBAL, COMPILED),
+    (LOCAL, EAGER),
+    (LOCAL, COMPILED),
+    (GLOBAL, WITH_GRAPHS),
+    (LOCAL, WITH_GRAPHS),
+)
 
 
 class RandomDocuments(torch.utils.data.Dataset):
@@ -50,14 +67,25 @@ class StepTimes(TrainerCallback):
         self.times.append(time.perf_counter())
 
 
-def measure(name: str, data: RandomDocuments, accumulated: int, steps: int, tiny: bool) -> Row:
+def compile_options(mode: str, tiny: bool) -> dict[str, Any]:
+    """The arguments of Trainer that a mode is."""
+    if mode == EAGER:
+        return {}
+    backend = {"torch_compile_backend": "eager"} if tiny else {}
+    graphs = {"torch_compile_mode": "reduce-overhead"} if mode == WITH_GRAPHS else {}
+    return {"torch_compile": True, **backend, **graphs}
+
+
+def measure(name: str, mode: str, data: RandomDocuments, accumulated: int, steps: int, tiny: bool) -> Row:
     """One row: a model trained a few steps, of which the first three warm up."""
     on_gpu = DEVICE.type == "cuda"
+    torch.compiler.reset()
     release()
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     times = StepTimes()
-    with tempfile.TemporaryDirectory() as folder:
+    # Trainer tells Accelerate about compilation in the environment, where the next row would find it
+    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ):
         training_arguments = TrainingArguments(
             folder,
             per_device_train_batch_size=BATCH // accumulated,
@@ -69,39 +97,55 @@ def measure(name: str, data: RandomDocuments, accumulated: int, steps: int, tiny
             save_strategy="no",
             logging_steps=1000,
             disable_tqdm=True,
+            **compile_options(mode, tiny),
         )
         trainer = Trainer(make_seq2seq(name, tiny), training_arguments, train_dataset=data, callbacks=[times])
+        start = time.perf_counter()
         loss = trainer.train().training_loss
     assert 0 < loss < 1000, f"the loss is {loss}"
     step = statistics.median(b - a for a, b in zip(times.times[2:-1], times.times[3:], strict=True))
+    compilation = {} if mode == EAGER else {"compilation s": times.times[2] - start - 3 * step}
     return {
         "step ms": 1e3 * step,
         "input tokens/s": data.inputs.shape[1] * BATCH / step,
         "peak MiB": torch.cuda.max_memory_allocated() / 2**20 if on_gpu else None,
+        **compilation,
     }
 
 
+def measure_fitting(name: str, mode: str, data: RandomDocuments, table: Table, steps: int, tiny: bool) -> None:
+    """The rows of one model in one mode: with the whole batch, and with its documents one by one where that is too
+    much. A mode that fails otherwise says so."""
+    for accumulated in (1, 2):
+        row: Row = {"model": name, "mode": mode, "batch": BATCH, "accumulated": accumulated}
+        row["input"] = data.inputs.shape[1]
+        try:
+            row |= measure(name, mode, data, accumulated, steps, tiny)
+        except torch.cuda.OutOfMemoryError:
+            row["note"] = "out of memory"
+        except Exception as error:  # noqa: BLE001 - one that does not compile must not lose the others' numbers
+            row["note"] = f"{type(error).__name__}: {str(error)[:200]}"
+        table.add(row)
+        # a replay of the second document's gradients would write over the first one's
+        if row.get("note") != "out of memory" or mode == WITH_GRAPHS:
+            return
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Verify, then train a few steps of each model; one that does not fit takes its documents one by one."""
+    """Verify, then train a few steps of each model in each mode."""
     options = parse(make_parser(__doc__), arguments)
     length, target_length, steps = (64, 8, 6) if options.tiny else (16_384, 512, 12)
     vocab_size = (TINY if options.tiny else BASE)["vocab_size"]
     data = RandomDocuments(BATCH * steps, length, target_length, vocab_size)
     verify(options.tiny)
     table = Table("training", TITLE, options)
-    for name in (COLT5, GLOBAL, LOCAL):
+    cases = [case for case in CASES if not options.tiny or case[1] != WITH_GRAPHS]
+    for position, (name, mode) in enumerate(cases):
         if time.perf_counter() > options.deadline:
-            table.note(f"Not measured for lack of time: {name}.")
-            continue
-        for accumulated in (1, 2):
-            row: Row = {"model": name, "batch": BATCH, "accumulated": accumulated, "input": length}
-            try:
-                row |= measure(name, data, accumulated, steps, options.tiny)
-            except torch.cuda.OutOfMemoryError:
-                row["note"] = "out of memory"
-            table.add(row)
-            if "note" not in row:
-                break
+            rest = ", ".join(f"{name} {mode}" for name, mode in cases[position:])
+            table.note(f"Not measured for lack of time: {rest}.")
+            break
+        measure_fitting(name, mode, data, table, steps, options.tiny)
     table.finish()
 
 

@@ -137,7 +137,7 @@ class CoLT5LayerSelfAttention(nn.Module):
         past_key_values: Cache | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[batch, n, d_model] → the same shape, and the attention weights."""
-        normed, _ = self.layer_norm(hidden_states)
+        normed, _ = self.layer_norm(hidden_states, for_products=True)
         output, weights = self.SelfAttention(normed, position_bias, mask, past_key_values)
         return clamp_half(hidden_states + self.dropout(output)), weights
 
@@ -159,7 +159,7 @@ class CoLT5LayerCrossAttention(nn.Module):
         past_key_values: Cache | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[batch, n, d_model] → the same shape, and the attention weights."""
-        normed, _ = self.layer_norm(hidden_states)
+        normed, _ = self.layer_norm(hidden_states, for_products=True)
         output, weights = self.EncDecAttention(normed, encoder_hidden_states, encoder_mask, past_key_values)
         return clamp_half(hidden_states + self.dropout(output)), weights
 
@@ -175,7 +175,7 @@ class CoLT5LayerFF(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[batch, n, d_model] → the same shape."""
-        normed, _ = self.layer_norm(hidden_states)
+        normed, _ = self.layer_norm(hidden_states, for_products=True)
         return clamp_half(hidden_states + self.dropout(self.DenseReluDense(normed)))
 
 

@@ -5,11 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils.generic import maybe_autocast
 
 from .attention_ops import local_attention, routed_attention
 from .configuration_colt5 import CoLT5Config
-from .layers_colt5 import CoLT5Attention, CoLT5DenseActDense, CoLT5LayerNorm, clamp_half, project
+from .layers_colt5 import CoLT5Attention, CoLT5DenseActDense, CoLT5LayerNorm, clamp_half, product_dtype, project
 from .local_attention_reference import local_attention_reference
 from .outputs_colt5 import CoLT5LayerRouting
 from .routed_attention_reference import routed_attention_reference
@@ -58,13 +57,10 @@ class CoLT5MergingLayerNorm(CoLT5LayerNorm):
         separate = (dropout.training and dropout.p > 0) or residual.dtype == torch.float16
         if separate or routed is None or heavy is None:
             merged = branches.merge(dropout, kernel_backend)
-            return merged, *super().forward(merged, weights, kernel_backend)
+            return merged, *super().forward(merged, weights, kernel_backend, for_products=True)
         routing = (routed.indices, routed.valid, routed.weights)
-        # autocast would take the scores' product in half precision
-        with maybe_autocast(residual.device.type, enabled=False):
-            return combine_norm_scores(
-                residual, branches.light, heavy, *routing, self.weight, weights, self.eps, kernel_backend
-            )
+        parts = (residual, branches.light, heavy, *routing)
+        return combine_norm_scores(*parts, self.weight, weights, self.eps, kernel_backend, product_dtype(residual))
 
 
 class CoLT5LocalAttention(CoLT5Attention):
@@ -137,12 +133,13 @@ class CoLT5LayerConditionalAttention(nn.Module):
             keys/values; the routed queries are the parts' `routed`.
         """
         if plan.attention is None or heavy_bias_table is None:
-            normed, _ = self.layer_norm(hidden_states, None, plan.kernel_backend)
+            normed, _ = self.layer_norm(hidden_states, None, plan.kernel_backend, for_products=True)
             light, light_weights = self.light_attention(normed, light_bias_table, plan)
             return Branches(hidden_states, light, None, None), light_weights, None, None
 
         routers = (self.query_router, self.key_value_router)
-        normed, scores = self.layer_norm(hidden_states, router_weights(*routers), plan.kernel_backend)
+        weights = router_weights(*routers)
+        normed, scores = self.layer_norm(hidden_states, weights, plan.kernel_backend, for_products=True)
         with plan.heavy():
             queries, keys = run_routers(routers, normed, scores, plan, plan.attention)
             normed, query_states, key_value_states = share_and_gather(

@@ -1,6 +1,8 @@
 """Repeated inference replayed as CUDA graphs: a call then costs the host microseconds instead of milliseconds."""
 
+import contextlib
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
@@ -9,8 +11,12 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+from transformers.utils import logging
 
 from .kernel_backend import runs_eagerly
+
+logger = logging.get_logger(__name__)
 
 # beyond so many tokens the GPU takes longer than the host, and a graph's memory is no longer small
 MOST_TOKENS = 2**16
@@ -18,13 +24,27 @@ MOST_TOKENS = 2**16
 MOST_GRAPHS = 8
 # calls of one kind before its graph is made: kernels are compiled by then, and lengths that come once make none
 CALLS_BEFORE = 2
+# kinds of call that are counted
+MOST_COUNTED = 8 * MOST_GRAPHS
+
+# torch's layers, Transformers' activations, and this code as a package or out of a repository
+_PLAIN = ("torch.nn.modules.", "transformers.activations.", __name__.rpartition(".")[0] + ".")
 
 
 @dataclass
 class _Recording:
+    """A graph, the tensors that it reads and the one that it writes.
+
+    Args:
+        place: the device and the stream that it is replayed on.
+        done: the newest replay's end.
+    """
+
     graph: torch.cuda.CUDAGraph
     inputs: list[Tensor | None]
     output: Tensor
+    place: tuple[torch.device, int]
+    done: torch.cuda.Event
 
     def replay(self, inputs: tuple[Tensor | None, ...]) -> Tensor:
         for static, given in zip(self.inputs, inputs, strict=True):
@@ -32,58 +52,121 @@ class _Recording:
                 static.copy_(given)
         self.graph.replay()
         # the next replay writes where this one did
-        return self.output.clone()
+        output = self.output.clone()
+        self.done.record(torch.cuda.current_stream(output.device))
+        return output
+
+    def __del__(self) -> None:
+        # expandable segments go back to the device when the stream of the recording is idle; replays run on another
+        with contextlib.suppress(Exception):
+            if not torch.cuda.is_current_stream_capturing():
+                self.done.synchronize()
+
+
+class _Parts:
+    """A module's parts, and where its weights lie: a look at them takes a fifth of a walk over the module.
+
+    `weights` is None where the kernels are not those of plain layers in evaluation: hooks (offloading, sharding),
+    adapters and quantised weights do more than a graph would replay.
+    """
+
+    def __init__(self, module: nn.Module):
+        parts = list(module.modules())
+        # a module that held itself would never be freed
+        self.parts = [weakref.ref(part) for part in parts]
+        self.state = self.look(parts)
+        self.weights: tuple[int, ...] | None = None
+        if all(map(_is_plain, parts)):
+            self.weights = tuple(p.data_ptr() for part in parts for p in part._parameters.values() if p is not None)
+
+    @staticmethod
+    def look(parts: list[nn.Module]) -> list[Any]:
+        """All that the parts' kernels depend on, but the weights' values: classes, children, patches, hooks, modes,
+        which parameters there are and where they lie. It runs at every call."""
+        state: list[Any] = [*map(type, parts)]
+        for number, part in enumerate(parts):
+            own = part.__dict__
+            if own["_modules"]:
+                state += map(id, own["_modules"].values())
+            for parameter in own["_parameters"].values():
+                if parameter is not None:
+                    state += (id(parameter), parameter.data_ptr())
+            if own["_forward_hooks"]:
+                state += own["_forward_hooks"]
+            if own["_forward_pre_hooks"] or own["training"] or "forward" in own:
+                state.append(number)
+        return state
+
+    def are_current(self) -> bool:
+        """Whether nothing has changed since they were walked over."""
+        parts = [part() for part in self.parts]
+        return None not in parts and self.look(parts) == self.state  # type: ignore[arg-type]
+
+
+def _is_plain(part: nn.Module) -> bool:
+    # Transformers leaves its hooks for `output_hidden_states` and the like in place, idle
+    hooks = {hook.__name__ for hook in part._forward_hooks.values()} - {"output_capturing_hook"}
+    return (
+        f"{type(part).__module__}.".startswith(_PLAIN)
+        and "forward" not in part.__dict__
+        and not (hooks or part._forward_pre_hooks or part.training)
+        and all(type(parameter) is nn.Parameter for parameter in part._parameters.values() if parameter is not None)
+    )
 
 
 @dataclass
 class _Recordings:
-    """Of one module: how often each kind of call came, the graphs, and the memory that they share."""
+    """Of one module: its parts, how often each kind of call came, and the graphs."""
 
+    parts: _Parts
     calls: OrderedDict[Hashable, int] = field(default_factory=OrderedDict)
     graphs: OrderedDict[Hashable, _Recording] = field(default_factory=OrderedDict)
-    pools: dict[int, Any] = field(default_factory=dict)
+    # recordings that were ever made
+    made: int = 0
+    # whether one failed: then there will be no other
+    failed: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def is_due(self, kind: Hashable) -> bool:
+        """Count a call of a kind without a graph; whether it came often enough to get one.
+
+        Once the places are taken, each graph that takes another's makes the next one wait for a call more: lengths
+        that come in turn, more of them than places, would otherwise record at every call.
+        """
+        before = self.calls.pop(kind, 0)
+        self.calls[kind] = before + 1
+        if len(self.calls) > MOST_COUNTED:
+            self.calls.popitem(last=False)
+        return before >= CALLS_BEFORE + max(0, self.made - MOST_GRAPHS)
+
+    def keep(self, kind: Hashable, recording: _Recording) -> None:
+        """Add a graph, in the place of the least recently used where there is none left."""
+        del self.calls[kind]
+        self.graphs[kind] = recording
+        self.made += 1
+        if len(self.graphs) > MOST_GRAPHS:
+            self.graphs.popitem(last=False)
 
 
 _recordings: WeakKeyDictionary[nn.Module, _Recordings] = WeakKeyDictionary()
-
-
-def _weights(module: nn.Module) -> tuple[int, ...] | None:
-    """Where the module's parameters lie; None where its kernels are not those of its plain layers.
-
-    Hooks (offloading, sharding), adapters and quantised weights do more than a graph would replay.
-    """
-    addresses = []
-    for part in module.modules():
-        if type(part).__module__.partition(".")[0] not in _PLAIN or "forward" in part.__dict__:
-            return None
-        if part._forward_pre_hooks or part._backward_hooks:
-            return None
-        # Transformers leaves its hooks for `output_hidden_states` and the like in place, idle
-        if any(hook.__name__ != "output_capturing_hook" for hook in part._forward_hooks.values()):
-            return None
-        for parameter in part._parameters.values():
-            if parameter is None:
-                continue
-            if type(parameter) is not nn.Parameter:
-                return None
-            addresses.append(parameter.data_ptr())
-    return tuple(addresses)
-
-
-# torch's layers, Transformers' activations, and this code as a package or out of a repository
-_PLAIN = {"torch", "transformers", __name__.partition(".")[0]}
+# One recording at a time, on a stream of its own on each device: a pool's memory belongs to the stream that took it.
+# PyTorch's own stream for captures is of one device, and a graph that goes takes the workspaces of that stream along
+_recording_now = threading.Lock()
+_streams: dict[torch.device, torch.cuda.Stream] = {}
+# PyTorch may go on asking a graph whose recording broke off
+_broken: list[torch.cuda.CUDAGraph] = []
 
 
 def replayed(module: nn.Module, settings: Hashable, call: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
     """`call(*inputs)`; from the third call of a kind on, a replay of the CUDA graph of its kernels.
 
-    A graph is of one kind of call: shapes, dtypes, settings, stream, and where the weights lie, which may change their
-    values. Whatever a graph does not have takes the ordinary way: gradients, training, autocast, tracing, hooks,
-    adapters, sharded or quantised weights, a second thread while the first one runs.
+    A graph is of one kind of call: shapes, dtypes, settings, stream, PyTorch's switches for matrix products, and where
+    the weights lie, which may change their values. Whatever a graph does not have takes the ordinary way: gradients,
+    training, autocast, tracing, hooks, adapters, sharded or quantised weights, a second thread while the first one
+    runs. So does everything after a recording that failed, with a warning.
 
     Args:
-        module: whose parameters `call` reads; all of its parts are looked at.
+        module: whose parameters `call` reads; all of its parts are looked at, their plain attributes excepted.
         settings: everything else that decides what `call` computes.
         call: from the inputs to one tensor, without synchronisation.
         inputs: on CUDA, the first [batch, n, ...]; None for what is absent.
@@ -94,61 +177,100 @@ def replayed(module: nn.Module, settings: Hashable, call: Callable[..., Tensor],
     first = inputs[0]
     if (
         not runs_eagerly()
-        or first is None
+        or type(first) is not Tensor
         or not first.is_cuda
         or module.training
         or torch.is_grad_enabled()
         or first.shape[0] * first.shape[1] > MOST_TOKENS
         or first.numel() == 0
         or torch.is_autocast_enabled("cuda")
+        or torch_module._has_any_global_hook()
         or torch.cuda.is_current_stream_capturing()
     ):
         return call(*inputs)
-    weights = _weights(module)
-    if weights is None:
-        return call(*inputs)
-    recordings = _recordings.setdefault(module, _Recordings())
-    if not recordings.lock.acquire(blocking=False):
+    recordings = _recordings.get(module)
+    if recordings is None:
+        recordings = _recordings.setdefault(module, _Recordings(_Parts(module)))
+    if recordings.failed or not recordings.lock.acquire(blocking=False):
         return call(*inputs)
     try:
-        stream = torch.cuda.current_stream(first.device).cuda_stream
-        shapes = tuple(None if tensor is None else (tensor.shape, tensor.dtype, tensor.device) for tensor in inputs)
-        # a tensor made in inference mode can be written in inference mode alone
-        modes = (stream, torch.is_inference_mode_enabled(), torch.get_float32_matmul_precision())
-        kind = (shapes, settings, modes, weights)
-        recording = recordings.graphs.get(kind)
-        if recording is not None:
-            recordings.graphs.move_to_end(kind)
-            return recording.replay(inputs)
-        calls = recordings.calls.pop(kind, 0)
-        recordings.calls[kind] = calls + 1
-        if len(recordings.calls) > 8 * MOST_GRAPHS:
-            recordings.calls.popitem(last=False)
-        if calls < CALLS_BEFORE:
-            return call(*inputs)
-        recording = _record(call, inputs, recordings.pools, stream)
-        recordings.graphs[kind] = recording
-        if len(recordings.graphs) > MOST_GRAPHS:
-            recordings.graphs.popitem(last=False)
-        return recording.replay(inputs)
+        recording = _find(recordings, module, settings, call, inputs)
+        return call(*inputs) if recording is None else recording.replay(inputs)
     finally:
         recordings.lock.release()
 
 
+def _find(
+    recordings: _Recordings,
+    module: nn.Module,
+    settings: Hashable,
+    call: Callable[..., Tensor],
+    inputs: tuple[Tensor | None, ...],
+) -> _Recording | None:
+    """The graph of this kind of call, a new one where it is due; None for none yet, or none ever."""
+    if not recordings.parts.are_current():
+        recordings.parts = _Parts(module)
+    if recordings.parts.weights is None:
+        return None
+    device = next(tensor.device for tensor in inputs if tensor is not None)
+    place = (device, torch.cuda.current_stream(device).cuda_stream)
+    shapes = tuple(None if tensor is None else (tensor.shape, tensor.dtype, tensor.device) for tensor in inputs)
+    # a tensor made in inference mode can be written in inference mode alone
+    modes = (torch.is_inference_mode_enabled(), torch.are_deterministic_algorithms_enabled(), *_matmul_modes())
+    kind = (shapes, settings, place, modes, recordings.parts.weights)
+    recording = recordings.graphs.get(kind)
+    if recording is not None:
+        recordings.graphs.move_to_end(kind)
+    elif recordings.is_due(kind) and _recording_now.acquire(blocking=False):
+        try:
+            # one memory for all graphs of a place: they never run at once, and their outputs are copied out. It goes
+            # with the last of them, so that there is no handle to keep
+            pools = [other.graph.pool() for other in recordings.graphs.values() if other.place == place]
+            recording = _record(call, inputs, pools[0] if pools else None, place)
+        finally:
+            _recording_now.release()
+        if recording is None:
+            recordings.failed = True
+        else:
+            recordings.keep(kind, recording)
+    return recording
+
+
+def _matmul_modes() -> tuple[Any, ...]:
+    matmul = torch.backends.cuda.matmul
+    return (
+        matmul.fp32_precision,
+        matmul.allow_fp16_reduced_precision_reduction,
+        matmul.allow_bf16_reduced_precision_reduction,
+    )
+
+
 def _record(
-    call: Callable[..., Tensor], inputs: tuple[Tensor | None, ...], pools: dict[int, Any], stream: int
-) -> _Recording:
-    # one memory for all graphs of a stream: they never run at once, and their outputs are copied out
-    pool = pools.setdefault(stream, torch.cuda.graph_pool_handle())
-    static = [None if tensor is None else tensor.clone() for tensor in inputs]
+    call: Callable[..., Tensor], inputs: tuple[Tensor | None, ...], pool: Any, place: tuple[torch.device, int]
+) -> _Recording | None:
+    """Record a call; None where that fails: the ordinary call then works, or says what is wrong."""
+    device = place[0]
+    if device not in _streams:
+        _streams[device] = torch.cuda.Stream(device)
     graph = torch.cuda.CUDAGraph()
-    # cuBLAS keeps a workspace for each stream and frees it when Inductor records graphs of its own. One that was there
-    # before would be freed under this graph; so the graph makes its own, in its own memory, and leaves none behind
+    # PyTorch keeps a cuBLAS workspace for each stream that a product ran on, wherever it was first needed, and frees
+    # it when Inductor records graphs of its own, or when another graph of the stream goes. One that was there before
+    # could be freed under this graph; so the graph makes its own, in its own memory, and leaves none behind
     torch._C._cuda_clearCublasWorkspaces()
     try:
-        # other threads may go on allocating
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            output = call(*static)
+        # the outer context gives device and stream back where the end of the recording fails; other threads may go on
+        # allocating
+        with torch.cuda.stream(torch.cuda.current_stream(device)):
+            static = [None if tensor is None else tensor.clone() for tensor in inputs]
+            with torch.cuda.graph(graph, pool=pool, stream=_streams[device], capture_error_mode="thread_local"):
+                output = call(*static)
+    except Exception as error:  # noqa: BLE001 - out of memory, or a layer that synchronises: both work without a graph
+        _broken.append(graph)
+        logger.warning(
+            f"recording a CUDA graph failed, inference goes on without: {type(error).__name__}: {error}\n"
+            "config.use_cuda_graphs = False does not try"
+        )
+        return None
     finally:
         torch._C._cuda_clearCublasWorkspaces()
-    return _Recording(graph, static, output)
+    return _Recording(graph, static, output, place, torch.cuda.Event())

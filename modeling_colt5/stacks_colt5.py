@@ -258,8 +258,12 @@ class CoLT5Encoder(CoLT5PreTrainedModel):
         plan = RoutingPlan.make(self.config, hidden_states, mask)
         light_bias_table = self.light_relative_attention_bias()
         heavy_bias_table = None if self.config.routing == "none" else self.heavy_relative_attention_bias()
-        for block in self.block:
-            hidden_states = block(hidden_states, light_bias_table, heavy_bias_table, plan)[0]
+        try:
+            for block in self.block:
+                hidden_states = block(hidden_states, light_bias_table, heavy_bias_table, plan)[0]
+        finally:
+            # the recording of a CUDA graph that an error breaks off can end only with all of its streams joined
+            plan.join()
         return self.final_layer_norm(hidden_states, None, plan.kernel_backend)[0]
 
 

@@ -79,7 +79,7 @@ def combine_norm_kernel(
     tl.store(rstd_ptr + batch * n + positions, rstd, mask=position_mask)
     norm_weight = tl.load(norm_weight_ptr + columns, mask=column_mask, other=0.0).to(tl.float32)
     normed = norm_rows(rows, rstd, norm_weight, norm_weight_ptr.dtype.element_ty, residual_ptr.dtype.element_ty)
-    tl.store(normed_ptr + offsets, normed, mask=mask)
+    tl.store(normed_ptr + offsets, normed.to(normed_ptr.dtype.element_ty), mask=mask)
     if ROUTERS > 0:
         routers = tl.arange(0, ROUTER_BLOCK)
         vectors = tl.load(
@@ -212,12 +212,14 @@ def combine_norm(
     norm_weight: Tensor,
     router_weights: Tensor | None,
     eps: float,
+    wanted_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`token_ops_reference.combine_norm` as one launch."""
     batch, n, d = residual.shape
     routers = 0 if router_weights is None else router_weights.shape[0]
     hidden = torch.empty(0 if light is None else residual.shape, device=residual.device, dtype=residual.dtype)
-    normed = torch.empty(residual.shape, device=residual.device, dtype=normed_dtype(residual.dtype, norm_weight.dtype))
+    dtype = normed_dtype(residual.dtype, norm_weight.dtype, wanted_dtype)
+    normed = torch.empty(residual.shape, device=residual.device, dtype=dtype)
     rstd = torch.empty(batch, n, device=residual.device, dtype=torch.float32)
     scores = torch.empty((batch, routers, n) if routers else 0, device=residual.device, dtype=torch.float32)
     rows, block, warps = tile_shape(d)

@@ -148,17 +148,18 @@ def _fake_combine_norm(
     norm_weight: Tensor,
     router_weights: Tensor | None,
     eps: float,
+    wanted_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, n, _ = residual.shape
     hidden = residual.new_empty(0) if light is None else residual.new_empty(residual.shape)
-    normed = residual.new_empty(residual.shape, dtype=normed_dtype(residual.dtype, norm_weight.dtype))
+    normed = residual.new_empty(residual.shape, dtype=normed_dtype(residual.dtype, norm_weight.dtype, wanted_dtype))
     wide = torch.promote_types(residual.dtype, torch.float32)
     scores = (0,) if router_weights is None else (batch, router_weights.shape[0], n)
     return hidden, normed, residual.new_empty(batch, n, dtype=wide), residual.new_empty(scores, dtype=wide)
 
 
 def _save_combine_norm(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
-    residual, light, heavy, indices, valid, weights, norm_weight, router_weights, _ = inputs
+    residual, light, heavy, indices, valid, weights, norm_weight, router_weights, *_ = inputs
     hidden, _, rstd, _ = outputs
     ctx.mark_non_differentiable(rstd)
     ctx.light_dtype = None if light is None else light.dtype
@@ -175,7 +176,7 @@ def _backward_combine_norm(
     grad, grad_norm_weight, grad_router = _norm_backward(
         grad_hidden, grad_normed, grad_scores, states, rstd, norm_weight, router_weights
     )
-    last = grad_norm_weight, None if router_weights is None else grad_router, None
+    last = grad_norm_weight, None if router_weights is None else grad_router, None, None
     if ctx.light_dtype is None:
         return grad, None, None, None, None, None, *last
     return grad, grad.to(ctx.light_dtype), *_scatter_gradients(ctx, grad, 2, heavy, indices, valid, weights), *last
@@ -183,7 +184,8 @@ def _backward_combine_norm(
 
 _combine_norm = Operator(
     "token_combine_norm(Tensor residual, Tensor? light, Tensor? heavy, Tensor? indices, Tensor? valid, "
-    "Tensor? weights, Tensor norm_weight, Tensor? router_weights, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? weights, Tensor norm_weight, Tensor? router_weights, float eps, ScalarType? wanted_dtype) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
     _kernel_or(combine_norm_reference),
     _fake_combine_norm,
     _save_combine_norm,
@@ -372,6 +374,7 @@ def rms_norm_scores(
     router_weights: Tensor | None,
     eps: float,
     kernel_backend: str = "auto",
+    wanted_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """T5's RMSNorm (no mean, no bias, fp32 statistics) and the normalised states' products with router vectors.
 
@@ -382,13 +385,15 @@ def rms_norm_scores(
         router_weights: one learned vector a router `[routers, d]`, or None for a norm alone.
         eps: added to the mean square.
         kernel_backend: see `kernel_backend.uses_triton`, here and in the functions below.
+        wanted_dtype: of the normalised states: None for the weight's where that is half precision and else the hidden
+            states'. The scores are those of the states before the rounding to another.
 
     Returns:
-        The normalised states `[batch, n, d]`, in the weight's dtype where that is half precision and else in the
-        hidden states', and the scores `[batch, routers, n]` in fp32 (float64 for float64), contiguous, or None.
+        The normalised states `[batch, n, d]` and the scores `[batch, routers, n]` in fp32 (float64 for float64),
+        contiguous, or None.
     """
     run = _combine_norm if uses_triton(hidden_states, kernel_backend) else combine_norm_reference
-    _, normed, _, scores = run(hidden_states, None, None, None, None, None, weight, router_weights, eps)
+    _, normed, _, scores = run(hidden_states, None, None, None, None, None, weight, router_weights, eps, wanted_dtype)
     return normed, None if router_weights is None else scores
 
 
@@ -417,6 +422,7 @@ def combine_norm_scores(
     router_weights: Tensor | None,
     eps: float,
     kernel_backend: str = "auto",
+    wanted_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """`combine_branches` and, in the same pass, `rms_norm_scores` of its result: the step between two sublayers.
 
@@ -426,7 +432,7 @@ def combine_norm_scores(
     """
     run = _combine_norm if uses_triton(residual, kernel_backend) else combine_norm_reference
     hidden_states, normed, _, scores = run(
-        residual, light, heavy, indices, valid, weights, norm_weight, router_weights, eps
+        residual, light, heavy, indices, valid, weights, norm_weight, router_weights, eps, wanted_dtype
     )
     return hidden_states, normed, None if router_weights is None else scores
 

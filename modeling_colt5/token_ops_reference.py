@@ -18,9 +18,10 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def normed_dtype(hidden_dtype: torch.dtype, weight_dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the normalised states: a half-precision weight's, as in T5, or else the hidden states'."""
-    return weight_dtype if weight_dtype in HALF_DTYPES else hidden_dtype
+def normed_dtype(hidden_dtype: torch.dtype, weight_dtype: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
+    """The dtype of the normalised states: what is wanted, or a half-precision weight's, as in T5, or else the hidden
+    states'."""
+    return wanted or (weight_dtype if weight_dtype in HALF_DTYPES else hidden_dtype)
 
 
 def flat_rows(indices: Tensor, length: int) -> Tensor:
@@ -104,7 +105,7 @@ def norm(hidden_states: Tensor, rstd: Tensor, weight: Tensor) -> Tensor:
     normed = hidden_states.to(rstd.dtype) * rstd[..., None]
     if weight.dtype in HALF_DTYPES:
         normed = normed.to(weight.dtype)
-    return (weight * normed).to(normed_dtype(hidden_states.dtype, weight.dtype))
+    return (weight * normed).to(normed_dtype(hidden_states.dtype, weight.dtype, None))
 
 
 def mean_square(hidden_states: Tensor) -> Tensor:
@@ -125,6 +126,7 @@ def combine_norm(
     norm_weight: Tensor,
     router_weights: Tensor | None,
     eps: float,
+    wanted_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The combined states, their norm and their router scores.
 
@@ -134,6 +136,7 @@ def combine_norm(
         norm_weight: `[d]`.
         router_weights: `[routers, d]` or None.
         eps: added to the mean square.
+        wanted_dtype: of the normalised states, where it is not `normed_dtype`'s; scores are of the states before.
 
     Returns:
         The combined states `[batch, n, d]` (empty without `light`), the normalised states `[batch, n, d]`, the
@@ -147,12 +150,13 @@ def combine_norm(
         )
     rstd = torch.rsqrt(mean_square(hidden) + eps).to(dtype)
     normed = norm(hidden, rstd, norm_weight)
+    returned = normed if wanted_dtype is None else normed.to(wanted_dtype)
     if router_weights is None:
-        return combined, normed, rstd, rstd.new_empty(0)
+        return combined, returned, rstd, rstd.new_empty(0)
     # not as a matrix product, whose rounding differs with a row's place: equal tokens must get equal scores
     wide = normed.to(dtype)
     scores = [(wide * vector).sum(-1) for vector in router_weights.to(dtype).unbind(0)]
-    return combined, normed, rstd, torch.stack(scores, 1)
+    return combined, returned, rstd, torch.stack(scores, 1)
 
 
 def router_scores(hidden_states: Tensor, router_weights: Tensor) -> Tensor:

@@ -1,12 +1,17 @@
 """Inference as CUDA graphs: the same outputs, whatever changes between calls; no graph where one would lie."""
 
+import gc
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from models import pad, random_ids, tiny_config
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from modeling_colt5 import CoLT5EncoderModel, CoLT5ForConditionalGeneration
+from modeling_colt5 import CoLT5EncoderModel, CoLT5ForConditionalGeneration, encoder_layers_colt5
 from modeling_colt5 import inference_graphs as graphs
 
 
@@ -97,6 +102,107 @@ def test_lengths_that_come_once_make_no_graph_and_the_number_of_graphs_is_bounde
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_encoder_of_another_device_than_the_current_one(model):
+    model.to("cuda:1")
+    with torch.no_grad():
+        for batch in batches(torch.device("cuda:1"), 5):
+            assert torch.equal(model(**batch).last_hidden_state, ordinary(model, **batch))
+    assert count_graphs(model) == 1 and torch.cuda.current_device() == 0
+
+
+def test_switches_of_matrix_products_are_looked_at_by_either_of_their_names():
+    matmul, before = torch.backends.cuda.matmul, graphs._matmul_modes()
+    given = matmul.fp32_precision
+    try:
+        # PyTorch's older question about the precision is an error after this
+        matmul.fp32_precision = "tf32"
+        assert graphs._matmul_modes() != before
+    finally:
+        matmul.fp32_precision = given
+
+
+def record_all(kinds: list[int]) -> tuple[int, int]:
+    """How many recordings and how many replays a sequence of calls has, by the book-keeping alone."""
+    recordings = graphs._Recordings(graphs._Parts(nn.Linear(1, 1)))
+    replays = 0
+    for kind in kinds:
+        if kind in recordings.graphs:
+            recordings.graphs.move_to_end(kind)
+            replays += 1
+        elif recordings.is_due(kind):
+            recordings.keep(kind, None)
+    assert len(recordings.graphs) <= graphs.MOST_GRAPHS and len(recordings.calls) <= graphs.MOST_COUNTED
+    return recordings.made, replays
+
+
+def test_more_lengths_than_places_do_not_record_at_every_call():
+    few, many = graphs.MOST_GRAPHS, 20
+    assert record_all(list(range(few)) * 100) == (few, (100 - 1 - graphs.CALLS_BEFORE) * few)
+    made, replays = record_all(list(range(many)) * 100)
+    # a recording costs some ten calls: it must be rare
+    assert made < 4 * many and replays > 20 * many
+    # all lengths differ
+    assert record_all(list(range(5000)) * 2) == (0, 0)
+
+
+def test_after_a_change_of_lengths_the_new_ones_get_graphs():
+    made, replays = record_all([*list(range(8)) * 50, *list(range(8, 16)) * 50])
+    assert made == 16 and replays > 8 * 80
+
+
+@pytest.mark.gpu
+def test_recording_that_fails_leaves_the_ordinary_call(model, device, monkeypatch, messages):
+    run_routers = encoder_layers_colt5.run_routers
+
+    def failing(*args):
+        # where two streams are in use, the worst place
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("not while recording")
+        return run_routers(*args)
+
+    monkeypatch.setattr(encoder_layers_colt5, "run_routers", failing)
+    (batch,) = batches(device, 1)
+    with torch.no_grad():
+        outputs = [model(**batch).last_hidden_state for _ in range(5)]
+        assert torch.equal(outputs[-1], ordinary(model, **batch))
+    assert count_graphs(model) == 0 and messages.text.count("not while recording") == 1
+    assert not torch.cuda.is_current_stream_capturing()
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+
+
+@pytest.mark.gpu
+def test_memory_of_a_model_that_goes_comes_back(device):
+    def use() -> None:
+        model = CoLT5EncoderModel(tiny_config(use_cuda_graphs=True)).to(device).eval()
+        for batch in batches(device, 4):
+            with torch.no_grad():
+                model(**batch)
+        assert count_graphs(model) == 1
+
+    use()
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    for _ in range(3):
+        use()
+    gc.collect()
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() <= before
+
+
+# half a minute each, most of it compilation and as many rounds as there is time for
+@pytest.mark.gpu
+@pytest.mark.parametrize(("kind", "seconds"), [("rounds", 45), ("threads", 10)])
+def test_replays_beside_everything_else_that_makes_graphs(kind, seconds):
+    script = Path(__file__).parent / "graphs_together.py"
+    run = subprocess.run(
+        [sys.executable, str(script), kind, str(seconds)], capture_output=True, text=True, timeout=400, check=False
+    )
+    assert run.returncode == 0 and f" {kind}" in run.stdout, run.stdout + run.stderr[-6000:]
+
+
+@pytest.mark.gpu
 def test_generation_reads_with_a_replayed_encoder(device):
     model = CoLT5ForConditionalGeneration(tiny_config()).to(device).eval()
     (batch,) = batches(device, 1)
@@ -109,13 +215,13 @@ def test_generation_reads_with_a_replayed_encoder(device):
 
 
 def test_plain_layers_may_be_replayed(model):
-    assert graphs._weights(model.encoder) is not None
+    assert graphs._Parts(model.encoder).weights is not None
 
 
 def test_idle_hooks_of_recorded_outputs_do_not_stand_in_the_way(model, device):
     model(input_ids=random_ids(1, 20).to(device), output_hidden_states=True, output_routing=True)
     assert model.encoder.block[0]._forward_hooks
-    assert graphs._weights(model.encoder) is not None
+    assert graphs._Parts(model.encoder).weights is not None
 
 
 def hooked(model: CoLT5EncoderModel) -> nn.Module:
@@ -149,4 +255,4 @@ def quantised(model: CoLT5EncoderModel) -> nn.Module:
 
 @pytest.mark.parametrize("change", [hooked, pre_hooked, patched, adapted, quantised])
 def test_whatever_does_more_than_plain_layers_is_not_replayed(model, change):
-    assert graphs._weights(change(model)) is None
+    assert graphs._Parts(change(model)).weights is None

@@ -13,7 +13,7 @@ from transformers.models.t5.modeling_t5 import T5Attention, T5LayerNorm
 from modeling_colt5 import CoLT5EncoderModel, CoLT5ForConditionalGeneration
 from modeling_colt5.decoder_layers_colt5 import CoLT5CrossAttention, CoLT5SelfAttention
 from modeling_colt5.encoder_layers_colt5 import CoLT5LayerConditionalFF, CoLT5LocalAttention, CoLT5RoutedAttention
-from modeling_colt5.layers_colt5 import CoLT5Attention, CoLT5LayerNorm, clamp_half
+from modeling_colt5.layers_colt5 import CoLT5Attention, CoLT5LayerNorm, clamp_half, product_dtype
 from modeling_colt5.router_colt5 import CoLT5Router
 from modeling_colt5.routing import routed_budget, routed_capacity
 
@@ -295,6 +295,11 @@ def test_norm_scores_are_fp32_under_autocast():
     assert scores_under_autocast.dtype == torch.float32
     torch.testing.assert_close(scores_under_autocast, scores, rtol=0, atol=0)
     torch.testing.assert_close(under_autocast, normed, rtol=0, atol=0)
+    # what products alone read is rounded as they would round it, and without autocast not at all
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(norm(states, for_products=True)[0], normed.to(torch.bfloat16))
+    assert torch.equal(norm(states, for_products=True)[0], normed)
+    assert product_dtype(states.double()) is None
     expected = torch.einsum("bnd,rd->brn", normed.double(), routers.double())
     # fp32 sums of 32 products of size up to 10
     torch.testing.assert_close(scores.double(), expected, rtol=1e-5, atol=1e-5)

@@ -255,6 +255,33 @@ def test_mixed_precision(device: torch.device) -> None:
     assert_close(results, values_and_gradients(run(exact, factors.double(), "torch"), exact), torch.bfloat16)
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_normalised_states_in_another_dtype_are_rounded_once_and_the_scores_are_not(
+    backend: str, device: torch.device
+) -> None:
+    # fp16, as Triton's interpreter cuts bfloat16 off instead of rounding it
+    indices, valid, weights = routing(*ROUTINGS["first"], LENGTH, device)
+    exact = leaves(torch.float32, device, (BATCH, LENGTH, 32), (BATCH, LENGTH, 32), (BATCH, 9, 32), (32,), (2, 32))
+    residual, light, heavy, norm_weight, routers = cast(exact, torch.float32)
+    routed = (indices, valid, weights.float())
+    for run in (
+        lambda dtype: rms_norm_scores(residual, norm_weight, routers, EPS, backend, dtype),
+        lambda dtype: combine_norm_scores(residual, light, heavy, *routed, norm_weight, routers, EPS, backend, dtype)[
+            1:
+        ],
+    ):
+        normed, scores = run(None)
+        rounded, same_scores = run(torch.float16)
+        assert rounded.dtype == torch.float16 and torch.equal(rounded, normed.to(torch.float16))
+        assert torch.equal(scores, same_scores)
+        # the rounding's own gradient is the identity: what comes in is representable
+        grad = torch.randn_like(rounded)
+        inputs = (residual, norm_weight)
+        narrow = torch.autograd.grad(rounded, inputs, grad)
+        wide = torch.autograd.grad(normed, inputs, grad.float())
+        assert all(torch.equal(a, b) for a, b in zip(narrow, wide, strict=True))
+
+
 @pytest.mark.parametrize("programs", [4, pytest.param(GRADIENT_PROGRAMS, marks=needs_cuda)])
 def test_weight_gradients_are_summed_in_one_order(
     programs: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
@@ -324,10 +351,11 @@ def test_operators_are_registered_well(device: torch.device) -> None:
     nothing = (None, None, None)
     ops = torch.ops.colt5
     with torch.no_grad():
-        _, normed, rstd, scores = ops.token_combine_norm(residual, *[None] * 5, norm_weight, routers, EPS)
+        _, normed, rstd, scores = ops.token_combine_norm(residual, *[None] * 5, norm_weight, routers, EPS, None)
     samples: list[tuple[torch._ops.OpOverload, tuple[object, ...]]] = [
-        (ops.token_combine_norm.default, (residual, light, heavy, *routed, norm_weight, routers, EPS)),
-        (ops.token_combine_norm.default, (residual, *[None] * 5, norm_weight, None, EPS)),
+        (ops.token_combine_norm.default, (residual, light, heavy, *routed, norm_weight, routers, EPS, None)),
+        (ops.token_combine_norm.default, (residual, *[None] * 5, norm_weight, None, EPS, None)),
+        (ops.token_combine_norm.default, (residual, *[None] * 5, norm_weight, routers, EPS, torch.bfloat16)),
         (ops.token_norm_backward.default, (normed, None, scores, residual.detach(), rstd, norm_weight.detach(),
                                            routers.detach())),
         (ops.token_combine.default, (residual, light, heavy, *routed, None, *nothing, 12)),

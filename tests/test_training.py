@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from models import pad, tiny_config, tiny_model
+from models import pad, random_ids, tiny_config, tiny_model
 from peft import AutoPeftModelForSeq2SeqLM, LoraConfig, PeftModel, TaskType, get_peft_model
 from torch import nn
+from torch._dynamo.utils import counters
 from torch.utils.data import Dataset
 from transformers import (
     Seq2SeqTrainer,
@@ -296,6 +297,44 @@ def test_lora_with_gradient_checkpointing(model_class: type[nn.Module], use_reen
         automatic = AutoPeftModelForSeq2SeqLM.from_pretrained(tmp_path / "adapter").eval()
         ids = {name: batch[name] for name in ("input_ids", "attention_mask")}
         assert torch.equal(automatic.generate(**ids, max_new_tokens=4), model.generate(**ids, max_new_tokens=4))
+
+
+# Dynamo and AOT autograd trace two layers and a decoder's: five seconds
+def test_trainer_compiles_one_graph_and_never_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under autocast, over batches of one shape and other tokens, lengths and numbers of labels."""
+    data = []
+    for index, length in enumerate((30, 24, 30, 17, 12, 30, 29, 7)):
+        ids = random_ids(length)
+        labels = torch.full((6,), -100)
+        labels[: 1 + index % 6] = ids[: 1 + index % 6]
+        data.append({name: row[0] for name, row in pad([ids], length=30).items()} | {"labels": labels})
+
+    def train(**options: Any) -> float:
+        arguments = TrainingArguments(
+            str(tmp_path),
+            per_device_train_batch_size=2,
+            max_steps=4,
+            bf16=True,
+            use_cpu=True,
+            report_to=[],
+            save_strategy="no",
+            disable_tqdm=True,
+            **options,
+        )
+        torch.manual_seed(0)
+        model = tiny_model(num_decoder_layers=1)
+        return Trainer(model, arguments, train_dataset=data).train().training_loss
+
+    expected = train()
+    # Trainer tells Accelerate in the environment, which must be as before afterwards
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")
+    torch._dynamo.reset()
+    counters.clear()
+    loss = train(torch_compile=True, torch_compile_backend="aot_eager")
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+    assert counters["frames"] == {"total": 1, "ok": 1}
+    # bf16: the compiler rounds elsewhere, and few tokens change sides
+    assert loss == pytest.approx(expected, rel=0.02)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
