@@ -29,8 +29,8 @@ def launch(
     Triton inspects every argument of every call, which takes the host longer than most kernels here take the GPU
     (docs/operators.md). What it looks for is looked at here once more, only faster: dtypes, None, integers that are 1
     or multiples of 16 or beyond 32 bits, and the constants. Where a tensor is not aligned to 16 bytes or on another
-    device, or Triton interprets, it is left to Triton. Else the kernel gets addresses for tensors: of each tensor Triton
-    would ask the driver where it lies.
+    device, or Triton interprets, it is left to Triton. Else the kernel gets addresses in place of tensors, because
+    Triton's launcher would ask the driver about every tensor.
 
     Args:
         kernel: a function under `triton.jit`, its constants the last of its parameters.
