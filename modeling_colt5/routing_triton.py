@@ -9,7 +9,7 @@ import torch
 
 from .kernel_launch import cdiv, launch, next_power_of_2
 from .routing_gradient_triton import descent_backward_kernel, route_backward_kernel, slot_sums_kernel
-from .routing_grid_triton import histogram_kernel, newton_kernel, select_kernel
+from .routing_grid_triton import RECORD, finish_kernel, histogram_kernel, newton_kernel, select_kernel
 from .routing_row_triton import route_row_kernel
 
 LONGEST_ROW = 16384
@@ -18,8 +18,6 @@ MOST_TOKENS = 1 << 24
 SHORTEST_BLOCK = 2048
 # slots that one program of the backward sums by itself
 SLOTS_OF_A_PART = 4096
-# log-Newton passes of the grid; docs/soft_topk.md counts what rows of many kinds need
-NEWTON_PASSES = 10
 HISTOGRAM_WIDTH = 7 * 256 + 16
 
 
@@ -30,6 +28,14 @@ def _row_warps(block: int) -> int:
 def _grid_block(n: int) -> int:
     """Tokens of a program: enough that a row has at most 1,024 programs, for which sums over blocks are short."""
     return max(SHORTEST_BLOCK, next_power_of_2(cdiv(n, 1024)))
+
+
+def _solver_passes(n: int) -> int:
+    """Passes of the grid's solver, at least 4: two in the search's last launches, the others after it.
+
+    Few rows need more (docs/soft_topk.md); they get them from one program, which is slow where a row is long.
+    """
+    return 5 if n <= 1 << 18 else 7
 
 
 def kernels_take(n: int, solver: str) -> bool:
@@ -86,27 +92,27 @@ def route_forward(
 
     block = _grid_block(max(n, capacity))
     blocks = cdiv(max(n, capacity), block)
-    sums_width = 6 * blocks + 4 * (NEWTON_PASSES + 1)
+    passes = _solver_passes(n)
+    sums_width = 6 * blocks + 1 + RECORD.value * (passes + 2)
     work = indices.new_zeros((rows, HISTOGRAM_WIDTH), dtype=torch.int32)
     sums = state.new_empty((rows, sums_width))
     grid = (rows * blocks,)
-    shape = (*score_strides, *mask_strides, n, capacity, soft_topk_ratio)
-    for level in range(4):
-        launch(
-            histogram_kernel, grid,
-            *inputs, work, *shape, blocks, HISTOGRAM_WIDTH, *given, level, block, num_warps=8,
-        )  # fmt: skip
+    shape = (*score_strides, *mask_strides, n, capacity, soft_topk_ratio, epsilon, blocks, HISTOGRAM_WIDTH, sums_width)
     padded = max(16, next_power_of_2(blocks))
-    for step in range(NEWTON_PASSES + 1):
-        launch(
-            newton_kernel, grid,
-            *inputs, work, sums, *shape, epsilon, blocks, HISTOGRAM_WIDTH, sums_width, step,
-            *given, min(step, 2), block, padded, num_warps=8,
-        )  # fmt: skip
+    for level in range(4):
+        launch(histogram_kernel, grid, *inputs, work, sums, *shape, *given, level, block, padded, num_warps=8)
+    for step in range(3, passes + 1):
+        launch(newton_kernel, grid, *inputs, work, sums, *shape, step, *given, step == 3, block, padded, num_warps=8)
+    launch(
+        finish_kernel, (rows,),
+        scores, mask, inputs[-1], sums, *score_strides, *mask_strides, n, epsilon, blocks, sums_width,
+        passes + 1, *given[1:], 8192, padded, num_warps=16,
+    )  # fmt: skip
     launch(
         select_kernel, grid,
-        *inputs, weights, indices, valid, state, work, sums, *shape, epsilon,
-        blocks, HISTOGRAM_WIDTH, sums_width, NEWTON_PASSES, *given, block, padded, num_warps=8,
+        scores, mask, inputs[-1], weights, indices, valid, state, work, sums, *score_strides, *mask_strides,
+        n, capacity, epsilon, blocks, HISTOGRAM_WIDTH, sums_width, passes + 1,
+        *given[1:], block, padded, num_warps=8,
     )  # fmt: skip
     return weights, indices, valid, state
 

@@ -199,6 +199,18 @@ def test_search_finds_any_rank_of_any_scores(kernels, device, kind):
             assert routed.valid[row].sum() == count
 
 
+def test_rows_that_need_more_passes_get_them(device, monkeypatch):
+    """With the fewest passes of the grid that there may be, the rest is left to the kernel that finishes."""
+    monkeypatch.setattr(routing_triton, "LONGEST_ROW", 0)
+    monkeypatch.setattr(routing_triton, "SHORTEST_BLOCK", 512)
+    monkeypatch.setattr(routing_triton, "_solver_passes", lambda n: 4)
+    normal = torch.randn(1500, device=device)
+    two_peaks = normal + 20 * (torch.rand(1500, device=device) < 0.1)
+    rows = torch.stack((normal, two_peaks, normal.exp() * 3, torch.zeros_like(normal)))
+    for epsilon in (1.0, 0.1):
+        check_against_reference(rows, 0.1, epsilon=epsilon)
+
+
 def test_kernels_give_the_gradient_of_a_soft_budget(kernels, device):
     scores = torch.randn(3, 300, device=device)
     check_against_reference(scores, soft_budget=torch.tensor([20.0, 7.5, 400.0], device=device))
