@@ -86,7 +86,7 @@ def _find_rank(keys, rank, real_tokens, mean, deviation):
         low, high, from_low, beyond_high = _narrow(low, high, from_low, beyond_high, third, from_third, rank)
         low, high, from_low, beyond_high = _narrow(low, high, from_low, beyond_high, fourth, from_fourth, rank)
         left = from_low - beyond_high
-        if (left <= FEW_KEYS) | (2 * left > within):
+        if (from_low != rank) & ((left <= FEW_KEYS) | (2 * left > within)):
             largest = tl.where(keys <= high, keys, LOWEST_KEY)
             # the complement turns the order around
             smallest = tl.where(keys >= low, ~keys, LOWEST_KEY)
