@@ -82,12 +82,14 @@ class _Parts:
     @staticmethod
     def look(parts: list[nn.Module]) -> list[Any]:
         """All that the parts' kernels depend on, but the weights' values: classes, children, patches, hooks, modes,
-        which parameters there are and where they lie. It runs at every call."""
+        which parameters and buffers there are, and where the parameters lie. It runs at every call."""
         state: list[Any] = [*map(type, parts)]
         for number, part in enumerate(parts):
             own = part.__dict__
             if own["_modules"]:
                 state += map(id, own["_modules"].values())
+            if own["_buffers"]:
+                state += map(id, own["_buffers"].values())
             for parameter in own["_parameters"].values():
                 if parameter is not None:
                     state += (id(parameter), parameter.data_ptr())

@@ -37,10 +37,19 @@ def relative_position_bucket(
 class CoLT5RelativePositionBias(nn.Embedding):
     """The learned bias of one attention branch, shared by all layers of a stack: [num_buckets, num_heads]."""
 
+    bucket: torch.Tensor
+
     def __init__(self, num_heads: int, num_buckets: int, max_distance: int, bidirectional: bool):
         super().__init__(num_buckets, num_heads)
         self.max_distance = max_distance
         self.bidirectional = bidirectional
+        # twenty operations that are always the same; checkpoints have no need of it
+        self.register_buffer("bucket", self.make_buckets(), persistent=False)
+
+    def make_buckets(self) -> torch.Tensor:
+        """The bucket of each distance from -max_distance to max_distance, int64 on the default device."""
+        distance = torch.arange(-self.max_distance, self.max_distance + 1)
+        return relative_position_bucket(distance, self.bidirectional, self.num_embeddings, self.max_distance)
 
     def forward(self) -> torch.Tensor:  # type: ignore[override]
         """The bias by distance: fp32 (float64 in a float64 model), [num_heads, 2 * max_distance + 1].
@@ -48,9 +57,7 @@ class CoLT5RelativePositionBias(nn.Embedding):
         Entry max_distance + d is the bias of a key d positions after its query. All distances from max_distance on
         share a bucket, so that clamped distances lose nothing.
         """
-        distance = torch.arange(-self.max_distance, self.max_distance + 1, device=self.weight.device)
-        bucket = relative_position_bucket(distance, self.bidirectional, self.num_embeddings, self.max_distance)
-        table = super().forward(bucket).transpose(0, 1).contiguous()
+        table = super().forward(self.bucket).transpose(0, 1).contiguous()
         return table if table.dtype == torch.float64 else table.float()
 
 

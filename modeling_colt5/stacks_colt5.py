@@ -76,6 +76,8 @@ class CoLT5PreTrainedModel(PreTrainedModel):
             init.constant_(module.weight, factor)
         elif isinstance(module, CoLT5RelativePositionBias):
             init.normal_(module.weight, mean=0.0, std=factor * d_model)
+            # a model that is loaded begins without data
+            init.copy_(module.bucket, module.make_buckets())
         elif isinstance(module, CoLT5Router):
             if hasattr(module, "weight"):
                 init.normal_(module.weight, mean=0.0, std=factor * d_model)

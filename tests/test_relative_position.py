@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from models import tiny_model
 from transformers import T5Config
 from transformers.models.t5.modeling_t5 import T5Attention
 
+from modeling_colt5 import CoLT5EncoderModel
 from modeling_colt5.relative_position import (
     CoLT5RelativePositionBias,
     bias_by_position,
@@ -88,3 +90,14 @@ def test_table_is_fp32_or_better_and_differentiable(dtype):
     bucket = T5Attention._relative_position_bucket(torch.arange(-20, 21), True, 8, 20)
     counts = torch.bincount(bucket, minlength=8).to(dtype)
     assert torch.equal(bias.weight.grad, counts[:, None].expand(8, 2))
+
+
+def test_a_loaded_models_buckets_are_made_anew(tmp_path):
+    model = tiny_model(CoLT5EncoderModel)
+    model.save_pretrained(tmp_path)
+    assert not [name for name in model.state_dict() if "bucket" in name]
+    bias = CoLT5EncoderModel.from_pretrained(tmp_path).encoder.light_relative_attention_bias
+    distance = torch.arange(-bias.max_distance, bias.max_distance + 1)
+    config = model.config
+    sizes = (config.relative_attention_num_buckets, config.relative_attention_max_distance)
+    assert torch.equal(bias.bucket, T5Attention._relative_position_bucket(distance, True, *sizes))
