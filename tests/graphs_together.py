@@ -29,9 +29,7 @@ VOCABULARY = 512
 def make(model_class: type, seed: int) -> torch.nn.Module:
     torch.manual_seed(seed)
     sizes = {"d_model": 256, "d_kv": 32, "d_ff": 256, "light_d_ff": 256, "heavy_d_ff": 1024, "num_heads": 4}
-    config = CoLT5Config(
-        **sizes, vocab_size=VOCABULARY, num_layers=2, num_decoder_layers=2, dropout_rate=0.0, use_cuda_graphs=True
-    )
+    config = CoLT5Config(**sizes, vocab_size=VOCABULARY, num_layers=2, num_decoder_layers=2, dropout_rate=0.0)
     return model_class(config).to(DEVICE, DTYPE).eval()
 
 
