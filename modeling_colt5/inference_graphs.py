@@ -1,7 +1,9 @@
 """Repeated inference replayed as CUDA graphs: a call then costs the host microseconds instead of milliseconds."""
 
 import contextlib
+import functools
 import threading
+import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
@@ -12,11 +14,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
-from transformers.utils import logging
 
 from .kernel_backend import runs_eagerly
-
-logger = logging.get_logger(__name__)
 
 # beyond so many tokens the GPU takes longer than the host, and a graph's memory is no longer small
 MOST_TOKENS = 2**16
@@ -151,12 +150,21 @@ class _Recordings:
 
 
 _recordings: WeakKeyDictionary[nn.Module, _Recordings] = WeakKeyDictionary()
-# One recording at a time, on a stream of its own on each device: a pool's memory belongs to the stream that took it.
-# PyTorch's own stream for captures is of one device, and a graph that goes takes the workspaces of that stream along
 _recording_now = threading.Lock()
-_streams: dict[torch.device, torch.cuda.Stream] = {}
 # PyTorch may go on asking a graph whose recording broke off
 _broken: list[torch.cuda.CUDAGraph] = []
+
+
+@functools.cache
+def graph_stream(device: torch.device, branch: int) -> torch.cuda.Stream:
+    """A stream for what is recorded on a device, the same one for each branch of all graphs.
+
+    Memory belongs to the stream that took it: so graphs share theirs. PyTorch hands its streams out in turn, 32 of a
+    priority, and what somebody else launches on a stream that records is recorded too: so it is one of a priority that
+    few ask for. PyTorch's own stream for captures is of one device, and a graph that goes takes the cuBLAS workspaces
+    of its stream along.
+    """
+    return torch.cuda.Stream(device, priority=-1)
 
 
 def replayed(module: nn.Module, settings: Hashable, call: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
@@ -252,8 +260,6 @@ def _record(
 ) -> _Recording | None:
     """Record a call; None where that fails: the ordinary call then works, or says what is wrong."""
     device = place[0]
-    if device not in _streams:
-        _streams[device] = torch.cuda.Stream(device)
     graph = torch.cuda.CUDAGraph()
     # PyTorch keeps a cuBLAS workspace for each stream that a product ran on, wherever it was first needed, and frees
     # it when Inductor records graphs of its own, or when another graph of the stream goes. One that was there before
@@ -264,13 +270,17 @@ def _record(
         # allocating
         with torch.cuda.stream(torch.cuda.current_stream(device)):
             static = [None if tensor is None else tensor.clone() for tensor in inputs]
-            with torch.cuda.graph(graph, pool=pool, stream=_streams[device], capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=pool, stream=graph_stream(device, 0), capture_error_mode="thread_local"):
                 output = call(*static)
     except Exception as error:  # noqa: BLE001 - out of memory, or a layer that synchronises: both work without a graph
+        with contextlib.suppress(Exception):
+            graph.reset()
         _broken.append(graph)
-        logger.warning(
-            f"recording a CUDA graph failed, inference goes on without: {type(error).__name__}: {error}\n"
-            "config.use_cuda_graphs = False does not try"
+        warnings.warn(
+            f"recording a CUDA graph failed, the encoder is called without ({type(error).__name__}: {error}); "
+            "config.use_cuda_graphs = False tries none",
+            RuntimeWarning,
+            stacklevel=2,
         )
         return None
     finally:
