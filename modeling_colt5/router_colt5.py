@@ -11,6 +11,7 @@ from transformers.integrations import use_kernel_forward_from_hub
 from transformers.utils import is_kernels_available
 
 from .configuration_colt5 import CoLT5Config
+from .inference_graphs import graph_stream
 from .kernel_backend import is_capturing, triton_is_available, uses_triton
 from .routing import RoutedTokens, route, routed_budget, routed_capacity
 
@@ -106,7 +107,7 @@ class RoutingPlan:
             )
 
         if hidden_states.is_cuda and not torch.is_grad_enabled() and is_capturing():
-            plan.side = torch.cuda.Stream(hidden_states.device)
+            plan.side = graph_stream(hidden_states.device, 1)
         plan.attention = budget(config.routed_query_fraction, config.routed_key_value_fraction)
         plan.feed_forward = budget(config.routed_feed_forward_fraction)
         return plan

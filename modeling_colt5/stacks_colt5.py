@@ -20,7 +20,7 @@ from .configuration_colt5 import CoLT5Config
 from .cross_routing_colt5 import CoLT5CrossRouting
 from .decoder_layers_colt5 import CoLT5DecoderBlock
 from .encoder_layers_colt5 import CoLT5EncoderBlock
-from .inference_graphs import graph_stream, replayed
+from .inference_graphs import replayed
 from .kernel_backend import runs_eagerly, uses_triton
 from .layers_colt5 import CoLT5Attention, CoLT5DenseActDense, CoLT5LayerNorm
 from .outputs_colt5 import CoLT5DecoderOutput, CoLT5EncoderOutput
@@ -258,8 +258,6 @@ class CoLT5Encoder(CoLT5PreTrainedModel):
     def run_blocks(self, hidden_states: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """All layers and the last norm: [batch, n, d_model] and a bool mask [batch, n] → [batch, n, d_model]."""
         plan = RoutingPlan.make(self.config, hidden_states, mask)
-        if plan.side is not None:
-            plan.side = graph_stream(hidden_states.device, 1)
         light_bias_table = self.light_relative_attention_bias()
         heavy_bias_table = None if self.config.routing == "none" else self.heavy_relative_attention_bias()
         try:
