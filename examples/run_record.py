@@ -1,4 +1,4 @@
-"""How a training script ends: metrics, the trainer's state, and a record of the run for the model card."""
+"""How a training script runs: train or resume, save, evaluate, and leave a record of the run for the model card."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -34,7 +34,7 @@ class RunRecord:
 
     @classmethod
     def load(cls, folder: Path) -> "RunRecord":
-        """The record that `finish` left in a folder."""
+        """The record that `run` left in a folder."""
         return cls(**json.loads((folder / RECORD).read_text(encoding="utf-8")))
 
 
@@ -52,10 +52,32 @@ SETTINGS = (
 )
 
 
-def finish(
-    trainer: Trainer, metrics: dict[str, float], task: str, data: str, dataset: str | None, base_model: str | None
-) -> None:
-    """Log and keep the metrics, and record the run; `trainer` is the run's, the rest as in `RunRecord`."""
+def save_whole(trainer: Trainer) -> None:
+    """Save the trained model for `from_pretrained`, also where FSDP writes its checkpoints in parts."""
+    if trainer.is_fsdp_enabled:
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+    trainer.save_model()
+
+
+def run(trainer: Trainer, task: str, data: str, dataset: str | None, base_model: str | None) -> dict[str, float]:
+    """Train where there are training data, evaluate where there are evaluation data, and keep what came out.
+
+    Args:
+        trainer: the run's; its `resume_from_checkpoint` names a checkpoint, or is "true" for the newest of its folder.
+        task, data, dataset, base_model: as in `RunRecord`.
+
+    Returns:
+        The metrics.
+    """
+    metrics: dict[str, float] = {}
+    if trainer.train_dataset is not None:
+        checkpoint = trainer.args.resume_from_checkpoint
+        if checkpoint is not None and checkpoint.lower() == "true":
+            checkpoint = True
+        metrics |= trainer.train(resume_from_checkpoint=checkpoint).metrics
+        save_whole(trainer)
+    if trainer.eval_dataset is not None:
+        metrics |= trainer.evaluate()
     trainer.log_metrics("all", metrics)
     trainer.save_metrics("all", metrics)
     trainer.save_state()
@@ -67,3 +89,4 @@ def finish(
     if trainer.is_world_process_zero():
         text = json.dumps(asdict(record), indent=1) + "\n"
         Path(trainer.args.output_dir, RECORD).write_text(text, encoding="utf-8")
+    return metrics

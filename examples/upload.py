@@ -29,6 +29,7 @@ PIPELINES = {
 METRICS = {
     "rouge1": "rouge",
     "rouge2": "rouge",
+    "rougeL": "rouge",
     "rougeLsum": "rouge",
     "exact_match": "exact_match",
     "f1": "f1",

@@ -35,7 +35,8 @@ def test_the_model_card_says_what_the_run_did(finished_run, tmp_path):
     results = json.loads((run / "all_results.json").read_text())
     assert card.data.license == "apache-2.0" and card.data.pipeline_tag == "question-answering"
     assert {result.metric_name: result.metric_value for result in card.data.eval_results} == {
-        name: round(results[f"eval_{name}"], 4) for name in ("rouge1", "rouge2", "rougeLsum", "exact_match", "f1")
+        name: round(results[f"eval_{name}"], 4)
+        for name in ("rouge1", "rouge2", "rougeL", "rougeLsum", "exact_match", "f1")
     }
     for text in (
         "rows.jsonl",
