@@ -11,15 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from data import DataArguments, check_rows, describe, load_rows, map_rows, number_labels
-from model_arguments import (
-    FineTunedModelArguments,
-    known_labels,
-    load_model,
-    load_tokenizer,
-    parse_arguments,
-    with_lora,
-)
-from run_record import run
+from model_arguments import FineTunedModelArguments, load_model, load_tokenizer, parse_arguments, with_lora
+from run_record import known_labels, run
 from transformers import (
     AutoModelForSequenceClassification,
     DataCollatorWithPadding,

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from transformers import (
-    AutoConfig,
     AutoTokenizer,
     HfArgumentParser,
     PreTrainedModel,
@@ -87,15 +86,6 @@ def load_tokenizer(arguments: ModelArguments, **kwargs: Any) -> PreTrainedTokeni
     if not isinstance(tokenizer, T5Tokenizer) or isinstance(tokenizer, CoLT5Tokenizer) and not kwargs:
         return tokenizer
     return CoLT5Tokenizer.from_pretrained(name, **kwargs)
-
-
-def known_labels(name: str | None) -> dict[str, int] | None:
-    """The numbers of a fine-tuned checkpoint's labels; None for one without, and for a new model."""
-    if name is None:
-        return None
-    config = AutoConfig.from_pretrained(name)
-    # what Transformers gives where nothing is said
-    return None if set(config.label2id) == {"LABEL_0", "LABEL_1"} else config.label2id
 
 
 def load_model(

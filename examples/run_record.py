@@ -6,7 +6,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer
+from transformers import AutoConfig, Trainer
+from transformers.utils import cached_file
 
 RECORD = "run.json"
 
@@ -23,6 +24,7 @@ class RunRecord:
         base_model: the checkpoint that training began with; None for a new model.
         settings: the arguments of `Trainer` that make a run another run.
         versions: of the packages.
+        labels: the numbers of a classifier's labels by name, which an adapter does not hold; None for other tasks.
     """
 
     task: str
@@ -31,6 +33,7 @@ class RunRecord:
     base_model: str | None
     settings: dict[str, Any]
     versions: dict[str, str]
+    labels: dict[str, int] | None
 
     @classmethod
     def load(cls, folder: Path) -> "RunRecord":
@@ -50,6 +53,22 @@ SETTINGS = (
     "fp16",
     "seed",
 )
+
+
+def known_labels(name: str | None) -> dict[str, int] | None:
+    """The numbers of a fine-tuned checkpoint's labels, of an adapter's too; None for one without, and for a new model.
+
+    Args:
+        name: a folder or Hub id.
+    """
+    if name is None:
+        return None
+    record = cached_file(name, RECORD, _raise_exceptions_for_missing_entries=False)
+    if record is not None:
+        return RunRecord.load(Path(record).parent).labels
+    labels = AutoConfig.from_pretrained(name).label2id
+    # what Transformers gives where nothing is said
+    return None if labels.keys() == {"LABEL_0", "LABEL_1"} else labels
 
 
 def save_whole(trainer: Trainer) -> None:
@@ -85,7 +104,8 @@ def run(trainer: Trainer, task: str, data: str, dataset: str | None, base_model:
     settings = {name: arguments[name] for name in SETTINGS if arguments[name] not in (False, None)}
     settings |= {"steps": trainer.state.global_step, "processes": trainer.args.world_size}
     versions = {name: version(name) for name in ("torch", "transformers")}
-    record = RunRecord(task, data, dataset, base_model, settings, versions)
+    labels = trainer.model.config.label2id if task.endswith("classification") else None
+    record = RunRecord(task, data, dataset, base_model, settings, versions, labels)
     if trainer.is_world_process_zero():
         text = json.dumps(asdict(record), indent=1) + "\n"
         Path(trainer.args.output_dir, RECORD).write_text(text, encoding="utf-8")

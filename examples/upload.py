@@ -94,11 +94,14 @@ def loading(folder: Path, repository: str) -> tuple[str, list[str]]:
         ]
     else:
         use = ["print(model(**batch).logits.shape)"]
+    # an adapter's folder has no configuration of the model to hold the names
+    labels = RunRecord.load(folder).labels if package == "peft" else None
+    names = "" if labels is None else f", id2label={dict((number, name) for name, number in labels.items())}"
     lines = [
         *imports,
         "",
         f'tokenizer = AutoTokenizer.from_pretrained("{repository}", trust_remote_code=True)',
-        f'model = {auto_class}.from_pretrained("{repository}", trust_remote_code=True)',
+        f'model = {auto_class}.from_pretrained("{repository}"{names}, trust_remote_code=True)',
         'batch = tokenizer("A long document.", return_tensors="pt")',
         *use,
     ]

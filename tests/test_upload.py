@@ -8,8 +8,10 @@ import sys
 import uuid
 from pathlib import Path
 
+import finetune_classification
 import finetune_seq2seq
 import pytest
+import torch
 import upload
 from example_runs import FAST, REPOSITORY, ROWS, TOKENIZER, seq2seq_arguments, write_rows
 from huggingface_hub import ModelCard
@@ -68,17 +70,38 @@ def test_an_unfinished_run_is_not_uploaded(file, message, finished_run, tmp_path
     assert not (run / "README.md").exists()
 
 
-def test_an_adapters_card_loads_it_with_peft(tmp_path):
+@pytest.mark.parametrize("labels", [None, 3], ids=["summaries", "classes"])
+def test_an_adapters_card_loads_it_with_peft(labels, tmp_path):
+    """A classifier's labels too, which its base model does not know."""
     CoLT5ForConditionalGeneration(tiny_config(vocab_size=8192)).save_pretrained(tmp_path / "base")
     AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(tmp_path / "base")
-    file = write_rows(tmp_path / "rows.jsonl", ROWS)
+    rows = ROWS if labels is None else [row | {"label": "xyz"[i % labels]} for i, row in enumerate(ROWS)]
+    file = write_rows(tmp_path / "rows.jsonl", rows)
     arguments = [*FAST, "--model_name_or_path", str(tmp_path / "base"), "--train_file", file, "--lora", "true"]
-    finetune_seq2seq.main([*arguments, "--max_steps", "1", "--output_dir", str(tmp_path / "out")])
+    arguments += ["--max_steps", "1", "--output_dir", str(tmp_path / "out")]
+    if labels is None:
+        finetune_seq2seq.main(arguments)
+    else:
+        finetune_classification.main([*arguments, "--text_column", "document"])
     upload.main([str(tmp_path / "out"), str(tmp_path / "out"), "--dry-run"])
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert card.data.library_name == "peft" and "Not evaluated" in card.text
     # the repository's name here is the folder's, so that the card's own lines load it
-    exec(code_block(card.text), {})
+    namespace = {}
+    exec(code_block(card.text), namespace)
+    if labels is not None:
+        assert namespace["model"].config.id2label == {0: "x", 1: "y", 2: "z"}
+        # evaluation alone, of the second label, knows it too
+        write_rows(tmp_path / "rows.jsonl", [rows[1]])
+        arguments = [*FAST, "--model_name_or_path", str(tmp_path / "out"), "--validation_file", file]
+        arguments += ["--text_column", "document", "--output_dir", str(tmp_path / "evaluated")]
+        with torch.no_grad():
+            logits = (
+                namespace["model"].eval()(**namespace["tokenizer"](rows[1]["document"], return_tensors="pt")).logits
+            )
+        # fp32, the row padded to a multiple of 128
+        expected = -logits.log_softmax(-1)[0, 1].item()
+        assert finetune_classification.main(arguments)["eval_loss"] == pytest.approx(expected, rel=1e-4)
 
 
 def code_block(text: str) -> str:
