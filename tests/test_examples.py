@@ -17,7 +17,7 @@ import pytest
 import text_metrics
 import torch
 from datasets import Dataset, DatasetDict
-from example_runs import FAST, NEW_MODEL, ROWS, TOKENIZER, seq2seq_arguments, write_rows
+from example_runs import FAST, NEW_MODEL, ROWS, TINY_T5, TOKENIZER, seq2seq_arguments, write_rows
 from models import pad, tiny_model
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -39,16 +39,6 @@ TASKS: dict[ModuleType, tuple[list[dict[str, Any]], list[str]]] = {
     finetune_seq2seq: (ROWS, ["--max_target_length", "8"]),
     finetune_classification: ([{"text": row["document"], "label": "ab"[i % 2]} for i, row in enumerate(ROWS)], []),
     finetune_token_classification: ([{"tokens": ["x", "returns", "argument"], "tags": [0, 1, 0]}] * 4, []),
-}
-
-TINY_T5 = {
-    "vocab_size": 8192,
-    "d_model": 32,
-    "d_kv": 8,
-    "d_ff": 48,
-    "num_layers": 1,
-    "num_heads": 4,
-    "decoder_start_token_id": 0,
 }
 
 

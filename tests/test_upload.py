@@ -13,10 +13,10 @@ import finetune_seq2seq
 import pytest
 import torch
 import upload
-from example_runs import FAST, REPOSITORY, ROWS, TOKENIZER, seq2seq_arguments, write_rows
+from example_runs import FAST, REPOSITORY, ROWS, TINY_T5, TOKENIZER, seq2seq_arguments, write_rows
 from huggingface_hub import ModelCard
 from models import tiny_config
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
 
 from modeling_colt5 import CoLT5ForConditionalGeneration
 
@@ -71,7 +71,7 @@ def test_an_unfinished_run_is_not_uploaded(file, message, finished_run, tmp_path
 
 
 @pytest.mark.parametrize("labels", [None, 3], ids=["summaries", "classes"])
-def test_an_adapters_card_loads_it_with_peft(labels, tmp_path):
+def test_an_adapters_card_loads_it_with_peft(labels, tmp_path, capsys):
     """A classifier's labels too, which its base model does not know."""
     CoLT5ForConditionalGeneration(tiny_config(vocab_size=8192)).save_pretrained(tmp_path / "base")
     AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(tmp_path / "base")
@@ -84,6 +84,10 @@ def test_an_adapters_card_loads_it_with_peft(labels, tmp_path):
     else:
         finetune_classification.main([*arguments, "--text_column", "document"])
     upload.main([str(tmp_path / "out"), str(tmp_path / "out"), "--dry-run"])
+    # nobody else has the base model
+    with pytest.raises(SystemExit):
+        upload.main([str(tmp_path / "out"), "someone/reader"])
+    assert "upload that first, and give --base-model someone/base" in capsys.readouterr().err
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert card.data.library_name == "peft" and "Not evaluated" in card.text
     # the repository's name here is the folder's, so that the card's own lines load it
@@ -128,7 +132,37 @@ def test_upload_to_the_hub_and_the_cards_own_lines(hub_environment, finished_run
     assert {"README.md", "model.safetensors", "tokenizer.json", "run.json", "modeling_colt5.py", "routing.py"} <= files
     assert not [file for file in files if file.startswith("checkpoint-") or file == "training_args.bin"]
     # as somebody without the package
-    block = code_block((run / "README.md").read_text())
     hidden = f"import sys; sys.path.insert(0, {str(REPOSITORY / 'tests')!r})\n"
     hidden += "import hub_steps; hub_steps.Hidden(['modeling_colt5'])\n"
-    python("-c", hidden + block)
+    python("-c", hidden + code_block((run / "README.md").read_text()))
+
+    # an adapter for it, trained on the folder, loaded from the Hub
+    rows = write_rows(tmp_path / "rows.jsonl", ROWS)
+    arguments = [*FAST, "--model_name_or_path", str(run), "--train_file", rows, "--lora", "true", "--max_steps", "1"]
+    finetune_seq2seq.main([*arguments, "--output_dir", str(tmp_path / "adapter")])
+    command = [str(REPOSITORY / "examples" / "upload.py"), str(tmp_path / "adapter"), f"{repository}-adapter"]
+    python(*command, "--base-model", repository)
+    shutil.rmtree(run)
+    card = ModelCard.load(tmp_path / "adapter" / "README.md")
+    assert card.data.base_model == repository and f"from `{repository}`" in card.text
+    python("-c", hidden + code_block(card.text))
+
+
+def test_conversion_by_hub_id(hub_environment, tmp_path):
+    """As somebody who knows a T5 by its name only."""
+    source = T5ForConditionalGeneration(T5Config(**TINY_T5))
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+    environment = hub_environment | {"PYTHONPATH": str(REPOSITORY)}
+    for part in (source, tokenizer):
+        part.save_pretrained(tmp_path / "t5")
+    push = "import sys, huggingface_hub as h; api = h.HfApi(); name = api.whoami()['name'] + '/' + sys.argv[2]; "
+    push += "api.create_repo(name); api.upload_folder(repo_id=name, folder_path=sys.argv[1]); print(name)"
+    command = [sys.executable, "-c", push, str(tmp_path / "t5"), f"t5-{uuid.uuid4().hex[:8]}"]
+    name = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
+    shutil.rmtree(tmp_path / "t5")
+    command = [sys.executable, str(REPOSITORY / "examples" / "convert_t5.py"), name, str(tmp_path / "colt5")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    model = CoLT5ForConditionalGeneration.from_pretrained(tmp_path / "colt5")
+    assert torch.equal(model.shared.weight, source.shared.weight)
+    assert AutoTokenizer.from_pretrained(tmp_path / "colt5").get_vocab() == tokenizer.get_vocab()
