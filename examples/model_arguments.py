@@ -12,6 +12,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     T5Tokenizer,
 )
+from transformers.utils import find_adapter_config_file
 
 from modeling_colt5 import CoLT5Config, CoLT5Tokenizer
 from modeling_colt5.router_colt5 import CoLT5Router
@@ -88,6 +89,23 @@ def load_tokenizer(arguments: ModelArguments, **kwargs: Any) -> PreTrainedTokeni
     return CoLT5Tokenizer.from_pretrained(name, **kwargs)
 
 
+def load_checkpoint(name: str, auto_class: Any, **kwargs: Any) -> Any:
+    """The model of a folder or Hub id; of an adapter's, its base model with the adapter on it, ready to be trained on.
+
+    Args:
+        name: the folder or Hub id.
+        auto_class: of the whole model.
+        kwargs: fields of the configuration.
+    """
+    if find_adapter_config_file(name) is None:
+        return auto_class.from_pretrained(name, **kwargs)
+    from peft import PeftConfig, PeftModel
+
+    # PEFT loads what it saved; Auto classes of older releases make routers and heads anew
+    base = auto_class.from_pretrained(PeftConfig.from_pretrained(name).base_model_name_or_path, **kwargs)
+    return PeftModel.from_pretrained(base, name, is_trainable=True)
+
+
 def load_model(
     arguments: ModelArguments, auto_class: Any, tokenizer: PreTrainedTokenizerBase, **kwargs: Any
 ) -> PreTrainedModel:
@@ -108,7 +126,7 @@ def load_model(
     if arguments.model_name_or_path is not None:
         if arguments.config_overrides is not None:
             raise ValueError("config_overrides is for a new model (--size); a checkpoint has its fields")
-        model = auto_class.from_pretrained(arguments.model_name_or_path, **kwargs)
+        model = load_checkpoint(arguments.model_name_or_path, auto_class, **kwargs)
     else:
         overrides = {"vocab_size": -(-len(tokenizer) // 64) * 64} | parse_overrides(arguments.config_overrides)
         model = auto_class.from_config(CoLT5Config.from_size(arguments.size, **(overrides | kwargs)))
@@ -130,10 +148,18 @@ def with_lora(model: PreTrainedModel, arguments: FineTunedModelArguments, task: 
         arguments: `lora` and `lora_rank`.
         task: PEFT's name of the task, such as "SEQ_2_SEQ_LM".
         heads: modules that are new and therefore train in full.
+
+    Raises:
+        ValueError: for a model that has adapters.
     """
     if not arguments.lora:
         return model
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    if isinstance(model, PeftModel):
+        raise ValueError(
+            "--model_name_or_path is an adapter already, which is trained further as it is: leave --lora out"
+        )
 
     # a router is one vector: adapters would be larger than it. PEFT saves what it is told of, and nothing else
     routers = [

@@ -118,6 +118,28 @@ def test_adapters_hold_all_that_is_trained(model_class, tmp_path):
         assert torch.equal(loaded(**batch).logits, expected)
 
 
+def test_an_adapter_is_evaluated_and_trained_further(tmp_path):
+    base = tmp_path / "base"
+    tiny_model(vocab_size=8192).save_pretrained(base)
+    AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(base)
+    file = write_rows(tmp_path / "rows.jsonl", ROWS)
+    common = [*FAST, "--validation_file", file, "--max_target_length", "8", "--save_strategy", "no"]
+    training = ["--train_file", file, "--max_steps", "2", "--learning_rate", "1e-1"]
+    adapter = tmp_path / "adapter"
+    run = [*common, *training, "--lora", "true", "--model_name_or_path", str(base), "--output_dir", str(adapter)]
+    trained = finetune_seq2seq.main(run)
+    again = [*common, "--model_name_or_path", str(adapter), "--output_dir"]
+    # the same operations on the same weights
+    assert finetune_seq2seq.main([*again, str(tmp_path / "evaluated")])["eval_loss"] == trained["eval_loss"]
+    further = tmp_path / "further"
+    finetune_seq2seq.main([*again, str(further), *training])
+    first, second = (load_file(folder / "adapter_model.safetensors") for folder in (adapter, further))
+    assert first.keys() == second.keys()
+    assert {name for name in first if torch.equal(first[name], second[name])} == set()
+    with pytest.raises(ValueError, match="is an adapter already"):
+        finetune_seq2seq.main([*again, str(further), *training, "--lora", "true"])
+
+
 def test_batches_are_grouped_by_length_and_padded_to_multiples(tmp_path, monkeypatch):
     shapes = []
 
