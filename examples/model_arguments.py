@@ -5,6 +5,7 @@ from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from transformers import (
     AutoTokenizer,
     HfArgumentParser,
@@ -92,11 +93,15 @@ def load_tokenizer(arguments: ModelArguments, **kwargs: Any) -> PreTrainedTokeni
 def load_checkpoint(name: str, auto_class: Any, **kwargs: Any) -> Any:
     """The model of a folder or Hub id; of an adapter's, its base model with the adapter on it, ready to be trained on.
 
+    In fp32, whatever it was saved in: AdamW's steps are smaller than what bf16 weights can hold. `--bf16 true` still
+    computes in bf16.
+
     Args:
         name: the folder or Hub id.
         auto_class: of the whole model.
         kwargs: fields of the configuration.
     """
+    kwargs = {"dtype": torch.float32, **kwargs}
     if find_adapter_config_file(name) is None:
         return auto_class.from_pretrained(name, **kwargs)
     from peft import PeftConfig, PeftModel

@@ -387,6 +387,15 @@ def test_fields_of_a_new_model_are_read_as_python():
         model_arguments.load_model(arguments, AutoModelForSeq2SeqLM, SimpleNamespace())
 
 
+def test_a_checkpoint_in_half_precision_is_trained_in_full(tmp_path):
+    tiny_model(vocab_size=8192, dtype=torch.bfloat16).save_pretrained(tmp_path / "half")
+    arguments = model_arguments.ModelArguments(model_name_or_path=str(tmp_path / "half"), query_fraction=0.5)
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+    model = model_arguments.load_model(arguments, AutoModelForSeq2SeqLM, tokenizer)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert (model.config.routed_query_fraction, model.config.routed_key_value_fraction) == (0.5, 1 / 3)
+
+
 def test_conversion_from_a_folder(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
     source = T5ForConditionalGeneration(T5Config(**TINY_T5))
