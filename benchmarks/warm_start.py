@@ -2,9 +2,9 @@
 
 python benchmarks/warm_start.py --work FOLDER [--seconds 80]
 
-The text is your Python's standard library, every twentieth module held out. A run that was stopped, or that came to
-its time, goes on with the same `--work`: what is trained is kept there, the rest resumes at its last checkpoint. The
-tables are written when everything is trained.
+The text is your Python's standard library in characters, every twentieth module held out. A run that was stopped, or
+that came to its time, goes on with the same `--work`: what is trained is kept there, the rest resumes at its last
+checkpoint. The tables are written when everything is trained.
 """
 
 import argparse
@@ -37,26 +37,39 @@ from modeling_colt5.conversion import convert
 from modeling_colt5.denoising import DataCollatorForDenoising, chunk_documents
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-from demo import VOCABULARY, read, standard_library  # noqa: E402
+from demo import read, standard_library  # noqa: E402
 
-TITLE = "Warm start: held-out loss of what was trained here, and of what it was converted to, before any further step"
+TITLE = (
+    "Warm start: held-out loss of what was trained here, and of what it was converted to, before any further step. "
+    "Span corruption of Python's source in characters, inputs of 96"
+)
 STEPS_TITLE = "Further training at the paper's budgets: held-out loss of the converted model and of a fresh one"
-INPUT_LENGTH, BATCH, EVALUATIONS = 512, 32, 20
+INPUT_LENGTH, BATCH, EVALUATIONS, HELD_OUT = 96, 32, 20, 512
+# so small a share of the input that which heads are light, and which tokens are routed, decides something
+RADIUS = 15
+LEARNING_RATE = 1e-3
 SIZES = {
-    "vocab_size": 8192,
-    "d_model": 256,
+    "vocab_size": 256,
+    "d_model": 128,
     "d_kv": 32,
-    "d_ff": 512,
-    "num_layers": 3,
-    "num_decoder_layers": 3,
+    "d_ff": 256,
+    "num_layers": 2,
+    "num_decoder_layers": 2,
     "num_heads": 8,
     "dropout_rate": 0.0,
     "feed_forward_proj": "gated-gelu",
     "decoder_start_token_id": 0,
 }
 TINY = SIZES | {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_decoder_layers": 1, "num_heads": 4}
+LETTERS = [chr(code) for code in range(33, 127)]
 CURVE = "curve.json"
 PAPER = {"feed_forward": 1 / 16, "query": 1 / 16, "key_value": 1 / 8}
+
+
+def characters() -> CoLT5Tokenizer:
+    """A vocabulary of ASCII's printable characters: minutes teach a model to use its input on no larger one."""
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), ("▁", -1.0), *((letter, -2.0) for letter in LETTERS)]
+    return CoLT5Tokenizer(vocab=[*pieces, *((f"<extra_id_{i}>", 0.0) for i in reversed(range(100)))])
 
 
 class OutOfTime(Exception):
@@ -79,17 +92,18 @@ class Experiment:
 
     def __init__(self, options: argparse.Namespace):
         self.work, self.tiny, self.deadline = options.work, options.tiny, options.deadline
-        tokenizer = CoLT5Tokenizer.from_pretrained(VOCABULARY)
-        self.collator = DataCollatorForDenoising(tokenizer, 64 if self.tiny else INPUT_LENGTH)
+        self.collator = DataCollatorForDenoising(characters(), 64 if self.tiny else INPUT_LENGTH)
         modules = standard_library()[: 40 if self.tiny else None]
         order = torch.randperm(len(modules), generator=torch.Generator().manual_seed(0)).tolist()
         self.training = [modules[i] for i in order if i % 20]
-        self.held_out = self.chunks([path for i, path in enumerate(modules) if i % 20 == 0], 4 if self.tiny else 128)
+        held_out = [path for i, path in enumerate(modules) if i % 20 == 0]
+        # of all held-out modules, not of the first alone
+        self.held_out = self.chunks(held_out, 4 if self.tiny else HELD_OUT, step=1 if self.tiny else 16)
 
-    def chunks(self, modules: list[Path], count: int, skip: int = 0) -> list[dict[str, Any]]:
-        """Inputs of the text of modules, read once more from the beginning where it ends."""
+    def chunks(self, modules: list[Path], count: int, skip: int = 0, step: int = 1) -> list[dict[str, Any]]:
+        """Every `step`-th input of the text of modules, read once more from the beginning where it ends."""
         stream = chunk_documents([read(path) for path in modules], self.collator, repeat=True)
-        return list(islice(stream, skip, skip + count))
+        return list(islice(stream, skip, skip + count * step, step))
 
     def trainer(self, model: PreTrainedModel, name: str, steps: int, rows: list[Any]) -> Trainer:
         """A Trainer for a number of steps."""
@@ -99,7 +113,7 @@ class Experiment:
             max_steps=steps,
             per_device_train_batch_size=4 if self.tiny else BATCH,
             per_device_eval_batch_size=BATCH,
-            learning_rate=2e-3,
+            learning_rate=LEARNING_RATE,
             warmup_steps=min(100, steps // 4),
             lr_scheduler_type="constant_with_warmup",
             train_sampling_strategy="sequential",
@@ -122,6 +136,13 @@ class Experiment:
     def loss(self, model: PreTrainedModel) -> float:
         """The loss on the held-out inputs."""
         return self.trainer(model, "evaluation", 1, []).evaluate()["eval_loss"]
+
+    def loss_on_others(self, model: PreTrainedModel) -> float:
+        """The loss where each target comes with another one's input: what is left when the input says nothing."""
+        batch = self.collator(self.held_out)
+        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        with torch.no_grad():
+            return model.eval()(**batch | {"input_ids": batch["input_ids"].roll(1, 0)}).loss.item()
 
     def train(self, name: str, make: Callable[[], PreTrainedModel], steps: int, skip: int = 0) -> PreTrainedModel:
         """A model trained for so many steps, in this run or, wholly or in part, in an earlier one.
@@ -148,10 +169,37 @@ class Experiment:
         return {int(step): loss for step, loss in json.loads((self.work / name / CURVE).read_text()).items()}
 
 
-def small_embedding(model: PreTrainedModel) -> PreTrainedModel:
-    """The model with embeddings of a size that AdamW's steps can change: T5's start with 1, for Adafactor's."""
+def reading_from_the_start(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with initial weights that lead it to its input, which T5's own find only after more steps than here.
+
+    Cross-attention begins by looking at the decoder's own token (a sentinel finds its place), and the encoder's heads
+    by looking one or two tokens back or on. Trained models and fresh ones begin with it alike.
+    """
     with torch.no_grad():
-        model.shared.weight.mul_(0.05)
+        for block in model.decoder.block:
+            attention = block.layer[1].EncDecAttention
+            # ⟨q, k⟩ of a token with itself: 1 at T5's scale of q, times this
+            attention.k.weight.copy_(attention.q.weight * 16)
+        for name, bias in model.encoder.named_parameters():
+            if name.endswith("relative_attention_bias.weight") and "global" not in name:
+                later = bias.shape[0] // 2
+                for head in range(bias.shape[1]):
+                    bias[(1, later + 1, 2, later + 2)[head % 4], head] += 6
+    return model
+
+
+def with_global_tokens(source: T5ForConditionalGeneration) -> LongT5ForConditionalGeneration:
+    """A transient-global LongT5 that begins with a T5's weights; only what its global tokens need is new."""
+    names = {field: getattr(source.config, field) for field in SIZES}
+    config = LongT5Config(**names, local_radius=RADIUS, encoder_attention_type="transient-global")
+    model = LongT5ForConditionalGeneration(config)
+    weights = {
+        name.replace("SelfAttention", "TransientGlobalSelfAttention") if name.startswith("encoder") else name: weight
+        for name, weight in source.state_dict().items()
+    }
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    if unexpected or any("global" not in name for name in missing):
+        raise RuntimeError(f"T5's weights are not LongT5's: {missing} are missing, {unexpected} are too many")
     return model
 
 
@@ -171,34 +219,37 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Train the sources, convert, train further; then shrink the budgets and write the tables."""
     parser = make_parser(__doc__)
     parser.add_argument("--work", type=Path, required=True, help="folder of what is trained, to go on with")
-    parser.add_argument("--steps", type=int, default=3000, help="steps of the sources")
-    parser.add_argument("--further-steps", type=int, default=600, help="steps after the conversion")
+    parser.add_argument("--steps", type=int, default=2400, help="steps of the T5")
+    parser.add_argument(
+        "--further-steps", type=int, default=400, help="steps after the conversion, and of LongT5 after T5"
+    )
     options = parse(parser, arguments, needs_gpu=False)
     steps, further = (8, 8) if options.tiny else (options.steps, options.further_steps)
     experiment = Experiment(options)
     sizes = TINY if options.tiny else SIZES
-    # blocks of 32 tokens and their summaries: an input of 512 has many of each
-    long = LongT5Config(**sizes, local_radius=31, encoder_attention_type="transient-global")
     batch = experiment.collator(experiment.held_out[:4])
-    measured = experiment.collator(experiment.chunks(experiment.training, 4))
+    measured = experiment.collator(experiment.chunks(experiment.training, 4 if options.tiny else 64))
     sample = [{"input_ids": measured["input_ids"], "attention_mask": measured["attention_mask"]}]
     full = {f"routed_{name}_fraction": 1.0 for name in PAPER}
 
+    def converted_from(source: PreTrainedModel, **kwargs: Any) -> CoLT5ForConditionalGeneration:
+        return convert(source.cpu(), **{"samples": sample, "local_radius": RADIUS} | kwargs)
+
     try:
         set_seed(0)
-        source = experiment.train("t5", lambda: small_embedding(T5ForConditionalGeneration(T5Config(**sizes))), steps)
-        converted = convert(source, samples=sample)
+        source = experiment.train(
+            "t5", lambda: reading_from_the_start(T5ForConditionalGeneration(T5Config(**sizes))), steps
+        )
+        converted = converted_from(source)
         set_seed(0)
-        fresh = small_embedding(CoLT5ForConditionalGeneration(converted.config))
+        fresh = reading_from_the_start(CoLT5ForConditionalGeneration(converted.config))
         begin = {"converted": experiment.loss(converted), "fresh": experiment.loss(fresh)}
         # text that the source has not seen, as far as the corpus goes
         skip = steps * (4 if options.tiny else BATCH)
-        experiment.train("converted", lambda: convert(source, samples=sample), further, skip)
+        experiment.train("converted", lambda: converted_from(source), further, skip)
         experiment.train("fresh", lambda: fresh, further, skip)
         set_seed(0)
-        long_source = experiment.train(
-            "longt5_global", lambda: small_embedding(LongT5ForConditionalGeneration(long)), steps
-        )
+        long_source = experiment.train("longt5_global", lambda: with_global_tokens(source.cpu()), further, skip)
     except OutOfTime as stopped:
         print(f"out of time at {stopped}; go on with the same --work", flush=True)
         return
@@ -209,20 +260,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
         table.add({"model": what, "held-out loss": experiment.loss(model), "largest logit difference": difference})
 
     note(f"T5, trained for {steps} steps", source)
-    exact = convert(source.cpu(), samples=sample, local_radius=experiment.collator.input_length, **full)
+    table.add(
+        {"model": "the same, reading another document's input", "held-out loss": experiment.loss_on_others(source)}
+    )
+    exact = converted_from(source, local_radius=experiment.collator.input_length, **full)
     note("converted, every budget 1, radius over the whole input", exact, logit_difference(source, exact, batch))
-    model = convert(source, samples=sample, **full)
-    note("converted, every budget 1, radius 127", model)
+    model = converted_from(source, **full)
+    note(f"converted, every budget 1, radius {RADIUS}", model)
     for fraction in (1 / 2, 1 / 4, 1 / 8):
         model.set_routing_budget(**dict.fromkeys(PAPER, fraction))
         note(f"converted, every budget 1/{round(1 / fraction)}", model)
     model.set_routing_budget(**PAPER)
     note("converted, the paper's budgets: 1/16, 1/16, 1/8", model)
-    note("the same, heads and units chosen by the weights, without a sample", convert(source))
-    one_head = convert(source, samples=sample, num_cross_key_value_heads=1, **full)
-    note("converted, every budget 1, cross-attention's keys and values averaged to one head", one_head)
-    note(f"LongT5 transient-global of radius 31, trained for {steps} steps", long_source)
-    lost = convert(long_source.cpu(), samples=sample, **full)
+    by_weights = converted_from(source, samples=None)
+    note("the same, heads and units chosen by the weights, without a sample", by_weights)
+    for heads in (sizes["num_heads"] // 2, 1):
+        fewer = converted_from(source, num_cross_key_value_heads=heads, **full)
+        note(f"converted, every budget 1, cross-attention's keys and values averaged to {heads}", fewer)
+    note(f"LongT5 transient-global of radius {RADIUS}, the T5 trained for {further} more steps", long_source)
+    lost = converted_from(long_source, **full)
     note("converted, every budget 1: without its global tokens", lost)
     table.finish()
 

@@ -2,13 +2,15 @@
 
     python examples/convert_t5.py google/long-t5-local-base my-colt5 [--sample text.txt] [--cross-key-value-heads 1]
 
-The result computes what its source computes, where docs/warm_start.md says so.
+The result computes what its source computes, where docs/training.md says so.
 """
 
 import argparse
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoModelForSeq2SeqLM
 
 from modeling_colt5 import CoLT5Tokenizer
 from modeling_colt5.conversion import convert
@@ -30,23 +32,34 @@ def main(argv: list[str] | None = None) -> None:
     if options.target.exists():
         parser.error(f"{options.target} exists")
 
+    if options.sample is not None and not options.sample.is_file():
+        parser.error(f"{options.sample} is not a file")
+
+    tokenizer = CoLT5Tokenizer.from_pretrained(options.source)
     source = AutoModelForSeq2SeqLM.from_pretrained(options.source)
-    tokenizer = AutoTokenizer.from_pretrained(options.source)
     samples = None
     if options.sample is not None:
         ids = tokenizer(options.sample.read_text(encoding="utf-8"), return_tensors="pt", verbose=False)["input_ids"]
         samples = [{"input_ids": piece} for piece in ids.split(options.sample_length, dim=1)]
-    model = convert(
-        source,
-        num_light_heads=options.light_heads,
-        num_heavy_heads=options.heavy_heads,
-        light_d_ff=options.light_d_ff,
-        heavy_d_ff=options.heavy_d_ff,
-        num_cross_key_value_heads=options.cross_key_value_heads,
-        samples=samples,
-    )
-    model.save_pretrained(options.target)
-    CoLT5Tokenizer.from_pretrained(options.source).save_pretrained(options.target)
+    try:
+        model = convert(
+            source,
+            num_light_heads=options.light_heads,
+            num_heavy_heads=options.heavy_heads,
+            light_d_ff=options.light_d_ff,
+            heavy_d_ff=options.heavy_d_ff,
+            num_cross_key_value_heads=options.cross_key_value_heads,
+            samples=samples,
+        )
+    except (TypeError, ValueError, StrictDataclassError) as error:
+        parser.error(str(error))
+    options.target.parent.mkdir(parents=True, exist_ok=True)
+    # the folder gets its name when everything is in it
+    with TemporaryDirectory(dir=options.target.parent, prefix=f"{options.target.name}-") as folder:
+        whole = Path(folder) / options.target.name
+        model.save_pretrained(whole)
+        tokenizer.save_pretrained(whole)
+        whole.rename(options.target)
     print(f"{options.target}: {sum(p.numel() for p in model.parameters()) / 1e6:.0f} M parameters")
 
 

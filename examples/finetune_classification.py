@@ -1,4 +1,4 @@
-"""Fine-tune CoLT5 to classify long documents.
+r"""Fine-tune CoLT5 to classify long documents.
 
     python examples/finetune_classification.py --model_name_or_path my-colt5 --train_file train.jsonl \
         --validation_file validation.jsonl --text_column text --label_column label --output_dir out
@@ -10,14 +10,13 @@ import sys
 from dataclasses import dataclass, field
 from typing import Any
 
-from data import DataArguments, check_rows, describe, load_rows
-from model_arguments import ModelArguments, load_model, load_tokenizer, save_whole, with_lora
-from run_record import finish
+from data import DataArguments, check_rows, describe, load_rows, map_rows, number_labels
+from model_arguments import FineTunedModelArguments, load_model, load_tokenizer, parse_arguments, with_lora
+from run_record import known_labels, run
 from transformers import (
     AutoModelForSequenceClassification,
     DataCollatorWithPadding,
     EvalPrediction,
-    HfArgumentParser,
     Trainer,
     TrainingArguments,
     set_seed,
@@ -41,35 +40,34 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Check the rows, train, evaluate, save; gives the metrics."""
-    parser = HfArgumentParser((ModelArguments, TaskArguments, TrainingArguments), description=__doc__)
-    model_arguments, task, training = parser.parse_args_into_dataclasses(argv)
+    kinds = (FineTunedModelArguments, TaskArguments, TrainingArguments)
+    model_arguments, task, training = parse_arguments(kinds, __doc__, argv)
     set_seed(training.seed)
 
     rows = load_rows(task)
-    parts = list(rows.values())
-    kind = type(parts[0][0].get(task.label_column)) if len(parts[0]) else str
+    # the first label says whether labels are numbers or names
+    first = next((part[0].get(task.label_column) for part in rows.values() if len(part)), None)
+    kind = int if type(first) is int else str
     for split, part in rows.items():
-        check_rows(part, split, {task.text_column: str, task.label_column: kind if kind in (int, str) else str})
-    names = sorted({label for part in parts for label in part[task.label_column]})
-    numbers = {name: number for number, name in enumerate(names)}
+        check_rows(part, split, {task.text_column: str, task.label_column: kind})
+    numbers = number_labels(rows, task.label_column, known_labels(model_arguments.model_name_or_path))
 
     tokenizer = load_tokenizer(model_arguments)
     model = load_model(
         model_arguments,
         AutoModelForSequenceClassification,
         tokenizer,
-        id2label={number: str(name) for name, number in numbers.items()},
-        label2id={str(name): number for name, number in numbers.items()},
+        id2label={number: name for name, number in numbers.items()},
+        label2id=numbers,
     )
     model = with_lora(model, model_arguments, "SEQ_CLS", ["classification_head"])
 
     def tokenize(batch: dict[str, list[Any]]) -> Any:
         inputs = tokenizer(batch[task.text_column], max_length=task.max_length, truncation=True)
-        inputs["labels"] = [numbers[label] for label in batch[task.label_column]]
+        inputs["labels"] = [numbers[str(label)] for label in batch[task.label_column]]
         return inputs
 
-    with training.main_process_first(desc="tokenization"):
-        tokenized = rows.map(tokenize, batched=True, remove_columns=parts[0].column_names)
+    tokenized = map_rows(rows, tokenize, training)
     trainer = Trainer(
         model,
         training,
@@ -79,16 +77,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         processing_class=tokenizer,
         compute_metrics=accuracy,
     )
-    result: dict[str, float] = {}
-    if "train" in tokenized:
-        result |= trainer.train(resume_from_checkpoint=training.resume_from_checkpoint).metrics
-        save_whole(trainer)
-    if "validation" in tokenized:
-        result |= trainer.evaluate()
-    finish(
-        trainer, result, "text classification", describe(task), task.dataset_name, model_arguments.model_name_or_path
-    )
-    return result
+    return run(trainer, "text classification", describe(task), task.dataset_name, model_arguments.model_name_or_path)
 
 
 if __name__ == "__main__":

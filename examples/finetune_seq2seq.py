@@ -1,4 +1,4 @@
-"""Fine-tune CoLT5 on long-document summarisation, or on questions about long documents.
+r"""Fine-tune CoLT5 on long-document summarisation, or on questions about long documents.
 
     python examples/finetune_seq2seq.py --model_name_or_path my-colt5 --train_file train.jsonl \
         --validation_file validation.jsonl --output_dir out --num_train_epochs 3
@@ -12,15 +12,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from data import DataArguments, check_rows, describe, exact_match_and_f1, load_rows, rouge
-from model_arguments import ModelArguments, load_model, load_tokenizer, save_whole, with_lora
-from run_record import finish
+from data import DataArguments, check_rows, describe, load_rows, map_rows
+from model_arguments import FineTunedModelArguments, load_model, load_tokenizer, parse_arguments, with_lora
+from run_record import run
+from text_metrics import exact_match_and_f1, rouge
 from transformers import (
     AutoModelForSeq2SeqLM,
     DataCollatorForSeq2Seq,
     EvalPrediction,
-    HfArgumentParser,
-    PreTrainedTokenizerBase,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
     set_seed,
@@ -39,23 +38,10 @@ class TaskArguments(DataArguments):
     pad_to_multiple_of: int | None = field(default=128, metadata={"help": "pad batches to a multiple of this"})
 
 
-def tokenize(rows: dict[str, list[Any]], arguments: TaskArguments, tokenizer: PreTrainedTokenizerBase) -> Any:
-    """Inputs and labels of a batch of rows."""
-    sources = rows[arguments.document_column]
-    if arguments.query_column is not None:
-        sources = [f"{query}\n{text}" for query, text in zip(rows[arguments.query_column], sources, strict=True)]
-    batch = tokenizer(sources, max_length=arguments.max_source_length, truncation=True)
-    targets = tokenizer(
-        text_target=rows[arguments.target_column], max_length=arguments.max_target_length, truncation=True
-    )
-    batch["labels"] = targets["input_ids"]
-    return batch
-
-
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Check the rows, train, evaluate, save; gives the metrics."""
-    parser = HfArgumentParser((ModelArguments, TaskArguments, Seq2SeqTrainingArguments), description=__doc__)
-    model_arguments, task, training = parser.parse_args_into_dataclasses(argv)
+    kinds = (FineTunedModelArguments, TaskArguments, Seq2SeqTrainingArguments)
+    model_arguments, task, training = parse_arguments(kinds, __doc__, argv)
     training.predict_with_generate = True
     set_seed(training.seed)
 
@@ -66,13 +52,17 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     tokenizer = load_tokenizer(model_arguments)
     model = load_model(model_arguments, AutoModelForSeq2SeqLM, tokenizer)
     model = with_lora(model, model_arguments, "SEQ_2_SEQ_LM", [])
-    with training.main_process_first(desc="tokenization"):
-        tokenized = rows.map(
-            tokenize,
-            batched=True,
-            fn_kwargs={"arguments": task, "tokenizer": tokenizer},
-            remove_columns=next(iter(rows.values())).column_names,
-        )
+
+    def tokenize(batch: dict[str, list[Any]]) -> Any:
+        sources = batch[task.document_column]
+        if task.query_column is not None:
+            sources = [f"{query}\n{text}" for query, text in zip(batch[task.query_column], sources, strict=True)]
+        inputs = tokenizer(sources, max_length=task.max_source_length, truncation=True)
+        targets = batch[task.target_column]
+        inputs["labels"] = tokenizer(text_target=targets, max_length=task.max_target_length, truncation=True)[
+            "input_ids"
+        ]
+        return inputs
 
     def metrics(prediction: EvalPrediction) -> dict[str, float]:
         texts = [
@@ -82,6 +72,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         result = rouge(*texts)
         return result if task.query_column is None else result | exact_match_and_f1(*texts)
 
+    tokenized = map_rows(rows, tokenize, training)
     training.generation_max_length = training.generation_max_length or task.max_target_length
     trainer = Seq2SeqTrainer(
         model,
@@ -92,15 +83,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         processing_class=tokenizer,
         compute_metrics=metrics,
     )
-    result: dict[str, float] = {}
-    if "train" in tokenized:
-        result |= trainer.train(resume_from_checkpoint=training.resume_from_checkpoint).metrics
-        save_whole(trainer)
-    if "validation" in tokenized:
-        result |= trainer.evaluate()
     kind = "summarization" if task.query_column is None else "question answering"
-    finish(trainer, result, kind, describe(task), task.dataset_name, model_arguments.model_name_or_path)
-    return result
+    return run(trainer, kind, describe(task), task.dataset_name, model_arguments.model_name_or_path)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Fine-tune CoLT5 to label the words of long documents.
+r"""Fine-tune CoLT5 to label the words of long documents.
 
     python examples/finetune_token_classification.py --model_name_or_path my-colt5 --train_file train.jsonl \
         --validation_file validation.jsonl --words_column tokens --labels_column tags --output_dir out
@@ -11,15 +11,14 @@ import sys
 from dataclasses import dataclass, field
 from typing import Any
 
-from data import DataArguments, check_rows, describe, load_rows
+from data import DataArguments, check_rows, describe, load_rows, map_rows, number_labels
 from datasets import Dataset
-from model_arguments import ModelArguments, load_model, load_tokenizer, save_whole, with_lora
-from run_record import finish
+from model_arguments import FineTunedModelArguments, load_model, load_tokenizer, parse_arguments, with_lora
+from run_record import known_labels, run
 from transformers import (
     AutoModelForTokenClassification,
     DataCollatorForTokenClassification,
     EvalPrediction,
-    HfArgumentParser,
     Trainer,
     TrainingArguments,
     set_seed,
@@ -60,25 +59,23 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Check the rows, train, evaluate, save; gives the metrics."""
-    parser = HfArgumentParser((ModelArguments, TaskArguments, TrainingArguments), description=__doc__)
-    model_arguments, task, training = parser.parse_args_into_dataclasses(argv)
+    kinds = (FineTunedModelArguments, TaskArguments, TrainingArguments)
+    model_arguments, task, training = parse_arguments(kinds, __doc__, argv)
     set_seed(training.seed)
 
     rows = load_rows(task)
     for split, part in rows.items():
         check_rows(part, split, {task.words_column: list, task.labels_column: list})
         check_lists(part, split, task.words_column, task.labels_column)
-    parts = list(rows.values())
-    names = sorted({label for part in parts for labels in part[task.labels_column] for label in labels})
-    numbers = {name: number for number, name in enumerate(names)}
+    numbers = number_labels(rows, task.labels_column, known_labels(model_arguments.model_name_or_path))
 
     tokenizer = load_tokenizer(model_arguments)
     model = load_model(
         model_arguments,
         AutoModelForTokenClassification,
         tokenizer,
-        id2label={number: str(name) for name, number in numbers.items()},
-        label2id={str(name): number for name, number in numbers.items()},
+        id2label={number: name for name, number in numbers.items()},
+        label2id=numbers,
     )
     model = with_lora(model, model_arguments, "TOKEN_CLS", ["classifier"])
 
@@ -91,12 +88,11 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             words = inputs.word_ids(i)
             firsts = [word is not None and word != before for word, before in zip(words, [None, *words], strict=False)]
             inputs["labels"].append(
-                [numbers[labels[word]] if first else -100 for word, first in zip(words, firsts, strict=True)]
+                [numbers[str(labels[word])] if first else -100 for word, first in zip(words, firsts, strict=True)]
             )
         return inputs
 
-    with training.main_process_first(desc="tokenization"):
-        tokenized = rows.map(tokenize, batched=True, remove_columns=parts[0].column_names)
+    tokenized = map_rows(rows, tokenize, training)
     trainer = Trainer(
         model,
         training,
@@ -106,16 +102,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         processing_class=tokenizer,
         compute_metrics=accuracy,
     )
-    result: dict[str, float] = {}
-    if "train" in tokenized:
-        result |= trainer.train(resume_from_checkpoint=training.resume_from_checkpoint).metrics
-        save_whole(trainer)
-    if "validation" in tokenized:
-        result |= trainer.evaluate()
-    finish(
-        trainer, result, "token classification", describe(task), task.dataset_name, model_arguments.model_name_or_path
-    )
-    return result
+    return run(trainer, "token classification", describe(task), task.dataset_name, model_arguments.model_name_or_path)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,22 @@
-"""Which model the scripts train: a checkpoint, or a new one of a given size; with or without LoRA; and saving it."""
+"""The scripts' arguments, and which model they train: a checkpoint, or a new one of a given size; also with LoRA."""
 
+import ast
+from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Trainer
+import torch
+from transformers import (
+    AutoTokenizer,
+    HfArgumentParser,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    T5Tokenizer,
+)
+from transformers.utils import find_adapter_config_file
 
-from modeling_colt5 import CoLT5Config
+from modeling_colt5 import CoLT5Config, CoLT5Tokenizer
+from modeling_colt5.router_colt5 import CoLT5Router
 
 
 @dataclass
@@ -13,37 +24,59 @@ class ModelArguments:
     """The model, its tokenizer, its budgets."""
 
     model_name_or_path: str | None = field(default=None, metadata={"help": "a folder or Hub id to start from"})
-    size: str | None = field(default=None, metadata={"help": "a new model: base, large or xl"})
+    size: Literal["base", "large", "xl"] | None = field(default=None, metadata={"help": "a new model of this size"})
     tokenizer_name: str | None = field(default=None, metadata={"help": "the tokenizer, if not beside the model"})
     config_overrides: str | None = field(
         default=None, metadata={"help": "fields of a new model, as in 'd_model=64,num_layers=2'"}
     )
-    lora: bool = field(default=False, metadata={"help": "train low-rank adapters (PEFT) instead of the weights"})
-    lora_rank: int = field(default=16, metadata={"help": "the adapters' rank"})
     query_fraction: float | None = field(default=None, metadata={"help": "another budget of routed queries"})
     key_value_fraction: float | None = field(default=None, metadata={"help": "another budget of routed keys/values"})
     feed_forward_fraction: float | None = field(default=None, metadata={"help": "another feed-forward budget"})
 
 
+@dataclass
+class FineTunedModelArguments(ModelArguments):
+    """The same, with LoRA."""
+
+    lora: bool = field(default=False, metadata={"help": "train low-rank adapters (PEFT) instead of the weights"})
+    lora_rank: int = field(default=16, metadata={"help": "the adapters' rank"})
+
+
+class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+    """Shows defaults, and the description's lines as they are."""
+
+
+def parse_arguments(kinds: tuple[type, ...], description: str | None, argv: list[str] | None) -> tuple[Any, ...]:
+    """A script's arguments, an object of each of the dataclasses; `description` is what --help begins with."""
+    parser = HfArgumentParser(kinds, description=description, formatter_class=HelpFormatter)
+    return parser.parse_args_into_dataclasses(argv)
+
+
 def parse_overrides(text: str | None) -> dict[str, Any]:
-    """Fields written as 'd_model=64,routing=even', with the types of `CoLT5Config`'s defaults.
+    """Fields written as 'd_model=64,routing=even,routing_epsilon_init=4.0'; what is no Python value is text.
 
     Raises:
-        ValueError: for a field that does not exist, or a value of another type.
+        ValueError: for a part without "=", or a field that does not exist.
     """
     overrides: dict[str, Any] = {}
-    defaults = CoLT5Config()
+    fields = CoLT5Config().to_dict()
     for part in filter(None, (text or "").split(",")):
-        name, _, value = part.partition("=")
-        if not hasattr(defaults, name):
-            raise ValueError(f"config_overrides has {name!r}, which is no field of CoLT5Config")
-        kind = type(getattr(defaults, name))
-        overrides[name] = value == "True" if kind is bool else kind(value)
+        name, equals, value = part.partition("=")
+        if not equals or name not in fields:
+            raise ValueError(f"config_overrides has {part!r}; it must be name=value with a field of CoLT5Config")
+        try:
+            overrides[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            overrides[name] = value
     return overrides
 
 
-def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
-    """The tokenizer.
+def load_tokenizer(arguments: ModelArguments, **kwargs: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer; a folder of T5's gives a `CoLT5Tokenizer`, with T5's ids.
+
+    Args:
+        arguments: which one.
+        kwargs: of `CoLT5Tokenizer`.
 
     Raises:
         ValueError: where neither it nor a checkpoint is named.
@@ -51,7 +84,31 @@ def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
     name = arguments.tokenizer_name or arguments.model_name_or_path
     if name is None:
         raise ValueError("give --tokenizer_name with --size: a new model has no tokenizer of its own")
-    return AutoTokenizer.from_pretrained(name)
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    if not isinstance(tokenizer, T5Tokenizer) or isinstance(tokenizer, CoLT5Tokenizer) and not kwargs:
+        return tokenizer
+    return CoLT5Tokenizer.from_pretrained(name, **kwargs)
+
+
+def load_checkpoint(name: str, auto_class: Any, **kwargs: Any) -> Any:
+    """The model of a folder or Hub id; of an adapter's, its base model with the adapter on it, ready to be trained on.
+
+    In fp32, whatever it was saved in: AdamW's steps are smaller than what bf16 weights can hold. `--bf16 true` still
+    computes in bf16.
+
+    Args:
+        name: the folder or Hub id.
+        auto_class: of the whole model.
+        kwargs: fields of the configuration.
+    """
+    kwargs = {"dtype": torch.float32, **kwargs}
+    if find_adapter_config_file(name) is None:
+        return auto_class.from_pretrained(name, **kwargs)
+    from peft import PeftConfig, PeftModel
+
+    # PEFT loads what it saved; Auto classes of older releases make routers and heads anew
+    base = auto_class.from_pretrained(PeftConfig.from_pretrained(name).base_model_name_or_path, **kwargs)
+    return PeftModel.from_pretrained(base, name, is_trainable=True)
 
 
 def load_model(
@@ -66,12 +123,15 @@ def load_model(
         kwargs: fields of the configuration, such as the labels of a classifier.
 
     Raises:
-        ValueError: without a model or with two, or for a tokenizer with more tokens than the model has embeddings.
+        ValueError: without a model or with two, with fields for a checkpoint, or for a tokenizer with more tokens than
+            the model has embeddings.
     """
     if (arguments.model_name_or_path is None) == (arguments.size is None):
         raise ValueError("give either --model_name_or_path, or --size for a new model")
     if arguments.model_name_or_path is not None:
-        model = auto_class.from_pretrained(arguments.model_name_or_path, **kwargs)
+        if arguments.config_overrides is not None:
+            raise ValueError("config_overrides is for a new model (--size); a checkpoint has its fields")
+        model = load_checkpoint(arguments.model_name_or_path, auto_class, **kwargs)
     else:
         overrides = {"vocab_size": -(-len(tokenizer) // 64) * 64} | parse_overrides(arguments.config_overrides)
         model = auto_class.from_config(CoLT5Config.from_size(arguments.size, **(overrides | kwargs)))
@@ -85,7 +145,7 @@ def load_model(
     return model
 
 
-def with_lora(model: PreTrainedModel, arguments: ModelArguments, task: str, heads: list[str]) -> Any:
+def with_lora(model: PreTrainedModel, arguments: FineTunedModelArguments, task: str, heads: list[str]) -> Any:
     """The model with trainable low-rank adapters on all projections; routers and new heads train in full.
 
     Args:
@@ -93,28 +153,28 @@ def with_lora(model: PreTrainedModel, arguments: ModelArguments, task: str, head
         arguments: `lora` and `lora_rank`.
         task: PEFT's name of the task, such as "SEQ_2_SEQ_LM".
         heads: modules that are new and therefore train in full.
+
+    Raises:
+        ValueError: for a model that has adapters.
     """
     if not arguments.lora:
         return model
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig, PeftModel, get_peft_model
 
+    if isinstance(model, PeftModel):
+        raise ValueError(
+            "--model_name_or_path is an adapter already, which is trained further as it is: leave --lora out"
+        )
+
+    # a router is one vector: adapters would be larger than it. PEFT saves what it is told of, and nothing else
+    routers = [
+        name for name, part in model.named_modules() if isinstance(part, CoLT5Router) and list(part.parameters())
+    ]
     config = LoraConfig(
         task_type=task,
         r=arguments.lora_rank,
         lora_alpha=2 * arguments.lora_rank,
         target_modules=["q", "k", "v", "o", "wi_0", "wi_1", "wi", "wo"],
-        modules_to_save=heads or None,
+        modules_to_save=routers + heads,
     )
-    adapted = get_peft_model(model, config)
-    # a router is one vector a layer: adapters would be larger than it
-    for name, parameter in adapted.named_parameters():
-        if "router" in name:
-            parameter.requires_grad = True
-    return adapted
-
-
-def save_whole(trainer: Trainer) -> None:
-    """Save the trained model for `from_pretrained`, also where FSDP writes its checkpoints in parts."""
-    if trainer.is_fsdp_enabled:
-        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-    trainer.save_model()
+    return get_peft_model(model, config)

@@ -1,4 +1,4 @@
-"""How a training script ends: metrics, the trainer's state, and a record of the run for the model card."""
+"""How a training script runs: train or resume, save, evaluate, and leave a record of the run for the model card."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -6,7 +6,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer
+from transformers import AutoConfig, Trainer
+from transformers.utils import cached_file
 
 RECORD = "run.json"
 
@@ -23,6 +24,7 @@ class RunRecord:
         base_model: the checkpoint that training began with; None for a new model.
         settings: the arguments of `Trainer` that make a run another run.
         versions: of the packages.
+        labels: the numbers of a classifier's labels by name, which an adapter does not hold; None for other tasks.
     """
 
     task: str
@@ -31,10 +33,11 @@ class RunRecord:
     base_model: str | None
     settings: dict[str, Any]
     versions: dict[str, str]
+    labels: dict[str, int] | None
 
     @classmethod
     def load(cls, folder: Path) -> "RunRecord":
-        """The record that `finish` left in a folder."""
+        """The record that `run` left in a folder."""
         return cls(**json.loads((folder / RECORD).read_text(encoding="utf-8")))
 
 
@@ -52,10 +55,48 @@ SETTINGS = (
 )
 
 
-def finish(
-    trainer: Trainer, metrics: dict[str, float], task: str, data: str, dataset: str | None, base_model: str | None
-) -> None:
-    """Log and keep the metrics, and record the run; `trainer` is the run's, the rest as in `RunRecord`."""
+def known_labels(name: str | None) -> dict[str, int] | None:
+    """The numbers of a fine-tuned checkpoint's labels, of an adapter's too; None for one without, and for a new model.
+
+    Args:
+        name: a folder or Hub id.
+    """
+    if name is None:
+        return None
+    record = cached_file(name, RECORD, _raise_exceptions_for_missing_entries=False)
+    if record is not None:
+        return RunRecord.load(Path(record).parent).labels
+    labels = AutoConfig.from_pretrained(name).label2id
+    # what Transformers gives where nothing is said
+    return None if labels.keys() == {"LABEL_0", "LABEL_1"} else labels
+
+
+def save_whole(trainer: Trainer) -> None:
+    """Save the trained model for `from_pretrained`, also where FSDP writes its checkpoints in parts."""
+    if trainer.is_fsdp_enabled:
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+    trainer.save_model()
+
+
+def run(trainer: Trainer, task: str, data: str, dataset: str | None, base_model: str | None) -> dict[str, float]:
+    """Train where there are training data, evaluate where there are evaluation data, and keep what came out.
+
+    Args:
+        trainer: the run's; its `resume_from_checkpoint` names a checkpoint, or is "true" for the newest of its folder.
+        task, data, dataset, base_model: as in `RunRecord`.
+
+    Returns:
+        The metrics.
+    """
+    metrics: dict[str, float] = {}
+    if trainer.train_dataset is not None:
+        checkpoint = trainer.args.resume_from_checkpoint
+        if checkpoint is not None and checkpoint.lower() == "true":
+            checkpoint = True
+        metrics |= trainer.train(resume_from_checkpoint=checkpoint).metrics
+        save_whole(trainer)
+    if trainer.eval_dataset is not None:
+        metrics |= trainer.evaluate()
     trainer.log_metrics("all", metrics)
     trainer.save_metrics("all", metrics)
     trainer.save_state()
@@ -63,7 +104,9 @@ def finish(
     settings = {name: arguments[name] for name in SETTINGS if arguments[name] not in (False, None)}
     settings |= {"steps": trainer.state.global_step, "processes": trainer.args.world_size}
     versions = {name: version(name) for name in ("torch", "transformers")}
-    record = RunRecord(task, data, dataset, base_model, settings, versions)
+    labels = trainer.model.config.label2id if task.endswith("classification") else None
+    record = RunRecord(task, data, dataset, base_model, settings, versions, labels)
     if trainer.is_world_process_zero():
         text = json.dumps(asdict(record), indent=1) + "\n"
         Path(trainer.args.output_dir, RECORD).write_text(text, encoding="utf-8")
+    return metrics

@@ -5,6 +5,9 @@
 The card says what the model was trained on, its budgets, its metrics, and how to load it. `--dry-run` only writes it
 to README.md in the run's folder, and `--keep-card` uploads the README.md that is there, for example after editing it.
 The code of the model goes along, so that it loads without this package. Log in first: `hf auth login`, or HF_TOKEN.
+
+An adapter (LoRA) is loaded on its base model. Where that is a folder of yours, upload it first, as a run of its own,
+and say its name with `--base-model someone/base`: it is written into the adapter's configuration.
 """
 
 import argparse
@@ -29,6 +32,7 @@ PIPELINES = {
 METRICS = {
     "rouge1": "rouge",
     "rouge2": "rouge",
+    "rougeL": "rouge",
     "rougeLsum": "rouge",
     "exact_match": "exact_match",
     "f1": "f1",
@@ -63,6 +67,12 @@ def check_run(folder: Path) -> None:
             raise ValueError(f"{folder} lacks the model's code: {', '.join(missing)}; save it with save_pretrained")
 
 
+def adapter_of(folder: Path) -> dict[str, Any] | None:
+    """PEFT's configuration of an adapter, None for a folder with a whole model."""
+    file = folder / "adapter_config.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
 def auto_map(folder: Path) -> dict[str, str]:
     """Which class of the folder's code stands behind which Auto class."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -72,8 +82,8 @@ def auto_map(folder: Path) -> dict[str, str]:
 
 def loading(folder: Path, repository: str) -> tuple[str, list[str]]:
     """The lines of Python that load the model from its repository, and the code files that go along."""
-    if (folder / "adapter_config.json").is_file():
-        adapter = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    adapter = adapter_of(folder)
+    if adapter is not None:
         kind = {"SEQ_2_SEQ_LM": "Seq2SeqLM", "SEQ_CLS": "SequenceClassification", "TOKEN_CLS": "TokenClassification"}
         auto_class, package = f"AutoPeftModelFor{kind[adapter['task_type']]}", "peft"
         code: list[str] = []
@@ -93,11 +103,14 @@ def loading(folder: Path, repository: str) -> tuple[str, list[str]]:
         ]
     else:
         use = ["print(model(**batch).logits.shape)"]
+    # an adapter's folder has no configuration of the model to hold the names
+    labels = RunRecord.load(folder).labels if package == "peft" else None
+    names = "" if labels is None else f", id2label={ {number: name for name, number in labels.items()} }"
     lines = [
         *imports,
         "",
         f'tokenizer = AutoTokenizer.from_pretrained("{repository}", trust_remote_code=True)',
-        f'model = {auto_class}.from_pretrained("{repository}", trust_remote_code=True)',
+        f'model = {auto_class}.from_pretrained("{repository}"{names}, trust_remote_code=True)',
         'batch = tokenizer("A long document.", return_tensors="pt")',
         *use,
     ]
@@ -106,10 +119,34 @@ def loading(folder: Path, repository: str) -> tuple[str, list[str]]:
 
 def base_config(folder: Path) -> Any:
     """The configuration of the model, or of the model that an adapter is for."""
-    if (folder / "config.json").is_file():
-        return AutoConfig.from_pretrained(folder)
-    adapter = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    return AutoConfig.from_pretrained(adapter["base_model_name_or_path"])
+    adapter = adapter_of(folder)
+    return AutoConfig.from_pretrained(folder if adapter is None else adapter["base_model_name_or_path"])
+
+
+def name_base_model(folder: Path, name: str | None) -> None:
+    """Make sure that others can load the model that an adapter is for; nothing for a folder without an adapter.
+
+    Args:
+        folder: the run's; its adapter_config.json gets the name.
+        name: the base model's id on the Hub, where the folder has not got it already.
+
+    Raises:
+        ValueError: where the base model is a folder of this machine and there is no name, or a name and no adapter.
+    """
+    adapter = adapter_of(folder)
+    if adapter is None:
+        if name is not None:
+            raise ValueError(f"--base-model is for adapters; {folder} has a whole model")
+        return
+    base = adapter["base_model_name_or_path"]
+    if name is not None:
+        text = json.dumps(adapter | {"base_model_name_or_path": name}, indent=2) + "\n"
+        (folder / "adapter_config.json").write_text(text, encoding="utf-8")
+    elif Path(base).exists():
+        raise ValueError(
+            f"{folder} has an adapter for {base}, a folder that others have not: upload that first, "
+            "and give --base-model someone/base"
+        )
 
 
 def held_out(folder: Path) -> dict[str, float]:
@@ -139,7 +176,7 @@ def card_data(
     ]
     return ModelCardData(
         model_name=repository.split("/")[-1],
-        library_name="peft" if (folder / "adapter_config.json").is_file() else "transformers",
+        library_name="transformers" if adapter_of(folder) is None else "peft",
         license=license_name,
         language=language,
         pipeline_tag=task,
@@ -154,9 +191,11 @@ def make_card(folder: Path, repository: str, license_name: str | None, language:
     """The model card of a finished run."""
     record = RunRecord.load(folder)
     # a folder on the trainer's disk means nothing to others
-    is_public = record.base_model is not None and not Path(record.base_model).exists()
-    base_model = record.base_model if is_public else None
-    origin = f"`{base_model}`" if base_model else "a checkpoint" if record.base_model else "scratch"
+    adapter = adapter_of(folder)
+    source = record.base_model if adapter is None else adapter["base_model_name_or_path"]
+    is_public = source is not None and not Path(source).exists()
+    base_model = source if is_public else None
+    origin = f"`{base_model}`" if base_model else "a checkpoint" if source else "scratch"
     load, code = loading(folder, repository)
     whose = f"this repository ({', '.join(f'`{file}`' for file in code)})" if code else "its base model's repository"
     config, length = base_config(folder), 16_384
@@ -206,11 +245,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--private", action="store_true", help="make a new repository private")
     parser.add_argument("--license", help="the weights' licence, as the Hub abbreviates it")
     parser.add_argument("--language", help="the text's language, as in 'en'")
+    parser.add_argument("--base-model", help="an adapter's base model on the Hub")
     parser.add_argument("--keep-card", action="store_true", help="upload the folder's README.md as it is")
     parser.add_argument("--dry-run", action="store_true", help="write the card, upload nothing")
     options = parser.parse_args(argv)
     try:
         check_run(options.folder)
+        if options.base_model is not None or not options.dry_run:
+            name_base_model(options.folder, options.base_model)
     except ValueError as error:
         parser.error(str(error))
     card = options.folder / "README.md"

@@ -98,6 +98,7 @@ def convert(
         scale_decoder_outputs=old.scale_decoder_outputs,
         pad_token_id=old.pad_token_id,
         eos_token_id=old.eos_token_id,
+        decoder_start_token_id=old.pad_token_id if old.decoder_start_token_id is None else old.decoder_start_token_id,
         **({"dropout_rate": old.dropout_rate} | config_kwargs),
     )
     model = CoLT5ForConditionalGeneration(config).to(source.dtype)

@@ -12,6 +12,17 @@ TINY = (
 NEW_MODEL = ["--size", "base", "--config_overrides", TINY, "--tokenizer_name", str(TOKENIZER)]
 FAST = ["--report_to", "none", "--disable_tqdm", "true", "--use_cpu", "true", "--per_device_train_batch_size", "2"]
 
+# a T5 for that tokenizer
+TINY_T5 = {
+    "vocab_size": 8192,
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 48,
+    "num_layers": 1,
+    "num_heads": 4,
+    "decoder_start_token_id": 0,
+}
+
 
 def write_rows(path: Path, rows: list[dict]) -> str:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -31,6 +31,7 @@ import picture  # noqa: E402
 import results  # noqa: E402
 import run  # noqa: E402
 import targets  # noqa: E402
+import warm_start  # noqa: E402
 from captured_step import TrainingStep  # noqa: E402
 
 
@@ -52,6 +53,24 @@ def test_two_processes_beside_one(tmp_path: Path) -> None:
     multi_gpu.main(["--tiny", "--kinds", "DDP", "--out", str(tmp_path)])
     (line,) = results.read_runs("multi_gpu", tmp_path)
     assert line["complete"] and [row["GPUs"] for row in line["rows"]] == [1, 2, 1]
+
+
+def test_warm_start_goes_on_where_it_was_stopped(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Stopped after its first step, and once more with time: the second run trains what is left."""
+    arguments = ["--tiny", "--work", str(tmp_path / "work"), "--out", str(tmp_path)]
+    warm_start.main([*arguments, "--seconds", "0"])
+    assert "out of time at t5: 1 of 8 steps" in capsys.readouterr().out
+    warm_start.main(arguments)
+    state = json.loads((tmp_path / "work" / "t5" / "checkpoint-8" / "trainer_state.json").read_text())
+    assert [entry["step"] for entry in state["log_history"] if "eval_loss" in entry] == list(range(1, 9))
+    (line,) = results.read_runs("warm_start", tmp_path)
+    assert line["complete"]
+    (exact,) = (row for row in line["rows"] if "radius over the whole input" in row["model"])
+    # issue 6: the same function
+    assert exact["largest logit difference"] < 1e-4
+    assert exact["held-out loss"] == pytest.approx(line["rows"][0]["held-out loss"], rel=1e-4)
+    (steps,) = results.read_runs("warm_start_steps", tmp_path)
+    assert steps["complete"] and [row["steps"] for row in steps["rows"]] == list(range(9))
 
 
 def test_a_lost_checkpoint_is_found() -> None:

@@ -12,7 +12,7 @@ from huggingface_hub.errors import StrictDataclassError
 from models import tiny_config
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
-from modeling_colt5 import CoLT5Config, CoLT5EncoderModel, CoLT5ForConditionalGeneration
+from modeling_colt5 import CoLT5Config, CoLT5ForConditionalGeneration
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -44,6 +44,10 @@ DEFAULTS = {
     "relative_attention_num_buckets": 32,
     "relative_attention_max_distance": 128,
     "num_cross_key_value_heads": 1,
+    # the paper routes nothing in its decoder
+    "routed_cross_key_values": None,
+    "causal_attention": "full",
+    "causal_feed_forward": "dense",
     "feed_forward_proj": "gated-gelu",
     "tie_word_embeddings": False,
     "scale_decoder_outputs": False,
@@ -78,6 +82,9 @@ POSITIVE_INTEGERS = [
     "num_cross_key_value_heads",
     "routed_cross_key_values",
     "num_cross_routers",
+    "causal_window",
+    "causal_routed_keys",
+    "num_causal_key_value_routers",
 ]
 FRACTIONS = [
     "routed_feed_forward_fraction",
@@ -89,6 +96,8 @@ POSITIVE_NUMBERS = ["routing_epsilon", "routing_epsilon_init", "layer_norm_epsil
 NAMES = {
     "routing": "'learned', 'random', 'even', 'none'",
     "soft_topk_solver": "'exact', 'coordinate_descent'",
+    "causal_attention": "'full', 'local', 'routed'",
+    "causal_feed_forward": "'dense', 'routed'",
     "kernel_backend": "'auto', 'triton', 'torch'",
 }
 NOT_FINITE = (math.nan, math.inf, -math.inf)
@@ -100,7 +109,11 @@ IMPOSSIBLE = [
     ("relative_attention_max_distance", 1, "at least 2"),
     *((name, value, "above 0 and at most 1") for name in FRACTIONS for value in (0.0, -0.1, 1.001, 2, *NOT_FINITE)),
     *((name, value, "above 0") for name in POSITIVE_NUMBERS for value in (0.0, -1.0, *NOT_FINITE)),
-    *(("soft_topk_ratio", value, "at least 1") for value in (0.999, 0, -2, *NOT_FINITE)),
+    *(
+        (name, value, "at least 1")
+        for name in ("soft_topk_ratio", "causal_capacity_ratio")
+        for value in (0.999, 0, -2, *NOT_FINITE)
+    ),
     *(
         (name, value, "at least 0 and below 1")
         for name in ("dropout_rate", "classifier_dropout")
@@ -377,19 +390,3 @@ def test_activation_names():
     assert (gated.is_gated_act, gated.dense_act_fn) == (True, "gelu_new")
     plain = CoLT5Config(feed_forward_proj="relu")
     assert (plain.is_gated_act, plain.dense_act_fn) == (False, "relu")
-
-
-@pytest.mark.parametrize("model_class", [CoLT5ForConditionalGeneration, CoLT5EncoderModel])
-def test_fsdp_plan_names_modules_of_the_models(model_class):
-    """The inherited plan matches nothing in a T5 layout."""
-    config = tiny_config()
-    with torch.device("meta"):
-        names = {name for name, _ in model_class(config).named_modules()}
-    plan = {
-        pattern
-        for pattern in config.base_model_fsdp_plan
-        if model_class is not CoLT5EncoderModel or "decoder" not in pattern
-    }
-    for pattern in plan:
-        wanted = [pattern.replace("*", str(i)) for i in range(config.num_layers)]
-        assert set(wanted) <= names, pattern

@@ -21,7 +21,10 @@ TINY = {
     "num_layers": 2,
     "num_decoder_layers": 3,
     "num_heads": 4,
-    "decoder_start_token_id": 0,
+    # none of these is CoLT5's own
+    "pad_token_id": 2,
+    "eos_token_id": 3,
+    "decoder_start_token_id": 4,
 }
 FULL = {
     "routed_feed_forward_fraction": 1.0,
@@ -59,8 +62,8 @@ def logits(model: PreTrainedModel, length: int) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("feed_forward_proj", "scale_decoder_outputs", "own_head"),
-    [("relu", True, False), ("gated-gelu", False, True)],
-    ids=["t5-1.0", "t5-1.1"],
+    [("relu", True, False), ("gated-gelu", False, True), ("gated-silu", False, True)],
+    ids=["t5-1.0", "t5-1.1", "ul2"],
 )
 @pytest.mark.parametrize("measured", [False, True], ids=["by weights", "by sample"])
 def test_t5_is_the_same_function_at_full_budgets(feed_forward_proj, scale_decoder_outputs, own_head, measured):
@@ -71,6 +74,8 @@ def test_t5_is_the_same_function_at_full_budgets(feed_forward_proj, scale_decode
     # float64: only the order of sums differs
     assert (logits(model, 50) - expected).abs().max() < 1e-9 * expected.abs().max()
     assert model.config.tie_word_embeddings != own_head
+    for name in ("pad_token_id", "eos_token_id", "decoder_start_token_id"):
+        assert getattr(model.config, name) == getattr(source.config, name), name
 
 
 def test_longt5_local_is_the_same_function_at_any_length_and_budget():

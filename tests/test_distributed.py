@@ -9,17 +9,15 @@ from pathlib import Path
 import pytest
 import yaml
 from accelerate.commands.config.config_args import ClusterConfig
+from example_runs import REPOSITORY, TINY, TOKENIZER
 from models import tiny_model
 from safetensors.torch import load_file
 
 import modeling_colt5
 
-ROOT = Path(__file__).parent.parent
-LAUNCH = ROOT / "configuration" / "launch"
-TINY = (
-    "d_model=32,d_kv=8,d_ff=48,num_layers=2,num_decoder_layers=1,num_heads=4,num_light_heads=2,num_heavy_heads=2,"
-    "light_d_ff=24,heavy_d_ff=64,dropout_rate=0.0"
-)
+LAUNCH = REPOSITORY / "configuration" / "launch"
+# twice the encoder's layers, and no chance
+DEEPER = f"{TINY},num_layers=2,dropout_rate=0.0"
 
 
 def pretrain(tmp_path: Path, name: str, *launcher: str, batch: int, more: tuple[str, ...] = ()) -> tuple[Path, str]:
@@ -37,14 +35,14 @@ def pretrain(tmp_path: Path, name: str, *launcher: str, batch: int, more: tuple[
     """
     text = tmp_path / "text.txt"
     text.write_text("".join(f"def f{i}(x, y={i * i}):\n    return x * {i} + y\n" for i in range(400)))
-    arguments = ["--size", "base", "--config_overrides", TINY, "--tokenizer_name", ROOT / "tokenization/python_stdlib"]
+    arguments = ["--size", "base", "--config_overrides", DEEPER, "--tokenizer_name", TOKENIZER]
     arguments += ["--train_files", text, "--input_length", 96, "--target_length", 64, "--max_steps", 6]
     arguments += ["--optim", "sgd", "--learning_rate", 0.3, "--max_grad_norm", 0, "--lr_scheduler_type", "constant"]
     arguments += ["--logging_steps", 1, "--save_steps", 3, "--report_to", "none", "--disable_tqdm", "true"]
     arguments += ["--use_cpu", "true", "--per_device_train_batch_size", batch, "--output_dir", tmp_path / name]
     done = subprocess.run(
-        [str(part) for part in (*launcher, ROOT / "examples/pretrain.py", *arguments, *more)],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        [str(part) for part in (*launcher, REPOSITORY / "examples/pretrain.py", *arguments, *more)],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,
@@ -81,7 +79,7 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 # each process starts Python and imports Transformers anew: some ten seconds a run
 @pytest.mark.parametrize(
-    ("file", "script"), [("ddp.yaml", []), ("fsdp2.yaml", [ROOT / "tests/fsdp_on_cpu.py"])], ids=["ddp", "fsdp2"]
+    ("file", "script"), [("ddp.yaml", []), ("fsdp2.yaml", [REPOSITORY / "tests/fsdp_on_cpu.py"])], ids=["ddp", "fsdp2"]
 )
 def test_two_processes_train_like_one_and_one_resumes_them(file, script, one_process, tmp_path):
     two, printed = pretrain(tmp_path, "two", *launcher(file, 2, *script), batch=1)
