@@ -10,7 +10,7 @@ from models import tiny_config
 from modeling_colt5 import CoLT5Config, CoLT5ForCausalLM
 from modeling_colt5.causal_layers_colt5 import CoLT5LayerCausalAttention, CoLT5LayerCausalFF
 from modeling_colt5.causal_plan_colt5 import CausalPlan
-from modeling_colt5.causal_routing import causal_gates, fill_slots, gather_scaled, prefix_top, window_thresholds
+from modeling_colt5.causal_routing_reference import prefix_top, window_thresholds
 
 # what bisection leaves, and float64 sums in another order, over outputs of size 1
 TOLERANCE = 1e-9
