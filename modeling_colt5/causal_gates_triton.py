@@ -92,9 +92,9 @@ def gates_kernel(
         slot = tl.arange(0, BLOCK)
         inside = slot < window
         rank = (before // window + number) * window + slot
-        score = tl.load(
-            scores + row * batch_stride + (number * window + slot) * stride, mask=inside, other=0.0
-        ).to(tl.float32)
+        score = tl.load(scores + row * batch_stride + (number * window + slot) * stride, mask=inside, other=0.0).to(
+            tl.float32
+        )
         is_first = rank < window
         evenly = slot < 0
         if FILL_FIRST:
@@ -122,7 +122,9 @@ def gates_kernel(
 
 
 @triton.jit
-def falling_gradient(grad_weights, grad_slots, weights, routed, window_row, window, capacity, epsilon, BLOCK: tl.constexpr):
+def falling_gradient(
+    grad_weights, grad_slots, weights, routed, window_row, window, capacity, epsilon, BLOCK: tl.constexpr
+):
     """What a window's weights below 1 give on: to their own scores, and their sum, negated, to t."""
     slot = tl.arange(0, BLOCK)
     inside = slot < window
@@ -142,7 +144,7 @@ def gates_backward_kernel(
     grad_weights, grad_slots, scores, weights, routed, thresholds, grad_scores,
     batch_stride, stride, windows, window, capacity, epsilon, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Program (row, v): the gradient of window v's scores, by its own gates and, through t, by those of window v + 1."""
+    """Program (row, v): the gradient of window v's scores, by its own gates and, through t, by those of the next."""
     row = (tl.program_id(0) // windows).to(tl.int64)
     number = tl.program_id(0) % windows
     own = row * windows + number
@@ -150,13 +152,11 @@ def gates_backward_kernel(
     inside = slot < window
     grad = falling_gradient(grad_weights, grad_slots, weights, routed, own, window, capacity, epsilon, BLOCK)
     if number + 1 < windows:
-        handed = falling_gradient(
-            grad_weights, grad_slots, weights, routed, own + 1, window, capacity, epsilon, BLOCK
-        )
+        handed = falling_gradient(grad_weights, grad_slots, weights, routed, own + 1, window, capacity, epsilon, BLOCK)
         soft = tl.load(thresholds + (row * (windows + 1) + number + 1) * 2 + 1)
-        score = tl.load(
-            scores + row * batch_stride + (number * window + slot) * stride, mask=inside, other=0.0
-        ).to(tl.float32)
+        score = tl.load(scores + row * batch_stride + (number * window + slot) * stride, mask=inside, other=0.0).to(
+            tl.float32
+        )
         free = tl.exp((score - soft) / epsilon)
         free = tl.where(inside & (free < 1.0), free, 0.0)
         mass = tl.sum(free)

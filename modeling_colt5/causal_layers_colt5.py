@@ -76,7 +76,7 @@ def _tokens(windows: Tensor, plan: CausalPlan) -> Tensor:
 
 
 def _share_and_gather(states: Tensor, tokens: RoutedTokens, plan: CausalPlan) -> tuple[Tensor, Tensor]:
-    """The states [batch, n, d], for all that reads them, and the routed tokens of them in slots [rows, capacity, d]."""
+    """The states [batch, n, d], for all that reads them, and their routed tokens in slots [rows, capacity, d]."""
     backend = plan.settings.kernel_backend
     if plan.past is not None:
         return states, gather_tokens(_windows(states, plan), tokens.indices, tokens.valid, kernel_backend=backend)
@@ -215,30 +215,28 @@ class CoLT5CausalRoutedAttention(CoLT5Attention):
         query = self.split_heads(self.q(query_states))
         positions = plan.starts + queries.indices
         outputs, sources = [], []
-        for group, (query_part, table, *parts) in enumerate(
-            zip(
-                _parts(query, groups, 2),
-                _parts(bias_table, groups, 0),
-                *(_parts(states, groups, 2) for states in framed.values()),
-                *(_parts(part, groups, 1) for part in (index, weights, valid, following, ranks)),
-                strict=True,
-            )
-        ):
-            states, (*pool, rank_part) = parts[:2], (part.squeeze(1) for part in parts[2:])
+        queries_of, tables = _parts(query, groups, 2), _parts(bias_table, groups, 0)
+        keys_of, values_of = (_parts(states, groups, 2) for states in framed.values())
+        pools_of = zip(*(_parts(part, groups, 1) for part in (index, weights, valid, following, ranks)), strict=True)
+        for group, parts in enumerate(pools_of):
+            pool_index, pool_weights, pool_valid, pool_following, pool_ranks = (part.squeeze(1) for part in parts)
+            states = (keys_of[group], values_of[group])
             if old:
-                before = (old[name][:, group] for name in ("key", "value"))
-                states = [torch.cat(pair, 1) for pair in zip(before, states, strict=True)]
+                states = (
+                    torch.cat([old["key"][:, group], states[0]], 1),
+                    torch.cat([old["value"][:, group], states[1]], 1),
+                )
             sources.append(states)
-            group_pools = Pools(RoutedTokens(*pool[:3]), pool[3])
+            group_pools = Pools(RoutedTokens(pool_index, pool_weights, pool_valid), pool_following)
             keys, values = gather_pools(*states, group_pools, size if old else 0, settings.kernel_backend)
             inputs = (
-                query_part,
+                queries_of[group],
                 keys.flatten(0, 1),
                 values.flatten(0, 1),
-                table,
+                tables[group],
                 positions,
-                rank_part[:, :-1].flatten(0, 1),
-                pool[2][:, :-1].flatten(0, 1),
+                pool_ranks[:, :-1].flatten(0, 1),
+                pool_valid[:, :-1].flatten(0, 1),
             )
             if settings.fused_attention and not plan.is_step:
                 outputs.append(routed_attention(*inputs, self.dropout if self.training else 0.0))
@@ -258,7 +256,7 @@ class CoLT5CausalRoutedAttention(CoLT5Attention):
         self,
         plan: CausalPlan,
         cache: Any,
-        sources: list[list[Tensor]],
+        sources: list[tuple[Tensor, Tensor]],
         scores: Tensor,
         index: Tensor,
         ranks: Tensor,
@@ -333,9 +331,7 @@ class CoLT5LayerCausalAttention(nn.Module):
         normed, scores = plan.enter(normed), plan.enter(scores.transpose(1, 2))
         # one gradient for both parts
         query_scores, key_value_scores = scores.split([1, len(self.key_value_routers)], -1)
-        gates, queries = _run_gates(
-            query_scores.squeeze(-1), plan, cache, "query", plan.settings.num_queries, False
-        )
+        gates, queries = _run_gates(query_scores.squeeze(-1), plan, cache, "query", plan.settings.num_queries, False)
         normed, query_states = _share_and_gather(normed, queries, plan)
         light = self.light_attention(normed, light_bias_table, plan, cache)
         heavy, pools = self.heavy_attention(

@@ -27,9 +27,9 @@ def _joined(ring: Tensor, states: Tensor) -> Tensor:
 
 
 def take(states: Tensor, index: Tensor) -> Tensor:
-    """Entries `index` int64 [batch, k] of [batch, n, ...] → [batch, k, ...], no two the same if states have a gradient.
+    """Entries `index` int64 [batch, k] of [batch, n, ...] → [batch, k, ...].
 
-    On CUDA equal entries' gradients would be added in no fixed order.
+    Where the states have a gradient no two entries may be the same: CUDA would add theirs in no fixed order.
     """
     return _take_rows(states, _rows(index, states.shape[1]))
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .kernel_launch import cdiv, launch, next_power_of_2
-from .routing_steps_triton import LOWEST_KEY, load_keys
+from .routing_steps_triton import load_keys
 
 try:
     import triton
@@ -40,7 +40,7 @@ def tops_kernel(
     row_stride, initial_stride, windows, window, size, base,
     BLOCK: tl.constexpr, CHUNK: tl.constexpr, LIST: tl.constexpr,
 ):  # fmt: skip
-    """Program (row, j): the `LIST` largest keys of window j - 1, or of the initial pool for j = 0, in falling order."""
+    """Program (row, j): the `LIST` largest keys of window j - 1, or of the initial pool for j = 0; falling."""
     row = (tl.program_id(0) // windows).to(tl.int64)
     number = tl.program_id(0) % windows
     slots = tl.arange(0, BLOCK)
@@ -133,10 +133,9 @@ def candidates_kernel(
     for start in range(0, window, BLOCK):
         tokens = start + tl.arange(0, BLOCK)
         inside = tokens < window
-        score = tl.load(scores + row * row_stride + first + tokens, mask=inside, other=0.0)
-        position = base + first + tokens
-        tl.store(candidate_scores + out + tokens, score, mask=inside)
-        tl.store(candidates + out + tokens, position.to(tl.int64), mask=inside)
+        new = tl.load(scores + row * row_stride + first + tokens, mask=inside, other=0.0)
+        tl.store(candidate_scores + out + tokens, new, mask=inside)
+        tl.store(candidates + out + tokens, (base + first + tokens).to(tl.int64), mask=inside)
         tl.store(present + out + tokens, inside & (number > 0), mask=inside)
 
 
@@ -173,9 +172,7 @@ def links_kernel(candidates, following, windows, window, size, BLOCK: tl.constex
 
 
 @triton.jit(do_not_specialize=["windows", "window", "size"])
-def candidates_backward_kernel(
-    grad, following, grad_scores, windows, window, size, BLOCK: tl.constexpr
-):
+def candidates_backward_kernel(grad, following, grad_scores, windows, window, size, BLOCK: tl.constexpr):
     """Program (row, v, block): sums along the chains of a window's tokens."""
     blocks = tl.cdiv(window, BLOCK)
     row = (tl.program_id(0) // (windows * blocks)).to(tl.int64)
@@ -218,7 +215,9 @@ def gather_kernel(
     weight = tl.load(weights + slot)
     token = tl.load(indices + slot)
     columns, offsets = state_columns(key_head_stride, d, BLOCK)
-    states = tl.load(key + row * key_batch_stride + token * key_stride + offsets, mask=columns < used * width, other=0.0)
+    states = tl.load(
+        key + row * key_batch_stride + token * key_stride + offsets, mask=columns < used * width, other=0.0
+    )
     states = states.to(tl.float32) * weight
     tl.store(keys + out * width + columns, states.to(keys.dtype.element_ty), mask=columns < width)
     columns, offsets = state_columns(value_head_stride, d, BLOCK)
@@ -241,9 +240,9 @@ def gather_backward_kernel(
     token = out % tokens
     columns, offsets = state_columns(key_head_stride, d, BLOCK)
     inside = columns < width
-    key_states = tl.load(
-        key + row * key_batch_stride + token * key_stride + offsets, mask=inside, other=0.0
-    ).to(tl.float32)
+    key_states = tl.load(key + row * key_batch_stride + token * key_stride + offsets, mask=inside, other=0.0).to(
+        tl.float32
+    )
     columns, offsets = state_columns(value_head_stride, d, BLOCK)
     value_states = tl.load(
         value + row * value_batch_stride + token * value_stride + offsets, mask=inside, other=0.0

@@ -276,9 +276,7 @@ def _save_pool_gather(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, 
     ctx.shape = outputs[0].shape
 
 
-def _autograd_pool_gather(
-    ctx: Any, grad_keys: Tensor | None, grad_values: Tensor | None
-) -> tuple[Tensor | None, ...]:
+def _autograd_pool_gather(ctx: Any, grad_keys: Tensor | None, grad_values: Tensor | None) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
     grad_keys, grad_values = (
         saved[0].new_zeros(ctx.shape) if grad is None else grad for grad in (grad_keys, grad_values)
@@ -302,13 +300,15 @@ _pool_gather = Operator(
 )
 
 
-def gather_pools(key: Tensor, value: Tensor, pools: Pools, base: int, kernel_backend: str = "auto") -> tuple[Tensor, Tensor]:
+def gather_pools(
+    key: Tensor, value: Tensor, pools: Pools, base: int, kernel_backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
     """`weights * states[indices]` of every window's pool, for the keys and the values; zeros at unused slots.
 
     A token is in the pools of many windows: its gradients are summed in fp32, in a fixed order.
 
     Args:
-        key, value: [batch, n, heads, d_kv]. Beyond n there may be tokens of a last window that no pool read here holds.
+        key, value: [batch, n, heads, d_kv]. Of the last window's tokens, which no pool read here holds, any may lack.
         pools: in rows [batch].
         base: how many of the n tokens are the initial pool's; 0 without one.
         kernel_backend: as in `uses_triton` of kernel_backend.py.

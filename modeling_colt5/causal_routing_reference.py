@@ -268,4 +268,5 @@ def pool_gather_backward(
     with torch.enable_grad():
         leaves = [tensor.detach().requires_grad_() for tensor in (key, value, weights)]
         outputs = pool_gather(leaves[0], leaves[1], indices, leaves[2], valid, following, base)
-    return torch.autograd.grad(outputs, leaves, (grad_keys, grad_values))
+    grad_key, grad_value, grad_weights = torch.autograd.grad(outputs, leaves, (grad_keys, grad_values))
+    return grad_key, grad_value, grad_weights

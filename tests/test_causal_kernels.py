@@ -133,9 +133,7 @@ def test_scores_that_are_not_numbers_are_the_largest(device: torch.device) -> No
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(("rows", "windows", "window", "size"), [(2, 4, 3, 5), (1, 20, 2, 3)])
-def test_gathering(
-    rows: int, windows: int, window: int, size: int, dtype: torch.dtype, device: torch.device
-) -> None:
+def test_gathering(rows: int, windows: int, window: int, size: int, dtype: torch.dtype, device: torch.device) -> None:
     pools = make_pools(rows, windows, window, size)
     tokens = pools.tokens
     parts = [part.to(device) for part in (tokens.indices, tokens.weights.float(), tokens.valid, pools.following)]
