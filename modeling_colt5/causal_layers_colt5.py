@@ -7,14 +7,14 @@ from torch import Tensor, nn
 
 from .attention_ops import local_attention, routed_attention
 from .causal_plan_colt5 import CausalPlan, take
-from .causal_routing import Gates, causal_gates, fill_slots, gather_scaled, routed_pools
+from .causal_routing import Gates, Pools, causal_gates, gather_pools, routed_pools
 from .configuration_colt5 import CoLT5Config
 from .layers_colt5 import CoLT5Attention, CoLT5DenseActDense, CoLT5LayerNorm, clamp_half, project
 from .local_attention_reference import local_attention_reference
 from .routed_attention_reference import routed_attention_reference
 from .router_colt5 import CoLT5Router, router_weights
 from .routing import RoutedTokens
-from .token_ops import gather_tokens, scatter_add_tokens
+from .token_ops import gather_tokens, scatter_add_tokens, share_and_gather
 
 # what the cache keeps of a pool, each [batch, 2, groups, pool size, ...]
 POOL_PARTS = ("key", "value", "score", "rank", "weight", "valid")
@@ -39,33 +39,26 @@ def _run_gates(
     settings = plan.settings
     ring = cache.rings.get(name) if cache is not None else None
     carried = cache.carried.get(name) if cache is not None else None
-    framed = plan.frame_with_past(ring, scores).unflatten(1, (-1, settings.window))
-    ranks = plan.ranks.unflatten(1, (-1, settings.window))
-    real = ranks < plan.total[:, None, None]
-    capacity = settings.capacity(target)
     gates = causal_gates(
-        framed,
-        real,
-        plan.first_window,
+        plan.frame_with_past(ring, scores).unflatten(1, (-1, settings.window)),
+        plan.past,
+        plan.total,
         None if carried is None else carried[:, 0],
-        target,
-        capacity,
-        settings.soft_topk_ratio,
-        settings.epsilon,
-        fill_first,
+        target=target,
+        capacity=settings.capacity(target),
+        soft_topk_ratio=settings.soft_topk_ratio,
+        epsilon=settings.epsilon,
+        fill_first=fill_first,
+        kernel_backend=settings.kernel_backend,
     )
     if cache is not None:
         cache.write("rings", {name: plan.advance_ring(ring, scores.detach())})
         cache.write("carried", {name: plan.advance_carried(carried, gates.thresholds.detach())})
-    if plan.past is not None:
-        # earlier tokens count for the capacity and are not computed again
-        gates.routed = gates.routed & (ranks >= plan.past[:, None, None])
-        gates.weights = gates.weights.masked_fill(~gates.routed, 0)
+    tokens = gates.tokens
     if plan.is_step:
-        weight = take(gates.weights.flatten(1), plan.offset[:, None])
-        routed = take(gates.routed.flatten(1), plan.offset[:, None])
-        return gates, RoutedTokens(torch.zeros_like(plan.offset)[:, None], weight, routed)
-    return gates, fill_slots(gates.routed.flatten(0, 1), gates.weights.flatten(0, 1), capacity)
+        # the token is in the first slot or in none, and has a row of its own
+        tokens = RoutedTokens(tokens.indices[:, :1] * 0, tokens.weights[:, :1], tokens.valid[:, :1])
+    return gates, tokens
 
 
 def _windows(states: Tensor, plan: CausalPlan) -> Tensor:
@@ -75,11 +68,21 @@ def _windows(states: Tensor, plan: CausalPlan) -> Tensor:
     return plan.frame(states).unflatten(1, (-1, plan.settings.window)).flatten(0, 1)
 
 
-def _gather(states: Tensor, tokens: RoutedTokens, plan: CausalPlan) -> Tensor:
-    """The routed tokens of [batch, n, d], in slots [rows, capacity, d]."""
-    return gather_tokens(
-        _windows(states, plan), tokens.indices, tokens.valid, kernel_backend=plan.settings.kernel_backend
-    )
+def _tokens(windows: Tensor, plan: CausalPlan) -> Tensor:
+    """The inverse of `_windows`."""
+    if plan.is_step:
+        return windows
+    return plan.unframe(windows.unflatten(0, (len(plan.counts), -1)).flatten(1, 2))
+
+
+def _share_and_gather(states: Tensor, tokens: RoutedTokens, plan: CausalPlan) -> tuple[Tensor, Tensor]:
+    """The states [batch, n, d], for all that reads them, and their routed tokens in slots [rows, capacity, d]."""
+    backend = plan.settings.kernel_backend
+    if plan.past is not None:
+        return states, gather_tokens(_windows(states, plan), tokens.indices, tokens.valid, kernel_backend=backend)
+    routing = (tokens.indices, tokens.valid, None)
+    windows, rows = share_and_gather(_windows(states, plan), routing, kernel_backend=backend)
+    return _tokens(windows, plan), rows
 
 
 def _scatter_add(light: Tensor, heavy: Tensor, tokens: RoutedTokens, plan: CausalPlan) -> Tensor:
@@ -87,12 +90,17 @@ def _scatter_add(light: Tensor, heavy: Tensor, tokens: RoutedTokens, plan: Causa
     total = scatter_add_tokens(
         _windows(light, plan), heavy, tokens.indices, tokens.valid, tokens.weights, plan.settings.kernel_backend
     )
-    return total if plan.is_step else plan.unframe(total.unflatten(0, (light.shape[0], -1)).flatten(1, 2))
+    return _tokens(total, plan)
 
 
 def _token_weights(gates: Gates, plan: CausalPlan) -> Tensor:
     """Each token's routing weight, fp32 [batch, n] by position; 0 for tokens that were not routed."""
     return plan.leave(plan.unframe(gates.weights.flatten(1)))
+
+
+def _parts(states: Tensor, groups: int, dim: int) -> tuple[Tensor, ...]:
+    """One part for each group; where there is one group the states themselves, without a copy of their gradient."""
+    return (states,) if groups == 1 else states.chunk(groups, dim)
 
 
 class CoLT5CausalLocalAttention(CoLT5Attention):
@@ -112,20 +120,15 @@ class CoLT5CausalLocalAttention(CoLT5Attention):
         keys, values, before = key, value, 0
         if plan.past is not None:
             before = settings.radius
-            keys = plan.with_recent(rings["light_key"], key, before)
-            values = plan.with_recent(rings["light_value"], value, before)
+            keys = plan.with_recent(rings["light_key"], key)
+            values = plan.with_recent(rings["light_value"], value)
         if cache is not None:
             new = {"light_key": key.detach(), "light_value": value.detach()}
             cache.write("rings", {name: plan.advance_ring(rings.get(name), states) for name, states in new.items()})
 
-        length = before + plan.length
-        position = torch.arange(length, device=key.device)
-        # slots of no token yet are before rank 0, or behind the row's last real one
-        mask = position < before + plan.counts[:, None]
-        if plan.past is not None:
-            mask = mask & (position >= before - plan.past[:, None])
+        mask = plan.light_mask
         if plan.is_step:
-            positions = position.expand(len(key), -1)
+            positions = torch.arange(keys.shape[1], device=key.device).expand(len(key), -1)
             output, _ = routed_attention_reference(
                 query, keys, values, bias_table, positions[:, -1:], positions, mask, self.attend
             )
@@ -136,7 +139,7 @@ class CoLT5CausalLocalAttention(CoLT5Attention):
             output = local_attention(*inputs, self.dropout if self.training else 0.0)
         else:
             output, _ = local_attention_reference(*inputs, self.attend)
-        return self.o(output[:, before:].flatten(-2))
+        return self.o((output if before == 0 else output[:, before:]).flatten(-2))
 
 
 class CoLT5CausalRoutedAttention(CoLT5Attention):
@@ -148,13 +151,10 @@ class CoLT5CausalRoutedAttention(CoLT5Attention):
         super().__init__(config, config.num_heavy_heads)
         self.groups = config.num_causal_key_value_routers
 
-    def _group(self, states: Tensor, group: int) -> Tensor:
-        size = self.num_heads // self.groups
-        return states[..., group * size : (group + 1) * size, :]
-
     def forward(
         self,
         hidden_states: Tensor,
+        query_states: Tensor,
         scores: Tensor,
         queries: RoutedTokens,
         bias_table: Tensor,
@@ -165,8 +165,9 @@ class CoLT5CausalRoutedAttention(CoLT5Attention):
 
         Args:
             hidden_states: [batch, n, d_model], by rank.
+            query_states: [rows, query slots, d_model], the routed ones of them.
             scores: fp32 [batch, n, groups], of the keys/values, by rank.
-            queries: in rows [batch * windows], or [batch] for a step.
+            queries: what was routed, in rows [batch * windows], or [batch] for a step.
             bias_table: [heads, 2 * max_distance + 1].
             plan: the chunk's windows.
             cache: the layer's routed cache; None for none.
@@ -176,21 +177,24 @@ class CoLT5CausalRoutedAttention(CoLT5Attention):
             `indices` are ranks.
         """
         settings = plan.settings
-        size, batch = settings.pool_size, len(hidden_states)
-        query = self.split_heads(self.q(_gather(hidden_states, queries, plan)))
+        size, groups, batch = settings.pool_size, self.groups, len(hidden_states)
         key, value = map(self.split_heads, project(hidden_states, self.k, self.v))
         rings = {} if cache is None else cache.rings
         # W_k (s̃ x) = s̃ W_k x: one projection a token, scaled anew in every window's pool
         new = {"heavy_key": key, "heavy_value": value, "key_value_scores": scores}
-        framed_scores = plan.frame_with_past(rings.get("key_value_scores"), scores).transpose(1, 2)
-        pool: dict[str, Tensor] = {}
+        framed = {
+            name: states if plan.past is None else plan.frame_with_past(rings.get(name), states)
+            for name, states in (("heavy_key", key), ("heavy_value", value))
+        }
+        known = plan.frame_with_past(rings.get("key_value_scores"), scores).transpose(1, 2)
+        old: dict[str, Tensor] = {}
         initial = None
         if plan.past is not None:
-            pool = {name: cache.carried[f"pool_{name}"][:, 0] for name in POOL_PARTS}
-            score, *first = (pool[name].flatten(0, 1) for name in ("score", "rank", "weight", "valid"))
+            old = {name: cache.carried[f"pool_{name}"][:, 0] for name in POOL_PARTS}
+            score, *first = (old[name].flatten(0, 1) for name in ("score", "rank", "weight", "valid"))
             initial = (score, RoutedTokens(*first))
         pools = routed_pools(
-            framed_scores.flatten(0, 1),
+            known.flatten(0, 1),
             settings.window,
             size,
             initial,
@@ -198,45 +202,41 @@ class CoLT5CausalRoutedAttention(CoLT5Attention):
             epsilon=settings.epsilon,
             kernel_backend=settings.kernel_backend,
         )
-        shape = (batch, self.groups, plan.num_windows + 1, size)
-        index, weights, valid = (part.view(shape) for part in (pools.indices, pools.weights, pools.valid))
-        framed = {
-            name: states if plan.past is None else plan.frame_with_past(rings.get(name), states)
-            for name, states in (("heavy_key", key), ("heavy_value", value))
-        }
-        ranks = plan.ranks[:, None].expand(-1, self.groups, -1)
-        ranks = torch.cat([pool["rank"], ranks], -1) if pool else ranks
-        ranks = ranks.gather(-1, index.flatten(2)).view(shape)
+        index, weights, valid, following = (
+            part.unflatten(0, (batch, groups))
+            for part in (pools.tokens.indices, pools.tokens.weights, pools.tokens.valid, pools.following)
+        )
+        # without a past a token's index is its rank
+        ranks = index
+        if old:
+            ranks = torch.cat([old["rank"], plan.ranks[:, None].expand(-1, groups, -1)], -1)
+            ranks = ranks.gather(-1, index.flatten(2)).view(index.shape)
 
-        windows = plan.num_windows
-        # a step's one token has a row of its own
-        first_ranks = plan.ranks.view(batch * windows, -1)[:, :1]
-        if plan.is_step:
-            first_ranks = first_ranks + plan.offset[:, None]
-        positions = first_ranks + queries.indices
+        query = self.split_heads(self.q(query_states))
+        positions = plan.starts + queries.indices
         outputs, sources = [], []
-        for group in range(self.groups):
-            states = [self._group(framed[name], group) for name in ("heavy_key", "heavy_value")]
-            if pool:
-                old = (pool[name][:, group] for name in ("key", "value"))
-                states = [torch.cat(pair, 1) for pair in zip(old, states, strict=True)]
+        queries_of, tables = _parts(query, groups, 2), _parts(bias_table, groups, 0)
+        keys_of, values_of = (_parts(states, groups, 2) for states in framed.values())
+        pools_of = zip(*(_parts(part, groups, 1) for part in (index, weights, valid, following, ranks)), strict=True)
+        for group, parts in enumerate(pools_of):
+            pool_index, pool_weights, pool_valid, pool_following, pool_ranks = (part.squeeze(1) for part in parts)
+            states = (keys_of[group], values_of[group])
+            if old:
+                states = (
+                    torch.cat([old["key"][:, group], states[0]], 1),
+                    torch.cat([old["value"][:, group], states[1]], 1),
+                )
             sources.append(states)
-            # without a cache the rows of unfinished windows are not there, and no pool that is read holds one
-            group_index = index[:, group, :-1].flatten(1).clamp(max=states[0].shape[1] - 1)
-            group_weights = weights[:, group, :-1].flatten(1)
-            keys, values = (
-                gather_scaled(part, group_index, group_weights).unflatten(1, (windows, size)).flatten(0, 1)
-                for part in states
-            )
-            heads = slice(group * len(bias_table) // self.groups, (group + 1) * len(bias_table) // self.groups)
+            group_pools = Pools(RoutedTokens(pool_index, pool_weights, pool_valid), pool_following)
+            keys, values = gather_pools(*states, group_pools, size if old else 0, settings.kernel_backend)
             inputs = (
-                self._group(query, group),
-                keys,
-                values,
-                bias_table[heads],
+                queries_of[group],
+                keys.flatten(0, 1),
+                values.flatten(0, 1),
+                tables[group],
                 positions,
-                ranks[:, group, :-1].flatten(0, 1),
-                valid[:, group, :-1].flatten(0, 1),
+                pool_ranks[:, :-1].flatten(0, 1),
+                pool_valid[:, :-1].flatten(0, 1),
             )
             if settings.fused_attention and not plan.is_step:
                 outputs.append(routed_attention(*inputs, self.dropout if self.training else 0.0))
@@ -247,15 +247,16 @@ class CoLT5CausalRoutedAttention(CoLT5Attention):
                 "rings",
                 {name: plan.advance_ring(rings.get(name), states.detach()) for name, states in new.items()},
             )
-            known = torch.cat([pool["score"], framed_scores], -1) if pool else framed_scores
+            known = torch.cat([old["score"], known], -1) if old else known
             self._carry(plan, cache, sources, known, index, ranks, weights, valid)
-        return self.o(torch.cat(outputs, 2).flatten(-2)), RoutedTokens(ranks, weights, valid)
+        output = outputs[0] if groups == 1 else torch.cat(outputs, 2)
+        return self.o(output.flatten(-2)), RoutedTokens(ranks, weights, valid)
 
     def _carry(
         self,
         plan: CausalPlan,
         cache: Any,
-        sources: list[list[Tensor]],
+        sources: list[tuple[Tensor, Tensor]],
         scores: Tensor,
         index: Tensor,
         ranks: Tensor,
@@ -276,10 +277,8 @@ class CoLT5CausalRoutedAttention(CoLT5Attention):
             chosen[name] = torch.stack(groups, 1).unflatten(2, slots.shape[2:]).transpose(1, 2)
         for name, value in chosen.items():
             carried = cache.carried.get(f"pool_{name}")
-            if carried is not None:
-                moved = (plan.completed > 0).view(-1, *[1] * (value.dim() - 1))
-                value = torch.cat([value[:, :1], torch.where(moved, value[:, 1:], carried[:, 1:])], 1)
-            cache.write("carried", {f"pool_{name}": value})
+            kept = value if carried is None else plan.keep_carried(carried, value)
+            cache.write("carried", {f"pool_{name}": kept})
 
 
 class CoLT5LayerCausalAttention(nn.Module):
@@ -330,9 +329,14 @@ class CoLT5LayerCausalAttention(nn.Module):
         normed, scores = self.layer_norm(hidden_states, routers, backend)
         assert scores is not None
         normed, scores = plan.enter(normed), plan.enter(scores.transpose(1, 2))
-        gates, queries = _run_gates(scores[..., 0], plan, cache, "query", plan.settings.num_queries, False)
+        # one gradient for both parts
+        query_scores, key_value_scores = scores.split([1, len(self.key_value_routers)], -1)
+        gates, queries = _run_gates(query_scores.squeeze(-1), plan, cache, "query", plan.settings.num_queries, False)
+        normed, query_states = _share_and_gather(normed, queries, plan)
         light = self.light_attention(normed, light_bias_table, plan, cache)
-        heavy, pools = self.heavy_attention(normed, scores[..., 1:], queries, heavy_bias_table, plan, cache)
+        heavy, pools = self.heavy_attention(
+            normed, query_states, key_value_scores, queries, heavy_bias_table, plan, cache
+        )
         update = _scatter_add(light, heavy, queries, plan)
         if hasattr(self, "unrouted"):
             routed = plan.unframe(gates.routed.flatten(1))
@@ -357,9 +361,10 @@ class CoLT5LayerCausalFF(nn.Module):
         backend = plan.settings.kernel_backend
         normed, scores = self.layer_norm(hidden_states, router_weights(self.router), backend)
         assert scores is not None
-        normed, scores = plan.enter(normed), plan.enter(scores[:, 0])
+        normed, scores = plan.enter(normed), plan.enter(scores.squeeze(1))
         gates, tokens = _run_gates(scores, plan, cache, "feed_forward", plan.settings.num_feed_forward, True)
+        normed, routed = _share_and_gather(normed, tokens, plan)
         light = self.light_feed_forward(normed, backend)
-        heavy = self.heavy_feed_forward(_gather(normed, tokens, plan), backend)
+        heavy = self.heavy_feed_forward(routed, backend)
         update = plan.leave(_scatter_add(light, heavy, tokens, plan))
         return clamp_half(hidden_states + self.dropout(update)), _token_weights(gates, plan)

@@ -1,7 +1,7 @@
 """Where a chunk's tokens stand in the windows of a causally routed decoder: by rank among the real tokens of a row."""
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -12,10 +12,26 @@ from .configuration_colt5 import CoLT5Config
 from .kernel_backend import uses_triton
 
 
+def _rows(index: Tensor, n: int) -> Tensor:
+    """Entries [batch, k] of [batch, n, ...] as rows of [batch * n, ...]."""
+    return index + torch.arange(index.shape[0], device=index.device)[:, None] * n
+
+
+def _take_rows(states: Tensor, rows: Tensor) -> Tensor:
+    """Rows int64 [batch, k] of all the rows of [batch, n, ...] → [batch, k, ...]."""
+    return states.flatten(0, 1).index_select(0, rows.flatten()).view(*rows.shape, *states.shape[2:])
+
+
+def _joined(ring: Tensor, states: Tensor) -> Tensor:
+    return torch.cat([ring, states.to(ring.dtype)], 1)
+
+
 def take(states: Tensor, index: Tensor) -> Tensor:
-    """Entries `index` int64 [batch, k] of [batch, n, ...] → [batch, k, ...]."""
-    first = torch.arange(index.shape[0], device=index.device)[:, None] * states.shape[1]
-    return states.flatten(0, 1).index_select(0, (index + first).flatten()).view(*index.shape, *states.shape[2:])
+    """Entries `index` int64 [batch, k] of [batch, n, ...] → [batch, k, ...].
+
+    Where the states have a gradient no two entries may be the same: CUDA would add theirs in no fixed order.
+    """
+    return _take_rows(states, _rows(index, states.shape[1]))
 
 
 @dataclass
@@ -77,7 +93,7 @@ class CausalPlan:
 
     Everything inside the layers is in the order of ranks: `enter` moves a row's real tokens to its front, `leave` puts
     them back. The chunk's windows are those that its tokens fall into: window v of a row is the row's window
-    `first_window + v`, and the row's first new token stands in window 0 at slot `offset`.
+    `past // window + v`, and the row's first new token stands in window 0 at slot `past % window`.
 
     Args:
         settings: see there.
@@ -86,6 +102,15 @@ class CausalPlan:
         order: int64 [batch, n], positions of the real tokens in order, then of the padding; None without padding.
         rank: int64 [batch, n], the inverse permutation.
         past: int64 [batch], real tokens before the chunk; None where there are none, and no cache content.
+
+    Attributes:
+        ranks: int64 [batch, windows * window], the rank of every slot.
+        total: int64 [batch], real tokens up to the end of the chunk.
+        completed: int64 [batch], windows that the chunk completed, which is where each row's next token falls.
+        starts: int64 [batch * windows, 1], the rank of what the rows of routed tokens count from: the first of each
+            window, or a step's token.
+        light_mask: bool, which of the chunk's tokens, and of the `local_radius` before it where it has a past, there
+            are; None for all.
     """
 
     settings: CausalSettings
@@ -94,6 +119,38 @@ class CausalPlan:
     order: Tensor | None = None
     rank: Tensor | None = None
     past: Tensor | None = None
+    ranks: Tensor = field(init=False)
+    total: Tensor = field(init=False)
+    completed: Tensor = field(init=False)
+    starts: Tensor = field(init=False)
+    light_mask: Tensor | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        window, radius, device = self.settings.window, self.settings.radius, self.counts.device
+        slots = torch.arange(self.num_windows * window, device=device)
+        if self.past is None:
+            self.ranks, self.total = slots.expand(len(self.counts), -1), self.counts
+            self.completed = self.total // window
+            if self.order is not None:
+                self.light_mask = torch.arange(self.length, device=device) < self.counts[:, None]
+        else:
+            offset = self.past % window
+            first = self.past - offset
+            self.ranks, self.total = first[:, None] + slots, self.past + self.counts
+            self.completed = (self.total - first) // window
+            steps = torch.arange(-radius, self.length, device=device)
+            recent = self.past[:, None] + steps
+            # slots of no token yet are before rank 0, or behind the row's last real one
+            self.light_mask = (recent >= 0) & (recent < self.total[:, None])
+            # rows of new tokens, or of ring and new tokens, that the methods below take: the same for all layers
+            self._new = _rows((slots - offset[:, None]).clamp(0, self.length - 1), self.length)
+            self._back = _rows(torch.arange(self.length, device=device) + offset[:, None], len(slots))
+            self._framed, self._recent = self._ring_rows(self.ranks), self._ring_rows(recent)
+            ring_slots, ranks = self._ring_ranks()
+            self._advanced = self._ring_rows(torch.where(ranks < 0, ring_slots, ranks))
+        self.starts = self.ranks.reshape(len(self.counts) * self.num_windows, window)[:, :1]
+        if self.is_step and self.past is not None:
+            self.starts = self.past[:, None]
 
     @classmethod
     def make(
@@ -116,7 +173,7 @@ class CausalPlan:
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "CausalPlan":
         """The same on another device; Accelerate calls it where a device map spreads the blocks."""
-        tensors = {part.name: getattr(self, part.name) for part in fields(self)}
+        tensors = {part.name: getattr(self, part.name) for part in fields(self) if part.init}
         moved: dict[str, Any] = {
             name: value.to(device, non_blocking=non_blocking)
             for name, value in tensors.items()
@@ -136,30 +193,9 @@ class CausalPlan:
         return -(-(unseen + self.length) // self.settings.window)
 
     @property
-    def first_window(self) -> Tensor:
-        """int64 [batch], number of each row's window 0."""
-        return torch.zeros_like(self.counts) if self.past is None else self.past // self.settings.window
-
-    @property
-    def offset(self) -> Tensor:
-        """int64 [batch], slot of the first new token in window 0."""
-        return torch.zeros_like(self.counts) if self.past is None else self.past % self.settings.window
-
-    @property
-    def ranks(self) -> Tensor:
-        """int64 [batch, windows * window], the rank of every slot."""
-        slots = torch.arange(self.num_windows * self.settings.window, device=self.counts.device)
-        return (self.first_window * self.settings.window)[:, None] + slots
-
-    @property
-    def total(self) -> Tensor:
-        """int64 [batch], real tokens up to the end of the chunk."""
-        return self.counts if self.past is None else self.past + self.counts
-
-    @property
-    def completed(self) -> Tensor:
-        """int64 [batch], windows that the chunk completed, which is where each row's next token falls."""
-        return self.total // self.settings.window - self.first_window
+    def ring_size(self) -> int:
+        """R, the recent tokens that a cache keeps."""
+        return 2 * self.settings.window + self.settings.radius
 
     def enter(self, states: Tensor) -> Tensor:
         """[batch, n, ...] by position → by rank."""
@@ -172,63 +208,59 @@ class CausalPlan:
     def frame(self, states: Tensor) -> Tensor:
         """New tokens by rank [batch, n, ...] → slots of windows [batch, windows * window, ...]; other slots hold
         anything finite."""
+        if self.past is not None:
+            return _take_rows(states, self._new)
         slots = self.num_windows * self.settings.window
-        if self.past is None:
-            if slots == self.length:
-                return states
-            return F.pad(states, (0, 0) * (states.dim() - 2) + (0, slots - self.length))
-        index = torch.arange(slots, device=states.device) - self.offset[:, None]
-        return take(states, index.clamp(0, self.length - 1))
+        if slots == self.length:
+            return states
+        return F.pad(states, (0, 0) * (states.dim() - 2) + (0, slots - self.length))
 
     def unframe(self, states: Tensor) -> Tensor:
         """Slots of windows [batch, windows * window, ...] → new tokens by rank [batch, n, ...]."""
-        if self.past is None:
-            return states[:, : self.length]
-        return take(states, torch.arange(self.length, device=states.device) + self.offset[:, None])
+        if self.past is not None:
+            return _take_rows(states, self._back)
+        return states if states.shape[1] == self.length else states[:, : self.length]
 
     def frame_with_past(self, ring: Tensor | None, states: Tensor) -> Tensor:
         """As `frame`, with what the ring holds of window 0's earlier tokens."""
-        if ring is None or self.past is None:
-            return self.frame(states)
-        return self._from_ring(ring, states, self.ranks)
+        return self.frame(states) if ring is None else _take_rows(_joined(ring, states), self._framed)
 
-    def with_recent(self, ring: Tensor, states: Tensor, count: int) -> Tensor:
-        """The `count` tokens before the chunk, then the chunk's, by rank: [batch, count + n, ...]."""
-        assert self.past is not None
-        steps = torch.arange(-count, self.length, device=states.device)
-        return self._from_ring(ring, states, self.past[:, None] + steps)
-
-    def _from_ring(self, ring: Tensor, states: Tensor, ranks: Tensor) -> Tensor:
-        assert self.past is not None
-        size = ring.shape[1]
-        new = (ranks - self.past[:, None]).clamp(max=self.length - 1)
-        index = torch.where(new >= 0, size + new, ranks % size)
-        return take(torch.cat([ring, states.to(ring.dtype)], 1), index)
+    def with_recent(self, ring: Tensor, states: Tensor) -> Tensor:
+        """The `local_radius` tokens before the chunk, then the chunk's, by rank: [batch, radius + n, ...]."""
+        return _take_rows(_joined(ring, states), self._recent)
 
     def advance_ring(self, ring: Tensor | None, states: Tensor) -> Tensor:
         """The ring [batch, R, ...] after the chunk; a slot that no token has reached holds anything finite."""
-        size = 2 * self.settings.window + self.settings.radius
-        slots = torch.arange(size, device=states.device)
+        if ring is not None:
+            return _take_rows(_joined(ring, states), self._advanced)
+        return take(states, self._ring_ranks()[1].clamp(0, self.length - 1))
+
+    def _ring_ranks(self) -> tuple[Tensor, Tensor]:
+        """The ring's slots, and the rank of each slot's token after the chunk, below 0 for none: int64 [batch, R]."""
+        slots = torch.arange(self.ring_size, device=self.counts.device)
         last = self.total[:, None] - 1
-        ranks = last - (last - slots) % size
-        if ring is None or self.past is None:
-            return take(states, ranks.clamp(0, self.length - 1))
-        return self._from_ring(ring, states, torch.where(ranks < 0, slots, ranks))
+        return slots, last - (last - slots) % self.ring_size
+
+    def _ring_rows(self, ranks: Tensor) -> Tensor:
+        """Rows of ring and new tokens, one behind the other, of the tokens with these ranks [batch, k]."""
+        assert self.past is not None
+        new = (ranks - self.past[:, None]).clamp(max=self.length - 1)
+        index = torch.where(new >= 0, self.ring_size + new, ranks % self.ring_size)
+        return _rows(index, self.ring_size + self.length)
 
     def advance_counters(self, counters: dict[str, Tensor], mask: Tensor | None) -> dict[str, Tensor]:
         """The cache's counters after the chunk, whose mask is bool [batch, n]; see `causal_cache_colt5`."""
         window = self.settings.window
-        size = 2 * window + self.settings.radius
         batch = self.counts.shape[0]
         real = self.counts.new_ones(batch, self.length, dtype=torch.bool) if mask is None else mask
-        recent = counters["recent"] if counters else real.new_zeros(batch, size)
+        recent = counters["recent"] if counters else real.new_zeros(batch, self.ring_size)
         floor = counters["floor"] if counters else torch.zeros_like(self.counts)
         # the window before the current one starts here
         start = (self.total // window - 1).clamp(min=0) * window
         return {
             "lengths": self.total,
             "floor": torch.where(self.completed > 0, start, floor),
-            "recent": torch.cat([recent, real], 1)[:, -size:],
+            "recent": torch.cat([recent, real], 1)[:, -self.ring_size :],
         }
 
     def advance_carried(self, carried: Tensor | None, values: Tensor) -> Tensor:
@@ -238,9 +270,12 @@ class CausalPlan:
             carried: [batch, 2, ...], for the current window and the one before; None at the beginning.
             values: [batch, windows + 1, ...], what each of the chunk's windows, and the one after, is handed.
         """
-        current = take(values, self.completed[:, None])
-        before = take(values, (self.completed[:, None] - 1).clamp(min=0))
-        if carried is not None:
-            moved = (self.completed > 0).view(-1, *[1] * (carried.dim() - 1))
-            before = torch.where(moved, before, carried[:, 1:])
-        return torch.cat([current, before], 1)
+        now = self.completed[:, None]
+        values = take(values, torch.cat([now, (now - 1).clamp(min=0)], 1))
+        return values if carried is None else self.keep_carried(carried, values)
+
+    def keep_carried(self, carried: Tensor, values: Tensor) -> Tensor:
+        """`values` [batch, 2, ...], but for the window before the current one what was `carried`, where no window was
+        completed."""
+        moved = (self.completed > 0).view(-1, *[1] * (values.dim() - 1))
+        return torch.cat([values[:, :1], torch.where(moved, values[:, 1:], carried[:, 1:])], 1)

@@ -1,18 +1,47 @@
 """Strictly causal routing over windows: gates by a threshold from complete windows, and pools of routed keys."""
 
-import math
+import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from .causal_routing_reference import causal_gates as gates_reference
+from .causal_routing_reference import causal_gates_backward as gates_backward_reference
+from .causal_routing_reference import pool_candidates as candidates_reference
+from .causal_routing_reference import pool_candidates_backward as candidates_backward_reference
+from .causal_routing_reference import pool_gather as gather_reference
+from .causal_routing_reference import pool_gather_backward as gather_backward_reference
+from .kernel_backend import Operator, kernel_takes, uses_triton
 from .routing import RoutedTokens, route
-from .soft_topk_reference import mask_scores, solve_exactly
 
-# elements of a gather's backward that are in fp32 at a time
-CHUNK_ELEMENTS = 2**26
+KERNELS: dict[str, Callable[..., Any]] = {}
+# without triton `uses_triton` is False, and nothing below looks for a kernel
+with contextlib.suppress(ImportError):
+    from .causal_gates_triton import LONGEST_WINDOW, causal_gates_backward
+    from .causal_gates_triton import causal_gates as gates_kernel
+    from .causal_pools_triton import pool_candidates, pool_candidates_backward, pool_gather, pool_gather_backward
+
+    KERNELS = {
+        "causal_gates": gates_kernel,
+        "causal_gates_backward": causal_gates_backward,
+        "pool_candidates": pool_candidates,
+        "pool_candidates_backward": pool_candidates_backward,
+        "pool_gather": pool_gather,
+        "pool_gather_backward": pool_gather_backward,
+    }
+
+
+def _kernel_or(reference: Callable[..., Any], operand: int = 0) -> Callable[..., Any]:
+    """The kernel of the reference's name where it runs, else the reference; one operand's device and dtype decide."""
+    kernel = KERNELS.get(reference.__name__, reference)
+
+    def implementation(*inputs: Any) -> Any:
+        return (kernel if kernel_takes(inputs[operand]) else reference)(*inputs)
+
+    return implementation
 
 
 @dataclass
@@ -24,50 +53,87 @@ class Gates:
         routed: bool, likewise.
         thresholds: fp32 [batch, windows + 1, 2], what each window, and the one after the last, was handed: the least
             score that is routed, and the soft top-k's threshold.
+        tokens: the routed tokens in slots, in rows [batch * windows].
     """
 
     weights: Tensor
     routed: Tensor
     thresholds: Tensor
+    tokens: RoutedTokens
 
 
-def window_thresholds(scores: Tensor, target: int, soft_target: float, epsilon: float) -> Tensor:
-    """What complete windows hand on to the next: their `target`-th largest score, and the t of their soft top-k.
+@dataclass
+class Pools:
+    """The keys/values that each window's heavy attention reads, out of all windows before it.
 
     Args:
-        scores: [rows, window].
-        target: how many tokens a window routes on average.
-        soft_target: k of the soft top-k.
-        epsilon: its temperature.
-
-    Returns:
-        [rows, 2]. t = -∞ where k reaches the window. Its gradient is the exact one, dt/ds_i = q_i / Σ q over the
-        weights q below 1 (docs/soft_topk.md).
+        tokens: [rows, windows + 1, size], for each window and the one after the last. `indices` are into the scores,
+            or where there is an initial pool into that and the scores, one behind the other.
+        following: int32 [rows, windows + 1, size + window]: of the slots of the pool before, and of the tokens of the
+            window before, the slot in this pool; -1 for none.
     """
-    with torch.no_grad():
-        values = mask_scores(scores, None)
-        least = values.topk(target, -1).values[:, -1]
-        k = values.new_full((len(values),), soft_target)
-        state = solve_exactly(values, k, epsilon, min(values.shape[1], math.ceil(soft_target)))
-        centre, offset, mass = state.split(1, -1)
-        threshold = (centre + epsilon * offset)[:, 0]
-        free = ((values - centre) / epsilon - offset).exp()
-        share = free.masked_fill(~(free < 1), 0) / mass.masked_fill(mass == 0, 1)
-    if scores.requires_grad:
-        threshold = threshold + (share * (scores - scores.detach())).sum(-1)
-    return torch.stack([least, threshold.to(least.dtype)], -1)
+
+    tokens: RoutedTokens
+    following: Tensor
+
+
+# causal_gates
+
+
+def _fake_gates(
+    scores: Tensor, past: Tensor | None, total: Tensor, carried: Tensor | None, target: int, capacity: int, *_: Any
+) -> tuple[Tensor, ...]:
+    batch, windows, window = scores.shape
+    dtype = torch.promote_types(scores.dtype, torch.float32)
+    weights = scores.new_empty((batch, windows, window), dtype=dtype)
+    slots = scores.new_empty((batch * windows, capacity), dtype=dtype)
+    thresholds = scores.new_empty((batch, windows + 1, 2), dtype=dtype)
+    indices = torch.empty_like(slots, dtype=torch.int64)
+    return weights, weights.bool(), thresholds, indices, slots, slots.bool()
+
+
+def _save_gates(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
+    weights, routed, thresholds, indices, _, valid = outputs
+    ctx.capacity, ctx.epsilon = inputs[5], inputs[7]
+    ctx.mark_non_differentiable(routed, thresholds, indices, valid)
+    ctx.save_for_backward(inputs[0], weights, routed, thresholds)
+
+
+def _autograd_gates(ctx: Any, grad_weights: Tensor | None, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    grad = None
+    if grad_weights is not None or grads[3] is not None:
+        grad = _gates_backward(grad_weights, grads[3], *ctx.saved_tensors, ctx.capacity, ctx.epsilon)
+    return grad, *[None] * 8
+
+
+_gates_backward = Operator(
+    "causal_gates_backward(Tensor? grad_weights, Tensor? grad_slots, Tensor scores, Tensor weights, Tensor routed, "
+    "Tensor thresholds, int capacity, float epsilon) -> Tensor",
+    _kernel_or(gates_backward_reference, operand=2),
+    lambda grad_weights, grad_slots, scores, *_: scores.new_empty(scores.shape),
+)
+_gates = Operator(
+    "causal_gates(Tensor scores, Tensor? past, Tensor total, Tensor? carried, int target, int capacity, "
+    "float soft_target, float epsilon, bool fill_first) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _kernel_or(gates_reference),
+    _fake_gates,
+    _save_gates,
+    _autograd_gates,
+)
 
 
 def causal_gates(
     scores: Tensor,
-    real: Tensor,
-    first_window: Tensor,
+    past: Tensor | None,
+    total: Tensor,
     carried: Tensor | None,
+    *,
     target: int,
     capacity: int,
     soft_topk_ratio: float,
     epsilon: float,
     fill_first: bool,
+    kernel_backend: str = "auto",
 ) -> Gates:
     """Route the tokens of each window that reach the threshold of the window before, in order, up to a capacity.
 
@@ -76,99 +142,79 @@ def causal_gates(
     top-k of the window before found. Both come from complete windows: no token sees a later one.
 
     Args:
-        scores: [batch, windows, window].
-        real: bool, likewise; only complete windows hand on what anyone reads.
-        first_window: int64 [batch], the number of each row's first window.
-        carried: [batch, 2], what the first window was handed; None where it is the row's window 0.
+        scores: [batch, windows, window], of tokens by rank.
+        past: int64 [batch], how many tokens came before: the first of them that falls into window 0 here has slot 0.
+            They count for the capacity and are not routed again. None where there are none.
+        total: int64 [batch], real tokens, those included; the rest of the last window holds anything finite.
+        carried: fp32 [batch, 2], what window 0 was handed; None where it is the row's very first.
         target: tokens to route on average.
         capacity: the most to route in a window.
         soft_topk_ratio: size of the soft top-k over the target.
         epsilon: its temperature.
-        fill_first: whether a row's window 0, which nothing was handed to, routes `target` evenly spaced tokens with
-            a weight of 1; else it routes none.
+        fill_first: whether a row's very first window, which nothing was handed to, routes `target` evenly spaced
+            tokens with a weight of 1; else it routes none.
+        kernel_backend: as in `uses_triton` of kernel_backend.py.
     """
-    batch, windows, window = scores.shape
-    soft_target = soft_topk_ratio * target
-    handed = window_thresholds(scores.flatten(0, 1), target, soft_target, epsilon).view(batch, windows, 2)
-    start = torch.zeros_like(handed[:, :1]) if carried is None else carried[:, None].to(handed.dtype)
-    thresholds = torch.cat([start, handed], 1)
-    least, soft = thresholds[:, :-1].unsqueeze(-2).unbind(-1)
-
-    is_first = (first_window[:, None] + torch.arange(windows, device=scores.device) == 0)[..., None]
-    slot = torch.arange(window, device=scores.device)
-    evenly = (slot + 1) * target // window > slot * target // window
-    routed = torch.where(is_first, evenly & fill_first, scores.detach() >= least.detach()) & real
-    routed = routed & (routed.cumsum(-1) <= capacity)
-    weights = ((scores - soft) / epsilon).clamp(max=0).exp()
-    weights = torch.where(is_first, torch.ones_like(weights), weights).masked_fill(~routed, 0)
-    return Gates(weights, routed, thresholds)
+    takes = uses_triton(scores, kernel_backend) and scores.shape[2] <= LONGEST_WINDOW
+    run = _gates if takes else gates_reference
+    weights, routed, thresholds, indices, slot_weights, valid = run(
+        scores, past, total, carried, target, capacity, soft_topk_ratio * target, epsilon, fill_first
+    )
+    return Gates(weights, routed, thresholds, RoutedTokens(indices, slot_weights, valid))
 
 
-def fill_slots(routed: Tensor, weights: Tensor, capacity: int) -> RoutedTokens:
-    """The routed tokens of each row in slots, as `route` gives them.
-
-    Args:
-        routed: bool [rows, n], at most `capacity` True in each.
-        weights: [rows, n].
-    """
-    rows, n = routed.shape
-    slot = (routed.cumsum(-1) - 1).masked_fill(~routed, capacity)
-    # the column past the last slot takes what is not routed and is cut off
-    indices = torch.full((rows, capacity + 1), n - 1, dtype=torch.int64, device=routed.device)
-    indices.scatter_(-1, slot, torch.arange(n, device=routed.device).expand(rows, n))
-    valid = torch.arange(capacity, device=routed.device) < routed.sum(-1, keepdim=True)
-    indices = indices[:, :capacity].masked_fill(~valid, n - 1)
-    return RoutedTokens(indices, weights.gather(-1, indices).masked_fill(~valid, 0), valid)
+# pool_candidates
 
 
-def prefix_top(scores: Tensor, window: int, size: int, initial: Tensor | None) -> Tensor:
-    """The `size` largest scores of all windows before each one, ties to the earlier token.
+def _fake_candidates(
+    scores: Tensor, initial: Tensor | None, initial_valid: Tensor | None, window: int, size: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    candidate_scores = scores.new_empty((scores.shape[0], scores.shape[1] // window + 1, size + window))
+    dtypes = (torch.int64, torch.bool, torch.int32)
+    candidates, present, following = (torch.empty_like(candidate_scores, dtype=dtype) for dtype in dtypes)
+    return candidate_scores, candidates, present, following
 
-    The largest of a prefix merge: the largest of a ∪ b are among the largest of a and the largest of b. So they are
-    found for all windows by doubling, in log2(windows) sorts of [rows, windows, 2 · size], not by a walk.
 
-    Args:
-        scores: [rows, windows * window], finite.
-        window: tokens of a window.
-        size: how many.
-        initial: [rows, size], scores of the pool that window 0 was handed, -inf at unused slots; None for none.
+def _save_candidates(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
+    _, initial, _, ctx.window, size = inputs
+    ctx.base = 0 if initial is None else size
+    ctx.mark_non_differentiable(*outputs[1:])
+    ctx.save_for_backward(*outputs[1:])
 
-    Returns:
-        int64 [rows, windows, size]: indices into `initial` ⊕ `scores`, ascending, -1 (first) for what is not there.
-    """
-    rows, length = scores.shape
-    windows, base = length // window, 0 if initial is None else size
-    if initial is None:
-        first = (scores.new_full((rows, 1, size), -torch.inf), torch.full((rows, 1, size), -1, device=scores.device))
-    else:
-        slots = torch.arange(size, device=scores.device).expand(rows, size)
-        first = (initial[:, None], slots.masked_fill(initial == -torch.inf, -1)[:, None])
-        if windows > 1:
-            # stable, so that equal scores stay in order of position
-            value, place = first[0].sort(dim=-1, descending=True, stable=True)
-            first = (value, first[1].gather(-1, place))
-    if windows == 1:
-        return first[1].sort(-1).values
-    value, place = scores[:, :-window].reshape(rows, windows - 1, window).sort(dim=-1, descending=True, stable=True)
-    place = place + base + window * torch.arange(windows - 1, device=scores.device)[:, None]
-    missing = max(0, size - window)
-    values = torch.cat([first[0], F.pad(value[..., :size], (0, missing), value=-torch.inf)], 1)
-    places = torch.cat([first[1], F.pad(place[..., :size], (0, missing), value=-1)], 1)
-    step = 1
-    while step < windows:
-        # the earlier tokens stand first, so that a stable sort gives ties to them
-        value = torch.cat([values[:, :-step], values[:, step:]], -1)
-        place = torch.cat([places[:, :-step], places[:, step:]], -1)
-        value, chosen = value.sort(dim=-1, descending=True, stable=True)
-        values = torch.cat([values[:, :step], value[..., :size]], 1)
-        places = torch.cat([places[:, :step], place.gather(-1, chosen[..., :size])], 1)
-        step *= 2
-    return places.sort(-1).values
+
+def _autograd_candidates(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if grad is not None:
+        grad = _candidates_backward(grad, *ctx.saved_tensors, ctx.window, ctx.base)
+    return grad, None, None, None, None
+
+
+_candidates_backward = Operator(
+    "pool_candidates_backward(Tensor grad, Tensor candidates, Tensor present, Tensor following, int window, int base) "
+    "-> Tensor",
+    _kernel_or(candidates_backward_reference),
+    lambda grad, candidates, present, following, window, base: grad.new_empty(
+        (grad.shape[0], (grad.shape[1] - 1) * window)
+    ),
+)
+_candidates = Operator(
+    "pool_candidates(Tensor scores, Tensor? initial, Tensor? initial_valid, int window, int size) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    _kernel_or(candidates_reference),
+    _fake_candidates,
+    _save_candidates,
+    _autograd_candidates,
+)
 
 
 def routed_pools(
-    scores: Tensor, window: int, size: int, initial: tuple[Tensor, RoutedTokens] | None, **settings: Any
-) -> RoutedTokens:
+    scores: Tensor,
+    window: int,
+    size: int,
+    initial: tuple[Tensor, RoutedTokens] | None,
+    *,
+    kernel_backend: str = "auto",
+    **settings: Any,
+) -> Pools:
     """The keys/values that each window's heavy attention reads, out of all windows before it.
 
     The pool of window j is pool_j = top(pool_{j-1} ∪ window_{j-1}), which is the top of all windows before j, with the
@@ -178,89 +224,98 @@ def routed_pools(
         scores: fp32 [rows, windows * window].
         window: tokens of a window.
         size: tokens of a pool.
-        initial: where window 0 was handed a pool: its scores [rows, size], and what it is. None for none.
+        initial: where window 0 was handed a pool: its scores [rows, size], and what it is, used slots first. None for
+            none.
+        kernel_backend: as in `uses_triton` of kernel_backend.py.
         settings: keywords of `route`.
-
-    Returns:
-        [rows, windows + 1, size], for each window and the one after the last. `indices` are into `scores`, or where
-        there is an initial pool into that and `scores`, one behind the other.
     """
-    rows, length = scores.shape
-    windows = length // window
-    wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    limits = torch.finfo(wide.dtype)
-    known = wide if initial is None else torch.cat([initial[0].to(wide.dtype), wide], 1)
-    with torch.no_grad():
-        finite = wide.nan_to_num(limits.max, limits.max, limits.min).clamp(limits.min, limits.max)
-        pool = None if initial is None else initial[0].to(wide.dtype).masked_fill(~initial[1].valid, -torch.inf)
-        before = prefix_top(finite, window, size, pool)
-        base = known.shape[1] - length
-        tokens = torch.arange(base, base + length, device=scores.device).view(1, windows, window)
-        candidates = torch.cat([before, tokens.expand(rows, -1, -1)], -1)
-        if initial is None:
-            # window 0 has an empty pool of the same making, so that its parameters are part of any graph
-            candidates = torch.cat([torch.full_like(candidates[:, :1], -1), candidates], 1)
-        candidates = candidates.flatten(0, 1)
-        present = candidates >= 0
-        candidates = candidates.clamp(min=0)
-    candidate_scores = known.gather(1, candidates.view(rows, -1)).view(candidates.shape)
-    budget = torch.full((len(candidates),), size, device=scores.device)
-    chosen = route(candidate_scores, budget, size, mask=present, **settings)
+    rows = scores.shape[0]
+    known: tuple[Tensor | None, Tensor | None] = (None, None)
+    if initial is not None:
+        known = (initial[0].to(scores.dtype), initial[1].valid)
+    run = _candidates if uses_triton(scores, kernel_backend) else candidates_reference
+    candidate_scores, candidates, present, following = run(scores, *known, window, size)
+    budget = torch.full((rows * candidates.shape[1],), size, device=scores.device)
+    chosen = route(
+        candidate_scores.flatten(0, 1),
+        budget,
+        size,
+        mask=present.flatten(0, 1),
+        kernel_backend=kernel_backend,
+        **settings,
+    )
     shape = (rows, -1, size)
-    pools = RoutedTokens(
-        candidates.gather(-1, chosen.indices).view(shape), chosen.weights.view(shape), chosen.valid.view(shape)
+    indices = candidates.flatten(0, 1).gather(-1, chosen.indices).view(shape)
+    weights, valid = chosen.weights.view(shape), chosen.valid.view(shape)
+    if initial is not None:
+        first = initial[1]
+        slots = torch.arange(size, device=scores.device).expand(rows, 1, size)
+        indices = torch.cat([slots, indices[:, 1:]], 1)
+        weights = torch.cat([first.weights[:, None].to(weights.dtype), weights[:, 1:]], 1)
+        valid = torch.cat([first.valid[:, None], valid[:, 1:]], 1)
+    return Pools(RoutedTokens(indices, weights, valid), following)
+
+
+# pool_gather
+
+
+def _fake_pool_gather(key: Tensor, value: Tensor, indices: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    shape = (key.shape[0], indices.shape[1] - 1, indices.shape[2], *key.shape[2:])
+    return key.new_empty(shape), value.new_empty(shape)
+
+
+def _fake_pool_gather_backward(
+    grad_keys: Tensor, grad_values: Tensor, key: Tensor, value: Tensor, indices: Tensor, weights: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return key.new_empty(key.shape), value.new_empty(value.shape), weights.new_empty(weights.shape)
+
+
+def _save_pool_gather(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.base = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.shape = outputs[0].shape
+
+
+def _autograd_pool_gather(ctx: Any, grad_keys: Tensor | None, grad_values: Tensor | None) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors
+    grad_keys, grad_values = (
+        saved[0].new_zeros(ctx.shape) if grad is None else grad for grad in (grad_keys, grad_values)
     )
-    if initial is None:
-        return pools
-    first = initial[1]
-    slots = torch.arange(size, device=scores.device).expand(rows, 1, size)
-    return RoutedTokens(
-        torch.cat([slots, pools.indices], 1),
-        torch.cat([first.weights[:, None].to(pools.weights.dtype), pools.weights], 1),
-        torch.cat([first.valid[:, None], pools.valid], 1),
-    )
+    grad_key, grad_value, grad_weights = _pool_gather_backward(grad_keys, grad_values, *saved, ctx.base)
+    return grad_key, grad_value, None, grad_weights, None, None, None
 
 
-def _flat(index: Tensor, length: int) -> Tensor:
-    return (index + torch.arange(index.shape[0], device=index.device)[:, None] * length).flatten()
+_POOL = "Tensor key, Tensor value, Tensor indices, Tensor weights, Tensor valid, Tensor following, int base"
+_pool_gather_backward = Operator(
+    f"pool_gather_backward(Tensor grad_keys, Tensor grad_values, {_POOL}) -> (Tensor, Tensor, Tensor)",
+    _kernel_or(gather_backward_reference),
+    _fake_pool_gather_backward,
+)
+_pool_gather = Operator(
+    f"pool_gather({_POOL}) -> (Tensor, Tensor)",
+    _kernel_or(gather_reference),
+    _fake_pool_gather,
+    _save_pool_gather,
+    _autograd_pool_gather,
+)
 
 
-class _GatherScaled(torch.autograd.Function):
-    """A token is in the pools of many windows: its gradient is summed in fp32, whatever the states' dtype."""
+def gather_pools(
+    key: Tensor, value: Tensor, pools: Pools, base: int, kernel_backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """`weights * states[indices]` of every window's pool, for the keys and the values; zeros at unused slots.
 
-    @staticmethod
-    def forward(ctx: Any, states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        ctx.save_for_backward(states, index, weights)
-        rows = states.flatten(0, 1).index_select(0, _flat(index, states.shape[1]))
-        return rows.view(*index.shape, *states.shape[2:]) * weights.to(states.dtype)[..., None, None]
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor]:
-        states, index, weights = ctx.saved_tensors
-        wide = torch.promote_types(states.dtype, torch.float32)
-        rows = states.flatten(2).flatten(0, 1)
-        sums = torch.zeros(rows.shape, dtype=wide, device=rows.device)
-        chunk = max(1, CHUNK_ELEMENTS // (rows.shape[1] * len(index)))
-        dots = []
-        for part, part_weights, part_grad in zip(
-            index.split(chunk, 1), weights.split(chunk, 1), grad.flatten(2).split(chunk, 1), strict=True
-        ):
-            flat, update = _flat(part, states.shape[1]), part_grad.to(wide)
-            dots.append((update * rows.index_select(0, flat).view(update.shape)).sum(-1))
-            sums.index_add_(0, flat, (update * part_weights[..., None]).flatten(0, 1))
-        return sums.to(states.dtype).view(states.shape), None, torch.cat(dots, 1).to(weights.dtype)
-
-
-def gather_scaled(states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-    """`weights * states[index]`, for tokens that are gathered many times.
+    A token is in the pools of many windows: its gradients are summed in fp32, in a fixed order.
 
     Args:
-        states: [batch, n, heads, d_kv].
-        index: int64 [batch, k].
-        weights: fp32 [batch, k].
+        key, value: [batch, n, heads, d_kv]. Of the last window's tokens, which no pool read here holds, any may lack.
+        pools: in rows [batch].
+        base: how many of the n tokens are the initial pool's; 0 without one.
+        kernel_backend: as in `uses_triton` of kernel_backend.py.
 
     Returns:
-        [batch, k, heads, d_kv] in the states' dtype.
+        [batch, windows, size, heads, d_kv] in the states' dtype: all pools but the last, which later windows read.
     """
-    return _GatherScaled.apply(states, index, weights)
+    run = _pool_gather if uses_triton(key, kernel_backend) else gather_reference
+    tokens = pools.tokens
+    return run(key, value, tokens.indices, tokens.weights, tokens.valid, pools.following, base)

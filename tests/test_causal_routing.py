@@ -10,7 +10,9 @@ from models import tiny_config
 from modeling_colt5 import CoLT5Config, CoLT5ForCausalLM
 from modeling_colt5.causal_layers_colt5 import CoLT5LayerCausalAttention, CoLT5LayerCausalFF
 from modeling_colt5.causal_plan_colt5 import CausalPlan
-from modeling_colt5.causal_routing import causal_gates, fill_slots, gather_scaled, prefix_top, window_thresholds
+from modeling_colt5.causal_routing import Gates, Pools, causal_gates, gather_pools
+from modeling_colt5.causal_routing_reference import NO_TOKEN, links, pool_candidates, prefix_top, window_thresholds
+from modeling_colt5.routing import RoutedTokens
 
 # what bisection leaves, and float64 sums in another order, over outputs of size 1
 TOLERANCE = 1e-9
@@ -168,32 +170,70 @@ def test_prefix_top_is_the_top_of_each_prefix(windows: int, size: int, with_init
     window = 4
     # few values, so that most scores have equals
     scores = torch.randint(5, (3, windows * window)).float()
-    initial = None
+    initial, valid = None, None
     if with_initial:
         initial = torch.randint(5, (3, size)).float()
-        initial[1, size // 2 :] = -torch.inf
-    tops = prefix_top(scores, window, size, initial)
+        valid = torch.arange(size) < torch.tensor([[size], [size // 2], [0]])
+    tops = prefix_top(scores, window, size, initial, valid)
     for row in range(3):
         base = 0 if initial is None else size
-        known = [(place, value) for place, value in enumerate([] if initial is None else initial[row].tolist())]
-        known = [pair for pair in known if pair[1] > -torch.inf]
+        known = [] if initial is None else list(enumerate(initial[row][valid[row]].tolist()))
         for number in range(windows):
             best = sorted(known, key=lambda pair: (-pair[1], pair[0]))[:size]
             expected = sorted(place for place, _ in best)
-            assert tops[row, number].tolist() == [-1] * (size - len(expected)) + expected
+            assert tops[row, number].tolist() == expected + [NO_TOKEN] * (size - len(expected))
             start = number * window
             known += [(base + token, float(scores[row, token])) for token in range(start, start + window)]
 
 
+def test_links_lead_a_token_from_pool_to_pool() -> None:
+    size, window = 5, 3
+    candidates = pool_candidates(torch.randn(2, 8 * window), None, None, window, size)[1]
+    following = links(candidates, size)
+    for row in range(2):
+        # pool j, as the candidates of pool j + 1 begin
+        pools = [[token for token in line[:size].tolist() if token != NO_TOKEN] for line in candidates[row, 1:]]
+        for number in range(1, 9):
+            for place, token in enumerate(candidates[row, number].tolist()):
+                pool = pools[number] if number < 8 else []
+                expected = pool.index(token) if token in pool else -1
+                assert following[row, number, place] == expected
+
+
+def make_pools(rows: int, windows: int, window: int, size: int) -> Pools:
+    """Pools of random scores, and random weights."""
+    _, candidates, _, following = pool_candidates(torch.randn(rows, windows * window), None, None, window, size)
+    indices = torch.cat([candidates[:, 1:, :size], candidates[:, -1:, :size]], 1)
+    valid = indices != NO_TOKEN
+    valid[:, -1] = False
+    weights = torch.rand(indices.shape, dtype=torch.float64).masked_fill(~valid, 0)
+    return Pools(RoutedTokens(indices.masked_fill(~valid, 0), weights, valid), following)
+
+
 def test_gathering_adds_gradients_of_tokens_gathered_often() -> None:
-    states = torch.randn(2, 5, 2, 3, dtype=torch.float64, requires_grad=True)
-    weights = torch.rand(2, 9, dtype=torch.float64, requires_grad=True)
-    index = torch.randint(5, (2, 9))
-    assert torch.autograd.gradcheck(lambda *inputs: gather_scaled(inputs[0], index, inputs[1]), (states, weights))
-    half = torch.randn(1, 1, 1, 1).bfloat16().requires_grad_()
-    # in bf16 the sum would stop growing at 256
-    gather_scaled(half, torch.zeros(1, 4096, dtype=torch.long), torch.ones(1, 4096)).sum().backward()
-    assert half.grad is not None and half.grad.item() == 4096
+    pools = make_pools(2, 4, 3, 5)
+    key, value = torch.randn(2, 2, 12, 2, 3, dtype=torch.float64).requires_grad_().unbind(0)
+    weights = pools.tokens.weights.requires_grad_()
+    assert torch.autograd.gradcheck(lambda *states: gather_pools(*states[:2], pools, 0), (key, value, weights))
+    keys, values = gather_pools(key, value, pools, 0)
+    for row, window, slot in torch.cartesian_prod(torch.arange(2), torch.arange(4), torch.arange(5)).tolist():
+        token, weight = pools.tokens.indices[row, window, slot], weights[row, window, slot]
+        torch.testing.assert_close(keys[row, window, slot], key[row, token] * weight)
+        torch.testing.assert_close(values[row, window, slot], value[row, token] * weight)
+
+
+def test_gradients_of_half_precision_are_summed_in_fp32() -> None:
+    """In bf16 a sum of ones would stop growing at 256."""
+    windows = 1000
+    pools = make_pools(1, windows, 1, 1)
+    # the best token stays in all pools after it
+    token = int(pools.tokens.indices[0, windows - 1, 0])
+    pools.tokens.weights = pools.tokens.valid.float()
+    states = torch.randn(1, windows, 1, 1).bfloat16().requires_grad_()
+    sum(part.sum() for part in gather_pools(states, states.detach(), pools, 0)).backward()
+    assert windows - 1 - token > 300, "the seed gives too short a life to tell"
+    # rounded once
+    assert states.grad is not None and states.grad[0, token] == torch.tensor(windows - 1.0 - token).bfloat16()
 
 
 @pytest.mark.parametrize("epsilon", [0.3, 1.0])
@@ -202,26 +242,27 @@ def test_thresholds_have_the_gradient_of_the_soft_top_k(epsilon: float) -> None:
     assert torch.autograd.gradcheck(lambda scores: window_thresholds(scores, 4, 4.5, epsilon)[:, 1], (scores,))
 
 
+def run_gates(scores: torch.Tensor, **settings) -> Gates:
+    total = torch.full((len(scores),), scores[0].numel())
+    return causal_gates(scores, None, total, None, **({"soft_topk_ratio": 9 / 8, "epsilon": 1.0} | settings))
+
+
 def test_gates_follow_their_rule_where_scores_tie() -> None:
     """Scores that are all the same all reach the threshold, and the capacity cuts them."""
-    scores = torch.zeros(1, 3, 8)
-    real = torch.ones_like(scores, dtype=torch.bool)
-    first = torch.zeros(1, dtype=torch.long)
-    gates = causal_gates(scores, real, first, None, 2, 3, 9 / 8, 1.0, fill_first=True)
+    gates = run_gates(torch.zeros(1, 3, 8), target=2, capacity=3, fill_first=True)
     assert gates.routed[0].tolist() == [[i in (3, 7) for i in range(8)], *[[i < 3 for i in range(8)]] * 2]
     # the soft top-k of 8 equal scores with k = 9/4
     torch.testing.assert_close(gates.weights[0, 1, :3], torch.full((3,), 9 / 32))
-    tokens = fill_slots(gates.routed[0], gates.weights[0], 3)
-    assert tokens.indices.tolist() == [[3, 7, 7], [0, 1, 2], [0, 1, 2]]
-    assert tokens.valid.tolist() == [[True, True, False], [True] * 3, [True] * 3]
+    assert gates.tokens.indices.tolist() == [[3, 7, 7], [0, 1, 2], [0, 1, 2]]
+    assert gates.tokens.valid.tolist() == [[True, True, False], [True] * 3, [True] * 3]
+    torch.testing.assert_close(gates.tokens.weights[1:], torch.full((2, 3), 9 / 32))
+    assert gates.tokens.weights[0].tolist() == [1, 1, 0]
 
 
 def test_budget_is_near_its_target_on_average() -> None:
     """Independent scores: the expected number above the k-th largest of w others is w · k / (w + 1)."""
-    scores, window, target = torch.randn(64, 100, 32), 32, 4
-    real = torch.ones_like(scores, dtype=torch.bool)
-    first = torch.zeros(64, dtype=torch.long)
-    gates = causal_gates(scores, real, first, None, target, window, 9 / 8, 1.0, fill_first=False)
+    window, target = 32, 4
+    gates = run_gates(torch.randn(64, 100, window), target=target, capacity=window, fill_first=False)
     mean = gates.routed[:, 1:].sum(-1).double().mean()
     # the number of a window has a variance of about 2k; 64 * 99 windows
     assert abs(float(mean) - window * target / (window + 1)) < 5 * math.sqrt(2 * target / (64 * 99))
