@@ -141,8 +141,8 @@ class CoLT5Config(PreTrainedConfig):
         kernel_backend: "auto" (Triton kernels on CUDA where triton is installed, PyTorch elsewhere), "triton" or
             "torch". The environment variable COLT5_KERNEL_BACKEND, where set, has the last word.
         use_cuda_graphs: whether inference on CUDA replays the encoder as a CUDA graph from the third call of a shape
-            on, up to 65,536 tokens. The graphs keep the memory of one call, and each its input and output; False keeps
-            none and launches every kernel anew. See docs/operators.md.
+            on, up to 65,536 tokens; a graph keeps the memory of one call. Not in a process that also runs
+            `torch.compile(mode="reduce-overhead")` on an encoder: see docs/operators.md.
         output_routing: whether the models return which tokens they routed.
 
     Raises:
@@ -212,7 +212,7 @@ class CoLT5Config(PreTrainedConfig):
     tie_word_embeddings: bool = False
     scale_decoder_outputs: bool = False
     kernel_backend: str = _one_of(KERNEL_BACKENDS)
-    use_cuda_graphs: bool = True
+    use_cuda_graphs: bool = False
     output_routing: bool = False
     is_encoder_decoder: bool = True
     is_decoder: bool = False
