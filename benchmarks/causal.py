@@ -1,6 +1,6 @@
 """Causal conditional attention beside full causal SDPA and the peer's class, and what a generated token costs.
 
-python benchmarks/causal.py [--peer FOLDER]
+python benchmarks/causal.py [--only attention | generation] [--peer FOLDER]
 
 FOLDER holds colt5-attention 0.11.2, local-attention and hyper-connections, unpacked:
 
@@ -16,28 +16,31 @@ from pathlib import Path
 
 import torch
 from encoder import release
-from measure import make_parser, median_ms, parse, peak_mib, synchronize
+from measure import gpu_ms, make_parser, median_ms, parse, peak_mib, synchronize
 from peers import DEVICE, DTYPE, colt5_config, random_ids, scaled_length
 from results import Row, Table
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from modeling_colt5 import CoLT5Config, CoLT5ForCausalLM
 from modeling_colt5.causal_layers_colt5 import CoLT5LayerCausalAttention
 from modeling_colt5.causal_plan_colt5 import CausalPlan
 from modeling_colt5.layers_colt5 import CoLT5LayerNorm
-from modeling_colt5.relative_position import CoLT5RelativePositionBias
 
 ATTENTION_TITLE = (
     "Causal attention of one layer (norm and projections included), base size, batch 1, forward and backward: "
-    "milliseconds, and MiB beyond input and weights. CoLT5: 4 light heads of radius 127, 8 heavy heads, windows of "
-    "256, 512 routed keys/values; SDPA: 12 heads, `is_causal`, no bias; peer: colt5-attention 0.11.2, the same heads, "
-    "windows and budgets, fp32 as it needs. *leak*: the largest change of an output before a token that was changed"
+    "milliseconds of wall time, eager; kernels, copies and fills that the host gives the GPU; milliseconds of the GPU "
+    "alone, replaying a CUDA graph; MiB beyond input and weights. The bias tables, which all layers share, are given. "
+    "CoLT5: 4 light heads of radius 127, 8 heavy heads, windows of 256, 512 routed keys/values; SDPA: 12 heads, "
+    "`is_causal`, no bias; peer: colt5-attention 0.11.2, the same heads, windows and budgets, fp32 as it needs. "
+    "*leak*: the largest change of an output before a token that was changed"
 )
 GENERATION_TITLE = (
     "Generation by `CoLT5ForCausalLM`, 12 layers of base size, causally routed, batch 1, greedy: milliseconds a token "
     "behind a context of so many tokens, and MiB of its cache. The static cache's step is compiled by `generate`"
 )
+PEER = "peer fp32"
 LENGTHS = (8192, 32768, 131072)
 CONTEXTS = (1024, 16384, 131072)
 # the first ones after the prompt warm up: graphs are recorded
@@ -51,25 +54,26 @@ def causal_config(tiny: bool) -> CoLT5Config:
 
 
 class RoutedAttention(nn.Module):
-    """A routed layer with its bias tables: [1, n, d_model] → the same shape, without the residual."""
+    """A routed layer with bias tables of its own: [1, n, d_model] → the same shape, without the residual."""
 
     def __init__(self, config: CoLT5Config):
         super().__init__()
         config._attn_implementation = "sdpa"
         self.config = config
         self.layer = CoLT5LayerCausalAttention(config, 0)
-        buckets, distance = config.relative_attention_num_buckets, config.relative_attention_max_distance
-        self.light_bias = CoLT5RelativePositionBias(config.num_light_heads, buckets, distance, False)
-        self.heavy_bias = CoLT5RelativePositionBias(config.num_heavy_heads, buckets, distance, False)
         for name, parameter in self.named_parameters():
-            if parameter.dim() == 1 and "norm" not in name or "bias" in name:
+            if parameter.dim() == 1 and "norm" not in name:
                 nn.init.normal_(parameter, std=config.d_model**-0.5)
+        # in fp32 whatever the layer is in, as the models have them
+        distance = config.relative_attention_max_distance
+        heads = (config.num_light_heads, config.num_heavy_heads)
+        light, heavy = (torch.randn(number, 2 * distance + 1, device=DEVICE) for number in heads)
+        light[:, distance + 1 :] = -torch.inf
+        self.tables = (light.requires_grad_(), heavy.requires_grad_())
 
     def forward(self, states: Tensor) -> Tensor:
         plan = CausalPlan.make(self.config, states, None, None)
-        light = self.light_bias()
-        later = torch.arange(light.shape[1], device=light.device) > light.shape[1] // 2
-        return self.layer(states, light.masked_fill(later, -torch.inf), self.heavy_bias(), plan, None)[0] - states
+        return self.layer(states, *self.tables, plan, None)[0] - states
 
 
 class FullAttention(nn.Module):
@@ -138,10 +142,21 @@ def verify(config: CoLT5Config) -> None:
 
 
 def forward_and_backward(module: nn.Module, states: Tensor) -> Callable[[], object]:
-    """A call that runs the module and the gradients of its input and parameters."""
-    inputs = [states, *module.parameters()]
+    """A call that runs the module and the gradients of its input, parameters and bias tables."""
+    inputs = [states, *module.parameters(), *getattr(module, "tables", ())]
     cotangent = torch.randn_like(states)
     return lambda: torch.autograd.grad(module(states), inputs, cotangent, allow_unused=True)
+
+
+def launches(call: Callable[[], object]) -> int | None:
+    """Kernels, copies and fills that a call gives the GPU; None where the profiler sees none."""
+    if not torch.cuda.is_available():
+        return None
+    synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        call()
+        synchronize()
+    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profiler.events()) or None
 
 
 def measure_attention(table: Table, config: CoLT5Config, peer: Path | None, tiny: bool, deadline: float) -> None:
@@ -154,7 +169,7 @@ def measure_attention(table: Table, config: CoLT5Config, peer: Path | None, tiny
     if peer is None:
         table.note("The peer was not measured: no --peer.")
     else:
-        makers["peer fp32"] = (lambda: make_peer(peer, config), torch.float32)
+        makers[PEER] = (lambda: make_peer(peer, config), torch.float32)
     for length in LENGTHS:
         for name, (make, dtype) in makers.items():
             if time.perf_counter() > deadline:
@@ -170,8 +185,11 @@ def measure_attention(table: Table, config: CoLT5Config, peer: Path | None, tiny
                 call = forward_and_backward(module, states)
                 row["MiB"] = peak_mib(call)
                 row["ms"] = median_ms(call, tiny)
-                if row["MiB"] is None:
-                    del row["MiB"]
+                row["launches"] = launches(call)
+                if name != PEER:
+                    # the peer is not made to be recorded
+                    row["GPU ms"] = gpu_ms(call, tiny=tiny)
+                row = {column: value for column, value in row.items() if value is not None}
             except torch.cuda.OutOfMemoryError:
                 row["remark"] = "out of memory"
             table.add(row)
@@ -198,7 +216,7 @@ def measure_generation(table: Table, config: CoLT5Config, tiny: bool, deadline: 
     with torch.no_grad():
         # the end token's logit is then 0, and some other's is above
         model.lm_head.weight[config.eos_token_id] = 0
-    tokens, runs = (12, 1) if tiny else (72, 3)
+    tokens, runs = (12, 1) if tiny else (40, 2)
     for cache in ("dynamic", "static"):
         for context in CONTEXTS:
             if time.perf_counter() > deadline:
@@ -235,18 +253,22 @@ def measure_generation(table: Table, config: CoLT5Config, tiny: bool, deadline: 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Verify, then measure."""
     parser = make_parser(__doc__)
+    parser.add_argument("--only", choices=("attention", "generation"), help="one of the two tables")
     parser.add_argument("--peer", type=Path, help="folder with the peer's packages")
     options = parse(parser, arguments)
     config = causal_config(options.tiny)
-    verify(config)
     begin = time.perf_counter()
-    table = Table("causal", ATTENTION_TITLE, options)
-    # the second table has half of the time
-    measure_attention(table, config, options.peer, options.tiny, begin + (options.deadline - begin) / 2)
-    table.finish()
-    table = Table("causal_generation", GENERATION_TITLE, options)
-    measure_generation(table, config, options.tiny, options.deadline)
-    table.finish()
+    if options.only != "generation":
+        verify(config)
+        table = Table("causal", ATTENTION_TITLE, options)
+        # the second table has half of the time
+        deadline = options.deadline if options.only else begin + (options.deadline - begin) / 2
+        measure_attention(table, config, options.peer, options.tiny, deadline)
+        table.finish()
+    if options.only != "attention":
+        table = Table("causal_generation", GENERATION_TITLE, options)
+        measure_generation(table, config, options.tiny, options.deadline)
+        table.finish()
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ The text is this Python's own standard library without its tests, as bytes; one 
 one variant and one seed. One that is complete is never done again; one that the budget cuts off leaves nothing.
 """
 
+import functools
 import hashlib
 import json
 import sys
@@ -21,10 +22,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from captured_step import TrainingStep
 from measure import RESULTS, describe_device
-from transformers import HfArgumentParser, get_inverse_sqrt_schedule
+from transformers import HfArgumentParser
 
 from modeling_colt5 import CoLT5Config, CoLT5ForCausalLM
+from modeling_colt5.parameter_groups import size_scaled_groups
 
 # bytes come after pad, eos and unk
 FIRST_BYTE, VOCAB_SIZE = 3, 264
@@ -46,17 +49,17 @@ class Settings:
     """What all variants share; a result belongs to its settings."""
 
     d_model: int = field(default=384, metadata={"help": "width"})
-    num_layers: int = field(default=6, metadata={"help": "decoder layers"})
-    length: int = field(default=8192, metadata={"help": "bytes of every row"})
+    num_layers: int = field(default=4, metadata={"help": "decoder layers"})
+    length: int = field(default=4096, metadata={"help": "bytes of every row"})
     window: int = field(default=256, metadata={"help": "causal_window"})
     pool: int = field(default=512, metadata={"help": "causal_routed_keys"})
     radius: int = field(default=127, metadata={"help": "local_radius"})
     batch: int = field(default=8, metadata={"help": "rows in a step"})
-    steps: int = field(default=500, metadata={"help": "steps of a run"})
-    warmup_steps: int = field(default=50, metadata={"help": "steps of rising learning rate; then as 1 / √step"})
-    learning_rate: float = field(default=2e-3, metadata={"help": "AdamW's, at its highest"})
-    eval_every: int = field(default=25, metadata={"help": "steps between evaluations"})
-    eval_rows: int = field(default=48, metadata={"help": "held-out rows"})
+    steps: int = field(default=600, metadata={"help": "steps of a run"})
+    warmup_steps: int = field(default=60, metadata={"help": "steps of rising learning rate; then as 1 / √step"})
+    learning_rate: float = field(default=2e-2, metadata={"help": "the highest, relative to each parameter's size"})
+    eval_every: int = field(default=50, metadata={"help": "steps between evaluations"})
+    eval_rows: int = field(default=64, metadata={"help": "held-out rows"})
 
 
 @dataclass
@@ -70,6 +73,7 @@ class Arguments:
     tiny: bool = field(default=False, metadata={"help": "toy sizes: does it run at all?"})
 
 
+@functools.cache
 def load_text() -> tuple[np.ndarray, np.ndarray, str]:
     """The training and the held-out ids, each file closed by eos, and a hash of both."""
     root = Path(sysconfig.get_paths()["stdlib"])
@@ -171,24 +175,19 @@ def describe_routing(model: CoLT5ForCausalLM, rows: torch.Tensor, batch: int) ->
 def train_steps(
     model: CoLT5ForCausalLM, ids: np.ndarray, settings: Settings, seed: int, device: torch.device
 ) -> Iterator[int]:
-    """Train in place, a plain loop as in learning.py. Yields the number of steps done, 0 first, before each step and
-    at the end."""
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=settings.learning_rate, weight_decay=0.0, fused=device.type == "cuda"
-    )
-    schedule = get_inverse_sqrt_schedule(optimizer, settings.warmup_steps)
+    """Train in place. Yields the number of steps done, 0 first, before each step and at the end."""
+
+    def loss_of(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        with autocast(device):
+            return model(batch["rows"], labels=batch["rows"], use_cache=False).loss
+
+    groups = size_scaled_groups(model, settings.learning_rate)
+    train_step = TrainingStep(model, loss_of, groups, settings.warmup_steps)
     draws = np.random.default_rng(seed)
     for step in range(settings.steps):
         yield step
         starts = draws.integers(len(ids) - settings.length, size=settings.batch).tolist()
-        rows = rows_of(ids, starts, settings.length, device)
-        optimizer.zero_grad()
-        with autocast(device):
-            loss = model(rows, labels=rows, use_cache=False).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        train_step({"rows": rows_of(ids, starts, settings.length, device)})
     yield settings.steps
 
 
