@@ -36,8 +36,8 @@ def make(model_class: type, seed: int) -> torch.nn.Module:
 
 
 def batch(length: int) -> dict[str, torch.Tensor]:
-    """Two rows of random tokens, the second of random length. Drawn on the CPU: while one thread records, PyTorch gives
-    no other one random numbers of the GPU."""
+    """Two rows of random tokens, the second of random length. Drawn on the CPU: while one thread records, PyTorch
+    gives no other one random numbers of the GPU."""
     ids = torch.randint(3, VOCABULARY, (2, length)).to(DEVICE)
     mask = torch.ones_like(ids)
     mask[1, random.randint(length // 2, length) :] = 0
