@@ -34,8 +34,8 @@ def convert(
     which is the default for it. A transient-global LongT5 loses its global tokens.
 
     Each branch has one table of biases for all layers, so that a head goes to the same branch in every layer. The
-    heads that look nearest become light ones, the units that matter most become light ones, and the others heavy
-    ones; what the heavy branch has beyond them is new and starts with an output of zero. Routers are new.
+    heads that add most from near tokens become light ones, the units that matter most become light ones, and the
+    others heavy ones; what the heavy branch has beyond them is new and starts with an output of zero. Routers are new.
 
     Args:
         source: the model to convert; it is not changed.
@@ -45,9 +45,11 @@ def convert(
         heavy_d_ff: by default four times the source's.
         num_cross_key_value_heads: by default all heads, as in the source; fewer are means of groups of neighbours,
             which changes the function.
-        samples: batches to measure on: a head's share of attention within `local_radius`, a unit's mean absolute
-            activation times the norm of its output weights. Without them both are read off the weights: the mean bias
-            of distances to 8 less that of far ones, and the product of the norms of a unit's weights.
+        samples: batches to measure on: how long what a head adds from tokens within `local_radius` is, on the mean,
+            and a unit's mean absolute activation times the norm of its output weights. Without them, and for LongT5's
+            heads, both are read off the weights: the norm of a head's value and output matrices' product times the
+            share that its biases alone would give to tokens within the radius, and the product of the norms of a
+            unit's weights.
         config_kwargs: other fields of the new configuration.
 
     Raises:
@@ -102,12 +104,12 @@ def convert(
         **({"dropout_rate": old.dropout_rate} | config_kwargs),
     )
     model = CoLT5ForConditionalGeneration(config).to(source.dtype)
-    locality, importance = _measure(source, config, samples) if samples is not None else _read_off(source, config)
+    added, importance = _measure(source, config, samples) if samples is not None else _read_off(source, config)
     with torch.no_grad():
         model.shared.weight.copy_(source.shared.weight)
         if not config.tie_word_embeddings:
             model.lm_head.weight.copy_(source.lm_head.weight)
-        _convert_encoder(source.encoder, model, locality, importance)
+        _convert_encoder(source.encoder, model, added, importance)
         _convert_decoder(source.decoder, model)
     return model.eval()
 
@@ -119,31 +121,41 @@ def _self_attention(layer: Any) -> Any:
 
 
 def _read_off(source: PreTrainedModel, config: CoLT5Config) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """How near each head looks, [heads], and how much each unit of each layer matters, [d_ff], by the weights."""
-    distance = torch.arange(-config.relative_attention_max_distance, config.relative_attention_max_distance + 1)
+    """How much each head adds from near tokens, [heads], and how much each unit of each layer matters, [d_ff], by the
+    weights."""
     buckets, far = config.relative_attention_num_buckets, config.relative_attention_max_distance
+    # a text in which the radius leaves most tokens out
+    distance = torch.arange(-8 * config.local_radius - 8, 8 * config.local_radius + 9)
     bias = _self_attention(source.encoder.block[0].layer[0]).relative_attention_bias.weight.detach().cpu().float()
-    by_distance = bias[relative_position_bucket(distance, True, buckets, far)]
-    locality = by_distance[distance.abs() <= 8].mean(0) - by_distance[distance.abs() == far].mean(0)
-    importance = []
+    weights = bias[relative_position_bucket(distance, True, buckets, far)].softmax(0)
+    share = weights[distance.abs() <= config.local_radius].sum(0)
+    added, importance = torch.zeros_like(share), []
     for block in source.encoder.block:
+        attention = _self_attention(block.layer[0])
+        value = attention.v.weight.detach().float() * block.layer[0].layer_norm.weight.detach().float()
+        output = attention.o.weight.detach().float()
+        heads = output.unflatten(1, (config.num_heads, -1)).transpose(0, 1) @ value.unflatten(
+            0, (config.num_heads, -1)
+        )
+        added += heads.flatten(1).norm(dim=1).cpu()
         dense = block.layer[1].DenseReluDense
         inputs = ("wi_0", "wi_1") if config.is_gated_act else ("wi",)
         norms = [getattr(dense, name).weight.detach().cpu().float().norm(dim=1) for name in inputs]
         importance.append(torch.stack(norms).prod(0) * dense.wo.weight.detach().cpu().float().norm(dim=0))
-    return locality, importance
+    return added * share, importance
 
 
 def _measure(
     source: PreTrainedModel, config: CoLT5Config, samples: Iterable[Batch]
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """The same as `_read_off`, measured on a text sample."""
-    locality, importance = _read_off(source, config)
-    # the weights of LongT5's folded attention are not by position; its heads keep their order by the biases
+    added, importance = _read_off(source, config)
+    # the weights of LongT5's folded attention are not by position; its heads keep their order by the weights
     with_heads = isinstance(source, T5ForConditionalGeneration)
     if with_heads:
-        locality = torch.zeros_like(locality)
+        added = torch.zeros_like(added)
     activity = [torch.zeros_like(layer) for layer in importance]
+    values: list[torch.Tensor] = []
 
     def watch(layer: int, inputs: tuple[torch.Tensor, ...]) -> None:
         activity[layer] += inputs[0].detach().abs().float().flatten(0, -2).sum(0).cpu()
@@ -152,6 +164,11 @@ def _measure(
         block.layer[1].DenseReluDense.wo.register_forward_pre_hook(lambda _, inputs, layer=layer: watch(layer, inputs))
         for layer, block in enumerate(source.encoder.block)
     ]
+    if with_heads:
+        hooks += [
+            _self_attention(block.layer[0]).v.register_forward_hook(lambda _, inputs, output: values.append(output))
+            for block in source.encoder.block
+        ]
     # T5's encoder has a configuration of its own, which older releases of Transformers do not reach from the model's
     encoder = source.encoder
     implementation, training = encoder.config._attn_implementation, source.training
@@ -160,15 +177,14 @@ def _measure(
         encoder.set_attn_implementation("eager")
     try:
         for batch in samples:
+            values.clear()
             with torch.no_grad():
                 output = encoder(**batch, output_attentions=with_heads)
             if with_heads:
-                position = torch.arange(batch["input_ids"].shape[1])
-                near = (position[:, None] - position).abs() <= config.local_radius
-                real = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool().cpu()
-                for weights in output.attentions:
-                    share = (weights.cpu().float() * near).sum(-1)
-                    locality += (share * real[:, None]).sum((0, 2))
+                real = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+                for block, weights, value in zip(encoder.block, output.attentions, values, strict=True):
+                    matrix = _self_attention(block.layer[0]).o.weight.detach()
+                    added += _added_from_near(weights, value, matrix, real, config.local_radius)
     finally:
         for hook in hooks:
             hook.remove()
@@ -176,16 +192,38 @@ def _measure(
         source.train(training)
     for layer, block in enumerate(source.encoder.block):
         activity[layer] *= block.layer[1].DenseReluDense.wo.weight.detach().cpu().float().norm(dim=0)
-    return locality, activity
+    return added, activity
+
+
+def _added_from_near(
+    weights: torch.Tensor, value: torch.Tensor, output: torch.Tensor, real: torch.Tensor, radius: int
+) -> torch.Tensor:
+    """The lengths of what each head adds to the states of real tokens from within a radius, summed over them, [heads].
+
+    Args:
+        weights: of the attention, [batch, heads, n, n].
+        value: [batch, n, heads * d_kv].
+        output: the output matrix, [d_model, heads * d_kv].
+        real: bool [batch, n].
+        radius: in tokens.
+    """
+    heads = weights.shape[1]
+    position = torch.arange(weights.shape[-1], device=weights.device)
+    near = (position[:, None] - position).abs() <= radius
+    states = (weights.float() * near) @ value.float().unflatten(-1, (heads, -1)).transpose(1, 2)
+    parts = output.float().unflatten(1, (heads, -1)).transpose(0, 1)
+    # ‖O s‖² = s (OᵀO) s, without a vector of d_model for each token and head
+    squares = (states @ (parts.mT @ parts) * states).sum(-1).clamp(min=0)
+    return (squares.sqrt() * real[:, None]).sum((0, 2)).cpu()
 
 
 def _convert_encoder(
-    source: Any, model: CoLT5ForConditionalGeneration, locality: torch.Tensor, importance: list[torch.Tensor]
+    source: Any, model: CoLT5ForConditionalGeneration, added: torch.Tensor, importance: list[torch.Tensor]
 ) -> None:
     config = model.config
     # a stack's submodules have no types that a checker knows
     encoder: Any = model.encoder
-    order = locality.argsort(descending=True, stable=True)
+    order = added.argsort(descending=True, stable=True)
     light_heads, heavy_heads = order[: config.num_light_heads].sort()[0], order[config.num_light_heads :].sort()[0]
     bias = _self_attention(source.block[0].layer[0]).relative_attention_bias.weight
     encoder.light_relative_attention_bias.weight.copy_(bias[:, light_heads])

@@ -11,7 +11,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from modeling_colt5.conversion import convert
+from modeling_colt5.conversion import _measure, convert
 
 TINY = {
     "vocab_size": 64,
@@ -108,7 +108,7 @@ def test_fewer_cross_heads_are_means_of_neighbours():
     assert logits(model, 20).isfinite().all()
 
 
-def test_the_nearest_heads_and_the_largest_units_become_light():
+def test_a_near_head_and_a_large_unit_become_light():
     source = make_t5("relu", True, False)
     with torch.no_grad():
         # head 2 looks at itself and nowhere else
@@ -123,6 +123,52 @@ def test_the_nearest_heads_and_the_largest_units_become_light():
         torch.testing.assert_close(attention.light_attention.q.weight, q[16:24])
         wo = model.encoder.block[1].layer[1].light_feed_forward.wo.weight
         torch.testing.assert_close(wo, torch.full_like(wo, 100.0))
+
+
+def test_light_heads_are_near_and_add_much():
+    """Head 3 looks at itself and adds most, head 1 looks at itself, head 0 adds as much as 3, but from far away."""
+    source = make_t5("relu", True, False)
+    with torch.no_grad():
+        bias = source.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight
+        bias[:, [1, 3]] = -30.0
+        bias[0, [1, 3]] = 30.0
+        # distances of at least 8, to both sides
+        bias[:, 0] = -30.0
+        bias[8:16, 0] = bias[24:32, 0] = 30.0
+        for block in source.encoder.block:
+            for head in (0, 3):
+                block.layer[0].SelfAttention.o.weight[:, 8 * head : 8 * head + 8] *= 5
+    batch = {"input_ids": torch.randint(2, 64, (1, 40))}
+    for samples in (None, [batch]):
+        for heads in ([3], [1, 3]):
+            model = convert(source, samples=samples, num_light_heads=len(heads), local_radius=3)
+            for old, new in zip(source.encoder.block, model.encoder.block, strict=True):
+                expected = torch.cat([old.layer[0].SelfAttention.q.weight[8 * head : 8 * head + 8] for head in heads])
+                torch.testing.assert_close(new.layer[0].light_attention.q.weight, expected)
+
+
+def test_what_heads_add_is_measured_on_real_tokens_within_the_radius():
+    """Against the sum written out, token by token, for T5's own weights and values."""
+    source = make_t5("relu", True, False)
+    source.encoder.set_attn_implementation("eager")
+    batch = {"input_ids": torch.randint(2, 64, (2, 20)), "attention_mask": torch.ones(2, 20, dtype=torch.long)}
+    batch["attention_mask"][1, 13:] = 0
+    expected = torch.zeros(4)
+    with torch.no_grad():
+        output = source.encoder(**batch, output_attentions=True, output_hidden_states=True)
+        for block, states, weights in zip(source.encoder.block, output.hidden_states, output.attentions, strict=False):
+            attention = block.layer[0].SelfAttention
+            values = attention.v(block.layer[0].layer_norm(states)).view(2, 20, 4, 8)
+            for row, length in enumerate((20, 13)):
+                for i in range(length):
+                    for head in range(4):
+                        near = range(max(0, i - 3), min(20, i + 4))
+                        state = sum(weights[row, head, i, j] * values[row, j, head] for j in near)
+                        expected[head] += (attention.o.weight[:, 8 * head : 8 * head + 8] @ state).norm()
+    config = convert(source, local_radius=3).config
+    found, _ = _measure(source, config, [batch])
+    # computed in fp32
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
 
 
 def test_the_source_is_left_as_it_was():
