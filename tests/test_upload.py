@@ -113,6 +113,7 @@ def code_block(text: str) -> str:
     return re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
 
 
+# seven processes that import Transformers anew: twenty seconds
 def test_upload_to_the_hub_and_the_cards_own_lines(hub_environment, finished_run, tmp_path):
     run = shutil.copytree(finished_run, tmp_path / "run")
     environment = hub_environment | {"PYTHONPATH": str(REPOSITORY)}
