@@ -39,8 +39,9 @@ def _run_gates(
     settings = plan.settings
     ring = cache.rings.get(name) if cache is not None else None
     carried = cache.carried.get(name) if cache is not None else None
+    joined = plan.join(ring, scores)
     gates = causal_gates(
-        plan.frame_with_past(ring, scores).unflatten(1, (-1, settings.window)),
+        plan.frame_joined(joined).unflatten(1, (-1, settings.window)),
         plan.past,
         plan.total,
         None if carried is None else carried[:, 0],
@@ -52,7 +53,7 @@ def _run_gates(
         kernel_backend=settings.kernel_backend,
     )
     if cache is not None:
-        cache.write("rings", {name: plan.advance_ring(ring, scores.detach())})
+        cache.write("rings", {name: plan.advance_ring(joined.detach())})
         cache.write("carried", {name: plan.advance_carried(carried, gates.thresholds.detach())})
     tokens = gates.tokens
     if plan.is_step:
@@ -117,15 +118,12 @@ class CoLT5CausalLocalAttention(CoLT5Attention):
         settings = plan.settings
         query, key, value = map(self.split_heads, project(hidden_states, self.q, self.k, self.v))
         rings = {} if cache is None else cache.rings
-        keys, values, before = key, value, 0
-        if plan.past is not None:
-            before = settings.radius
-            keys = plan.with_recent(rings["light_key"], key)
-            values = plan.with_recent(rings["light_value"], value)
+        new = {"light_key": key, "light_value": value}
+        joined = {name: plan.join(rings.get(name), states) for name, states in new.items()}
+        keys, values = map(plan.recent, joined.values())
+        before = 0 if plan.past is None else settings.radius
         if cache is not None:
-            new = {"light_key": key.detach(), "light_value": value.detach()}
-            cache.write("rings", {name: plan.advance_ring(rings.get(name), states) for name, states in new.items()})
-
+            cache.write("rings", {name: plan.advance_ring(states.detach()) for name, states in joined.items()})
         mask = plan.light_mask
         if plan.is_step:
             positions = torch.arange(keys.shape[1], device=key.device).expand(len(key), -1)
@@ -182,11 +180,13 @@ class CoLT5CausalRoutedAttention(CoLT5Attention):
         rings = {} if cache is None else cache.rings
         # W_k (s̃ x) = s̃ W_k x: one projection a token, scaled anew in every window's pool
         new = {"heavy_key": key, "heavy_value": value, "key_value_scores": scores}
-        framed = {
-            name: states if plan.past is None else plan.frame_with_past(rings.get(name), states)
-            for name, states in (("heavy_key", key), ("heavy_value", value))
-        }
-        known = plan.frame_with_past(rings.get("key_value_scores"), scores).transpose(1, 2)
+        joined = {name: plan.join(rings.get(name), states) for name, states in new.items()}
+        # without a past keys and values stay as they are: no pool that is read holds a token of a window's open end
+        framed = [
+            joined[name] if plan.past is None else plan.frame_joined(joined[name])
+            for name in ("heavy_key", "heavy_value")
+        ]
+        known = plan.frame_joined(joined["key_value_scores"]).transpose(1, 2)
         old: dict[str, Tensor] = {}
         initial = None
         if plan.past is not None:
@@ -216,7 +216,7 @@ class CoLT5CausalRoutedAttention(CoLT5Attention):
         positions = plan.starts + queries.indices
         outputs, sources = [], []
         queries_of, tables = _parts(query, groups, 2), _parts(bias_table, groups, 0)
-        keys_of, values_of = (_parts(states, groups, 2) for states in framed.values())
+        keys_of, values_of = (_parts(states, groups, 2) for states in framed)
         pools_of = zip(*(_parts(part, groups, 1) for part in (index, weights, valid, following, ranks)), strict=True)
         for group, parts in enumerate(pools_of):
             pool_index, pool_weights, pool_valid, pool_following, pool_ranks = (part.squeeze(1) for part in parts)
@@ -243,10 +243,7 @@ class CoLT5CausalRoutedAttention(CoLT5Attention):
             else:
                 outputs.append(routed_attention_reference(*inputs, self.attend)[0])
         if cache is not None:
-            cache.write(
-                "rings",
-                {name: plan.advance_ring(rings.get(name), states.detach()) for name, states in new.items()},
-            )
+            cache.write("rings", {name: plan.advance_ring(states.detach()) for name, states in joined.items()})
             known = torch.cat([old["score"], known], -1) if old else known
             self._carry(plan, cache, sources, known, index, ranks, weights, valid)
         output = outputs[0] if groups == 1 else torch.cat(outputs, 2)
@@ -266,10 +263,10 @@ class CoLT5CausalRoutedAttention(CoLT5Attention):
         """Hand the pool of each row's next token on, and the one before it."""
         parts = {"index": index, "rank": ranks, "weight": weights.detach(), "valid": valid}
         chosen = {name: plan.advance_carried(None, part.transpose(1, 2)) for name, part in parts.items()}
-        chosen_index = chosen.pop("index")
-        slots = chosen_index.transpose(1, 2)
+        slots = chosen.pop("index").transpose(1, 2)
         chosen["score"] = scores.detach().gather(-1, slots.flatten(2)).view(slots.shape).transpose(1, 2)
         for place, name in enumerate(("key", "value")):
+            # no pool that is read holds a token of a window's open end, which may not be there
             groups = [
                 take(states[place].detach(), slots[:, group].flatten(1).clamp(max=states[place].shape[1] - 1))
                 for group, states in enumerate(sources)

@@ -22,8 +22,9 @@ def _take_rows(states: Tensor, rows: Tensor) -> Tensor:
     return states.flatten(0, 1).index_select(0, rows.flatten()).view(*rows.shape, *states.shape[2:])
 
 
-def _joined(ring: Tensor, states: Tensor) -> Tensor:
-    return torch.cat([ring, states.to(ring.dtype)], 1)
+def _spread(mask: Tensor, dims: int) -> Tensor:
+    """A mask for tensors of more dimensions."""
+    return mask.view(*mask.shape, *[1] * (dims - mask.dim()))
 
 
 def take(states: Tensor, index: Tensor) -> Tensor:
@@ -142,12 +143,17 @@ class CausalPlan:
             recent = self.past[:, None] + steps
             # slots of no token yet are before rank 0, or behind the row's last real one
             self.light_mask = (recent >= 0) & (recent < self.total[:, None])
-            # rows of new tokens, or of ring and new tokens, that the methods below take: the same for all layers
+            # what the methods below take is the same for all layers
             self._new = _rows((slots - offset[:, None]).clamp(0, self.length - 1), self.length)
             self._back = _rows(torch.arange(self.length, device=device) + offset[:, None], len(slots))
-            self._framed, self._recent = self._ring_rows(self.ranks), self._ring_rows(recent)
+            self._framed, self._recent = self._joined_rows(self.ranks), self._joined_rows(recent)
+            self._handed = _rows(self._handing(), self.num_windows + 1)
+            self._moved = self.completed > 0
             ring_slots, ranks = self._ring_ranks()
-            self._advanced = self._ring_rows(torch.where(ranks < 0, ring_slots, ranks))
+            if self.is_step:
+                self._slot = (ring_slots == (self.total[:, None] - 1) % self.ring_size) & (self.counts[:, None] > 0)
+            else:
+                self._advanced = self._joined_rows(torch.where(ranks < 0, ring_slots, ranks))
         self.starts = self.ranks.reshape(len(self.counts) * self.num_windows, window)[:, :1]
         if self.is_step and self.past is not None:
             self.starts = self.past[:, None]
@@ -221,19 +227,30 @@ class CausalPlan:
             return _take_rows(states, self._back)
         return states if states.shape[1] == self.length else states[:, : self.length]
 
-    def frame_with_past(self, ring: Tensor | None, states: Tensor) -> Tensor:
-        """As `frame`, with what the ring holds of window 0's earlier tokens."""
-        return self.frame(states) if ring is None else _take_rows(_joined(ring, states), self._framed)
+    def join(self, ring: Tensor | None, states: Tensor) -> Tensor:
+        """The ring of a cache and the chunk's tokens by rank, in one tensor for `frame_joined`, `recent` and
+        `advance_ring`; without a past the tokens alone."""
+        if ring is None:
+            return states
+        states = states.to(ring.dtype)
+        if self.is_step:
+            # the ring has room for one token, in the place of one that is no longer read
+            return torch.where(_spread(self._slot, ring.dim()), states, ring)
+        return torch.cat([ring, states], 1)
 
-    def with_recent(self, ring: Tensor, states: Tensor) -> Tensor:
+    def frame_joined(self, joined: Tensor) -> Tensor:
+        """As `frame`, with window 0's earlier tokens in their slots."""
+        return self.frame(joined) if self.past is None else _take_rows(joined, self._framed)
+
+    def recent(self, joined: Tensor) -> Tensor:
         """The `local_radius` tokens before the chunk, then the chunk's, by rank: [batch, radius + n, ...]."""
-        return _take_rows(_joined(ring, states), self._recent)
+        return joined if self.past is None else _take_rows(joined, self._recent)
 
-    def advance_ring(self, ring: Tensor | None, states: Tensor) -> Tensor:
+    def advance_ring(self, joined: Tensor) -> Tensor:
         """The ring [batch, R, ...] after the chunk; a slot that no token has reached holds anything finite."""
-        if ring is not None:
-            return _take_rows(_joined(ring, states), self._advanced)
-        return take(states, self._ring_ranks()[1].clamp(0, self.length - 1))
+        if self.past is None:
+            return take(joined, self._ring_ranks()[1].clamp(0, self.length - 1))
+        return joined if self.is_step else _take_rows(joined, self._advanced)
 
     def _ring_ranks(self) -> tuple[Tensor, Tensor]:
         """The ring's slots, and the rank of each slot's token after the chunk, below 0 for none: int64 [batch, R]."""
@@ -241,12 +258,19 @@ class CausalPlan:
         last = self.total[:, None] - 1
         return slots, last - (last - slots) % self.ring_size
 
-    def _ring_rows(self, ranks: Tensor) -> Tensor:
-        """Rows of ring and new tokens, one behind the other, of the tokens with these ranks [batch, k]."""
+    def _joined_rows(self, ranks: Tensor) -> Tensor:
+        """Where the tokens with these ranks [batch, k] stand in what `join` gives, as rows of all of it."""
         assert self.past is not None
+        index = ranks % self.ring_size
+        if self.is_step:
+            return _rows(index, self.ring_size)
         new = (ranks - self.past[:, None]).clamp(max=self.length - 1)
-        index = torch.where(new >= 0, self.ring_size + new, ranks % self.ring_size)
-        return _rows(index, self.ring_size + self.length)
+        return _rows(torch.where(new >= 0, self.ring_size + new, index), self.ring_size + self.length)
+
+    def _handing(self) -> Tensor:
+        """Of the chunk's windows and the one after: that of each row's next token, and the one before; [batch, 2]."""
+        now = self.completed[:, None]
+        return torch.cat([now, (now - 1).clamp(min=0)], 1)
 
     def advance_counters(self, counters: dict[str, Tensor], mask: Tensor | None) -> dict[str, Tensor]:
         """The cache's counters after the chunk, whose mask is bool [batch, n]; see `causal_cache_colt5`."""
@@ -270,12 +294,13 @@ class CausalPlan:
             carried: [batch, 2, ...], for the current window and the one before; None at the beginning.
             values: [batch, windows + 1, ...], what each of the chunk's windows, and the one after, is handed.
         """
-        now = self.completed[:, None]
-        values = take(values, torch.cat([now, (now - 1).clamp(min=0)], 1))
+        if self.past is None:
+            return take(values, self._handing())
+        values = _take_rows(values, self._handed)
         return values if carried is None else self.keep_carried(carried, values)
 
     def keep_carried(self, carried: Tensor, values: Tensor) -> Tensor:
         """`values` [batch, 2, ...], but for the window before the current one what was `carried`, where no window was
         completed."""
-        moved = (self.completed > 0).view(-1, *[1] * (values.dim() - 1))
-        return torch.cat([values[:, :1], torch.where(moved, values[:, 1:], carried[:, 1:])], 1)
+        before = torch.where(_spread(self._moved, values.dim() - 1), values[:, 1], carried[:, 1])
+        return torch.stack([values[:, 0], before], 1)
