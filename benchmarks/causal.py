@@ -124,28 +124,31 @@ def leak(module: nn.Module, config: CoLT5Config, dtype: torch.dtype) -> float:
     return largest
 
 
-@torch.no_grad()
+def forward_and_backward(module: nn.Module, states: Tensor) -> Callable[[], tuple[Tensor, ...]]:
+    """A call that runs the module and the gradients of its input, parameters and bias tables."""
+    inputs = [states, *module.parameters(), *getattr(module, "tables", ())]
+    cotangent = torch.randn_like(states)
+    return lambda: torch.autograd.grad(module(states), inputs, cotangent)
+
+
 def verify(config: CoLT5Config) -> None:
-    """The kernels' layer is the PyTorch layer, but for tokens whose score is within rounding of a threshold."""
+    """The kernels' layer is the PyTorch layer, but for tokens whose score is within rounding of a threshold; no output
+    depends on a later token; and gradients are the same bits each time."""
     torch.manual_seed(0)
     layer = RoutedAttention(config).to(DEVICE)
     states = torch.randn(2, 9 * config.causal_window + 3, config.d_model, device=DEVICE)
     outputs = []
     for backend in ("auto", "torch"):
         config.kernel_backend = backend
-        outputs.append(layer(states))
+        outputs.append(layer(states).detach())
     config.kernel_backend = "auto"
     # sums of d_model fp32 products in another order, the kernels' in TF32 where the device has it
     wrong = ((outputs[0] - outputs[1]).abs().amax(-1) > 5e-3 * outputs[1].abs().max()).float().mean()
     assert wrong < 0.01, f"{wrong:.2%} of the tokens differ"
     assert leak(layer, config, torch.float32) == 0, "an output depends on a later token"
-
-
-def forward_and_backward(module: nn.Module, states: Tensor) -> Callable[[], object]:
-    """A call that runs the module and the gradients of its input, parameters and bias tables."""
-    inputs = [states, *module.parameters(), *getattr(module, "tables", ())]
-    cotangent = torch.randn_like(states)
-    return lambda: torch.autograd.grad(module(states), inputs, cotangent, allow_unused=True)
+    call = forward_and_backward(layer, states.requires_grad_())
+    for first, second in zip(call(), call(), strict=True):
+        assert torch.equal(first, second), "a gradient is not the same twice"
 
 
 def launches(call: Callable[[], object]) -> int | None:
