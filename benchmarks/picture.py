@@ -4,7 +4,7 @@ from pathlib import Path
 
 import matplotlib
 from peers import COLT5, GLOBAL, LOCAL
-from results import Row, newest_run
+from results import Row, fullest_run
 
 matplotlib.use("svg")
 from matplotlib import pyplot  # noqa: E402
@@ -39,8 +39,8 @@ def draw_curves(axes: pyplot.Axes, rows: list[Row], unit: str, factor: float = 1
 
 
 def draw(folder: Path) -> None:
-    """Draw the newest run of the encoder's history in the folder, where there is one."""
-    run = newest_run("encoder", folder)
+    """Draw the fullest run of the encoder's history in the folder, where there is one."""
+    run = fullest_run("encoder", folder)
     if run is None:
         return
     # ids of the drawing in fixed order: the same picture is the same file

@@ -25,6 +25,11 @@ def newest_run(name: str, folder: Path) -> Run | None:
     return next((run for run in reversed(runs) if run["complete"]), runs[-1] if runs else None)
 
 
+def fullest_run(name: str, folder: Path) -> Run | None:
+    """The run with the most rows, the newest of those: what shows how something grows; None where there is none."""
+    return max(reversed(read_runs(name, folder)), key=lambda run: len(run["rows"]), default=None)
+
+
 def markdown(rows: list[Row]) -> str:
     """Rows as a table; the columns are the rows' keys."""
 

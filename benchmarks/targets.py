@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from peers import COLT5, GLOBAL, LOCAL
-from results import Row, Run, markdown, newest_run, read_runs
+from results import Row, Run, fullest_run, markdown, newest_run, read_runs
 
 # of most targets; a run at another length does not count
 LENGTH = 16_384
@@ -189,7 +189,7 @@ def write(folder: Path) -> None:
     """Write `targets.md` from the histories in the folder."""
     text = "# Targets: one H100, bf16, base size, batch 1 unless said, random weights\n\n"
     text += markdown([judge(target, read_runs(target.benchmark, folder)) for target in TARGETS])
-    if run := newest_run("encoder", folder):
+    if run := fullest_run("encoder", folder):
         text += f"\nForward time against length, milliseconds ({run['device']}, {run['date']}, {run['commit']}):\n\n"
         text += markdown(growth(run))
     if run := newest_run("dense", folder):
