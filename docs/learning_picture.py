@@ -1,6 +1,6 @@
 """Draws docs/learning_*.svg and writes tables of docs/learning.md, from the runs of benchmarks/learning.py.
 
-python docs/learning_picture.py [--results FOLDER] [--page FILE]
+python docs/learning_picture.py [--results FOLDER] [--solvers FOLDER] [--page FILE]
 
 What has no runs has no table and no picture: the page's blocks hold both, and are empty then.
 """
@@ -167,8 +167,8 @@ def solver_table(exact: Run, descent: Run) -> str:
     return "\n".join(lines)
 
 
-def blocks(runs: dict[str, list[Run]], folder: Path) -> dict[str, str]:
-    """The page's blocks by name; draws the pictures that they link to into the folder."""
+def blocks(runs: dict[str, list[Run]], solved: dict[str, list[Run]], folder: Path) -> dict[str, str]:
+    """The page's blocks by name, of the runs and of those with two solvers; draws their pictures into the folder."""
     parts: dict[str, list[str]] = {name: [] for name in ("results", "routing", "diagnosis", "solvers")}
     compared = {variant: runs[variant] for variant in runs if variant not in (*DIAGNOSIS, DESCENT)}
     if compared:
@@ -188,8 +188,8 @@ def blocks(runs: dict[str, list[Run]], folder: Path) -> dict[str, str]:
             diagnosis_table(why),
             draw(folder / "learning_diagnosis.svg", "Strength or choice", "step", "steps", why),
         ]
-    if EXACT in runs and DESCENT in runs:
-        pair = {variant: runs[variant][:1] for variant in (EXACT, DESCENT)}
+    if EXACT in solved and DESCENT in solved:
+        pair = {variant: solved[variant][:1] for variant in (EXACT, DESCENT)}
         title = "Exact soft top-k and 50 iterations of coordinate descent"
         parts["solvers"] = [
             solver_table(*(of_variant[0] for of_variant in pair.values())),
@@ -202,11 +202,14 @@ def main() -> None:
     """Draw what there is."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--results", type=Path, default=RESULTS / "learning", help="the runs")
+    parser.add_argument(
+        "--solvers", type=Path, default=RESULTS / "learning_solvers", help="the runs with either solver"
+    )
     parser.add_argument("--page", type=Path, default=DOCS / "learning.md", help="written anew; pictures go beside it")
     arguments = parser.parse_args()
     page = arguments.page
     text = page.read_text(encoding="utf-8")
-    for name, content in blocks(load_runs(arguments.results), page.parent).items():
+    for name, content in blocks(load_runs(arguments.results), load_runs(arguments.solvers), page.parent).items():
         before, after = text.split(opening := f"<!-- {name} -->\n")
         text = before + opening + content + after[after.index("\n<!-- end -->") :]
     page.write_text(text, encoding="utf-8")

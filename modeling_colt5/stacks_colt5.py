@@ -332,8 +332,13 @@ class CoLT5Decoder(CoLT5PreTrainedModel):
 
         Raises:
             ValueError: for both or neither of ids and embeddings, no encoder output, or a mask of another shape.
-            TypeError: for a cache that does not fit a causally routed decoder.
+            TypeError: for a cache that does not fit a causally routed decoder, or one that is given as `cache`.
         """
+        if kwargs.get("cache") is not None:
+            # unread, it would have each step begin anew
+            raise TypeError(
+                "cache is given; here it is called past_key_values, as in transformers 5.17 to 5.23: install one"
+            )
         has_encoder = self.config.is_encoder_decoder
         hidden_states = _embed(self.embed_tokens, input_ids, inputs_embeds, "decoder_" if has_encoder else "")
         encoder_mask = None

@@ -231,15 +231,15 @@ def test_learning_is_drawn_from_the_runs_there_are(tmp_path: Path) -> None:
     )
     learning.main([*arguments.split(), *learning.VARIANTS[:1], *learning.DIAGNOSIS])
     page.write_text((ROOT / "docs/learning.md").read_text(encoding="utf-8"), encoding="utf-8")
-    draw = [sys.executable, str(ROOT / "docs/learning_picture.py"), "--page", str(page), "--results"]
-    subprocess.run([*draw, str(runs)], check=True)
+    draw = [sys.executable, str(ROOT / "docs/learning_picture.py"), "--page", str(page)]
+    subprocess.run([*draw, "--results", str(runs), "--solvers", str(runs)], check=True)
     drawn = page.read_text(encoding="utf-8")
     loss = json.loads((runs / "colt5-learned-0.json").read_text())["curve"][-1]["loss"]
     assert f"{loss:.3f}" in drawn and f"{loss:.4f}" in drawn
     # links to the pictures that were drawn, and to no other
     links = set(re.findall(r"\((learning_\w+\.svg)\)", drawn))
     assert links == {path.name for path in tmp_path.glob("*.svg")} and len(links) == 4
-    subprocess.run([*draw, str(tmp_path / "nothing")], check=True)
+    subprocess.run([*draw, "--results", str(tmp_path / "nothing")], check=True)
     assert "learning_diagnosis.svg" not in page.read_text(encoding="utf-8")
 
 

@@ -548,3 +548,11 @@ def test_memory_grows_linearly_in_the_input(attn_implementation):
     # the kernel of 2n is not a different one: twice the bytes, less the parameters' and the block that is always added
     assert largest_double <= 2.02 * largest and total_double <= 2.1 * total
     assert largest_double < lengths[1] ** 2
+
+
+def test_a_cache_under_its_later_name_is_refused_instead_of_unread():
+    model = tiny_model().eval()
+    inputs = {"input_ids": random_ids(1, 12), "decoder_input_ids": random_ids(1, 3)}
+    cache = model(**inputs).past_key_values
+    with pytest.raises(TypeError, match="cache is given; here it is called past_key_values"):
+        model(**inputs, cache=cache)
