@@ -97,19 +97,24 @@ class RoutingPlan:
             return plan
         plan.settings = route_settings(config, kernel_backend)
         length, lengths = hidden_states.shape[1], real_lengths(hidden_states, mask)
+        minimum = config.min_routed_tokens
+        query, key_value = config.routed_query_fraction, config.routed_key_value_fraction
+        feed_forward = config.routed_feed_forward_fraction
+        # a budget is eight launches: routers of one fraction share theirs
+        each = dict.fromkeys((query, key_value, feed_forward))
+        budgets = {fraction: routed_budget(lengths, fraction, minimum) for fraction in each}
 
         def budget(*fractions: float) -> RoutingBudget:
-            minimum = config.min_routed_tokens
             return RoutingBudget(
-                torch.stack([routed_budget(lengths, fraction, minimum) for fraction in fractions], 1).flatten(),
+                torch.stack([budgets[fraction] for fraction in fractions], 1).flatten(),
                 tuple(routed_capacity(length, fraction, minimum) for fraction in fractions),
                 None if mask is None else mask.repeat_interleave(len(fractions), 0),
             )
 
         if hidden_states.is_cuda and not torch.is_grad_enabled() and is_capturing():
             plan.side = graph_stream(hidden_states.device, 1)
-        plan.attention = budget(config.routed_query_fraction, config.routed_key_value_fraction)
-        plan.feed_forward = budget(config.routed_feed_forward_fraction)
+        plan.attention = budget(query, key_value)
+        plan.feed_forward = budget(feed_forward)
         return plan
 
     @contextmanager
