@@ -29,6 +29,12 @@ WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 torch.set_num_threads(min(torch.get_num_threads(), max(1, (os.cpu_count() or 1) // WORKERS)))
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # PEFT asks by the name that Transformers has since deprecated, wherever a model gets an adapter; no code here does
+    message = "`is_gradient_checkpointing` is deprecated"
+    config.addinivalue_line("filterwarnings", f"ignore:{message}:FutureWarning:transformers.modeling_utils")
+
+
 def pytest_unconfigure(config: pytest.Config) -> None:
     shutil.rmtree(HOME, ignore_errors=True)
 

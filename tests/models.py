@@ -4,7 +4,17 @@ from typing import Any
 
 import torch
 
-from modeling_colt5 import CoLT5Config, CoLT5ForConditionalGeneration, CoLT5PreTrainedModel
+from modeling_colt5 import (
+    CoLT5Config,
+    CoLT5ForConditionalGeneration,
+    CoLT5ForQuestionAnswering,
+    CoLT5ForSequenceClassification,
+    CoLT5ForTokenClassification,
+    CoLT5PreTrainedModel,
+)
+
+# the encoder with a head for a task
+ENCODER_HEADS = [CoLT5ForSequenceClassification, CoLT5ForTokenClassification, CoLT5ForQuestionAnswering]
 
 
 def tiny_config(**fields: Any) -> CoLT5Config:

@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+from models import pad, tiny_model
 from transformers.generation import GenerateBeamEncoderDecoderOutput, GenerateEncoderDecoderOutput
 
-from modeling_colt5 import CoLT5Config, CoLT5EncoderModel, CoLT5ForConditionalGeneration
+from modeling_colt5 import CoLT5EncoderModel, CoLT5ForConditionalGeneration
 
 LENGTHS = (40, 23, 9)
 NEW_TOKENS = 7
@@ -17,12 +18,7 @@ TOLERANCE = 1e-5
 
 def make_model(**fields: Any) -> CoLT5ForConditionalGeneration:
     """A tiny model whose next tokens depend on the document."""
-    torch.manual_seed(0)
-    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "light_d_ff": 24, "heavy_d_ff": 64}
-    heads = {"num_heads": 4, "num_light_heads": 2, "num_heavy_heads": 3}
-    depths = {"num_layers": 2, "num_decoder_layers": 3}
-    config = CoLT5Config(vocab_size=99, local_radius=5, dropout_rate=0.0, **(sizes | heads | depths | fields))
-    model = CoLT5ForConditionalGeneration(config).eval()
+    model = tiny_model(**fields)
     with torch.no_grad():
         # cross-attention that is near uniform gives all rows the same states
         for block in model.decoder.block:
@@ -31,14 +27,10 @@ def make_model(**fields: Any) -> CoLT5ForConditionalGeneration:
 
 
 def padded_batch(side: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of three lengths, ids and mask [3, 40], padded on one side."""
+    """Rows of three lengths, the same ones at every call, padded on one side: ids and mask [3, 40]."""
     generator = torch.Generator().manual_seed(1)
-    ids, mask = torch.zeros(2, len(LENGTHS), max(LENGTHS), dtype=torch.long)
-    for row, length in enumerate(LENGTHS):
-        where = slice(0, length) if side == "right" else slice(max(LENGTHS) - length, None)
-        ids[row, where] = torch.randint(2, 99, (length,), generator=generator)
-        mask[row, where] = 1
-    return ids, mask
+    batch = pad([torch.randint(3, 96, (length,), generator=generator) for length in LENGTHS], side)
+    return batch["input_ids"], batch["attention_mask"]
 
 
 def generate(model: CoLT5ForConditionalGeneration, **kwargs: Any) -> GenerateEncoderDecoderOutput:
@@ -100,7 +92,7 @@ def check_beams(
     output: GenerateBeamEncoderDecoderOutput,
     per_row: int,
 ) -> None:
-    """A beam's score is the mean log-probability of its tokens, recomputed; and greedy decoding is no better."""
+    """A beam's score is the mean log-probability of its tokens, recomputed."""
     ids, mask = (part.repeat_interleave(per_row, 0) for part in (ids, mask))
     logprobs = recomputed_logits(model, ids, mask, output.sequences).log_softmax(-1)
     scores = logprobs.gather(-1, output.sequences[:, 1:, None])[..., 0].mean(-1)
@@ -175,7 +167,7 @@ def test_from_encoder_outputs_with_routing(num_beams: int) -> None:
     encoded = model.get_encoder()(input_ids=ids, attention_mask=mask, output_routing=True, output_hidden_states=True)
     assert len(encoded.routing) == model.config.num_layers
     routed = mask.gather(1, encoded.routing[0].query.indices)[encoded.routing[0].query.valid]
-    assert routed.all() and len(routed) == sum(-(-length // 16) for length in LENGTHS)
+    assert routed.all() and len(routed) == sum(-(-length // 4) for length in LENGTHS)
     batches = count_encoder_batches(model)
     output = generate(model, encoder_outputs=encoded, attention_mask=mask, num_beams=num_beams)
     assert batches == []
@@ -197,7 +189,7 @@ def test_forward_from_embeddings_of_both_sides() -> None:
     model = make_model()
     ids, mask = padded_batch("left")
     embed = model.get_input_embeddings()
-    targets = torch.randint(2, 99, (len(LENGTHS), 6))
+    targets = torch.randint(2, 96, (len(LENGTHS), 6))
     expected = model(ids, mask, decoder_input_ids=targets).logits
     output = model(inputs_embeds=embed(ids), attention_mask=mask, decoder_inputs_embeds=embed(targets)).logits
     assert torch.equal(output, expected)
@@ -210,7 +202,7 @@ def test_prompt_for_the_decoder() -> None:
     """A prompt is decoded in one call, into an empty cache, and the rest token by token."""
     model = make_model()
     ids, mask = padded_batch("right")
-    prompt = torch.cat([torch.zeros(3, 1, dtype=torch.long), torch.randint(2, 99, (3, 4))], dim=1)
+    prompt = torch.cat([torch.zeros(3, 1, dtype=torch.long), torch.randint(2, 96, (3, 4))], dim=1)
     for cache in ("dynamic", "static"):
         output = generate(
             model, input_ids=ids, attention_mask=mask, decoder_input_ids=prompt, cache_implementation=cache
