@@ -65,7 +65,7 @@ def handed_on(
 @triton.jit(do_not_specialize=["windows", "window", "target", "capacity"])
 def gates_kernel(
     scores, past, total, carried, weights, routed, thresholds, indices, slot_weights, valid,
-    batch_stride, stride, carried_stride, windows, window, target, capacity, soft_target, epsilon,
+    batch_stride, stride, windows, window, target, capacity, soft_target, epsilon,
     FILL_FIRST: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Program (row, v): what window v - 1 hands on, and the gates of window v with it."""
@@ -77,8 +77,8 @@ def gates_kernel(
             scores, row, start, window, batch_stride, stride, target, soft_target, epsilon, BLOCK, CHUNK
         )
     elif carried is not None:
-        least = tl.load(carried + row * carried_stride).to(tl.float32)
-        soft = tl.load(carried + row * carried_stride + 1).to(tl.float32)
+        least = tl.load(carried + row * 2).to(tl.float32)
+        soft = tl.load(carried + row * 2 + 1).to(tl.float32)
     else:
         least = 0.0
         soft = 0.0
@@ -178,6 +178,8 @@ def causal_gates(
     """`causal_routing_reference.causal_gates` as one launch."""
     batch, windows, window = scores.shape
     scores = _evenly_spaced(scores)
+    past = None if past is None else past.contiguous()
+    carried = None if carried is None else carried.contiguous()
     new = scores.new_empty
     weights = new((batch, windows, window), dtype=torch.float32)
     routed = new((batch, windows, window), dtype=torch.bool)
@@ -187,8 +189,8 @@ def causal_gates(
     valid = new((batch * windows, capacity), dtype=torch.bool)
     launch(
         gates_kernel, (batch * (windows + 1),),
-        scores, past, total, carried, weights, routed, thresholds, indices, slot_weights, valid,
-        scores.stride(0), scores.stride(2), 0 if carried is None else carried.stride(0),
+        scores, past, total.contiguous(), carried, weights, routed, thresholds, indices, slot_weights, valid,
+        scores.stride(0), scores.stride(2),
         windows, window, target, capacity, soft_target, epsilon,
         fill_first, max(16, next_power_of_2(window)), next_power_of_2(capacity), CHUNK,
         num_warps=_warps(window),
@@ -226,4 +228,4 @@ def _evenly_spaced(scores: Tensor) -> Tensor:
 
 
 def _warps(window: int) -> int:
-    return max(1, min(8, window // 64))
+    return max(1, min(8, next_power_of_2(window) // 64))

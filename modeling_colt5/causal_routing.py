@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from .causal_routing_reference import pool_candidates as candidates_reference
 from .causal_routing_reference import pool_candidates_backward as candidates_backward_reference
 from .causal_routing_reference import pool_gather as gather_reference
 from .causal_routing_reference import pool_gather_backward as gather_backward_reference
-from .kernel_backend import Operator, kernel_takes, uses_triton
+from .kernel_backend import Operator, kernel_or, uses_triton
 from .routing import RoutedTokens, route
 
 KERNELS: dict[str, Callable[..., Any]] = {}
@@ -34,14 +35,7 @@ with contextlib.suppress(ImportError):
     }
 
 
-def _kernel_or(reference: Callable[..., Any], operand: int = 0) -> Callable[..., Any]:
-    """The kernel of the reference's name where it runs, else the reference; one operand's device and dtype decide."""
-    kernel = KERNELS.get(reference.__name__, reference)
-
-    def implementation(*inputs: Any) -> Any:
-        return (kernel if kernel_takes(inputs[operand]) else reference)(*inputs)
-
-    return implementation
+_kernel_or = partial(kernel_or, KERNELS)
 
 
 @dataclass
@@ -156,9 +150,11 @@ def causal_gates(
         kernel_backend: as in `uses_triton` of kernel_backend.py.
     """
     takes = uses_triton(scores, kernel_backend) and scores.shape[2] <= LONGEST_WINDOW
+    # a configuration's ratio may be a whole number, which a kernel would take for one of integers
+    soft_target = float(soft_topk_ratio * target)
     run = _gates if takes else gates_reference
     weights, routed, thresholds, indices, slot_weights, valid = run(
-        scores, past, total, carried, target, capacity, soft_topk_ratio * target, epsilon, fill_first
+        scores, past, total, carried, target, capacity, soft_target, epsilon, fill_first
     )
     return Gates(weights, routed, thresholds, RoutedTokens(indices, slot_weights, valid))
 

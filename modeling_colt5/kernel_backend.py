@@ -25,6 +25,18 @@ def kernel_takes(tensor: torch.Tensor) -> bool:
     return (tensor.is_cuda or INTERPRETED) and _HAS_TRITON and tensor.dtype != torch.float64
 
 
+def kernel_or(
+    kernels: dict[str, Callable[..., Any]], reference: Callable[..., Any], operand: int = 0
+) -> Callable[..., Any]:
+    """The kernel of the reference's name where it runs, else the reference; one operand's device and dtype decide."""
+    kernel = kernels.get(reference.__name__, reference)
+
+    def implementation(*inputs: Any) -> Any:
+        return (kernel if kernel_takes(inputs[operand]) else reference)(*inputs)
+
+    return implementation
+
+
 def uses_triton(tensor: torch.Tensor, kernel_backend: str = "auto") -> bool:
     """Whether an operation on `tensor` runs as a Triton kernel.
 

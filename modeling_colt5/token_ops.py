@@ -8,12 +8,13 @@ A block's two sublayers call them in this order, each call one launch on the GPU
 
 import contextlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .kernel_backend import Operator, kernel_takes, runs_eagerly, uses_triton
+from .kernel_backend import Operator, kernel_or, runs_eagerly, uses_triton
 from .token_ops_reference import accumulation_dtype, normed_dtype
 from .token_ops_reference import combine as combine_reference
 from .token_ops_reference import combine_norm as combine_norm_reference
@@ -44,14 +45,7 @@ with contextlib.suppress(ImportError):
     }
 
 
-def _kernel_or(reference: Callable[..., Any], operand: int = 0) -> Callable[..., Any]:
-    """The kernel of the reference's name where it runs, else the reference; one operand's device and dtype decide."""
-    kernel = KERNELS.get(reference.__name__, reference)
-
-    def implementation(*inputs: Any) -> Any:
-        return (kernel if kernel_takes(inputs[operand]) else reference)(*inputs)
-
-    return implementation
+_kernel_or = partial(kernel_or, KERNELS)
 
 
 # gather_dot, the backward of a weighted scatter

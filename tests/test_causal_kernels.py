@@ -58,6 +58,8 @@ def gate_inputs(kind: str, batch: int, windows: int, window: int, past: bool, de
         # all are saturated
         (1, 4, 32, 32, 32, False, False),
         (1, 3, 1, 1, 1, True, False),
+        # not a power of two, and of more than one warp
+        (1, 2, 200, 13, 26, True, False),
     ],
 )
 def test_gates(
@@ -89,6 +91,31 @@ def test_gates(
             reference.causal_gates(scores, *rest, *settings)[4], [scores], grads[1], allow_unused=True
         )
         assert_same((module.causal_gates_backward(None, grads[1], *inputs),), (alone,))
+
+
+def test_any_window_has_a_number_of_warps_that_triton_takes() -> None:
+    for window in range(1, gates.LONGEST_WINDOW + 1):
+        assert gates._warps(window) in (1, 2, 4, 8), window
+
+
+def test_gates_by_numbers_that_do_not_lie_side_by_side(device: torch.device) -> None:
+    scores, past, total, carried = gate_inputs("distinct", 2, 3, 8, True, device)
+    apart = [torch.stack([part, part * 0 - 1], 1)[:, 0] for part in (past, total)]
+    apart.append(torch.stack([carried, carried * 0], 2)[..., 0])
+    settings = (2, 4, 2.25, 1.0, True)
+    expected = reference.causal_gates(scores, past, total, carried, *settings)
+    assert_same(gates.causal_gates(scores, *apart, *settings), expected)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_gates_take_whole_numbers_as_settings(backend: str, device: torch.device) -> None:
+    scores, past, total, carried = gate_inputs("distinct", 2, 3, 8, True, device)
+    fields = {"target": 2, "capacity": 4, "fill_first": True, "kernel_backend": backend}
+    whole, real = (
+        operators.causal_gates(scores, past, total, carried, soft_topk_ratio=one, epsilon=one, **fields)
+        for one in (1, 1.0)
+    )
+    assert torch.equal(whole.weights, real.weights) and torch.equal(whole.thresholds, real.thresholds)
 
 
 POOLS = [
