@@ -62,8 +62,13 @@ class _Recording:
                 self.done.synchronize()
 
 
+def _tensors(part: nn.Module) -> tuple[dict[str, Tensor | None], dict[str, Tensor | None]]:
+    """A part's own parameters and buffers, past the lookup of nn.Module."""
+    return part.__dict__["_parameters"], part.__dict__["_buffers"]
+
+
 class _Parts:
-    """A module's parts, and where its weights lie: a look at them takes a fifth of a walk over the module.
+    """A module's parts, and where its weights and buffers lie: a look at them takes a fifth of a walk over the module.
 
     `weights` is None where the kernels are not those of plain layers in evaluation: hooks (offloading, sharding),
     adapters and quantised weights do more than a graph would replay.
@@ -76,22 +81,22 @@ class _Parts:
         self.state = self.look(parts)
         self.weights: tuple[int, ...] | None = None
         if all(map(_is_plain, parts)):
-            self.weights = tuple(p.data_ptr() for part in parts for p in part._parameters.values() if p is not None)
+            tensors = (tensor for part in parts for held in _tensors(part) for tensor in held.values())
+            self.weights = tuple(tensor.data_ptr() for tensor in tensors if tensor is not None)
 
     @staticmethod
     def look(parts: list[nn.Module]) -> list[Any]:
         """All that the parts' kernels depend on, but the weights' values: classes, children, patches, hooks, modes,
-        which parameters and buffers there are, and where the parameters lie. It runs at every call."""
+        which parameters and buffers there are, and where they lie. It runs at every call."""
         state: list[Any] = [*map(type, parts)]
         for number, part in enumerate(parts):
             own = part.__dict__
             if own["_modules"]:
                 state += map(id, own["_modules"].values())
-            if own["_buffers"]:
-                state += map(id, own["_buffers"].values())
-            for parameter in own["_parameters"].values():
-                if parameter is not None:
-                    state += (id(parameter), parameter.data_ptr())
+            for held in _tensors(part):
+                for tensor in held.values():
+                    if tensor is not None:
+                        state += (id(tensor), tensor.data_ptr())
             if own["_forward_hooks"]:
                 state += own["_forward_hooks"]
             if own["_forward_pre_hooks"] or own["training"] or "forward" in own:

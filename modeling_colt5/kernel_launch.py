@@ -6,9 +6,9 @@ import torch
 
 from .kernel_backend import INTERPRETED
 
-# of each kernel: how many of its arguments are no constants, and what was compiled of it, by all that Triton's code
-# generation looks at. By identity: a kernel's own hash is over its source
-_kernels: dict[int, tuple[int, dict[tuple[Any, ...], Any]]] = {}
+# of each kernel: how many of its arguments are no constants, what was compiled of it, by all that Triton's code
+# generation looks at, and itself, so that no other gets its id. By identity: a kernel's own hash is over its source
+_kernels: dict[int, tuple[int, dict[tuple[Any, ...], Any], Any]] = {}
 
 
 def cdiv(a: int, b: int) -> int:
@@ -46,8 +46,8 @@ def launch(
         return
     known = _kernels.get(id(kernel))
     if known is None:
-        known = _kernels[id(kernel)] = (sum(not parameter.is_constexpr for parameter in kernel.params), {})
-    runtime, compiled_kernels = known
+        known = _kernels[id(kernel)] = (sum(not parameter.is_constexpr for parameter in kernel.params), {}, kernel)
+    runtime, compiled_kernels, _ = known
     key: list[Any] = [num_warps, num_stages, arguments[runtime:]]
     values: list[Any] = []
     addresses = 0

@@ -57,13 +57,18 @@ def clamp_half(hidden_states: torch.Tensor) -> torch.Tensor:
     return hidden_states.clamp(-limit, limit)
 
 
+def _is_autocast(states: torch.Tensor) -> bool:
+    # PyTorch has no answer for tensors without data
+    return not states.is_meta and torch.is_autocast_enabled(states.device.type)
+
+
 def product_dtype(states: torch.Tensor) -> torch.dtype | None:
     """The dtype that autocast will take a product of fp32 states in; None where it would leave them.
 
     Who makes such states can round them to it at once, which saves each product a copy of its own, and its gradient
     another.
     """
-    if states.dtype == torch.float32 and torch.is_autocast_enabled(states.device.type):
+    if states.dtype == torch.float32 and _is_autocast(states):
         return torch.get_autocast_dtype(states.device.type)
     return None
 
@@ -194,10 +199,6 @@ class CoLT5DenseActDense(nn.Module):
         """[..., d_ff] → [..., d_model]."""
         weight = self.wo.weight
         # `wo` stays in fp32 in an fp16 model, and quantised weights are no floats
-        if (
-            weight.dtype != hidden_states.dtype
-            and weight.is_floating_point()
-            and not torch.is_autocast_enabled(hidden_states.device.type)
-        ):
+        if weight.dtype != hidden_states.dtype and weight.is_floating_point() and not _is_autocast(hidden_states):
             hidden_states = hidden_states.to(weight.dtype)
         return self.wo(hidden_states)

@@ -218,6 +218,14 @@ def test_plain_layers_may_be_replayed(model):
     assert graphs._Parts(model.encoder).weights is not None
 
 
+def test_buffers_that_move_are_seen(model):
+    parts = graphs._Parts(model.encoder)
+    bias = model.encoder.light_relative_attention_bias
+    bias.bucket.data = bias.bucket.clone()
+    assert not parts.are_current()
+    assert graphs._Parts(model.encoder).weights != parts.weights
+
+
 def test_idle_hooks_of_recorded_outputs_do_not_stand_in_the_way(model, device):
     model(input_ids=random_ids(1, 20).to(device), output_hidden_states=True, output_routing=True)
     assert model.encoder.block[0]._forward_hooks

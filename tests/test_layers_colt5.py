@@ -285,6 +285,14 @@ def test_norm_is_t5s(dtype):
     torch.testing.assert_close(output, expected(states), rtol=2 * torch.finfo(dtype).eps, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_encoder_says_its_shape_without_data(dtype):
+    model = tiny_model(CoLT5EncoderModel, dtype).to("meta")
+    batch = {name: tensor.to("meta") for name, tensor in pad([random_ids(20), random_ids(9)]).items()}
+    output = model(**batch).last_hidden_state
+    assert output.shape == (2, 20, model.config.d_model) and output.dtype == dtype
+
+
 def test_norm_scores_are_fp32_under_autocast():
     """Issue 2: scores and norms in fp32 even under autocast, where a plain matrix product would be in bf16."""
     norm = CoLT5LayerNorm(tiny_config())
