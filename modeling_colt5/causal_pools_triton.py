@@ -21,6 +21,8 @@ except ImportError as error:
 RADIX = 8
 # a program compares all pairs of its keys, so many at a time
 CHUNK = 16
+# keys of a window or a pool: Triton's tensors have at most 2**20 entries, and lists are a power of two long
+LONGEST_LIST = 2**20 // CHUNK
 NO_TOKEN = tl.constexpr(2**31 - 1)
 NO_KEY = tl.constexpr(-(2**63))
 

@@ -23,7 +23,13 @@ KERNELS: dict[str, Callable[..., Any]] = {}
 with contextlib.suppress(ImportError):
     from .causal_gates_triton import LONGEST_WINDOW, causal_gates_backward
     from .causal_gates_triton import causal_gates as gates_kernel
-    from .causal_pools_triton import pool_candidates, pool_candidates_backward, pool_gather, pool_gather_backward
+    from .causal_pools_triton import (
+        LONGEST_LIST,
+        pool_candidates,
+        pool_candidates_backward,
+        pool_gather,
+        pool_gather_backward,
+    )
 
     KERNELS = {
         "causal_gates": gates_kernel,
@@ -229,7 +235,8 @@ def routed_pools(
     known: tuple[Tensor | None, Tensor | None] = (None, None)
     if initial is not None:
         known = (initial[0].to(scores.dtype), initial[1].valid)
-    run = _candidates if uses_triton(scores, kernel_backend) else candidates_reference
+    takes = uses_triton(scores, kernel_backend) and max(window, size) <= LONGEST_LIST
+    run = _candidates if takes else candidates_reference
     candidate_scores, candidates, present, following = run(scores, *known, window, size)
     budget = torch.full((rows * candidates.shape[1],), size, device=scores.device)
     chosen = route(

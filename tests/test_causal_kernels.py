@@ -151,6 +151,17 @@ def test_pool_candidates(
     assert_same((kernels.pool_candidates_backward(*inputs),), (reference.pool_candidates_backward(*inputs),))
 
 
+def test_a_pool_of_more_keys_than_a_program_holds_is_pytorchs(device: torch.device) -> None:
+    scores = torch.randn(1, 8, device=device)
+    settings = {"soft_topk_ratio": 9 / 8, "epsilon": 1.0}
+    pools = [
+        operators.routed_pools(scores, 4, kernels.LONGEST_LIST + 1, None, kernel_backend=backend, **settings)
+        for backend in ("torch", "triton")
+    ]
+    assert torch.equal(pools[0].following, pools[1].following)
+    assert torch.equal(pools[0].tokens.indices, pools[1].tokens.indices)
+
+
 def test_scores_that_are_not_numbers_are_the_largest(device: torch.device) -> None:
     scores = torch.randn(1, 24, device=device)
     scores[0, [3, 9, 20]] = torch.nan
