@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -67,14 +68,17 @@ def uses_triton(tensor: torch.Tensor, kernel_backend: str = "auto") -> bool:
     return True
 
 
-def register_once(name: str, define: Callable[[], object]) -> None:
-    """Run `define`, which registers the operator `colt5::<name>`, unless another copy of this code already has.
+def own_schema(schema: str) -> str:
+    """The schema under a name that no copy of the code in another version holds with another one.
 
-    The package and any number of Hub copies can be loaded in one process; the first one's operators serve all.
+    The package and any number of Hub copies can be loaded in one process; the first one's operators serve all of the
+    same schema, and one of another schema has a checksum behind its name.
     """
-    namespace, operator = "colt5", name
-    if not hasattr(getattr(torch.ops, namespace), operator):
-        define()
+    name, signature = schema.split("(", 1)
+    held = getattr(torch.ops.colt5, name, None)
+    if held is None or str(held.default._schema) == str(torch._C.parse_schema(f"colt5::{schema}")):
+        return schema
+    return f"{name}_{zlib.crc32(signature.encode()):08x}({signature}"
 
 
 def runs_eagerly() -> bool:
@@ -111,6 +115,7 @@ class Operator:
         save: Callable[..., None] | None = None,
         backward: Callable[..., Any] | None = None,
     ):
+        schema = own_schema(schema)
         name = schema.split("(")[0]
         self.implementation = implementation
         self.function: type[torch.autograd.Function] | None = None
@@ -118,7 +123,8 @@ class Operator:
             self.function = self._make_function(name, save, backward)
             # Function.apply itself looks through the arguments for what functorch left behind, 4 µs a call
             self.apply = super(torch.autograd.Function, self.function).apply  # type: ignore[misc]
-        register_once(name, lambda: self._register(name, schema, fake))
+        if not hasattr(torch.ops.colt5, name):
+            self._register(name, schema, fake)
         self.overload = getattr(torch.ops.colt5, name).default
 
     def _make_function(

@@ -1,0 +1,44 @@
+"""Operators of several copies of the code in one process."""
+
+from itertools import count
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from modeling_colt5.kernel_backend import Operator
+
+# an operator stays registered as long as the process lives
+_numbers = count()
+
+
+@pytest.fixture
+def name() -> str:
+    return f"copies_test_{next(_numbers)}"
+
+
+def times(name: str) -> Operator:
+    return Operator(f"{name}(Tensor x, float factor) -> Tensor", lambda x, factor: x * factor, lambda x, factor: x + 0)
+
+
+def traced(operator: Operator, *inputs: object) -> torch.Tensor:
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        return operator(torch.empty(3), *inputs)
+
+
+def test_two_copies_share_an_operator(name: str) -> None:
+    first, second = times(name), times(name)
+    assert first.overload is second.overload
+    assert traced(second, 2.0).shape == (3,)
+
+
+def test_copies_of_two_versions_have_an_operator_each(name: str) -> None:
+    older = times(name)
+    newer = Operator(
+        f"{name}(Tensor x, float factor, int rows) -> Tensor",
+        lambda x, factor, rows: (x * factor).expand(rows, -1).clone(),
+        lambda x, factor, rows: x.new_empty(rows, *x.shape),
+    )
+    assert traced(older, 2.0).shape == (3,)
+    assert traced(newer, 2.0, 4).shape == (4, 3)
+    assert newer(torch.ones(3), 2.0, 4).sum() == 24 and older(torch.ones(3), 2.0).sum() == 6
