@@ -1,4 +1,4 @@
-"""Tiny models and padded batches that the test files share."""
+"""Tiny models, padded batches and checkpointing that the test files share."""
 
 from typing import Any
 
@@ -76,3 +76,9 @@ def pad(rows: list[torch.Tensor], side: str = "right", length: int | None = None
         part = slice(0, len(row)) if side == "right" else slice(length - len(row), length)
         ids[i, part], mask[i, part] = row, 1
     return {"input_ids": ids, "attention_mask": mask}
+
+
+def checkpoint_activations(model: CoLT5PreTrainedModel, use_reentrant: bool = False) -> None:
+    """Have each layer's activations computed again in the backward, by the name that this Transformers has for it."""
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": use_reentrant})

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import pad, random_ids, tiny_config
+from models import checkpoint_activations, pad, random_ids, tiny_config
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache, Trainer, TrainingArguments
 
 from modeling_colt5 import CoLT5ForCausalLM, CoLT5ForConditionalGeneration
@@ -384,7 +384,7 @@ def test_checkpointing_changes_no_gradient() -> None:
     for checkpointing in (False, True):
         model = make_model().train()
         if checkpointing:
-            model.gradient_checkpointing_enable()
+            checkpoint_activations(model)
         model(ids, labels=ids).loss.backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
     for one, other in zip(*gradients, strict=True):

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from models import pad, random_ids, tiny_config, tiny_model
+from models import checkpoint_activations, pad, random_ids, tiny_config, tiny_model
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from test_generation import LENGTHS, NEW_TOKENS, assert_close, check_beams, generate, padded_batch, recomputed_logits
 from test_generation import make_model as make_generator
@@ -425,7 +425,7 @@ def test_gradient_checkpointing(use_reentrant: bool) -> None:
     model = routed_model(8, num_cross_routers=2, dropout_rate=0.1).train()
     inputs = {**pad([random_ids(50), random_ids(23)]), "labels": random_ids(2, 6)}
     expected = gradients(model, inputs)
-    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    checkpoint_activations(model, use_reentrant)
     calls = []
     model.decoder.block[0].layer[1].EncDecAttention.register_forward_hook(lambda *_: calls.append(1))
     found = gradients(model, inputs)

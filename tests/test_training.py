@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import pad, random_ids, tiny_config, tiny_model
+from models import checkpoint_activations, pad, random_ids, tiny_config, tiny_model
 from peft import AutoPeftModelForSeq2SeqLM, LoraConfig, PeftModel, TaskType, get_peft_model
 from torch import nn
 from torch._dynamo.utils import counters
@@ -253,7 +253,7 @@ def test_gradient_checkpointing(model_class: type[nn.Module], use_reentrant: boo
         return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
     expected = gradients()
-    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    checkpoint_activations(model, use_reentrant)
     calls = []
     model.encoder.block[0].layer[0].register_forward_hook(lambda *_: calls.append(1))
     found = gradients()
@@ -269,7 +269,7 @@ def test_lora_with_gradient_checkpointing(model_class: type[nn.Module], use_reen
     tiny_model(model_class).save_pretrained(tmp_path / "base")
     # the adapter remembers where its base came from
     base = model_class.from_pretrained(tmp_path / "base")
-    base.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    checkpoint_activations(base, use_reentrant)
     seq2seq = model_class is CoLT5ForConditionalGeneration
     task = TaskType.SEQ_2_SEQ_LM if seq2seq else TaskType.SEQ_CLS
     head = None if seq2seq else ["classification_head"]
