@@ -78,7 +78,8 @@ def draw(file: Path, title: str, against: str, label: str, runs: dict[str, list[
                 linewidth=1.2,
                 label=NAMES[variant] if first else None,
             )
-            losses += list(column(run, "loss")[len(run["curve"]) // 5 :])
+            place = column(run, against)
+            losses += list(column(run, "loss")[place >= place[-1] / 5])
     # what happens in the first fifth would flatten the rest
     axes.set_ylim(min(losses) - 0.05, max(losses))
     axes.set_xlabel(label)
