@@ -1,6 +1,6 @@
 """Draws docs/learning_*.svg and writes tables of docs/learning.md, from the runs of benchmarks/learning.py.
 
-python docs/learning_picture.py [--results FOLDER] [--solvers FOLDER] [--page FILE]
+python docs/learning_picture.py [--results FOLDER] [--small FOLDER] [--page FILE]
 
 What has no runs has no table and no picture: the page's blocks hold both, and are empty then.
 """
@@ -34,9 +34,9 @@ NAMES = {
     "colt5-descent": "CoLT5, learned routing, coordinate descent",
 }
 ROUTERS = {"query": "queries", "key_value": "keys/values", "feed_forward": "feed-forward"}
-EXACT, DESCENT = "colt5-learned", "colt5-descent"
+EXACT, DESCENT, ONE_RATE = "colt5-learned", "colt5-descent", "colt5-one-rate"
 # runs that ask why, drawn apart from those that compare
-DIAGNOSIS = ("colt5-random-soft", "colt5-untrained", "colt5-epsilon", "colt5-router-rate", "colt5-one-rate")
+DIAGNOSIS = ("colt5-random-soft", "colt5-untrained", "colt5-epsilon", "colt5-router-rate")
 Run = dict[str, Any]
 
 
@@ -93,7 +93,8 @@ def draw(file: Path, title: str, against: str, label: str, runs: dict[str, list[
 
 def by_seed(of_variant: list[Run], value: Callable[[Run], float]) -> str:
     """A cell with a number for each seed."""
-    return " / ".join(f"{value(run):.3f}" for run in of_variant)
+    # adding zero takes a minus sign from what rounds to it
+    return " / ".join(f"{round(value(run), 3) + 0:.3f}" for run in of_variant)
 
 
 def at(run: Run, against: str, where: float, name: str = "loss") -> float:
@@ -168,10 +169,10 @@ def solver_table(exact: Run, descent: Run) -> str:
     return "\n".join(lines)
 
 
-def blocks(runs: dict[str, list[Run]], solved: dict[str, list[Run]], folder: Path) -> dict[str, str]:
-    """The page's blocks by name, of the runs and of those with two solvers; draws their pictures into the folder."""
-    parts: dict[str, list[str]] = {name: [] for name in ("results", "routing", "diagnosis", "solvers")}
-    compared = {variant: runs[variant] for variant in runs if variant not in (*DIAGNOSIS, DESCENT)}
+def blocks(runs: dict[str, list[Run]], small: dict[str, list[Run]], folder: Path) -> dict[str, str]:
+    """The page's blocks by name, of the runs and of those at a small size; draws their pictures into the folder."""
+    parts: dict[str, list[str]] = {name: [] for name in ("results", "routing", "rates", "diagnosis", "solvers")}
+    compared = {variant: runs[variant] for variant in runs if variant not in (*DIAGNOSIS, DESCENT, ONE_RATE)}
     if compared:
         parts["results"] = [
             table(compared),
@@ -189,8 +190,10 @@ def blocks(runs: dict[str, list[Run]], solved: dict[str, list[Run]], folder: Pat
             diagnosis_table(why),
             draw(folder / "learning_diagnosis.svg", "Strength or choice", "step", "steps", why),
         ]
-    if EXACT in solved and DESCENT in solved:
-        pair = {variant: solved[variant][:1] for variant in (EXACT, DESCENT)}
+    if EXACT in small and ONE_RATE in small:
+        parts["rates"] = [diagnosis_table({variant: small[variant] for variant in (EXACT, ONE_RATE)})]
+    if EXACT in small and DESCENT in small:
+        pair = {variant: small[variant][:1] for variant in (EXACT, DESCENT)}
         title = "Exact soft top-k and 50 iterations of coordinate descent"
         parts["solvers"] = [
             solver_table(*(of_variant[0] for of_variant in pair.values())),
@@ -203,14 +206,12 @@ def main() -> None:
     """Draw what there is."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--results", type=Path, default=RESULTS / "learning", help="the runs")
-    parser.add_argument(
-        "--solvers", type=Path, default=RESULTS / "learning_solvers", help="the runs with either solver"
-    )
+    parser.add_argument("--small", type=Path, default=RESULTS / "learning_small", help="the runs at a small size")
     parser.add_argument("--page", type=Path, default=DOCS / "learning.md", help="written anew; pictures go beside it")
     arguments = parser.parse_args()
     page = arguments.page
     text = page.read_text(encoding="utf-8")
-    for name, content in blocks(load_runs(arguments.results), load_runs(arguments.solvers), page.parent).items():
+    for name, content in blocks(load_runs(arguments.results), load_runs(arguments.small), page.parent).items():
         before, after = text.split(opening := f"<!-- {name} -->\n")
         text = before + opening + content + after[after.index("\n<!-- end -->") :]
     page.write_text(text, encoding="utf-8")

@@ -232,7 +232,7 @@ def test_learning_is_drawn_from_the_runs_there_are(tmp_path: Path) -> None:
     learning.main([*arguments.split(), *learning.VARIANTS[:1], *learning.DIAGNOSIS])
     page.write_text((ROOT / "docs/learning.md").read_text(encoding="utf-8"), encoding="utf-8")
     draw = [sys.executable, str(ROOT / "docs/learning_picture.py"), "--page", str(page)]
-    subprocess.run([*draw, "--results", str(runs), "--solvers", str(runs)], check=True)
+    subprocess.run([*draw, "--results", str(runs), "--small", str(runs)], check=True)
     drawn = page.read_text(encoding="utf-8")
     loss = json.loads((runs / "colt5-learned-0.json").read_text())["curve"][-1]["loss"]
     assert f"{loss:.3f}" in drawn and f"{loss:.4f}" in drawn
