@@ -6,6 +6,9 @@ import torch
 
 from .kernel_backend import INTERPRETED
 
+# of a multiprocessor, on all of NVIDIA's GPUs since Kepler
+REGISTERS = 65536
+
 # of each kernel: how many of its arguments are no constants, what was compiled of it, by all that Triton's code
 # generation looks at, and itself, so that no other gets its id. By identity: a kernel's own hash is over its source
 _kernels: dict[int, tuple[int, dict[tuple[Any, ...], Any], Any]] = {}
@@ -22,7 +25,13 @@ def next_power_of_2(n: int) -> int:
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], *arguments: Any, num_warps: int = 4, num_stages: int = 3, **constants: Any
+    kernel: Any,
+    grid: tuple[int, ...],
+    *arguments: Any,
+    num_warps: int = 4,
+    num_stages: int = 3,
+    together: int = 0,
+    **constants: Any,
 ) -> None:
     """`kernel[grid](*arguments, **constants)` on the device of its first tensor.
 
@@ -37,18 +46,20 @@ def launch(
         grid: programs along up to three axes.
         arguments: in the kernel's order, a tensor among them.
         num_warps, num_stages: Triton's options.
+        together: where programs wait for each other, how many of them a multiprocessor has to hold: the launch is a
+            cooperative one, and a program gets its share of the registers.
         constants: the last parameters, where they are not among `arguments`.
     """
     if constants:
         arguments += tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
     if INTERPRETED:
-        kernel[grid](*arguments, num_warps=num_warps, num_stages=num_stages)
+        kernel[grid](*arguments)
         return
     known = _kernels.get(id(kernel))
     if known is None:
         known = _kernels[id(kernel)] = (sum(not parameter.is_constexpr for parameter in kernel.params), {}, kernel)
     runtime, compiled_kernels, _ = known
-    key: list[Any] = [num_warps, num_stages, arguments[runtime:]]
+    key: list[Any] = [num_warps, num_stages, together, arguments[runtime:]]
     values: list[Any] = []
     addresses = 0
     device = None
@@ -72,15 +83,18 @@ def launch(
     # the binding under torch.cuda.current_device, which first looks whether CUDA is initialised
     if device != torch._C._cuda_getDevice():
         with torch.cuda.device(device):
-            return launch(kernel, grid, *arguments, num_warps=num_warps, num_stages=num_stages)
-    if elsewhere or addresses & 15:
-        kernel[grid](*arguments, num_warps=num_warps, num_stages=num_stages)
-        return
+            return launch(kernel, grid, *arguments, num_warps=num_warps, num_stages=num_stages, together=together)
     key.append(device)
     found = tuple(key)
-    compiled = compiled_kernels.get(found)
+    is_plain = not (elsewhere or addresses & 15)
+    compiled = compiled_kernels.get(found) if is_plain else None
     if compiled is None:
-        compiled_kernels[found] = kernel[grid](*arguments, num_warps=num_warps, num_stages=num_stages)
+        options: dict[str, Any] = {"num_warps": num_warps, "num_stages": num_stages}
+        if together:
+            options |= {"launch_cooperative_grid": True, "maxnreg": REGISTERS // (32 * num_warps * together)}
+        compiled = kernel[grid](*arguments, **options)
+        if is_plain:
+            compiled_kernels[found] = compiled
         return
     # a compiled kernel wants all three axes
     compiled[(*grid, 1, 1)[:3]](*values, *arguments[runtime:], stream=torch._C._cuda_getCurrentRawStream(device))

@@ -108,7 +108,7 @@ _SOFT_TOPK = Operator(
 
 
 def _runs_kernel(scores: Tensor, solver: str, kernel_backend: str) -> bool:
-    return uses_triton(scores, kernel_backend) and kernels_take(scores.shape[1], solver)
+    return uses_triton(scores, kernel_backend) and kernels_take(scores.shape[1], solver, scores.device)
 
 
 def _route_forward(

@@ -87,14 +87,6 @@ def newton_step(threshold, low, high, saturated, free, k):
 
 
 @triton.jit
-def saturated_and_free(z, threshold):
-    """How many z are above the threshold, and the sum of the weights of the rest, in one reduction."""
-    saturated = z > threshold
-    free = tl.where(saturated, 0.0, tl.exp(z - threshold))
-    return tl.split(tl.sum(tl.join(saturated.to(tl.float32), free), 0))
-
-
-@triton.jit
 def sum_three(first, second, third):
     """Three sums in one reduction."""
     third = tl.join(third, tl.zeros_like(third))

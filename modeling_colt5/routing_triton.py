@@ -1,46 +1,56 @@
 """The routing operation by Triton: which kernels a row's length asks for, their buffers and launches.
 
-Rows of up to `LONGEST_ROW` tokens are one program each, longer ones passes of a grid.
+Rows of up to `LONGEST_ROW` tokens are one program each, longer ones are shared by programs that wait for each other.
 """
 
+import functools
 import math
 
 import torch
 
+from .kernel_backend import INTERPRETED
 from .kernel_launch import cdiv, launch, next_power_of_2
+from .routing_forward_triton import route_kernel
 from .routing_gradient_triton import descent_backward_kernel, route_backward_kernel, slot_sums_kernel
-from .routing_grid_triton import RECORD, finish_kernel, histogram_kernel, newton_kernel, select_kernel
-from .routing_row_triton import route_row_kernel
+from .routing_sharing_triton import COUNTER_STRIDE, PLACES
 
+# of a row that is one program's
 LONGEST_ROW = 16384
-# a grid's counts are exact in fp32, and fit 16 bits in a block, up to here
-MOST_TOKENS = 1 << 24
-SHORTEST_BLOCK = 2048
-# slots that one program of the backward sums by itself
-SLOTS_OF_A_PART = 4096
-HISTOGRAM_WIDTH = 7 * 256 + 16
+# of a program that shares a row of up to so many tokens
+PARTS = ((65536, 2048), (1 << 20, 4096))
+# of a program at most: its counts must fit 16 bits
+LONGEST_PART = 32768
+# slots that a program of the backward looks at in one go, and that each of its programs sums up by itself
+SLOTS_AT_ONCE, MOST_SUMMED_BY_EACH = 4096, 16384
 
 
 def _row_warps(block: int) -> int:
     return min(max(block // 512, 4), 16)
 
 
-def _grid_block(n: int) -> int:
-    """Tokens of a program: enough that a row has at most 1,024 programs, for which sums over blocks are short."""
-    return max(SHORTEST_BLOCK, next_power_of_2(cdiv(n, 1024)))
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    # the interpreter runs one program after the other, so that one is all there is at the same time
+    return 1 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _solver_passes(n: int) -> int:
-    """Passes of the grid's solver, at least 4: two in the search's last launches, the others after it.
+def _parts(n: int, device: torch.device) -> tuple[int, int, int]:
+    """How a long row is shared: tokens of a program, its warps, and how many programs a multiprocessor holds.
 
-    Few rows need more (docs/soft_topk.md); they get them from one program, which is slow where a row is long.
+    Eight warps and their registers fit twice, sixteen once. The row's length alone decides, not the number of rows: so
+    each row has the bits that it would have alone.
     """
-    return 5 if n <= 1 << 18 else 7
+    most = _multiprocessors(device)
+    for longest, part in () if INTERPRETED else PARTS:
+        if n <= min(longest, 2 * most * part):
+            return part, 8, 2
+    return next_power_of_2(cdiv(n, most)), 16, 1
 
 
-def kernels_take(n: int, solver: str) -> bool:
-    """Whether there is a kernel for rows of `n` tokens: coordinate descent has one for rows that fit one program."""
-    return n <= (MOST_TOKENS if solver == "exact" else LONGEST_ROW)
+def kernels_take(n: int, solver: str, device: torch.device) -> bool:
+    """Whether there is a kernel for rows of `n` tokens: all programs of a row must be on the device at once, and
+    coordinate descent has one for rows of one program alone."""
+    return n <= LONGEST_ROW or (solver == "exact" and _parts(n, device)[0] <= LONGEST_PART)
 
 
 def _adjacent(rows: torch.Tensor | None) -> torch.Tensor | None:
@@ -80,39 +90,26 @@ def route_forward(
     mask_strides = (0, 0) if mask is None else mask.stride()
     # constants by position, which costs the host less than by name
     given = (soft_budget is not None, mask is not None, lengths is not None)
+    schedule = (soft_topk_ratio, epsilon, max(epsilon, epsilon_init), math.log2(epsilon_decay), num_iterations)
     if n <= LONGEST_ROW:
         block = next_power_of_2(n)
         launch(
-            route_row_kernel, (rows,),
-            *inputs, weights, indices, valid, state, *score_strides, *mask_strides, n, capacity,
-            soft_topk_ratio, epsilon, max(epsilon, epsilon_init), math.log2(epsilon_decay), num_iterations,
-            *given, exact, block, min(1024, block), num_warps=_row_warps(block),
+            route_kernel, (rows,),
+            *inputs, weights, indices, valid, state, None, None, *score_strides, *mask_strides, n, capacity,
+            *schedule, rows, rows, 1, *given, exact, False, 1, block, min(1024, block), num_warps=_row_warps(block),
         )  # fmt: skip
         return weights, indices, valid, state
 
-    block = _grid_block(max(n, capacity))
-    blocks = cdiv(max(n, capacity), block)
-    passes = _solver_passes(n)
-    sums_width = 6 * blocks + 1 + RECORD.value * (passes + 2)
-    work = indices.new_zeros((rows, HISTOGRAM_WIDTH), dtype=torch.int32)
-    sums = state.new_empty((rows, sums_width))
-    grid = (rows * blocks,)
-    shape = (*score_strides, *mask_strides, n, capacity, soft_topk_ratio, epsilon, blocks, HISTOGRAM_WIDTH, sums_width)
-    padded = max(16, next_power_of_2(blocks))
-    for level in range(4):
-        launch(histogram_kernel, grid, *inputs, work, sums, *shape, *given, level, block, padded, num_warps=8)
-    for step in range(3, passes + 1):
-        launch(newton_kernel, grid, *inputs, work, sums, *shape, step, *given, step == 3, block, padded, num_warps=8)
+    block, num_warps, together = _parts(n, scores.device)
+    programs = cdiv(n, block)
+    groups = min(rows, together * _multiprocessors(scores.device) // programs)
+    numbers = indices.new_empty((rows, 2 * PLACES.value * programs), dtype=torch.int32)
+    arrived = indices.new_zeros((rows, COUNTER_STRIDE.value), dtype=torch.int32)
     launch(
-        finish_kernel, (rows,),
-        scores, mask, inputs[-1], sums, *score_strides, *mask_strides, n, epsilon, blocks, sums_width,
-        passes + 1, *given[1:], 8192, padded, num_warps=16,
-    )  # fmt: skip
-    launch(
-        select_kernel, grid,
-        scores, mask, inputs[-1], weights, indices, valid, state, work, sums, *score_strides, *mask_strides,
-        n, capacity, epsilon, blocks, HISTOGRAM_WIDTH, sums_width, passes + 1,
-        *given[1:], block, padded, num_warps=8,
+        route_kernel, (groups * programs,),
+        *inputs, weights, indices, valid, state, numbers, arrived, *score_strides, *mask_strides, n, capacity,
+        *schedule, rows, groups, programs, *given, exact, True, max(16, next_power_of_2(programs)), block, 1,
+        num_warps=num_warps, together=together,
     )  # fmt: skip
     return weights, indices, valid, state
 
@@ -153,14 +150,14 @@ def route_backward(
         )  # fmt: skip
         return grad_scores, grad_budget
 
-    one_part = capacity <= SLOTS_OF_A_PART
-    parts = cdiv(capacity, SLOTS_OF_A_PART)
+    one_part = capacity <= MOST_SUMMED_BY_EACH
+    parts = 1 if one_part else cdiv(capacity, SLOTS_AT_ONCE)
     sums = grad_budget
     if not one_part:
         sums = state.new_empty((rows, parts))
         launch(
             slot_sums_kernel, (rows * parts,),
-            grad_weights, weights, sums, *grad_weights.stride(), capacity, parts, SLOTS_OF_A_PART, num_warps=8,
+            grad_weights, weights, sums, *grad_weights.stride(), capacity, parts, SLOTS_AT_ONCE, num_warps=8,
         )  # fmt: skip
     block = min(2048, next_power_of_2(n))
     blocks = cdiv(n, block)
@@ -168,6 +165,6 @@ def route_backward(
         route_backward_kernel, (rows * blocks,),
         *slots, state, sums, grad_scores, grad_budget, *strides, n, capacity, epsilon, blocks, parts,
         *given, one_part, next_power_of_2(parts), 2 if capacity <= 2**20 else 3,
-        next_power_of_2(capacity) if one_part else 1024, block, num_warps=4,
+        min(SLOTS_AT_ONCE, next_power_of_2(capacity)) if one_part else 1024, block, num_warps=4,
     )  # fmt: skip
     return grad_scores, grad_budget

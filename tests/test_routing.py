@@ -59,12 +59,12 @@ def check_against_reference(
         assert (grads[1] - expected_grads[1]).abs().max() <= GRADIENT_TOLERANCE[torch.float32] * scale
 
 
-@pytest.fixture(params=("row", "grid"))
+@pytest.fixture(params=("one program a row", "shared rows"))
 def kernels(request, monkeypatch):
-    """Both forms of the kernels: one program a row, and the passes of a grid that only long rows take otherwise."""
-    if request.param == "grid":
+    """Both forms of the kernel; on the CPU a shared row's program shares it with itself alone."""
+    if request.param == "shared rows":
         monkeypatch.setattr(routing_triton, "LONGEST_ROW", 0)
-        monkeypatch.setattr(routing_triton, "SHORTEST_BLOCK", 512)
+        monkeypatch.setattr(routing_triton, "PARTS", ((1 << 20, 128),))
     return request.param
 
 
@@ -199,11 +199,34 @@ def test_search_finds_any_rank_of_any_scores(kernels, device, kind):
             assert routed.valid[row].sum() == count
 
 
-def test_rows_that_need_more_passes_get_them(device, monkeypatch):
-    """With the fewest passes of the grid that there may be, the rest is left to the kernel that finishes."""
-    monkeypatch.setattr(routing_triton, "LONGEST_ROW", 0)
-    monkeypatch.setattr(routing_triton, "SHORTEST_BLOCK", 512)
-    monkeypatch.setattr(routing_triton, "_solver_passes", lambda n: 4)
+@pytest.mark.gpu
+@pytest.mark.parametrize("part", (512, 4096))
+@pytest.mark.parametrize("epsilon", (1.0, 0.05))
+def test_programs_that_share_a_row_agree_with_the_reference(device, monkeypatch, part, epsilon):
+    monkeypatch.setattr(routing_triton, "PARTS", ((1 << 20, part),))
+    lengths = torch.tensor([70_001, 0, 1, 33_333, 70_001, 4_097, 50_000], device=device)
+    scores = torch.randn(7, 70_001, device=device)
+    # rows that differ in passes, ties among them
+    scores[3] = scores[3].exp() * 3
+    scores[4] += 20 * (torch.rand(70_001, device=device) < 0.1)
+    scores[6] = scores[6].round()
+    check_against_reference(scores, lengths=lengths, epsilon=epsilon)
+    # more rows than there are programs
+    check_against_reference(scores.repeat(60, 1), lengths=lengths.repeat(60), epsilon=epsilon)
+
+
+@pytest.mark.gpu
+def test_a_shared_row_has_the_bits_that_it_has_alone(device):
+    scores = torch.randn(9, 40_000, device=device)
+    budget = torch.full((9,), 2500, device=device)
+    together = route(scores, budget, 2500)
+    for row in range(9):
+        alone = route(scores[row : row + 1], budget[:1], 2500)
+        for name in ("indices", "weights", "valid"):
+            assert torch.equal(getattr(alone, name)[0], getattr(together, name)[row])
+
+
+def test_rows_that_need_more_passes_get_them(kernels, device):
     normal = torch.randn(1500, device=device)
     two_peaks = normal + 20 * (torch.rand(1500, device=device) < 0.1)
     rows = torch.stack((normal, two_peaks, normal.exp() * 3, torch.zeros_like(normal)))
@@ -284,9 +307,11 @@ def test_gradient_of_a_soft_budget_comes_in_its_dtype(kernels, device, dtype):
                                atol=0)  # fmt: skip
 
 
-def test_gradient_with_more_slots_than_one_part(device, monkeypatch):
-    """The backward then sums over parts, and finds the slots of a block by search."""
-    monkeypatch.setattr(routing_triton, "SLOTS_OF_A_PART", 256)
+@pytest.mark.parametrize("summed_by_each", (1024, 256))
+def test_gradient_with_more_slots_than_are_looked_at_in_one_go(device, monkeypatch, summed_by_each):
+    """Each program sums them up; or a launch of its own does, and slots of a block are found by search."""
+    monkeypatch.setattr(routing_triton, "SLOTS_AT_ONCE", 256)
+    monkeypatch.setattr(routing_triton, "MOST_SUMMED_BY_EACH", summed_by_each)
     check_against_reference(torch.randn(2, 700, device=device).round(), 0.7)
 
 
@@ -340,10 +365,12 @@ def test_scores_that_are_no_numbers_stay_in_bounds(kernels, device, backend):
     assert ((routed.indices >= 0) & (routed.indices < 50)).all()
 
 
-def test_rows_beyond_exact_counts_go_to_the_reference():
-    """fp32 counts to 2^24; n alone is looked at, so that no such row need exist here."""
-    assert routing_triton.kernels_take(1 << 24, "exact")
-    assert not routing_triton.kernels_take((1 << 24) + 1, "exact")
+def test_rows_that_no_kernel_holds_go_to_the_reference(device):
+    """n alone is looked at, so that no such row need exist here."""
+    longest = routing_triton.LONGEST_PART * routing_triton._multiprocessors(device)
+    assert routing_triton.kernels_take(longest, "exact", device)
+    assert not routing_triton.kernels_take(longest + 1, "exact", device)
+    assert not routing_triton.kernels_take(routing_triton.LONGEST_ROW + 1, "coordinate_descent", device)
 
 
 def test_same_bits_every_time(kernels, device):
