@@ -27,8 +27,8 @@ TITLE = (
     "Base-size encoders, bf16, random weights, no dropout: median milliseconds of a call. Eager: as it is called "
     "(with use_cuda_graphs=True a repeated forward without gradients is a CUDA graph's replay); "
     "captured: the eager call's kernels replayed as one CUDA graph; compiled: `torch.compile(mode="
-    '"reduce-overhead")`; compiled, captured: what `torch.compile` makes, replayed as one graph. Memory: peak beyond '
-    "weights, gradients and inputs. Share: the rate of the forward pass (arithmetic over time) as a part of the rate "
+    '"reduce-overhead")`; compiled, captured: what `torch.compile` makes, replayed as one graph. The backward pass makes '
+    "new gradients. Memory: peak beyond weights, gradients and inputs. Share: the rate of the forward pass (arithmetic over time) as a part of the rate "
     "of a large product of bf16 matrices"
 )
 
@@ -169,10 +169,8 @@ def measure(case: Case, model: torch.nn.Module, tiny: bool) -> Row:
         try:
             module = compiled(model, case.mode, tiny) if "compiled" in case.mode else model
             forward = forward_call(module, ids, mask)
-            call = forward if name == FORWARD else both_call(module, ids, mask, cotangent)
-            if case.mode == COMPILED and name == BOTH:
-                call = new_step(call, module)
-            # gradients exist before memory is counted: they are not activations
+            both = both_call(module, ids, mask, cotangent)
+            call = forward if name == FORWARD else new_step(both, module)
             call()
             if "captured" in case.mode:
                 call = captured(call)
@@ -180,16 +178,17 @@ def measure(case: Case, model: torch.nn.Module, tiny: bool) -> Row:
                 output = call()
                 check_mode(output[0] if isinstance(output, list) else output, forward_call(model, ids, mask)())
                 del output
-            # before the encoder replays a graph of its own, whose memory would not be counted
+            # before the encoder replays a graph of its own, whose memory would not be counted. The gradients are there
+            # already: they are not activations
             if case.mode == EAGER:
-                row[f"{name} peak MiB"] = peak_mib(call)
+                row[f"{name} peak MiB"] = peak_mib(forward if name == FORWARD else both)
             row[f"{name} ms"] = median_ms(call, tiny)
         except torch.cuda.OutOfMemoryError:
             row["note"] = f"{name}: out of memory"
         except Exception as error:  # noqa: BLE001 - one mode that fails must not lose the others' numbers
             row["note"] = f"{name}: {type(error).__name__}: {str(error)[:200]}"
         # the graph and its memory go with the call
-        call = module = forward = None
+        call = module = forward = both = None
         model.zero_grad(set_to_none=True)
     release()
     return row

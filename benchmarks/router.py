@@ -38,6 +38,8 @@ PEER_SETTINGS = {
 TITLE = (
     f"Routing: scores to indices and weights. fp32, k = n/{FRACTION}, soft k = 9/8 k, ε = 1. Microseconds, medians. "
     "GPU: device time a call in a CUDA graph of several calls. Eager: called from Python, the device waited for. "
+    "One thread: the same with autograd in the calling thread (torch.autograd.set_multithreading_enabled(False)), "
+    "without the hand-over to the thread that PyTorch keeps for a device. "
     "Graph: one call's CUDA graph replayed, the device waited for. Copy: the scores read and written once at the "
     "rate of a large copy. The peer is colt5-attention 0.11.2's Triton path, then torch.topk and gather"
 )
@@ -68,6 +70,12 @@ def wall_us(call: Callable[[], object], tiny: bool) -> float:
         synchronize()
         times.append((time.perf_counter() - start) * 1e6)
     return statistics.median(times)
+
+
+def one_thread_us(call: Callable[[], object], tiny: bool) -> float:
+    """`wall_us` with autograd in the calling thread."""
+    with torch.autograd.set_multithreading_enabled(False):
+        return wall_us(call, tiny)
 
 
 def gpu_us(call: Callable[[], object], calls: int, tiny: bool) -> float:
@@ -137,6 +145,7 @@ def measure_ours(rows: int, n: int, copy_rate: float, tiny: bool) -> tuple[Row, 
     row["forward within"] = "yes" if row["forward GPU"] <= row["4 copies + 60"] else "no"
     row["forward eager"] = wall_us(forward, tiny)
     row["fwd+bwd eager"] = wall_us(both, tiny)
+    row["fwd+bwd one thread"] = one_thread_us(both, tiny)
     row["fwd+bwd graph"] = wall_us(captured(both), tiny)
     row["forward MiB"], row["fwd+bwd MiB"] = peak_mib(forward), peak_mib(both)
     return row, scores
@@ -160,11 +169,13 @@ def measure_peer(row: Row, scores: torch.Tensor, peer: Callable[..., torch.Tenso
         columns[f"{name}: from the optimum"] = float((weights - expected.weights).abs().max())
         both = forward_and_backward(routing, scores)
         columns[f"{name}: fwd+bwd eager"] = eager = wall_us(both, tiny)
+        columns[f"{name}: fwd+bwd one thread"] = one_thread = one_thread_us(both, tiny)
         columns[f"{name}: fwd+bwd graph"] = graph = wall_us(captured(both), tiny)
         columns[f"{name}: fwd+bwd MiB"] = peak_mib(both)
         if name == "peer, 50 iterations":
             columns["times as fast, eager"] = eager / row["fwd+bwd eager"]
             columns["wanted, eager"] = wanted_times(rows, n)
+            columns["times as fast, one thread"] = one_thread / row["fwd+bwd one thread"]
             columns["times as fast, graph (10 wanted)"] = graph / row["fwd+bwd graph"]
     return columns
 
