@@ -27,9 +27,9 @@ TITLE = (
     "Base-size encoders, bf16, random weights, no dropout: median milliseconds of a call. Eager: as it is called "
     "(with use_cuda_graphs=True a repeated forward without gradients is a CUDA graph's replay); "
     "captured: the eager call's kernels replayed as one CUDA graph; compiled: `torch.compile(mode="
-    '"reduce-overhead")`; compiled, captured: what `torch.compile` makes, replayed as one graph. The backward pass makes '
-    "new gradients. Memory: peak beyond weights, gradients and inputs. Share: the rate of the forward pass (arithmetic over time) as a part of the rate "
-    "of a large product of bf16 matrices"
+    '"reduce-overhead")`; compiled, captured: what `torch.compile` makes, replayed as one graph. '
+    "The backward pass makes new gradients. Memory: peak beyond weights, gradients and inputs. Share: the rate of the "
+    "forward pass (arithmetic over time) as a part of the rate of a large product of bf16 matrices"
 )
 
 
