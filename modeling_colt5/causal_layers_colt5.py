@@ -54,7 +54,7 @@ def _run_gates(
     )
     if cache is not None:
         cache.write("rings", {name: plan.advance_ring(joined.detach())})
-        cache.write("carried", {name: plan.advance_carried(carried, gates.thresholds.detach())})
+        cache.write("carried", {name: plan.keep_carried(carried, plan.handed(gates.thresholds.detach()))})
     tokens = gates.tokens
     if plan.is_step:
         # the token is in the first slot or in none, and has a row of its own
@@ -262,7 +262,7 @@ class CoLT5CausalRoutedAttention(CoLT5Attention):
     ) -> None:
         """Hand the pool of each row's next token on, and the one before it."""
         parts = {"index": index, "rank": ranks, "weight": weights.detach(), "valid": valid}
-        chosen = {name: plan.advance_carried(None, part.transpose(1, 2)) for name, part in parts.items()}
+        chosen = {name: plan.handed(part.transpose(1, 2)) for name, part in parts.items()}
         slots = chosen.pop("index").transpose(1, 2)
         chosen["score"] = scores.detach().gather(-1, slots.flatten(2)).view(slots.shape).transpose(1, 2)
         for place, name in enumerate(("key", "value")):
@@ -273,9 +273,8 @@ class CoLT5CausalRoutedAttention(CoLT5Attention):
             ]
             chosen[name] = torch.stack(groups, 1).unflatten(2, slots.shape[2:]).transpose(1, 2)
         for name, value in chosen.items():
-            carried = cache.carried.get(f"pool_{name}")
-            kept = value if carried is None else plan.keep_carried(carried, value)
-            cache.write("carried", {f"pool_{name}": kept})
+            name = f"pool_{name}"
+            cache.write("carried", {name: plan.keep_carried(cache.carried.get(name), value)})
 
 
 class CoLT5LayerCausalAttention(nn.Module):

@@ -287,20 +287,20 @@ class CausalPlan:
             "recent": torch.cat([recent, real], 1)[:, -self.ring_size :],
         }
 
-    def advance_carried(self, carried: Tensor | None, values: Tensor) -> Tensor:
-        """What complete windows hand on, after the chunk.
-
-        Args:
-            carried: [batch, 2, ...], for the current window and the one before; None at the beginning.
-            values: [batch, windows + 1, ...], what each of the chunk's windows, and the one after, is handed.
-        """
+    def handed(self, values: Tensor) -> Tensor:
+        """What complete windows hand on, after the chunk: [batch, windows + 1, ...], what each of its windows, and the
+        one after, is handed → [batch, 2, ...], for each row's current window and the one before; of a step the last
+        alone, [batch, 1, ...], as all else is in the cache."""
         if self.past is None:
             return take(values, self._handing())
-        values = _take_rows(values, self._handed)
-        return values if carried is None else self.keep_carried(carried, values)
+        return values[:, 1:] if self.is_step else _take_rows(values, self._handed)
 
-    def keep_carried(self, carried: Tensor, values: Tensor) -> Tensor:
-        """`values` [batch, 2, ...], but for the window before the current one what was `carried`, where no window was
-        completed."""
-        before = torch.where(_spread(self._moved, values.dim() - 1), values[:, 1], carried[:, 1])
-        return torch.stack([values[:, 0], before], 1)
+    def keep_carried(self, carried: Tensor | None, handed: Tensor) -> Tensor:
+        """`carried` [batch, 2, ...] of a cache after the chunk, given what `handed` gives; None at the beginning."""
+        if carried is None:
+            return handed
+        moved = _spread(self._moved, handed.dim())
+        if self.is_step:
+            return torch.where(moved, torch.cat([handed, carried[:, :1]], 1), carried)
+        before = torch.where(moved, handed[:, 1:], carried[:, 1:])
+        return torch.cat([handed[:, :1], before], 1)

@@ -413,11 +413,12 @@ class CoLT5Decoder(CoLT5PreTrainedModel):
         first = routed_layer(cache, 0)
         past = first.counters["lengths"].clone() if first is not None and first.has_state else None
         plan = CausalPlan.make(self.config, hidden_states, attention_mask, past)
-        if cache is not None:
+        if first is not None:
+            counters = plan.advance_counters(first.counters, attention_mask)
             for layer_idx in range(len(self.block)):
                 layer = routed_layer(cache, layer_idx)
                 layer.window = plan.settings.window
-                layer.write("counters", plan.advance_counters(layer.counters, attention_mask))
+                layer.write("counters", counters)
                 layer.count(length)
         light = self.light_relative_attention_bias()
         later = torch.arange(light.shape[1], device=light.device) > light.shape[1] // 2
