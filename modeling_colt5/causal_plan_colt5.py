@@ -110,6 +110,7 @@ class CausalPlan:
         completed: int64 [batch], windows that the chunk completed, which is where each row's next token falls.
         starts: int64 [batch * windows, 1], the rank of what the rows of routed tokens count from: the first of each
             window, or a step's token.
+        own_slot: int64 [batch, 1], where a step's token stands in its row: 0.
         light_mask: bool, which of the chunk's tokens, and of the `local_radius` before it where it has a past, there
             are; None for all.
     """
@@ -147,16 +148,17 @@ class CausalPlan:
             self._new = _rows((slots - offset[:, None]).clamp(0, self.length - 1), self.length)
             self._back = _rows(torch.arange(self.length, device=device) + offset[:, None], len(slots))
             self._framed, self._recent = self._joined_rows(self.ranks), self._joined_rows(recent)
-            self._handed = _rows(self._handing(), self.num_windows + 1)
             self._moved = self.completed > 0
             ring_slots, ranks = self._ring_ranks()
             if self.is_step:
                 self._slot = (ring_slots == (self.total[:, None] - 1) % self.ring_size) & (self.counts[:, None] > 0)
             else:
+                self._handed = _rows(self._handing(), self.num_windows + 1)
                 self._advanced = self._joined_rows(torch.where(ranks < 0, ring_slots, ranks))
         self.starts = self.ranks.reshape(len(self.counts) * self.num_windows, window)[:, :1]
         if self.is_step and self.past is not None:
             self.starts = self.past[:, None]
+            self.own_slot = torch.zeros_like(self.starts)
 
     @classmethod
     def make(

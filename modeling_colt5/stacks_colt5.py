@@ -14,7 +14,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .causal_cache_colt5 import routed_layer
-from .causal_layers_colt5 import CoLT5LayerCausalAttention
+from .causal_layers_colt5 import CoLT5LayerCausalAttention, light_bias
 from .causal_plan_colt5 import CausalPlan
 from .configuration_colt5 import CoLT5Config
 from .cross_routing_colt5 import CoLT5CrossRouting
@@ -404,7 +404,7 @@ class CoLT5Decoder(CoLT5PreTrainedModel):
     def _routed_inputs(
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, cache: Cache | None
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, CausalPlan | None]:
-        """Bias tables and plan of the causally routed layers, as the blocks take them; the caches count the chunk."""
+        """Biases and plan of the causally routed layers, as the blocks take them; the caches count the chunk."""
         length = hidden_states.shape[1]
         if attention_mask is not None:
             if attention_mask.dim() == 2:
@@ -420,7 +420,6 @@ class CoLT5Decoder(CoLT5PreTrainedModel):
                 layer.window = plan.settings.window
                 layer.write("counters", counters)
                 layer.count(length)
-        light = self.light_relative_attention_bias()
-        later = torch.arange(light.shape[1], device=light.device) > light.shape[1] // 2
+        light = light_bias(self.light_relative_attention_bias(), plan)
         heavy = self.heavy_relative_attention_bias() if self.config.causal_attention == "routed" else None
-        return light.masked_fill(later, -torch.inf), heavy, None, plan
+        return light, heavy, None, plan
