@@ -136,9 +136,9 @@ class CoLT5StaticRoutedLayer(_RoutedState, StaticLayer):
 
     def count(self, positions: int) -> None:
         """Note that so many positions came in."""
-        device = self.counters["lengths"].device
-        if self.cumulative_length.device != device:
-            self.cumulative_length = self.cumulative_length.to(device)
+        if not torch.compiler.is_compiling():
+            self.cumulative_length = self.cumulative_length.to(self.counters["lengths"].device)
+            torch._dynamo.mark_static_address(self.cumulative_length)
         self.cumulative_length.add_(positions)
 
     def get_seq_length(self) -> Any:

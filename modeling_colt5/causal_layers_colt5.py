@@ -11,6 +11,7 @@ from .causal_routing import Gates, Pools, causal_gates, gather_pools, routed_poo
 from .configuration_colt5 import CoLT5Config
 from .layers_colt5 import CoLT5Attention, CoLT5DenseActDense, CoLT5LayerNorm, clamp_half, project
 from .local_attention_reference import local_attention_reference
+from .relative_position import bias_of_sequence
 from .routed_attention_reference import routed_attention_reference
 from .router_colt5 import CoLT5Router, router_weights
 from .routing import RoutedTokens
@@ -54,11 +55,11 @@ def _run_gates(
     )
     if cache is not None:
         cache.write("rings", {name: plan.advance_ring(joined.detach())})
-        cache.write("carried", {name: plan.advance_carried(carried, gates.thresholds.detach())})
+        cache.write("carried", {name: plan.keep_carried(carried, plan.handed(gates.thresholds.detach()))})
     tokens = gates.tokens
     if plan.is_step:
         # the token is in the first slot or in none, and has a row of its own
-        tokens = RoutedTokens(tokens.indices[:, :1] * 0, tokens.weights[:, :1], tokens.valid[:, :1])
+        tokens = RoutedTokens(plan.own_slot, tokens.weights[:, :1], tokens.valid[:, :1])
     return gates, tokens
 
 
@@ -94,9 +95,24 @@ def _scatter_add(light: Tensor, heavy: Tensor, tokens: RoutedTokens, plan: Causa
     return _tokens(total, plan)
 
 
-def _token_weights(gates: Gates, plan: CausalPlan) -> Tensor:
+def _token_weights(gates: Gates, tokens: RoutedTokens, plan: CausalPlan) -> Tensor:
     """Each token's routing weight, fp32 [batch, n] by position; 0 for tokens that were not routed."""
+    if plan.is_step:
+        return tokens.weights
     return plan.leave(plan.unframe(gates.weights.flatten(1)))
+
+
+def light_bias(bias_table: Tensor, plan: CausalPlan) -> Tensor:
+    """What every layer's light attention adds to its scores, from the bias by distance [heads, 2 * max_distance + 1].
+
+    Such a table again, -inf for keys after the query, which makes a band of both sides causal; of a step the bias of
+    its keys, [1, heads, 1, local_radius + 1].
+    """
+    if plan.is_step:
+        radius = plan.settings.radius
+        return bias_of_sequence(bias_table, 1, radius + 1, radius)[None]
+    later = torch.arange(bias_table.shape[1], device=bias_table.device) > bias_table.shape[1] // 2
+    return bias_table.masked_fill(later, -torch.inf)
 
 
 def _parts(states: Tensor, groups: int, dim: int) -> tuple[Tensor, ...]:
@@ -109,12 +125,8 @@ class CoLT5CausalLocalAttention(CoLT5Attention):
 
     is_causal = True
 
-    def forward(self, hidden_states: Tensor, bias_table: Tensor, plan: CausalPlan, cache: Any) -> Tensor:
-        """[batch, n, d_model] by rank → the same shape.
-
-        `bias_table` is [heads, 2 * max_distance + 1], -inf for keys after the query: what makes a band of both sides
-        causal.
-        """
+    def forward(self, hidden_states: Tensor, bias: Tensor, plan: CausalPlan, cache: Any) -> Tensor:
+        """[batch, n, d_model] by rank → the same shape; for `bias` see `light_bias`."""
         settings = plan.settings
         query, key, value = map(self.split_heads, project(hidden_states, self.q, self.k, self.v))
         rings = {} if cache is None else cache.rings
@@ -126,13 +138,11 @@ class CoLT5CausalLocalAttention(CoLT5Attention):
             cache.write("rings", {name: plan.advance_ring(states.detach()) for name, states in joined.items()})
         mask = plan.light_mask
         if plan.is_step:
-            positions = torch.arange(keys.shape[1], device=key.device).expand(len(key), -1)
-            output, _ = routed_attention_reference(
-                query, keys, values, bias_table, positions[:, -1:], positions, mask, self.attend
-            )
+            query, keys, values = (states.transpose(1, 2) for states in (query, keys, values))
+            output, _ = self.attend(query, keys, values, bias, None if mask is None else mask[:, None, None])
             return self.o(output.flatten(-2))
         padded = query if before == 0 else nn.functional.pad(query, (0, 0, 0, 0, before, 0))
-        inputs = (padded, keys, values, bias_table, settings.radius, mask)
+        inputs = (padded, keys, values, bias, settings.radius, mask)
         if settings.fused_attention:
             output = local_attention(*inputs, self.dropout if self.training else 0.0)
         else:
@@ -262,7 +272,7 @@ class CoLT5CausalRoutedAttention(CoLT5Attention):
     ) -> None:
         """Hand the pool of each row's next token on, and the one before it."""
         parts = {"index": index, "rank": ranks, "weight": weights.detach(), "valid": valid}
-        chosen = {name: plan.advance_carried(None, part.transpose(1, 2)) for name, part in parts.items()}
+        chosen = {name: plan.handed(part.transpose(1, 2)) for name, part in parts.items()}
         slots = chosen.pop("index").transpose(1, 2)
         chosen["score"] = scores.detach().gather(-1, slots.flatten(2)).view(slots.shape).transpose(1, 2)
         for place, name in enumerate(("key", "value")):
@@ -271,11 +281,11 @@ class CoLT5CausalRoutedAttention(CoLT5Attention):
                 take(states[place].detach(), slots[:, group].flatten(1).clamp(max=states[place].shape[1] - 1))
                 for group, states in enumerate(sources)
             ]
-            chosen[name] = torch.stack(groups, 1).unflatten(2, slots.shape[2:]).transpose(1, 2)
+            part = groups[0][:, None] if len(groups) == 1 else torch.stack(groups, 1)
+            chosen[name] = part.unflatten(2, slots.shape[2:]).transpose(1, 2)
         for name, value in chosen.items():
-            carried = cache.carried.get(f"pool_{name}")
-            kept = value if carried is None else plan.keep_carried(carried, value)
-            cache.write("carried", {f"pool_{name}": kept})
+            name = f"pool_{name}"
+            cache.write("carried", {name: plan.keep_carried(cache.carried.get(name), value)})
 
 
 class CoLT5LayerCausalAttention(nn.Module):
@@ -298,7 +308,7 @@ class CoLT5LayerCausalAttention(nn.Module):
     def forward(
         self,
         hidden_states: Tensor,
-        light_bias_table: Tensor,
+        bias: Tensor,
         heavy_bias_table: Tensor | None,
         plan: CausalPlan,
         cache: Any,
@@ -307,7 +317,7 @@ class CoLT5LayerCausalAttention(nn.Module):
 
         Args:
             hidden_states: [batch, n, d_model].
-            light_bias_table: -inf for keys after the query.
+            bias: of the light attention, see `light_bias`.
             heavy_bias_table: None with causal_attention "local".
             plan: the chunk's windows.
             cache: the layer's routed cache; None for none.
@@ -319,7 +329,7 @@ class CoLT5LayerCausalAttention(nn.Module):
         backend = plan.settings.kernel_backend
         if heavy_bias_table is None:
             normed, _ = self.layer_norm(hidden_states, None, backend)
-            update = self.light_attention(plan.enter(normed), light_bias_table, plan, cache)
+            update = self.light_attention(plan.enter(normed), bias, plan, cache)
             return clamp_half(hidden_states + self.dropout(plan.leave(update))), None, None
 
         routers = router_weights(self.query_router, *self.key_value_routers)
@@ -330,7 +340,7 @@ class CoLT5LayerCausalAttention(nn.Module):
         query_scores, key_value_scores = scores.split([1, len(self.key_value_routers)], -1)
         gates, queries = _run_gates(query_scores.squeeze(-1), plan, cache, "query", plan.settings.num_queries, False)
         normed, query_states = _share_and_gather(normed, queries, plan)
-        light = self.light_attention(normed, light_bias_table, plan, cache)
+        light = self.light_attention(normed, bias, plan, cache)
         heavy, pools = self.heavy_attention(
             normed, query_states, key_value_scores, queries, heavy_bias_table, plan, cache
         )
@@ -339,7 +349,7 @@ class CoLT5LayerCausalAttention(nn.Module):
             routed = plan.unframe(gates.routed.flatten(1))
             update = update + self.unrouted.to(update.dtype) * ~routed[..., None]
         hidden_states = clamp_half(hidden_states + self.dropout(plan.leave(update)))
-        return hidden_states, _token_weights(gates, plan), pools
+        return hidden_states, _token_weights(gates, queries, plan), pools
 
 
 class CoLT5LayerCausalFF(nn.Module):
@@ -364,4 +374,4 @@ class CoLT5LayerCausalFF(nn.Module):
         light = self.light_feed_forward(normed, backend)
         heavy = self.heavy_feed_forward(routed, backend)
         update = plan.leave(_scatter_add(light, heavy, tokens, plan))
-        return clamp_half(hidden_states + self.dropout(update)), _token_weights(gates, plan)
+        return clamp_half(hidden_states + self.dropout(update)), _token_weights(gates, tokens, plan)

@@ -110,6 +110,7 @@ class CausalPlan:
         completed: int64 [batch], windows that the chunk completed, which is where each row's next token falls.
         starts: int64 [batch * windows, 1], the rank of what the rows of routed tokens count from: the first of each
             window, or a step's token.
+        own_slot: int64 [batch, 1], where a step's token stands in its row: 0.
         light_mask: bool, which of the chunk's tokens, and of the `local_radius` before it where it has a past, there
             are; None for all.
     """
@@ -147,16 +148,17 @@ class CausalPlan:
             self._new = _rows((slots - offset[:, None]).clamp(0, self.length - 1), self.length)
             self._back = _rows(torch.arange(self.length, device=device) + offset[:, None], len(slots))
             self._framed, self._recent = self._joined_rows(self.ranks), self._joined_rows(recent)
-            self._handed = _rows(self._handing(), self.num_windows + 1)
             self._moved = self.completed > 0
             ring_slots, ranks = self._ring_ranks()
             if self.is_step:
                 self._slot = (ring_slots == (self.total[:, None] - 1) % self.ring_size) & (self.counts[:, None] > 0)
             else:
+                self._handed = _rows(self._handing(), self.num_windows + 1)
                 self._advanced = self._joined_rows(torch.where(ranks < 0, ring_slots, ranks))
         self.starts = self.ranks.reshape(len(self.counts) * self.num_windows, window)[:, :1]
         if self.is_step and self.past is not None:
             self.starts = self.past[:, None]
+            self.own_slot = torch.zeros_like(self.starts)
 
     @classmethod
     def make(
@@ -287,20 +289,20 @@ class CausalPlan:
             "recent": torch.cat([recent, real], 1)[:, -self.ring_size :],
         }
 
-    def advance_carried(self, carried: Tensor | None, values: Tensor) -> Tensor:
-        """What complete windows hand on, after the chunk.
-
-        Args:
-            carried: [batch, 2, ...], for the current window and the one before; None at the beginning.
-            values: [batch, windows + 1, ...], what each of the chunk's windows, and the one after, is handed.
-        """
+    def handed(self, values: Tensor) -> Tensor:
+        """What complete windows hand on, after the chunk: [batch, windows + 1, ...], what each of its windows, and the
+        one after, is handed → [batch, 2, ...], for each row's current window and the one before; of a step the last
+        alone, [batch, 1, ...], as all else is in the cache."""
         if self.past is None:
             return take(values, self._handing())
-        values = _take_rows(values, self._handed)
-        return values if carried is None else self.keep_carried(carried, values)
+        return values[:, 1:] if self.is_step else _take_rows(values, self._handed)
 
-    def keep_carried(self, carried: Tensor, values: Tensor) -> Tensor:
-        """`values` [batch, 2, ...], but for the window before the current one what was `carried`, where no window was
-        completed."""
-        before = torch.where(_spread(self._moved, values.dim() - 1), values[:, 1], carried[:, 1])
-        return torch.stack([values[:, 0], before], 1)
+    def keep_carried(self, carried: Tensor | None, handed: Tensor) -> Tensor:
+        """`carried` [batch, 2, ...] of a cache after the chunk, given what `handed` gives; None at the beginning."""
+        if carried is None:
+            return handed
+        moved = _spread(self._moved, handed.dim())
+        if self.is_step:
+            return torch.where(moved, torch.cat([handed, carried[:, :1]], 1), carried)
+        before = torch.where(moved, handed[:, 1:], carried[:, 1:])
+        return torch.cat([handed[:, :1], before], 1)

@@ -209,8 +209,8 @@ class CoLT5DecoderBlock(GradientCheckpointingLayer):
 
         Args:
             hidden_states: [batch, n, d_model].
-            position_bias: of T5's self-attention, [1, heads, n, keys]; of a causally routed layer's light branch, a
-                table [heads, 2 * max_distance + 1].
+            position_bias: of T5's self-attention, [1, heads, n, keys]; of a causally routed layer's light branch, what
+                `light_bias` gives.
             heavy_bias_table: of a routed layer's heavy branch; None where there is none.
             attention_mask: of T5's self-attention.
             plan: the windows of a causally routed layer; None for T5's.

@@ -46,7 +46,10 @@ class CoLT5GenerationMixin(GenerationMixin):
         """A compiled step's mask: Transformers' own, or for a routed decoder the new tokens' part of the 2D mask."""
         if config.causal_attention == "full":
             return create_masks_for_generate(config, inputs_embeds, attention_mask, **kwargs)
-        return attention_mask if attention_mask is None else attention_mask[:, -inputs_embeds.shape[1] :]
+        if attention_mask is None:
+            return None
+        # a view has the strides of the whole mask, and a compiler would see another one at every token
+        return attention_mask[:, -inputs_embeds.shape[1] :].clone(memory_format=torch.contiguous_format)
 
 
 class CoLT5Seq2SeqPreTrainedModel(CoLT5PreTrainedModel):

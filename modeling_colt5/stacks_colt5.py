@@ -14,7 +14,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .causal_cache_colt5 import routed_layer
-from .causal_layers_colt5 import CoLT5LayerCausalAttention
+from .causal_layers_colt5 import CoLT5LayerCausalAttention, light_bias
 from .causal_plan_colt5 import CausalPlan
 from .configuration_colt5 import CoLT5Config
 from .cross_routing_colt5 import CoLT5CrossRouting
@@ -404,7 +404,7 @@ class CoLT5Decoder(CoLT5PreTrainedModel):
     def _routed_inputs(
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, cache: Cache | None
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, CausalPlan | None]:
-        """Bias tables and plan of the causally routed layers, as the blocks take them; the caches count the chunk."""
+        """Biases and plan of the causally routed layers, as the blocks take them; the caches count the chunk."""
         length = hidden_states.shape[1]
         if attention_mask is not None:
             if attention_mask.dim() == 2:
@@ -413,13 +413,13 @@ class CoLT5Decoder(CoLT5PreTrainedModel):
         first = routed_layer(cache, 0)
         past = first.counters["lengths"].clone() if first is not None and first.has_state else None
         plan = CausalPlan.make(self.config, hidden_states, attention_mask, past)
-        if cache is not None:
+        if first is not None:
+            counters = plan.advance_counters(first.counters, attention_mask)
             for layer_idx in range(len(self.block)):
                 layer = routed_layer(cache, layer_idx)
                 layer.window = plan.settings.window
-                layer.write("counters", plan.advance_counters(layer.counters, attention_mask))
+                layer.write("counters", counters)
                 layer.count(length)
-        light = self.light_relative_attention_bias()
-        later = torch.arange(light.shape[1], device=light.device) > light.shape[1] // 2
+        light = light_bias(self.light_relative_attention_bias(), plan)
         heavy = self.heavy_relative_attention_bias() if self.config.causal_attention == "routed" else None
-        return light.masked_fill(later, -torch.inf), heavy, None, plan
+        return light, heavy, None, plan

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from models import checkpoint_activations, pad, random_ids, tiny_config
-from transformers import AutoModelForCausalLM, DynamicCache, StaticCache, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, CompileConfig, DynamicCache, StaticCache, Trainer, TrainingArguments
 
 from modeling_colt5 import CoLT5ForCausalLM, CoLT5ForConditionalGeneration
 from modeling_colt5.configuration_colt5 import CoLT5Config
@@ -182,27 +182,35 @@ def test_beam_search(model: CoLT5ForCausalLM, cache: str) -> None:
     assert (output.beam_indices[:, 1:] != output.beam_indices[:, :-1]).any()
 
 
-def test_step_compiles_whole() -> None:
-    """As `generate` compiles it for a static cache: one graph, one compilation, for all steps, across windows."""
-    model = make_model(num_decoder_layers=1)
-    ids = random_ids(2, 3 * WINDOW)
-    expected = model(ids).logits
-    cache = make_cache(model, "static", ids.shape[1])
-    graphs = []
+@pytest.mark.parametrize("fields", [{}, {"routed_cross_key_values": 8}], ids=["causal", "encoder-decoder"])
+@pytest.mark.parametrize("lengths", [(7,), (7, 3)])
+def test_generate_compiles_one_step_for_all_tokens(fields: dict[str, int], lengths: tuple[int, ...]) -> None:
+    """One graph, across windows and calls, of which only ids and mask are new tensors at every token. A CUDA graph for
+    each token is what an integer that changes would cost; none at all, what one more tensor that is written to."""
+    torch.manual_seed(0)
+    model = make_model(num_decoder_layers=2)
+    if fields:
+        model = CoLT5ForConditionalGeneration(causal_config(num_decoder_layers=2, **fields)).eval()
+    batch = pad([random_ids(n) for n in lengths], "left", length=9)
+    compiled: list[list[Any]] = []
 
-    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
-        graphs.append(graph)
+    def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        compiled.append(inputs)
         return graph.forward
 
     torch._dynamo.reset()
-    with torch.no_grad():
-        model(ids[:, :5], past_key_values=cache, use_cache=True)
-        step = torch.compile(model, backend=backend, fullgraph=True)
-        for token in range(5, ids.shape[1]):
-            mask = torch.ones(2, 1, dtype=torch.long)
-            output = step(ids[:, token : token + 1], attention_mask=mask, past_key_values=cache, use_cache=True)
-            torch.testing.assert_close(output.logits[:, 0], expected[:, token], rtol=0, atol=TOLERANCE)
-    assert len(graphs) == 1
+    settings = CompileConfig(backend=backend, mode=None, fullgraph=True)
+    # for tests alone: `generate` compiles on accelerators
+    settings._compile_all_devices = True
+    for _ in range(2):
+        output = generate(model, batch, cache_implementation="static", compile_config=settings)
+        expected = generate(model, batch)
+        torch.testing.assert_close(torch.stack(output.logits), torch.stack(expected.logits), rtol=0, atol=TOLERANCE)
+    assert len(compiled) == 1
+    new = [part for part in compiled[0] if not getattr(part, "_dynamo_static_input_type", None)]
+    mask = batch["attention_mask"].shape if fields else (len(lengths), 1)
+    # an integer has no shape
+    assert [getattr(part, "shape", part) for part in new] == [(len(lengths), 1), mask]
 
 
 def test_prompt_lookup_and_assisted_decoding_are_greedy_decoding() -> None:
