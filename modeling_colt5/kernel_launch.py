@@ -1,17 +1,40 @@
 """Launching Triton kernels with little host time: a kernel compiled once is called past Triton's own inspection."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 
 from .kernel_backend import INTERPRETED
+
+try:
+    import triton
+except ImportError as error:
+    raise ImportError("kernel_launch needs triton; use kernel_backend='torch' without it") from error
 
 # of a multiprocessor, on all of NVIDIA's GPUs since Kepler
 REGISTERS = 65536
 
 # of each kernel: how many of its arguments are no constants, what was compiled of it, by all that Triton's code
 # generation looks at, and itself, so that no other gets its id. By identity: a kernel's own hash is over its source
-_kernels: dict[int, tuple[int, dict[tuple[Any, ...], Any], Any]] = {}
+_kernels: dict[int, tuple[int, dict[tuple[Any, ...], "_Compiled"], Any]] = {}
+
+
+class _Compiled(NamedTuple):
+    """What Triton compiled, and what of it a launch needs."""
+
+    kernel: Any
+    run: Callable[..., None]
+    function: int
+    metadata: Any
+
+
+def _has_listeners() -> bool:
+    """Whether a profiler wants to hear of launches."""
+    runtime = triton.knobs.runtime
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    # a chain of hooks, as Triton has it, or what somebody put in its place
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
 def cdiv(a: int, b: int) -> int:
@@ -91,10 +114,16 @@ def launch(
     if compiled is None:
         options: dict[str, Any] = {"num_warps": num_warps, "num_stages": num_stages}
         if together:
-            options |= {"launch_cooperative_grid": True, "maxnreg": REGISTERS // (32 * num_warps * together)}
-        compiled = kernel[grid](*arguments, **options)
+            options |= {"launch_cooperative_grid": True, "maxnreg": min(REGISTERS // (32 * num_warps * together), 255)}
+        made = kernel[grid](*arguments, **options)
         if is_plain:
-            compiled_kernels[found] = compiled
+            compiled_kernels[found] = _Compiled(made, made.run, made.function, made.packed_metadata)
         return
-    # a compiled kernel wants all three axes
-    compiled[(*grid, 1, 1)[:3]](*values, *arguments[runtime:], stream=torch._C._cuda_getCurrentRawStream(device))
+    axes = (*grid, 1, 1)[:3]
+    stream = torch._C._cuda_getCurrentRawStream(device)
+    values += arguments[runtime:]
+    if _has_listeners():
+        compiled.kernel[axes](*values, stream=stream)
+    else:
+        # what the line above comes to, without the description of the launch that nobody would read
+        compiled.run(*axes, stream, compiled.function, compiled.metadata, None, None, None, *values)
