@@ -10,7 +10,7 @@ from .attention_kernels_triton import (
     attention_backward_query_kernel,
     attention_forward_kernel,
 )
-from .kernel_launch import launch, next_power_of_2
+from .kernel_launch_triton import launch, next_power_of_2
 
 # (queries, keys, warps, stages) of a tile, by kernel and by whether positions are given; the rest of the head
 # sizes and dtypes take others below. From benchmarks/attention.py --sweep on one H200; of two within 5 %, the one

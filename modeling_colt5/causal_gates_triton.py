@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .kernel_launch import launch, next_power_of_2
+from .kernel_launch_triton import launch, next_power_of_2
 from .routing_steps_triton import HIGHEST_KEY, LOWEST_KEY, key_to_score, load_keys
 
 try:

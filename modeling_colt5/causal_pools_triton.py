@@ -8,7 +8,7 @@ pools are a chain: `following` holds its links, and a gradient is summed along i
 import torch
 from torch import Tensor
 
-from .kernel_launch import cdiv, launch, next_power_of_2
+from .kernel_launch_triton import cdiv, launch, next_power_of_2
 from .routing_steps_triton import load_keys
 
 try:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .kernel_launch import cdiv, launch, next_power_of_2
+from .kernel_launch_triton import cdiv, launch, next_power_of_2
 
 try:
     import triton

@@ -9,7 +9,7 @@ import math
 import torch
 
 from .kernel_backend import INTERPRETED
-from .kernel_launch import cdiv, launch, next_power_of_2
+from .kernel_launch_triton import cdiv, launch, next_power_of_2
 from .routing_forward_triton import route_kernel
 from .routing_gradient_triton import descent_backward_kernel, route_backward_kernel, slot_sums_kernel
 from .routing_sharing_triton import COUNTER_STRIDE, PLACES

@@ -7,7 +7,7 @@ of one read. The weights' gradients are summed per program and then over the pro
 import torch
 from torch import Tensor
 
-from .kernel_launch import cdiv, launch, next_power_of_2
+from .kernel_launch_triton import cdiv, launch, next_power_of_2
 from .token_ops_reference import normed_dtype
 from .token_rows_triton import routed_rows, tile_shape
 

@@ -10,7 +10,7 @@ from .kernel_backend import INTERPRETED
 try:
     import triton
 except ImportError as error:
-    raise ImportError("kernel_launch needs triton; use kernel_backend='torch' without it") from error
+    raise ImportError("kernel_launch_triton needs triton; use kernel_backend='torch' without it") from error
 
 # of a multiprocessor, on all of NVIDIA's GPUs since Kepler
 REGISTERS = 65536
