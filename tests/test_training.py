@@ -337,6 +337,33 @@ def test_trainer_compiles_one_graph_and_never_again(tmp_path: Path, monkeypatch:
     assert loss == pytest.approx(expected, rel=0.02)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("fields", [{}, {"causal_attention": "routed", "causal_feed_forward": "routed"}])
+def test_a_training_step_repeats_bit_for_bit(fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's own operations are asked to be deterministic; ours always are."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    sizes = {"d_model": 256, "d_kv": 32, "d_ff": 256, "light_d_ff": 256, "heavy_d_ff": 1024, "local_radius": 63}
+    with torch.device("cuda"):
+        model = CoLT5ForConditionalGeneration(tiny_config(**sizes, **fields, dropout_rate=0.1)).train()
+        ids, labels = random_ids(2, 3000), random_ids(2, 700)
+        mask = torch.ones_like(ids)
+        mask[1, 2000:] = 0
+    gradients = []
+    torch.use_deterministic_algorithms(True)
+    try:
+        for _ in range(2):
+            torch.manual_seed(0)
+            model.zero_grad()
+            with torch.autocast("cuda", torch.bfloat16):
+                loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+            loss.backward()
+            gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for name, gradient in gradients[0].items():
+        assert torch.equal(gradient, gradients[1][name]), name
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("model_class", HEADS)
 def test_autocast(model_class: type[nn.Module], dtype: torch.dtype) -> None:
