@@ -64,18 +64,13 @@ def route_backward_kernel(
     probes = tl.arange(0, SLOTS)
     start = block * BLOCK
     if ONE_PART:
-        # every program sums up all slots, which takes less than a launch of its own would
-        total = 0.0
-        first = 0
-        for begin in range(0, capacity, SLOTS):
-            slots = begin + probes
-            inside = slots < capacity
-            weight = tl.load(weights + slots, mask=inside, other=0.0)
-            free = inside & (weight < 1.0) & (weight > 0.0)
-            grad = tl.load(grad_weights + slots.to(tl.int64) * grad_stride, mask=free, other=0.0)
-            total += tl.sum(tl.where(free, weight * grad, 0.0))
-            index = tl.load(indices + slots, mask=inside, other=n)
-            first += tl.sum((index < start).to(tl.int32))
+        inside = probes < capacity
+        weight = tl.load(weights + probes, mask=inside, other=0.0)
+        free = inside & (weight < 1.0) & (weight > 0.0)
+        grad = tl.load(grad_weights + probes.to(tl.int64) * grad_stride, mask=free, other=0.0)
+        total = tl.sum(tl.where(free, weight * grad, 0.0))
+        index = tl.load(indices + probes, mask=inside, other=n)
+        first = tl.sum((index < start).to(tl.int32))
     else:
         total = sum_of_blocks(sums + row * parts, parts, PARTS)
         first = _first_slot(indices, start, capacity, STEPS, SLOTS)

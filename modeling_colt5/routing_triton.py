@@ -20,8 +20,8 @@ LONGEST_ROW = 16384
 PARTS = ((65536, 2048), (1 << 20, 4096))
 # of a program at most: its counts must fit 16 bits
 LONGEST_PART = 32768
-# slots that a program of the backward looks at in one go, and that each of its programs sums up by itself
-SLOTS_AT_ONCE, MOST_SUMMED_BY_EACH = 4096, 16384
+# slots that one program of the backward sums by itself
+SLOTS_OF_A_PART = 4096
 
 
 def _row_warps(block: int) -> int:
@@ -150,14 +150,14 @@ def route_backward(
         )  # fmt: skip
         return grad_scores, grad_budget
 
-    one_part = capacity <= MOST_SUMMED_BY_EACH
-    parts = 1 if one_part else cdiv(capacity, SLOTS_AT_ONCE)
+    one_part = capacity <= SLOTS_OF_A_PART
+    parts = cdiv(capacity, SLOTS_OF_A_PART)
     sums = grad_budget
     if not one_part:
         sums = state.new_empty((rows, parts))
         launch(
             slot_sums_kernel, (rows * parts,),
-            grad_weights, weights, sums, *grad_weights.stride(), capacity, parts, SLOTS_AT_ONCE, num_warps=8,
+            grad_weights, weights, sums, *grad_weights.stride(), capacity, parts, SLOTS_OF_A_PART, num_warps=8,
         )  # fmt: skip
     block = min(2048, next_power_of_2(n))
     blocks = cdiv(n, block)
@@ -165,6 +165,6 @@ def route_backward(
         route_backward_kernel, (rows * blocks,),
         *slots, state, sums, grad_scores, grad_budget, *strides, n, capacity, epsilon, blocks, parts,
         *given, one_part, next_power_of_2(parts), 2 if capacity <= 2**20 else 3,
-        min(SLOTS_AT_ONCE, next_power_of_2(capacity)) if one_part else 1024, block, num_warps=4,
+        next_power_of_2(capacity) if one_part else 1024, block, num_warps=4,
     )  # fmt: skip
     return grad_scores, grad_budget

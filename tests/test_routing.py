@@ -307,11 +307,9 @@ def test_gradient_of_a_soft_budget_comes_in_its_dtype(kernels, device, dtype):
                                atol=0)  # fmt: skip
 
 
-@pytest.mark.parametrize("summed_by_each", (1024, 256))
-def test_gradient_with_more_slots_than_are_looked_at_in_one_go(device, monkeypatch, summed_by_each):
-    """Each program sums them up; or a launch of its own does, and slots of a block are found by search."""
-    monkeypatch.setattr(routing_triton, "SLOTS_AT_ONCE", 256)
-    monkeypatch.setattr(routing_triton, "MOST_SUMMED_BY_EACH", summed_by_each)
+def test_gradient_with_more_slots_than_one_part(device, monkeypatch):
+    """The backward then sums over parts, and finds the slots of a block by search."""
+    monkeypatch.setattr(routing_triton, "SLOTS_OF_A_PART", 256)
     check_against_reference(torch.randn(2, 700, device=device).round(), 0.7)
 
 
