@@ -91,10 +91,19 @@ def draw(file: Path, title: str, against: str, label: str, runs: dict[str, list[
     return f"![{title}]({file.name})"
 
 
+def number(value: float) -> str:
+    """Three digits; adding zero takes a minus sign from what rounds to it."""
+    return f"{round(value, 3) + 0:.3f}"
+
+
 def by_seed(of_variant: list[Run], value: Callable[[Run], float]) -> str:
     """A cell with a number for each seed."""
-    # adding zero takes a minus sign from what rounds to it
-    return " / ".join(f"{round(value(run), 3) + 0:.3f}" for run in of_variant)
+    return " / ".join(number(value(run)) for run in of_variant)
+
+
+def mean(of_variant: list[Run], value: Callable[[Run], float]) -> str:
+    """A cell with the mean of the seeds."""
+    return number(float(np.mean([value(run) for run in of_variant])))
 
 
 def at(run: Run, against: str, where: float, name: str = "loss") -> float:
@@ -103,15 +112,15 @@ def at(run: Run, against: str, where: float, name: str = "loss") -> float:
 
 
 def table(runs: dict[str, list[Run]]) -> str:
-    """A row for each variant: parameters, time, and losses: at the last step and the last second that all runs have,
-    at each one's own end, and there with swapped inputs."""
+    """A row for each variant: parameters, time, and mean losses: at the last step and the last second that all runs
+    have, at each one's own end with every seed's, and there with swapped inputs."""
     every = [run for of_variant in runs.values() for run in of_variant]
     last_step = min(run["curve"][-1]["step"] for run in every)
     last_second = min(run["curve"][-1]["seconds"] for run in every)
     lines = [
-        f"| | parameters, M | ms a step | loss at step {last_step} | after {last_second:.0f} s | at the end | step "
-        "there | swapping inputs costs |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        f"| | parameters, M | ms a step | loss at step {last_step} | after {last_second:.0f} s | at the end | for each "
+        "seed | step there | swapping inputs costs |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for variant, of_variant in runs.items():
         ends = [run["curve"][-1] for run in of_variant]
@@ -119,11 +128,12 @@ def table(runs: dict[str, list[Run]]) -> str:
             NAMES[variant],
             f"{of_variant[0]['parameters'] / 1e6:.1f}",
             f"{np.mean([1e3 * end['seconds'] / end['step'] for end in ends]):.1f}",
-            by_seed(of_variant, lambda run: at(run, "step", last_step)),
-            by_seed(of_variant, lambda run: at(run, "seconds", last_second)),
+            mean(of_variant, lambda run: at(run, "step", last_step)),
+            mean(of_variant, lambda run: at(run, "seconds", last_second)),
+            mean(of_variant, lambda run: run["curve"][-1]["loss"]),
             by_seed(of_variant, lambda run: run["curve"][-1]["loss"]),
-            " / ".join(f"{end['step']:,}" for end in ends),
-            by_seed(of_variant, lambda run: run["curve"][-1]["swapped_loss"] - run["curve"][-1]["loss"]),
+            " / ".join(dict.fromkeys(f"{end['step']:,}" for end in ends)),
+            mean(of_variant, lambda run: run["curve"][-1]["swapped_loss"] - run["curve"][-1]["loss"]),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -139,14 +149,19 @@ def diagnosis_table(runs: dict[str, list[Run]]) -> str:
 
     step = min(run["curve"][-1]["step"] for of_variant in runs.values() for run in of_variant)
     lines = [
-        f"| | loss at step {step} | swapping inputs costs | mean weight at first | at the end |",
-        "| --- | --- | --- | --- | --- |",
+        f"| | loss at step {step} | for each seed | swapping inputs costs | mean weight at first | at the end |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
     for variant, of_variant in runs.items():
-        losses = by_seed(of_variant, lambda run: at(run, "step", step))
-        costs = by_seed(of_variant, lambda run: at(run, "step", step, "swapped_loss") - at(run, "step", step))
-        weights = f"{weight(of_variant[0], 0)} | {weight(of_variant[0], -1)}"
-        lines.append(f"| {NAMES[variant]} | {losses} | {costs} | {weights} |")
+        cells = [
+            NAMES[variant],
+            mean(of_variant, lambda run: at(run, "step", step)),
+            by_seed(of_variant, lambda run: at(run, "step", step)),
+            mean(of_variant, lambda run: at(run, "step", step, "swapped_loss") - at(run, "step", step)),
+            weight(of_variant[0], 0),
+            weight(of_variant[0], -1),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
