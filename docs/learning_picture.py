@@ -118,8 +118,8 @@ def table(runs: dict[str, list[Run]]) -> str:
     last_step = min(run["curve"][-1]["step"] for run in every)
     last_second = min(run["curve"][-1]["seconds"] for run in every)
     lines = [
-        f"| | parameters, M | ms a step | loss at step {last_step} | after {last_second:.0f} s | at the end | for each "
-        "seed | step there | swapping inputs costs |",
+        f"| | parameters, M | ms a step | loss at step {last_step} | after {last_second:.0f} s | at the end | "
+        "for each seed | step there | swapping inputs costs |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for variant, of_variant in runs.items():
