@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import modeling_colt5
-from modeling_colt5 import routing_triton
+from modeling_colt5 import routing_forward_triton, routing_triton
+from modeling_colt5.kernel_backend import INTERPRETED
 from modeling_colt5.routing import RoutedTokens, route, routed_budget, routed_capacity, soft_topk
 
 # weights: 2 ulp of exp, and the exponent's own rounding, below 2.4e-7 for exponents to 4; sums over 1e4 terms
@@ -215,6 +216,41 @@ def test_programs_that_share_a_row_agree_with_the_reference(device, monkeypatch,
     check_against_reference(scores.repeat(60, 1), lengths=lengths.repeat(60), epsilon=epsilon)
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="orders the programs of Triton's interpreter")
+@pytest.mark.parametrize("seed", (0, 1))
+def test_programs_that_share_a_row_may_run_in_any_order(monkeypatch, seed):
+    """Two groups of three programs, in turn on five rows; on a GPU the order cannot be chosen."""
+    from programs_together import run_together
+
+    monkeypatch.setattr(routing_triton, "LONGEST_ROW", 0)
+    monkeypatch.setattr(routing_triton, "_parts", lambda n, device: (32, 8, 2))
+    monkeypatch.setattr(routing_triton, "_multiprocessors", lambda device: 3)
+    run_together(monkeypatch, routing_forward_triton.route_kernel, seed)
+    scores = torch.randn(5, 90)
+    scores[1] = scores[1].round()
+    scores[2] *= 50
+    # the last program of a row of 50 has no real token
+    check_against_reference(scores, 0.2, lengths=torch.tensor([90, 90, 90, 50, 0]), epsilon=0.5)
+
+
+def test_counts_of_the_longest_part_fit(device, monkeypatch):
+    """Two counts to an integer, of which each may be of all the program's tokens."""
+    n = routing_triton.LONGEST_PART
+    monkeypatch.setattr(routing_triton, "LONGEST_ROW", 0)
+    monkeypatch.setattr(routing_triton, "_parts", lambda n, device: (n, 16, 1))
+    scores = torch.zeros(3, n, device=device)
+    # equal scores are taken from the left: without some larger ones on the right, taking too many would not show
+    scores[0, -100:] = 1
+    scores[1] = torch.randn(n, device=device)
+    budget = torch.tensor([3 * n // 4, n, 3 * n // 4], device=device)
+    routed = route(scores, budget, n, kernel_backend="triton")
+    assert routed.valid.sum(-1).tolist() == budget.tolist()
+    chosen = [*range(3 * n // 4 - 100), *range(n - 100, n)]
+    assert routed.indices[0].tolist() == chosen + [n - 1] * (n - len(chosen))
+    assert routed.indices[1].tolist() == list(range(n))
+    assert routed.indices[2, : 3 * n // 4].tolist() == list(range(3 * n // 4))
+
+
 @pytest.mark.gpu
 def test_a_shared_row_has_the_bits_that_it_has_alone(device):
     scores = torch.randn(9, 40_000, device=device)
@@ -226,7 +262,7 @@ def test_a_shared_row_has_the_bits_that_it_has_alone(device):
             assert torch.equal(getattr(alone, name)[0], getattr(together, name)[row])
 
 
-def test_rows_that_need_more_passes_get_them(kernels, device):
+def test_rows_of_one_launch_differ_in_passes(kernels, device):
     normal = torch.randn(1500, device=device)
     two_peaks = normal + 20 * (torch.rand(1500, device=device) < 0.1)
     rows = torch.stack((normal, two_peaks, normal.exp() * 3, torch.zeros_like(normal)))
