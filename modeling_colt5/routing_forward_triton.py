@@ -23,6 +23,7 @@ try:
 except ImportError as error:
     raise ImportError("routing_forward_triton needs triton; use kernel_backend='torch' without it") from error
 
+# of the solver, which is settled after 12 in all rows tried
 MOST_PASSES = tl.constexpr(24)
 
 # of a normal order statistic's standard deviation, to either side of where it is expected
@@ -101,8 +102,11 @@ def _find_rank(
 
     It is one key, or `low` has exactly the rank's number of keys from it up. A pass counts at four keys: two where
     the counts so far, taken as exponential between the bracket's ends, put the rank, and two that divide the bracket
-    in three, so that it takes at most 21 passes; one that does not halve the number of keys within the bracket is
-    followed by a look for their smallest and largest, which resolves ties. The first takes the scores as normal.
+    in three. The first takes the scores as normal instead, with `mean` and `deviation`; at most 22 more divide all
+    keys down to one. A pass that leaves few keys, or does not halve their number within the bracket, is followed by a
+    look for their smallest and largest, which resolves ties.
+
+    Where a row has no `rank` real keys, the bracket is the lowest key that a real one may be.
     """
     low = tl.full([], LOWEST_KEY + 1, tl.int32)
     high = tl.where(rank <= real_tokens, HIGHEST_KEY, low)
@@ -161,6 +165,7 @@ def _find_rank(
 
 @triton.jit
 def _relative_weights(keys, centre, epsilon, offset):
+    """exp(z - offset) of every key, 0 of what is masked."""
     return tl.exp((key_to_score(keys) - centre) / epsilon - offset)
 
 
@@ -183,6 +188,11 @@ def _route_row(
     HAS_SOFT_BUDGET: tl.constexpr, HAS_MASK: tl.constexpr, HAS_LENGTHS: tl.constexpr, EXACT: tl.constexpr,
     SHARED: tl.constexpr, PROGRAMS: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
+    """One row, or a program's `BLOCK` tokens of it: select, solve for the threshold, write slots and state.
+
+    `row` is int64. `numbers` and `arrived` are the row's own. Every branch with an exchange in it, and every loop's
+    end, depends on numbers that all of the row's programs have alike: who took another one would wait for ever.
+    """
     turn = 0
     positions = program * BLOCK + tl.arange(0, BLOCK)
     keys = load_keys(
@@ -339,7 +349,14 @@ def route_kernel(
 ):  # fmt: skip
     """One program a row; or, where rows are shared, groups of `programs`, each of which takes every `groups`-th row.
 
-    `numbers` [rows, 2, 3, programs] is where they leave numbers, `arrived` [rows, a cache line] comes as zeros.
+    Reads `scores` fp32, fp16 or bf16 [rows, n], `budgets` int64 [rows], `soft_budgets` floating point [rows] or None,
+    and as the mask `mask` bool [rows, n], `lengths` int [rows] or neither. Writes `weights` fp32, `indices` int64 and
+    `valid` bool, each [rows, capacity], and `state`, fp32 [rows, 3] (centre, threshold from there over ε, sum of the
+    unsaturated weights) or, not `EXACT`, [rows, num_iterations] (the thresholds).
+
+    Of a shared row `numbers` int32 [rows, 2, 3, programs] is where programs leave numbers, and `arrived` int32
+    [rows, a cache line] their counter, which comes as zeros. `BLOCK` tokens are a program's, `SLOTS` how many slots it
+    writes at once where it has the row to itself, `PROGRAMS` a power of two from `programs` up.
     """
     program = tl.program_id(0) % programs
     if SHARED:

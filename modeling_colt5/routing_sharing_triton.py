@@ -19,14 +19,18 @@ COUNTER_STRIDE = tl.constexpr(32)
 
 @triton.jit
 def leave(number, place, turn, numbers, program, programs):
-    """Leave an int32 or fp32 number for the others, before `meet`."""
+    """Leave an int32 or fp32 number for the others at one of `PLACES`, before `meet`; `numbers` is the row's."""
     where = numbers + ((turn % 2) * PLACES + place) * programs + program
     tl.store(where, number.to(tl.int32, bitcast=True))
 
 
 @triton.jit
 def meet(turn, arrived, programs):
-    """Wait until all programs of the row have come; returns the next turn. What they left is then there to be read."""
+    """Wait until all programs of the row have come; returns the next turn. What they left is then there to be read.
+
+    `arrived` points to the row's counter, 0 before turn 0. One thread adds and polls; the barriers put what the
+    program's other threads stored and loaded before it, and what they load, after it.
+    """
     tl.debug_barrier()
     tl.atomic_add(arrived, 1, sem="release")
     # the counter only grows, so that the order of the arrivals does not matter

@@ -27,7 +27,7 @@ def load_keys(
     score_row_stride, score_stride, mask_row_stride, mask_stride,
     HAS_MASK: tl.constexpr, HAS_LENGTHS: tl.constexpr,
 ):  # fmt: skip
-    """Keys of a row's scores: NaN the highest, what is masked the lowest, which no real score has."""
+    """int32 keys of a row's scores at `positions`: NaN the highest, what is masked the lowest, as no real one is."""
     real = positions < n
     score = tl.load(scores + row * score_row_stride + positions.to(tl.int64) * score_stride, mask=real, other=0.0)
     if HAS_MASK:
@@ -45,19 +45,21 @@ def load_keys(
 
 @triton.jit
 def score_to_key(score):
+    """The int32 key of an fp32 score."""
     bits = score.to(tl.int32, bitcast=True)
     return bits ^ ((bits >> SIGN_SHIFT) & HIGHEST_KEY)
 
 
 @triton.jit
 def key_to_score(key):
+    """The fp32 score of a key; -inf of what is masked."""
     bits = key ^ ((key >> SIGN_SHIFT) & HIGHEST_KEY)
     return tl.where(key == LOWEST_KEY, float("-inf"), bits.to(tl.float32, bitcast=True))
 
 
 @triton.jit
 def row_budgets(budgets, soft_budgets, row, real_tokens, capacity, soft_topk_ratio, HAS_SOFT_BUDGET: tl.constexpr):
-    """The row's hard budget, soft budget k, and the rank of the centre: the ceil(k)-th largest score."""
+    """The row's hard budget (int32), soft budget k (fp32), and the rank of the centre (int32, from 1): ceil(k)."""
     budget = tl.minimum(tl.load(budgets + row), tl.minimum(real_tokens, capacity).to(tl.int64)).to(tl.int32)
     budget = tl.maximum(budget, 0)
     if HAS_SOFT_BUDGET:
@@ -98,6 +100,7 @@ def sum_three(first, second, third):
 
 @triton.jit
 def is_settled(saturated, free, k):
+    """Whether the solver is done."""
     # the last step makes up for what is left, as long as it does not change the saturated set; NaN is settled
     return (tl.abs((saturated - k) + free) > 2e-6 * free) == 0
 
@@ -112,6 +115,7 @@ def last_step(threshold, saturated, free, k):
 
 @triton.jit
 def weigh(z, threshold):
+    """The soft top-k weight min(1, exp(z - threshold))."""
     # a comparison instead of a minimum keeps NaN
     weight = tl.exp(z - threshold)
     return tl.where(weight > 1.0, 1.0, weight)
@@ -119,10 +123,12 @@ def weigh(z, threshold):
 
 @triton.jit
 def descent_epsilon(iteration, epsilon, epsilon_init, log2_decay):
+    """ε of an iteration of coordinate descent, counted from 0."""
     return tl.maximum(epsilon_init * tl.exp2(iteration * log2_decay), epsilon)
 
 
 @triton.jit
 def sum_of_blocks(partials, blocks, BLOCKS: tl.constexpr):
+    """The sum of the first `blocks` of fp32 partial sums, `BLOCKS` a power of two from there up."""
     index = tl.arange(0, BLOCKS)
     return tl.sum(tl.load(partials + index, mask=index < blocks, other=0.0))

@@ -14,7 +14,7 @@ from .routing_forward_triton import route_kernel
 from .routing_gradient_triton import descent_backward_kernel, route_backward_kernel, slot_sums_kernel
 from .routing_sharing_triton import COUNTER_STRIDE, PLACES
 
-# of a row that is one program's
+# of a row that is one program's; below 32,768, so that two counts in one integer never reach its sign
 LONGEST_ROW = 16384
 # of a program that shares a row of up to so many tokens
 PARTS = ((65536, 2048), (1 << 20, 4096))
@@ -41,6 +41,7 @@ def _parts(n: int, device: torch.device) -> tuple[int, int, int]:
     each row has the bits that it would have alone.
     """
     most = _multiprocessors(device)
+    # the interpreter's one program has to take the whole row
     for longest, part in () if INTERPRETED else PARTS:
         if n <= min(longest, 2 * most * part):
             return part, 8, 2
