@@ -49,9 +49,10 @@ def _parts(n: int, device: torch.device) -> tuple[int, int, int]:
 
 
 def kernels_take(n: int, solver: str, device: torch.device) -> bool:
-    """Whether there is a kernel for rows of `n` tokens: all programs of a row must be on the device at once, and
-    coordinate descent has one for rows of one program alone."""
-    return n <= LONGEST_ROW or (solver == "exact" and _parts(n, device)[0] <= LONGEST_PART)
+    """Whether there is a kernel for rows of `n` tokens: all programs of a row must be on the device at once, which
+    AMD's backend has no option for, and coordinate descent has one for rows of one program alone."""
+    shares = solver == "exact" and torch.version.hip is None
+    return n <= LONGEST_ROW or (shares and _parts(n, device)[0] <= LONGEST_PART)
 
 
 def _adjacent(rows: torch.Tensor | None) -> torch.Tensor | None:
@@ -106,10 +107,12 @@ def route_forward(
     groups = min(rows, together * _multiprocessors(scores.device) // programs)
     numbers = indices.new_empty((rows, 2 * PLACES.value * programs), dtype=torch.int32)
     arrived = indices.new_zeros((rows, COUNTER_STRIDE.value), dtype=torch.int32)
+    # a power of two of at least 16, so that fewer lengths compile anew
+    columns = max(16, next_power_of_2(programs))
     launch(
         route_kernel, (groups * programs,),
         *inputs, weights, indices, valid, state, numbers, arrived, *score_strides, *mask_strides, n, capacity,
-        *schedule, rows, groups, programs, *given, exact, True, max(16, next_power_of_2(programs)), block, 1,
+        *schedule, rows, groups, programs, *given, exact, True, columns, block, 1,
         num_warps=num_warps, together=together,
     )  # fmt: skip
     return weights, indices, valid, state
