@@ -1,6 +1,6 @@
 """Routing forward as one Triton kernel: a row is held in the registers of one program, or of several that share it."""
 
-from .routing_sharing_triton import COUNTER_STRIDE, PLACES, leave, meet, read, sum_over_programs
+from .routing_sharing_triton import COUNTER_STRIDE, PLACES, exchange, leave, meet, read, sum_over_programs
 from .routing_steps_triton import (
     HIGHEST_KEY,
     LOWEST_FINITE_KEY,
@@ -49,11 +49,7 @@ def _counts_from(
     upper = (keys >= third).to(tl.int32) + ((keys >= fourth).to(tl.int32) << 16)
     lower, upper = tl.split(tl.sum(tl.join(lower, upper), 0))
     if SHARED:
-        leave(lower, 0, turn, numbers, program, programs)
-        leave(upper, 1, turn, numbers, program, programs)
-        turn = meet(turn, arrived, programs)
-        lower = read(0, turn, numbers, programs, lower, PROGRAMS)
-        upper = read(1, turn, numbers, programs, upper, PROGRAMS)
+        lower, upper, turn = exchange(lower, upper, turn, numbers, arrived, program, programs, PROGRAMS)
         counts = tl.sum(tl.join(_both_halves(lower), _both_halves(upper)), 0)
         even, odd = tl.split(counts)
         from_first, from_second = tl.split(even)
@@ -73,12 +69,10 @@ def _largest_of_both(
     """The row's largest of each of two integers a key."""
     first, second = tl.split(tl.max(tl.join(first, second), 0))
     if SHARED:
-        leave(first, 0, turn, numbers, program, programs)
-        leave(second, 1, turn, numbers, program, programs)
-        turn = meet(turn, arrived, programs)
+        first, second, turn = exchange(first, second, turn, numbers, arrived, program, programs, PROGRAMS)
         real = tl.arange(0, PROGRAMS) < programs
-        first = tl.where(real, read(0, turn, numbers, programs, first, PROGRAMS), LOWEST_KEY)
-        second = tl.where(real, read(1, turn, numbers, programs, second, PROGRAMS), LOWEST_KEY)
+        first = tl.where(real, first, LOWEST_KEY)
+        second = tl.where(real, second, LOWEST_KEY)
         first, second = tl.split(tl.max(tl.join(first, second), 0))
     return first, second, turn
 
@@ -303,12 +297,12 @@ def _route_row(
     indices += row * capacity
     valid += row * capacity
     if SHARED:
-        leave(tl.sum(above), 0, turn, numbers, program, programs)
-        leave(tl.sum(equal), 1, turn, numbers, program, programs)
-        turn = meet(turn, arrived, programs)
+        all_above, all_equal, turn = exchange(
+            tl.sum(above), tl.sum(equal), turn, numbers, arrived, program, programs, PROGRAMS
+        )
         before = tl.arange(0, PROGRAMS) < program
-        above_so_far += tl.sum(tl.where(before, read(0, turn, numbers, programs, budget, PROGRAMS), 0))
-        equals_so_far += tl.sum(tl.where(before, read(1, turn, numbers, programs, budget, PROGRAMS), 0))
+        above_so_far += tl.sum(tl.where(before, all_above, 0))
+        equals_so_far += tl.sum(tl.where(before, all_equal, 0))
     selected = (above != 0) | ((equal != 0) & (equals_so_far <= room))
     slot = above_so_far + tl.minimum(equals_so_far, room) - 1
     tl.store(indices + slot, positions.to(tl.int64), mask=selected)

@@ -50,15 +50,22 @@ def read(place, turn, numbers, programs, like, PROGRAMS: tl.constexpr):
 
 
 @triton.jit
+def exchange(first, second, turn, numbers, arrived, program, programs, PROGRAMS: tl.constexpr):
+    """Two numbers of each program, as all of them see them: as `read` gives them, and the next turn."""
+    leave(first, 0, turn, numbers, program, programs)
+    leave(second, 1, turn, numbers, program, programs)
+    turn = meet(turn, arrived, programs)
+    all_first = read(0, turn, numbers, programs, first, PROGRAMS)
+    all_second = read(1, turn, numbers, programs, second, PROGRAMS)
+    return all_first, all_second, turn
+
+
+@triton.jit
 def sum_over_programs(
     first, second, turn, numbers, arrived, program, programs, SHARED: tl.constexpr, PROGRAMS: tl.constexpr
 ):
     """Two numbers of each program summed in the order of the programs, so that every program has the same bits."""
     if SHARED:
-        leave(first, 0, turn, numbers, program, programs)
-        leave(second, 1, turn, numbers, program, programs)
-        turn = meet(turn, arrived, programs)
-        all_first = read(0, turn, numbers, programs, first, PROGRAMS)
-        all_second = read(1, turn, numbers, programs, second, PROGRAMS)
+        all_first, all_second, turn = exchange(first, second, turn, numbers, arrived, program, programs, PROGRAMS)
         first, second = tl.split(tl.sum(tl.join(all_first, all_second), 0))
     return first, second, turn
