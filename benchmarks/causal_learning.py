@@ -36,6 +36,8 @@ SKIPPED_FOLDERS = {"site-packages", "test", "tests", "idlelib", "lib2to3", "__py
 # what a variant changes; the order is the order of work
 VARIANTS: dict[str, dict[str, Any]] = {
     "routed": {"causal_attention": "routed"},
+    # where routed tokens count more: their weights begin near 1
+    "routed-epsilon": {"causal_attention": "routed", "routing_epsilon": 0.1},
     "local": {"causal_attention": "local"},
     # as many heads as the routed model has in both branches
     "local-wide": {"causal_attention": "local", "num_light_heads": 6},

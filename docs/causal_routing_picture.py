@@ -17,6 +17,7 @@ DOCS = Path(__file__).parent
 RESULTS = DOCS.parent / "benchmarks/results/causal_learning"
 NAMES = {
     "routed": "light and heavy branch",
+    "routed-epsilon": "light and heavy branch, ε = 0.1",
     "local": "light branch only",
     "local-wide": "light branch only, with all 6 heads",
 }
