@@ -23,6 +23,7 @@ from results import render
 # what a benchmark's share of the time is
 SHARES = {
     "encoder": 4,
+    "encoder_kernels": 1,
     "generation": 3,
     "training": 4,
     "dense": 1,
