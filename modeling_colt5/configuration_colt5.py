@@ -139,7 +139,7 @@ class CoLT5Config(PreTrainedConfig):
         feed_forward_proj: an activation of Transformers, with "gated-" before it for a gated feed-forward.
         scale_decoder_outputs: whether the decoder's output is scaled by d_model^-½ before the head (T5 1.0).
         kernel_backend: "auto" (Triton kernels on CUDA where triton is installed, PyTorch elsewhere), "triton" or
-            "torch". The environment variable COLT5_KERNEL_BACKEND, where set, has the last word.
+            "torch". The environment variable COLT5_KERNEL_BACKEND, where set at import, has the last word.
         use_cuda_graphs: whether inference on CUDA replays the encoder as a CUDA graph from the third call of a shape
             on, up to 65,536 tokens; a graph keeps the memory of one call. Not in a process that also runs
             `torch.compile(mode="reduce-overhead")` on an encoder: see docs/operators.md.

@@ -47,7 +47,7 @@ class CoLT5CrossRouting(nn.Module):
         if weights is not None:
             # autocast would take the scores' product in half precision
             with maybe_autocast(memory.device.type, enabled=False):
-                scores = router_scores(memory, weights, plan.kernel_backend)
+                scores = router_scores(memory, weights.view(len(routers), -1), plan.kernel_backend)
         routed = run_routers(routers, memory, scores, plan, budget)
 
         rows: list[torch.Tensor] = []

@@ -8,7 +8,15 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention_ops import local_attention, routed_attention
 from .configuration_colt5 import CoLT5Config
-from .layers_colt5 import CoLT5Attention, CoLT5DenseActDense, CoLT5LayerNorm, clamp_half, product_dtype, project
+from .layers_colt5 import (
+    CoLT5Attention,
+    CoLT5DenseActDense,
+    CoLT5LayerNorm,
+    as_rows,
+    clamp_half,
+    product_dtype,
+    project,
+)
 from .local_attention_reference import local_attention_reference
 from .outputs_colt5 import CoLT5LayerRouting
 from .routed_attention_reference import routed_attention_reference
@@ -25,42 +33,53 @@ class Branches:
         residual, light: [batch, n, d_model].
         heavy: [batch, slots, d_model] at the routed positions; None with `routing="none"`.
         routed: where the heavy rows belong, and their weights.
+        dropout: of the sublayer, on what is added to the residual.
     """
 
     residual: torch.Tensor
     light: torch.Tensor
     heavy: torch.Tensor | None
     routed: RoutedTokens | None
+    dropout: nn.Dropout
 
-    def merge(self, dropout: nn.Dropout, kernel_backend: str) -> torch.Tensor:
+    def drops(self) -> bool:
+        """Whether dropout comes between the branches' sum and the residual."""
+        return self.dropout.training and self.dropout.p > 0
+
+    def merge(self, kernel_backend: str) -> torch.Tensor:
         """residual + dropout(light + weights ⊙ heavy), [batch, n, d_model]."""
         if self.heavy is None or self.routed is None:
-            return clamp_half(self.residual + dropout(self.light))
+            return clamp_half(self.residual + self.dropout(self.light))
         routed = (self.routed.indices, self.routed.valid, self.routed.weights)
-        if dropout.training and dropout.p > 0:
+        if self.drops():
             update = scatter_add_tokens(self.light, self.heavy, *routed, kernel_backend)
-            return clamp_half(self.residual + dropout(update))
+            return clamp_half(self.residual + self.dropout(update))
         return clamp_half(combine_branches(self.residual, self.light, self.heavy, *routed, kernel_backend))
 
 
 class CoLT5MergingLayerNorm(CoLT5LayerNorm):
-    """The norm between a layer's two sublayers, which takes the sum of the first one's branches on the way."""
+    """An encoder's norm: of states, or of branches, whose sum it takes on the way."""
 
     def forward(  # type: ignore[override]
-        self, branches: Branches, dropout: nn.Dropout, router: torch.Tensor | None, kernel_backend: str
+        self,
+        states: torch.Tensor | Branches,
+        router_weights: torch.Tensor | None = None,
+        kernel_backend: str | None = None,
+        for_products: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """The merged branches [batch, n, d_model], their norm, and its scores by a router [d_model], in one pass
-        where nothing comes between sum and norm."""
-        # not by the caller: PyTorch's module hooks (FlopCounterMode) take no view that was made without gradients
-        weights = None if router is None else router[None]
-        residual, heavy, routed = branches.residual, branches.heavy, branches.routed
-        separate = (dropout.training and dropout.p > 0) or residual.dtype == torch.float16
-        if separate or routed is None or heavy is None:
-            merged = branches.merge(dropout, kernel_backend)
-            return merged, *super().forward(merged, weights, kernel_backend, for_products=True)
-        routing = (routed.indices, routed.valid, routed.weights)
-        parts = (residual, branches.light, heavy, *routing)
-        return combine_norm_scores(*parts, self.weight, weights, self.eps, kernel_backend, product_dtype(residual))
+        """The states [batch, n, d_model], then their norm and its router scores as `CoLT5LayerNorm` gives them; all in
+        one pass where nothing comes between sum and norm."""
+        backend = kernel_backend or self.config.kernel_backend
+        if isinstance(states, Branches):
+            residual, heavy, routed = states.residual, states.heavy, states.routed
+            if routed is not None and heavy is not None and residual.dtype != torch.float16 and not states.drops():
+                return combine_norm_scores(
+                    residual, states.light, heavy, routed.indices, routed.valid, routed.weights,
+                    self.weight, as_rows(router_weights), self.eps, backend,
+                    product_dtype(residual) if for_products else None,
+                )  # fmt: skip
+            states = states.merge(backend)
+        return states, *super().forward(states, router_weights, backend, for_products)
 
 
 class CoLT5LocalAttention(CoLT5Attention):
@@ -106,7 +125,7 @@ class CoLT5LayerConditionalAttention(nn.Module):
 
     def __init__(self, config: CoLT5Config, layer_idx: int):
         super().__init__()
-        self.layer_norm = CoLT5LayerNorm(config)
+        self.layer_norm = CoLT5MergingLayerNorm(config)
         self.light_attention = CoLT5LocalAttention(config, config.num_light_heads)
         if config.routing != "none":
             self.query_router = CoLT5Router(config, seed=3 * layer_idx)
@@ -116,7 +135,7 @@ class CoLT5LayerConditionalAttention(nn.Module):
 
     def forward(
         self,
-        hidden_states: torch.Tensor,
+        states: torch.Tensor | Branches,
         light_bias_table: torch.Tensor,
         heavy_bias_table: torch.Tensor | None,
         plan: RoutingPlan,
@@ -124,7 +143,7 @@ class CoLT5LayerConditionalAttention(nn.Module):
         """X + LightAttn(X) + s̃ᵩ · HeavyAttn(X, s̃ᵏᵛ ⊙ X) (Ainslie et al. 2023, eq. of conditional attention).
 
         Args:
-            hidden_states: [batch, n, d_model].
+            states: X, [batch, n, d_model], or its parts from the layer before.
             light_bias_table, heavy_bias_table: [heads, 2 * max_distance + 1] of each branch.
             plan: the batch's mask and budgets.
 
@@ -133,13 +152,13 @@ class CoLT5LayerConditionalAttention(nn.Module):
             keys/values; the routed queries are the parts' `routed`.
         """
         if plan.attention is None or heavy_bias_table is None:
-            normed, _ = self.layer_norm(hidden_states, None, plan.kernel_backend, for_products=True)
+            hidden_states, normed, _ = self.layer_norm(states, None, plan.kernel_backend, for_products=True)
             light, light_weights = self.light_attention(normed, light_bias_table, plan)
-            return Branches(hidden_states, light, None, None), light_weights, None, None
+            return Branches(hidden_states, light, None, None, self.dropout), light_weights, None, None
 
         routers = (self.query_router, self.key_value_router)
         weights = router_weights(*routers)
-        normed, scores = self.layer_norm(hidden_states, weights, plan.kernel_backend, for_products=True)
+        hidden_states, normed, scores = self.layer_norm(states, weights, plan.kernel_backend, for_products=True)
         with plan.heavy():
             queries, keys = run_routers(routers, normed, scores, plan, plan.attention)
             normed, query_states, key_value_states = share_and_gather(
@@ -153,7 +172,7 @@ class CoLT5LayerConditionalAttention(nn.Module):
             )
         light, light_weights = self.light_attention(normed, light_bias_table, plan)
         plan.join()
-        return Branches(hidden_states, light, heavy, queries), light_weights, heavy_weights, keys
+        return Branches(hidden_states, light, heavy, queries, self.dropout), light_weights, heavy_weights, keys
 
 
 class CoLT5LayerConditionalFF(nn.Module):
@@ -168,23 +187,24 @@ class CoLT5LayerConditionalFF(nn.Module):
             self.heavy_feed_forward = CoLT5DenseActDense(config, config.heavy_d_ff)
         self.dropout = nn.Dropout(config.dropout_rate)
 
-    def forward(self, branches: Branches, plan: RoutingPlan) -> tuple[torch.Tensor, RoutedTokens | None]:
+    def forward(self, branches: Branches, plan: RoutingPlan) -> tuple[Branches, RoutedTokens | None]:
         """X + LightFF(X) + s̃ · HeavyFF(X) (Ainslie et al. 2023, eq. of the conditional feed-forward).
 
         Args:
-            branches: the parts of X, from the layer before.
+            branches: the parts of X, from the attention.
             plan: the batch's mask and budgets.
 
         Returns:
-            The new hidden states [batch, n, d_model] and the routed tokens.
+            The sum's parts, and the routed tokens.
         """
         backend = plan.kernel_backend
         if plan.feed_forward is None:
-            hidden_states, normed, _ = self.layer_norm(branches, self.dropout, None, backend)
+            hidden_states, normed, _ = self.layer_norm(branches, None, backend, for_products=True)
             light = self.light_feed_forward(normed, backend)
-            return Branches(hidden_states, light, None, None).merge(self.dropout, backend), None
+            return Branches(hidden_states, light, None, None, self.dropout), None
 
-        hidden_states, normed, scores = self.layer_norm(branches, self.dropout, self.router(), backend)
+        weights = router_weights(self.router)
+        hidden_states, normed, scores = self.layer_norm(branches, weights, backend, for_products=True)
         with plan.heavy():
             (tokens,) = run_routers((self.router,), normed, scores, plan, plan.feed_forward)
             normed, routed_states = share_and_gather(
@@ -193,7 +213,7 @@ class CoLT5LayerConditionalFF(nn.Module):
             heavy = self.heavy_feed_forward(routed_states, backend)
         light = self.light_feed_forward(normed, backend)
         plan.join()
-        return Branches(hidden_states, light, heavy, tokens).merge(self.dropout, backend), tokens
+        return Branches(hidden_states, light, heavy, tokens, self.dropout), tokens
 
 
 class CoLT5EncoderBlock(GradientCheckpointingLayer):
@@ -207,15 +227,20 @@ class CoLT5EncoderBlock(GradientCheckpointingLayer):
 
     def forward(
         self,
-        hidden_states: torch.Tensor,
+        hidden_states: torch.Tensor | Branches,
         light_bias_table: torch.Tensor,
         heavy_bias_table: torch.Tensor | None,
         plan: RoutingPlan,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, CoLT5LayerRouting]:
-        """The new hidden states [batch, n, d_model], light and heavy attention weights, and what was routed."""
+    ) -> tuple[torch.Tensor | Branches, torch.Tensor | None, torch.Tensor | None, CoLT5LayerRouting]:
+        """The new hidden states [batch, n, d_model], light and heavy attention weights, and what was routed.
+
+        With `plan.merges_late` the hidden states are left in parts, and taken so from the block before.
+        """
         branches, light_weights, heavy_weights, keys = self.layer[0](
             hidden_states, light_bias_table, heavy_bias_table, plan
         )
-        hidden_states, tokens = self.layer[1](branches, plan)
-        routing = CoLT5LayerRouting(query=branches.routed, key_value=keys, feed_forward=tokens)
+        queries = branches.routed
+        branches, tokens = self.layer[1](branches, plan)
+        hidden_states = branches if plan.merges_late else branches.merge(plan.kernel_backend)
+        routing = CoLT5LayerRouting(query=queries, key_value=keys, feed_forward=tokens)
         return hidden_states, light_weights, heavy_weights, routing

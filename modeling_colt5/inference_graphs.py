@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from .kernel_backend import runs_eagerly
+from .layers_colt5 import is_hooked
 
 # beyond so many tokens the GPU takes longer than the host, and a graph's memory is no longer small
 MOST_TOKENS = 2**16
@@ -110,12 +111,9 @@ class _Parts:
 
 
 def _is_plain(part: nn.Module) -> bool:
-    # Transformers leaves its hooks for `output_hidden_states` and the like in place, idle
-    hooks = {hook.__name__ for hook in part._forward_hooks.values()} - {"output_capturing_hook"}
     return (
         f"{type(part).__module__}.".startswith(_PLAIN)
-        and "forward" not in part.__dict__
-        and not (hooks or part._forward_pre_hooks or part.training)
+        and not (is_hooked(part) or part.training)
         and all(type(parameter) is nn.Parameter for parameter in part._parameters.values() if parameter is not None)
     )
 

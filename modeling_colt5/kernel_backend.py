@@ -10,6 +10,8 @@ import torch
 
 KERNEL_BACKENDS = ("auto", "triton", "torch")
 ENVIRONMENT_VARIABLE = "COLT5_KERNEL_BACKEND"
+# read once, like the next two: a look into the environment takes the host longer than most of a launch
+FORCED_BACKEND = os.environ.get(ENVIRONMENT_VARIABLE)
 # looked up once: a compiler could not trace the search
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 # whether kernels run in interpreter mode, which takes CPU tensors; read once, as Triton does when it decorates one
@@ -44,14 +46,15 @@ def uses_triton(tensor: torch.Tensor, kernel_backend: str = "auto") -> bool:
     Args:
         tensor: an operand of the operation; its device and dtype decide under "auto".
         kernel_backend: "auto" (Triton on CUDA tensors where it is installed), "triton" or "torch", usually
-            `config.kernel_backend`. The environment variable `COLT5_KERNEL_BACKEND`, where set, has the last word.
+            `config.kernel_backend`. The environment variable `COLT5_KERNEL_BACKEND`, where it was set when this code
+            was imported, has the last word.
 
     Raises:
         ValueError: for a backend of another name.
         RuntimeError: where Triton is asked for and cannot run: not installed, or a CPU tensor outside of
             interpreter mode.
     """
-    backend = os.environ.get(ENVIRONMENT_VARIABLE) or kernel_backend
+    backend = FORCED_BACKEND or kernel_backend
     if backend not in KERNEL_BACKENDS:
         raise ValueError(f"kernel_backend is {backend!r}; it must be one of {', '.join(KERNEL_BACKENDS)}")
     if backend == "torch" or tensor.dtype == torch.float64:

@@ -20,6 +20,10 @@ REGISTERS = 65536
 _kernels: dict[int, tuple[int, dict[tuple[Any, ...], "_Compiled"], Any]] = {}
 
 
+# the axes that a grid of one, two or three leaves out
+_AXES = ((), (1, 1), (1,), ())
+
+
 class _Compiled(NamedTuple):
     """What Triton compiled, and what of it a launch needs."""
 
@@ -82,32 +86,35 @@ def launch(
     if known is None:
         known = _kernels[id(kernel)] = (sum(not parameter.is_constexpr for parameter in kernel.params), {}, kernel)
     runtime, compiled_kernels, _ = known
-    key: list[Any] = [num_warps, num_stages, together, arguments[runtime:]]
-    values: list[Any] = []
+    # what the kernel is called with: the arguments, their tensors' addresses in place of them
+    values: list[Any] = [*arguments]
+    key: list[Any] = [num_warps, num_stages, together]
+    key += values[runtime:]
+    add = key.append
     addresses = 0
     device = None
     elsewhere = False
-    for argument in arguments[:runtime]:
+    for number in range(runtime):
+        argument = values[number]
         kind = type(argument)
         if kind is int:
-            key.append(-1 if argument == 1 else (argument & 15 == 0) + 2 * (argument >= 2**31))
+            add(-1 if argument == 1 else not argument & 15 if argument < 2**31 else 2 + (not argument & 15))
         elif argument is None or kind is float:
-            key.append(kind)
+            add(kind)
         else:
-            key.append(argument.dtype)
+            add(argument.dtype)
             place = argument.get_device()
             if device is None:
                 device = place
             elif place != device:
                 elsewhere = True
-            argument = argument.data_ptr()
-            addresses |= argument
-        values.append(argument)
+            values[number] = address = argument.data_ptr()
+            addresses |= address
     # the binding under torch.cuda.current_device, which first looks whether CUDA is initialised
     if device != torch._C._cuda_getDevice():
         with torch.cuda.device(device):
             return launch(kernel, grid, *arguments, num_warps=num_warps, num_stages=num_stages, together=together)
-    key.append(device)
+    add(device)
     found = tuple(key)
     is_plain = not (elsewhere or addresses & 15)
     compiled = compiled_kernels.get(found) if is_plain else None
@@ -119,11 +126,11 @@ def launch(
         if is_plain:
             compiled_kernels[found] = _Compiled(made, made.run, made.function, made.packed_metadata)
         return
-    axes = (*grid, 1, 1)[:3]
+    kernel_made, run, function, metadata = compiled
+    axes = grid + _AXES[len(grid)]
     stream = torch._C._cuda_getCurrentRawStream(device)
-    values += arguments[runtime:]
     if _has_listeners():
-        compiled.kernel[axes](*values, stream=stream)
+        kernel_made[axes](*values, stream=stream)
     else:
         # what the line above comes to, without the description of the launch that nobody would read
-        compiled.run(*axes, stream, compiled.function, compiled.metadata, None, None, None, *values)
+        run(*axes, stream, function, metadata, None, None, None, *values)

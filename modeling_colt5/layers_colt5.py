@@ -73,6 +73,14 @@ def product_dtype(states: torch.Tensor) -> torch.dtype | None:
     return None
 
 
+def is_hooked(module: nn.Module) -> bool:
+    """Whether a call of the module is more than its own forward: a hook, or another forward in its place."""
+    if module._forward_pre_hooks or "forward" in module.__dict__:
+        return True
+    # Transformers leaves its hooks for `output_hidden_states` and the like in place, idle
+    return any(getattr(hook, "__name__", "") != "output_capturing_hook" for hook in module._forward_hooks.values())
+
+
 def project(states: torch.Tensor, *projections: nn.Linear) -> tuple[torch.Tensor, ...]:
     """Several projections of the same states [..., d], as one matrix product where that pays.
 
@@ -84,11 +92,15 @@ def project(states: torch.Tensor, *projections: nn.Linear) -> tuple[torch.Tensor
     if not runs_eagerly() or states.numel() < 4 * states.shape[-1] * sum(widths):
         return tuple(linear(states) for linear in projections)
     for linear in projections:
-        adapted = type(linear) is not nn.Linear or "forward" in linear.__dict__
-        if adapted or linear._forward_hooks or linear._forward_pre_hooks:
+        if type(linear) is not nn.Linear or is_hooked(linear):
             return tuple(linear(states) for linear in projections)
     weight = torch.cat([linear.weight for linear in projections])
     return nn.functional.linear(states, weight).split(widths, -1)
+
+
+def as_rows(router_weights: torch.Tensor | None) -> torch.Tensor | None:
+    """Router vectors as [routers, d_model], where there is only one [d_model]."""
+    return router_weights[None] if router_weights is not None and router_weights.dim() == 1 else router_weights
 
 
 class CoLT5LayerNorm(nn.Module):
@@ -107,12 +119,14 @@ class CoLT5LayerNorm(nn.Module):
         kernel_backend: str | None = None,
         for_products: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Normalise [batch, n, d_model]; with router vectors [routers, d_model] also their scores, see
-        `rms_norm_scores`. Without a `kernel_backend` the configuration's. `for_products` says that the normalised
+        """Normalise [batch, n, d_model]; with router vectors [routers, d_model], or one [d_model], also their scores,
+        see `rms_norm_scores`. Without a `kernel_backend` the configuration's. `for_products` says that the normalised
         states go into matrix products alone."""
         backend = kernel_backend or self.config.kernel_backend
         dtype = product_dtype(hidden_states) if for_products else None
-        return rms_norm_scores(hidden_states, self.weight, router_weights, self.eps, backend, dtype)
+        # not by the caller: PyTorch's module hooks (FlopCounterMode) take no view that was made without gradients
+        vectors = as_rows(router_weights)
+        return rms_norm_scores(hidden_states, self.weight, vectors, self.eps, backend, dtype)
 
 
 class CoLT5Attention(nn.Module):

@@ -76,6 +76,7 @@ class RoutingPlan:
             all layers: Transformers' configurations are slow to read.
         attention: the budgets of queries and of keys/values; None with `routing="none"`.
         feed_forward: the budget of the feed-forward; None with `routing="none"`.
+        merges_late: whether blocks leave their hidden states in parts, for the next block's norm to sum.
         side: the stream that heavy branches run on next to the light ones, while a CUDA graph is captured; None
             elsewhere, where switching streams would cost the host more than it saves.
     """
@@ -86,6 +87,7 @@ class RoutingPlan:
     settings: dict[str, Any] = field(default_factory=dict)
     attention: RoutingBudget | None = None
     feed_forward: RoutingBudget | None = None
+    merges_late: bool = False
     side: torch.cuda.Stream | None = None
 
     @classmethod
@@ -96,19 +98,26 @@ class RoutingPlan:
         if config.routing == "none":
             return plan
         plan.settings = route_settings(config, kernel_backend)
-        length, lengths = hidden_states.shape[1], real_lengths(hidden_states, mask)
-        minimum = config.min_routed_tokens
+        (batch, length), minimum = hidden_states.shape[:2], config.min_routed_tokens
         query, key_value = config.routed_query_fraction, config.routed_key_value_fraction
         feed_forward = config.routed_feed_forward_fraction
-        # a budget is eight launches: routers of one fraction share theirs
+        # routers of one fraction share their budget
         each = dict.fromkeys((query, key_value, feed_forward))
-        budgets = {fraction: routed_budget(lengths, fraction, minimum) for fraction in each}
+        capacities = {fraction: routed_capacity(length, fraction, minimum) for fraction in each}
+        if mask is None:
+            # what `routed_budget` says of whole rows, without its eight launches
+            shape, device = (batch,), hidden_states.device
+            budgets = {fraction: torch.full(shape, capacities[fraction], device=device) for fraction in each}
+        else:
+            lengths = mask.sum(-1)
+            budgets = {fraction: routed_budget(lengths, fraction, minimum) for fraction in each}
 
         def budget(*fractions: float) -> RoutingBudget:
+            parts = [budgets[fraction] for fraction in fractions]
             return RoutingBudget(
-                torch.stack([budgets[fraction] for fraction in fractions], 1).flatten(),
-                tuple(routed_capacity(length, fraction, minimum) for fraction in fractions),
-                None if mask is None else mask.repeat_interleave(len(fractions), 0),
+                torch.stack(parts, 1).flatten() if len(parts) > 1 else parts[0],
+                tuple(capacities[fraction] for fraction in fractions),
+                None if mask is None else mask.repeat_interleave(len(fractions), 0) if len(fractions) > 1 else mask,
             )
 
         if hidden_states.is_cuda and not torch.is_grad_enabled() and is_capturing():
@@ -265,10 +274,10 @@ class CoLT5Router(nn.Module):
 
 
 def router_weights(*routers: CoLT5Router) -> torch.Tensor | None:
-    """The routers' vectors as [routers, d_model]; None for controls."""
+    """The routers' vectors [routers, d_model], [d_model] of a single one; None for controls."""
     if routers[0].routing != "learned":
         return None
-    return torch.stack([router() for router in routers]) if len(routers) > 1 else routers[0]()[None]
+    return torch.stack([router() for router in routers]) if len(routers) > 1 else routers[0]()
 
 
 def run_routers(

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules import module as torch_module
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
@@ -19,10 +20,10 @@ from .causal_plan_colt5 import CausalPlan
 from .configuration_colt5 import CoLT5Config
 from .cross_routing_colt5 import CoLT5CrossRouting
 from .decoder_layers_colt5 import CoLT5DecoderBlock
-from .encoder_layers_colt5 import CoLT5EncoderBlock
+from .encoder_layers_colt5 import CoLT5EncoderBlock, CoLT5MergingLayerNorm
 from .inference_graphs import replayed
 from .kernel_backend import runs_eagerly, uses_triton
-from .layers_colt5 import CoLT5Attention, CoLT5DenseActDense, CoLT5LayerNorm
+from .layers_colt5 import CoLT5Attention, CoLT5DenseActDense, CoLT5LayerNorm, is_hooked
 from .outputs_colt5 import CoLT5DecoderOutput, CoLT5EncoderOutput
 from .relative_position import CoLT5RelativePositionBias, bias_of_sequence
 from .router_colt5 import CoLT5Router, RoutingPlan
@@ -210,9 +211,10 @@ class CoLT5Encoder(CoLT5PreTrainedModel):
                 config.num_heavy_heads, buckets, distance, True
             )
         self.block = nn.ModuleList([CoLT5EncoderBlock(config, layer_idx) for layer_idx in range(config.num_layers)])
-        self.final_layer_norm = CoLT5LayerNorm(config)
+        self.final_layer_norm = CoLT5MergingLayerNorm(config)
         self.dropout = nn.Dropout(config.dropout_rate)
         self.gradient_checkpointing = False
+        self.has_looked_for_padding = False
         self.post_init()
 
     @merge_with_config_defaults
@@ -236,28 +238,50 @@ class CoLT5Encoder(CoLT5PreTrainedModel):
         Raises:
             ValueError: for both or neither of ids and embeddings, or a mask of another shape.
         """
-        # the check waits for the device, which a CUDA graph in the making must not
-        if input_ids is not None and not (input_ids.is_cuda and torch.cuda.is_current_stream_capturing()):
-            self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
+        if input_ids is not None and attention_mask is None:
+            self.warn_of_padding(input_ids)
         hidden_states = self.dropout(_embed(self.embed_tokens, input_ids, inputs_embeds))
         mask = padding_mask("attention_mask", attention_mask, hidden_states)
-        if self.replays(hidden_states, kwargs):
+        if self.returns_states_alone(kwargs) and self.replays(hidden_states):
             hidden_states = replayed(self, repr(vars(self.config)), self.run_blocks, hidden_states, mask)
         else:
-            hidden_states = self.run_blocks(hidden_states, mask)
+            hidden_states = self.run_blocks(hidden_states, mask, not self.returns_states_alone(kwargs))
         return CoLT5EncoderOutput(last_hidden_state=self.dropout(hidden_states))
 
-    def replays(self, hidden_states: torch.Tensor, flags: dict[str, Any]) -> bool:
-        """Whether this call may be a replayed graph: wanted, fused, and nothing of the layers is to be returned."""
-        config = self.config
-        if not (runs_eagerly() and config.use_cuda_graphs and uses_triton(hidden_states, config.kernel_backend)):
-            return False
-        names = (f"output_{name}" for name in self._can_record_outputs)
-        return not any(flags.get(name, getattr(config, name, False)) for name in names)
+    def warn_of_padding(self, input_ids: torch.Tensor) -> None:
+        """Transformers' warning of ids that look padded and come without a mask.
 
-    def run_blocks(self, hidden_states: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """All layers and the last norm: [batch, n, d_model] and a bool mask [batch, n] → [batch, n, d_model]."""
+        To look is to wait for the device: on CUDA the first such call does, and none whose kernels are captured."""
+        if input_ids.is_cuda:
+            if self.has_looked_for_padding or not runs_eagerly() or torch.cuda.is_current_stream_capturing():
+                return
+            self.has_looked_for_padding = True
+        self.warn_if_padding_and_no_attention_mask(input_ids, None)
+
+    def returns_states_alone(self, flags: dict[str, Any]) -> bool:
+        """Whether nothing of the layers is to be returned."""
+        names = (f"output_{name}" for name in self._can_record_outputs)
+        return not any(flags.get(name, getattr(self.config, name, False)) for name in names)
+
+    def replays(self, hidden_states: torch.Tensor) -> bool:
+        """Whether this call may be a replayed graph: wanted, and fused."""
+        config = self.config
+        return runs_eagerly() and config.use_cuda_graphs and uses_triton(hidden_states, config.kernel_backend)
+
+    def run_blocks(
+        self, hidden_states: torch.Tensor, mask: torch.Tensor | None, records_blocks: bool = False
+    ) -> torch.Tensor:
+        """All layers and the last norm: [batch, n, d_model] and a bool mask [batch, n] → [batch, n, d_model].
+
+        `records_blocks` says that somebody reads what the blocks return.
+        """
         plan = RoutingPlan.make(self.config, hidden_states, mask)
+        # for inference only: a block's output in parts is more to keep for its gradient or for checkpointing
+        plan.merges_late = (
+            not (records_blocks or torch.is_grad_enabled())
+            and runs_eagerly()
+            and not (torch_module._has_any_global_hook() or any(map(is_hooked, self.block)))
+        )
         light_bias_table = self.light_relative_attention_bias()
         heavy_bias_table = None if self.config.routing == "none" else self.heavy_relative_attention_bias()
         try:
@@ -266,7 +290,7 @@ class CoLT5Encoder(CoLT5PreTrainedModel):
         finally:
             # the recording of a CUDA graph that an error breaks off can end only with all of its streams joined
             plan.join()
-        return self.final_layer_norm(hidden_states, None, plan.kernel_backend)[0]
+        return self.final_layer_norm(hidden_states, None, plan.kernel_backend)[1]
 
 
 class CoLT5Decoder(CoLT5PreTrainedModel):

@@ -1,12 +1,16 @@
-"""Operators of several copies of the code in one process."""
+"""The choice between Triton and PyTorch, and operators of several copies of the code in one process."""
 
+import os
+import subprocess
+import sys
 from itertools import count
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from modeling_colt5.kernel_backend import Operator
+from modeling_colt5 import kernel_backend
+from modeling_colt5.kernel_backend import ENVIRONMENT_VARIABLE, Operator, uses_triton
 
 # an operator stays registered as long as the process lives
 _numbers = count()
@@ -42,3 +46,20 @@ def test_copies_of_two_versions_have_an_operator_each(name: str) -> None:
     assert traced(older, 2.0).shape == (3,)
     assert traced(newer, 2.0, 4).shape == (4, 3)
     assert newer(torch.ones(3), 2.0, 4).sum() == 24 and older(torch.ones(3), 2.0).sum() == 6
+
+
+@pytest.mark.parametrize("forced", ["torch", None])
+def test_the_environment_is_read_when_the_code_is_imported(forced: str | None) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != ENVIRONMENT_VARIABLE}
+    environment |= {ENVIRONMENT_VARIABLE: forced} if forced else {}
+    code = "from modeling_colt5.kernel_backend import FORCED_BACKEND; print(FORCED_BACKEND)"
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == str(forced)
+
+
+def test_the_environment_has_the_last_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel_backend, "FORCED_BACKEND", "torch")
+    assert not uses_triton(torch.empty(1), "triton")
+    monkeypatch.setattr(kernel_backend, "FORCED_BACKEND", "tritn")
+    with pytest.raises(ValueError, match="'tritn'"):
+        uses_triton(torch.empty(1), "torch")

@@ -359,7 +359,7 @@ def test_routing_of_the_first_layer_is_the_largest_scores():
     ids = random_ids(1, 60)
     routing = model(ids, output_routing=True).routing[0]
     layer = model.encoder.block[0].layer[0]
-    normed, _ = layer.layer_norm(model.shared(ids))
+    _, normed, _ = layer.layer_norm(model.shared(ids))
     for kind, router, budget in (("query", layer.query_router, 15), ("key_value", layer.key_value_router, 20)):
         # a token that occurs twice has one score twice: the earlier one goes first
         order = (normed[0] @ router.weight).argsort(descending=True, stable=True)
