@@ -12,7 +12,7 @@ STEPS_BEFORE = 3
 
 
 class TrainingStep:
-    """Loss, gradients clipped at 1, and AdamW, at T5's 1/√step, in place.
+    """Loss, gradients clipped at 1, and AdamW, at T5's 1/√step and at will with a fall to zero at the end, in place.
 
     A model as small as the benchmarks' keeps a GPU waiting for Python; a replayed graph does not, for any model whose
     step neither synchronises nor makes tensors of Python's numbers. Where capturing fails the step stays as it is, and
@@ -23,6 +23,7 @@ class TrainingStep:
         loss_of: from a batch to the loss; batches always have the same names, shapes and dtypes.
         groups: the optimiser's groups of all parameters, each with its highest learning rate.
         warmup_steps: of linearly rising rate; from then on it falls as 1/√step, which knows no last step.
+        cooldown: where the rate besides falls linearly to zero, the first of these steps and the last one of all.
     """
 
     def __init__(
@@ -31,6 +32,7 @@ class TrainingStep:
         loss_of: Callable[[Batch], Tensor],
         groups: list[dict[str, Any]],
         warmup_steps: int,
+        cooldown: tuple[int, int] | None = None,
     ):
         self.parameters = list(model.parameters())
         self.loss_of = loss_of
@@ -45,6 +47,7 @@ class TrainingStep:
             groups, betas=(0.9, 0.99), weight_decay=0.0, fused=on_gpu, capturable=on_gpu
         )
         self.warmup_steps = warmup_steps
+        self.cooldown = cooldown
         self.steps = 0
         self.captured = False
         self._stream = torch.cuda.Stream(self.device) if on_gpu else None
@@ -56,6 +59,9 @@ class TrainingStep:
         """Do a step, and give its loss before it, on the device; the next step may overwrite it."""
         self.steps += 1
         share = min(self.steps / self.warmup_steps, (self.warmup_steps / self.steps) ** 0.5)
+        if self.cooldown is not None:
+            first, last = self.cooldown
+            share *= min(1.0, (last + 1 - self.steps) / (last + 1 - first))
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(rate * share)

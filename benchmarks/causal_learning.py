@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from captured_step import TrainingStep
 from measure import RESULTS, describe_device
+from torch import nn
 from transformers import HfArgumentParser
 
 from modeling_colt5 import CoLT5Config, CoLT5ForCausalLM
@@ -36,14 +37,18 @@ SKIPPED_FOLDERS = {"site-packages", "test", "tests", "idlelib", "lib2to3", "__py
 # what a variant changes; the order is the order of work
 VARIANTS: dict[str, dict[str, Any]] = {
     "routed": {"causal_attention": "routed"},
-    # where routed tokens count more: their weights begin near 1
-    "routed-epsilon": {"causal_attention": "routed", "routing_epsilon": 0.1},
     "local": {"causal_attention": "local"},
+    # four times as many tokens get a heavy part
+    "routed-queries": {"causal_attention": "routed", "routed_query_fraction": 0.25},
     # as many heads as the routed model has in both branches
     "local-wide": {"causal_attention": "local", "num_light_heads": 6},
+    # what there is to gain from context
+    "full": {"causal_attention": "full"},
+    "routed-both": {"causal_attention": "routed", "causal_feed_forward": "routed"},
+    "routed-feed-forward": {"causal_attention": "local", "causal_feed_forward": "routed"},
 }
 TINY = {"d_model": 32, "num_layers": 2, "length": 128, "window": 16, "pool": 24, "radius": 7, "batch": 2, "steps": 6}
-TINY |= {"eval_every": 3, "eval_rows": 2, "warmup_steps": 2}
+TINY |= {"eval_every": 3, "eval_rows": 2, "warmup_steps": 2, "cooldown_steps": 2}
 
 
 @dataclass(frozen=True)
@@ -57,10 +62,11 @@ class Settings:
     pool: int = field(default=512, metadata={"help": "causal_routed_keys"})
     radius: int = field(default=127, metadata={"help": "local_radius"})
     batch: int = field(default=8, metadata={"help": "rows in a step"})
-    steps: int = field(default=600, metadata={"help": "steps of a run"})
+    steps: int = field(default=2000, metadata={"help": "steps of a run"})
     warmup_steps: int = field(default=60, metadata={"help": "steps of rising learning rate; then as 1 / √step"})
+    cooldown_steps: int = field(default=500, metadata={"help": "the last ones, in which it falls to zero as well"})
     learning_rate: float = field(default=2e-2, metadata={"help": "the highest, relative to each parameter's size"})
-    eval_every: int = field(default=50, metadata={"help": "steps between evaluations"})
+    eval_every: int = field(default=200, metadata={"help": "steps between evaluations"})
     eval_rows: int = field(default=64, metadata={"help": "held-out rows"})
 
 
@@ -102,9 +108,9 @@ def make_model(variant: str, settings: Settings) -> CoLT5ForCausalLM:
         "num_heavy_heads": 4,
         "light_d_ff": d_ff // 2,
         "heavy_d_ff": 4 * d_ff,
+        "d_ff": d_ff,
         "num_decoder_layers": settings.num_layers,
         "local_radius": settings.radius,
-        "causal_feed_forward": "routed",
         "causal_window": settings.window,
         "causal_routed_keys": settings.pool,
         "dropout_rate": 0.0,
@@ -123,21 +129,23 @@ def rows_of(ids: np.ndarray, starts: list[int], length: int, device: torch.devic
 
 
 @torch.no_grad()
-def held_out_loss(model: CoLT5ForCausalLM, rows: torch.Tensor, batch: int) -> float:
-    """The mean loss a byte, in nats."""
+def token_losses(model: CoLT5ForCausalLM, rows: torch.Tensor, batch: int) -> torch.Tensor:
+    """The loss of predicting each byte after the first, in nats, fp32 [rows, length - 1]."""
     model.eval()
     losses = []
     for part in rows.split(batch):
         with autocast(rows.device):
-            losses.append(model(part, labels=part, use_cache=False).loss * len(part))
+            logits = model(part, use_cache=False).logits[:, :-1]
+        losses.append(nn.functional.cross_entropy(logits.float().transpose(1, 2), part[:, 1:], reduction="none"))
     model.train()
-    return float(torch.stack(losses).sum()) / len(rows)
+    return torch.cat(losses)
 
 
 @torch.no_grad()
 def describe_routing(model: CoLT5ForCausalLM, rows: torch.Tensor, batch: int) -> dict[str, Any]:
     """What is routed on held-out text, a list over layers for each: tokens over their target, mean weight, mean age of
-    the pools' tokens in tokens; and the held-out loss with the heavy attention left out."""
+    the pools' tokens in tokens; and the loss with and without the heavy attention, of all tokens and of those of the
+    first batch that are queries in some layer (their share, too)."""
     config = model.config
     model.eval()
     with autocast(rows.device):
@@ -163,13 +171,18 @@ def describe_routing(model: CoLT5ForCausalLM, rows: torch.Tensor, batch: int) ->
             start = window * torch.arange(pools.indices.shape[2], device=rows.device)[:, None]
             ages.append(float((start - pools.indices)[pools.valid].float().mean()))
         description["pool_age"] = ages
+        queries = torch.stack([layer.query for layer in layers]).amax(0)[:, :-1] > 0
         heavy = [block.layer[0].heavy_attention.o.weight for block in model.decoder.block]
         kept = [weight.clone() for weight in heavy]
+        losses = {"with": token_losses(model, rows, batch)}
         for weight in heavy:
             weight.zero_()
-        description["loss_without_heavy"] = held_out_loss(model, rows, batch)
+        losses["without"] = token_losses(model, rows, batch)
         for weight, before in zip(heavy, kept, strict=True):
             weight.copy_(before)
+        description["loss_without_heavy"] = float(losses["without"].mean())
+        description["queries"] = {"share": float(queries.float().mean())}
+        description["queries"] |= {name: float(part[: len(queries)][queries].mean()) for name, part in losses.items()}
     model.train()
     return description
 
@@ -184,7 +197,8 @@ def train_steps(
             return model(batch["rows"], labels=batch["rows"], use_cache=False).loss
 
     groups = size_scaled_groups(model, settings.learning_rate)
-    train_step = TrainingStep(model, loss_of, groups, settings.warmup_steps)
+    cooldown = (settings.steps - settings.cooldown_steps + 1, settings.steps)
+    train_step = TrainingStep(model, loss_of, groups, settings.warmup_steps, cooldown)
     draws = np.random.default_rng(seed)
     for step in range(settings.steps):
         yield step
@@ -213,7 +227,7 @@ def run(variant: str, seed: int, settings: Settings, device: torch.device, deadl
     for step in train_steps(model := fresh(), train, settings, seed, device):
         if step == min(3, settings.steps):
             break
-    held_out_loss(model, rows, settings.batch)
+    token_losses(model, rows, settings.batch)
 
     model = fresh()
     curve, seconds, started = [], 0.0, wait()
@@ -223,7 +237,8 @@ def run(variant: str, seed: int, settings: Settings, device: torch.device, deadl
         seconds += wait() - started
         if time.time() > deadline:
             return None
-        curve.append({"step": step, "seconds": seconds, "loss": held_out_loss(model, rows, settings.batch)})
+        loss = float(token_losses(model, rows, settings.batch).mean())
+        curve.append({"step": step, "seconds": seconds, "loss": loss})
         started = wait()
     return {
         "text": text,

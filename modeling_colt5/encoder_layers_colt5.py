@@ -231,16 +231,17 @@ class CoLT5EncoderBlock(GradientCheckpointingLayer):
         light_bias_table: torch.Tensor,
         heavy_bias_table: torch.Tensor | None,
         plan: RoutingPlan,
-    ) -> tuple[torch.Tensor | Branches, torch.Tensor | None, torch.Tensor | None, CoLT5LayerRouting]:
+    ) -> tuple[torch.Tensor | Branches, torch.Tensor | None, torch.Tensor | None, CoLT5LayerRouting | None]:
         """The new hidden states [batch, n, d_model], light and heavy attention weights, and what was routed.
 
-        With `plan.merges_late` the hidden states are left in parts, and taken so from the block before.
+        With `plan.merges_late` the hidden states alone, in parts, as they come from the block before.
         """
         branches, light_weights, heavy_weights, keys = self.layer[0](
             hidden_states, light_bias_table, heavy_bias_table, plan
         )
         queries = branches.routed
         branches, tokens = self.layer[1](branches, plan)
-        hidden_states = branches if plan.merges_late else branches.merge(plan.kernel_backend)
+        if plan.merges_late:
+            return branches, None, None, None
         routing = CoLT5LayerRouting(query=queries, key_value=keys, feed_forward=tokens)
-        return hidden_states, light_weights, heavy_weights, routing
+        return branches.merge(plan.kernel_backend), light_weights, heavy_weights, routing

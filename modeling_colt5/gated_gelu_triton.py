@@ -58,16 +58,21 @@ def gated_gelu_backward_kernel(
     tl.store(grad_up_ptr + row * width + columns, (grad * gate * share).to(grad_up_ptr.dtype.element_ty), mask=mask)
 
 
-def rows_of(states: Tensor) -> Tensor:
-    """`[..., width]` as `[rows, width]` with adjacent features, a view where it can be (halves of one projection)."""
-    rows = states.reshape(-1, states.shape[-1])
-    return rows if rows.stride(-1) == 1 else rows.contiguous()
+def rows_of(states: Tensor) -> tuple[Tensor, int]:
+    """`[..., width]` as rows of adjacent features, and how far they lie apart; halves of a projection stay."""
+    strides, shape = states.stride(), states.shape
+    if len(shape) == 3 and strides[2] == 1 and (shape[0] == 1 or strides[0] == shape[1] * strides[1]):
+        return states, strides[1]
+    rows = states.reshape(-1, shape[-1])
+    rows = rows if rows.stride(-1) == 1 else rows.contiguous()
+    return rows, rows.stride(0)
 
 
 def gated_gelu(gate: Tensor, up: Tensor) -> Tensor:
     """`token_ops_reference.gated_gelu` as one launch."""
-    gate_rows, up_rows = rows_of(gate), rows_of(up)
-    rows, width = gate_rows.shape
+    (gate_rows, gate_stride), (up_rows, up_stride) = rows_of(gate), rows_of(up)
+    width = gate.shape[-1]
+    rows = gate.numel() // width
     out = torch.empty(gate.shape, device=gate.device, dtype=gate.dtype)
     block = min(1024, next_power_of_2(width))
     launch(
@@ -76,8 +81,8 @@ def gated_gelu(gate: Tensor, up: Tensor) -> Tensor:
         gate_rows,
         up_rows,
         out,
-        gate_rows.stride(0),
-        up_rows.stride(0),
+        gate_stride,
+        up_stride,
         width,
         block,
         num_warps=4,
@@ -87,8 +92,9 @@ def gated_gelu(gate: Tensor, up: Tensor) -> Tensor:
 
 def gated_gelu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """`token_ops_reference.gated_gelu_backward` as one launch."""
-    gate_rows, up_rows = rows_of(gate), rows_of(up)
-    rows, width = gate_rows.shape
+    (gate_rows, gate_stride), (up_rows, up_stride) = rows_of(gate), rows_of(up)
+    width = gate.shape[-1]
+    rows = gate.numel() // width
     grad_gate = torch.empty(gate.shape, device=gate.device, dtype=gate.dtype)
     grad_up = torch.empty(up.shape, device=up.device, dtype=up.dtype)
     block = min(1024, next_power_of_2(width))
@@ -100,8 +106,8 @@ def gated_gelu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor,
         up_rows,
         grad_gate,
         grad_up,
-        gate_rows.stride(0),
-        up_rows.stride(0),
+        gate_stride,
+        up_stride,
         width,
         block,
         num_warps=4,

@@ -89,13 +89,14 @@ def project(states: torch.Tensor, *projections: nn.Linear) -> tuple[torch.Tensor
     """
     widths = [linear.out_features for linear in projections]
     # a tracer comes first: it must not meet a choice by a length that it keeps open
-    if not runs_eagerly() or states.numel() < 4 * states.shape[-1] * sum(widths):
+    if not runs_eagerly() or states.numel() < 2 * states.shape[-1] * sum(widths):
         return tuple(linear(states) for linear in projections)
     for linear in projections:
         if type(linear) is not nn.Linear or is_hooked(linear):
             return tuple(linear(states) for linear in projections)
     weight = torch.cat([linear.weight for linear in projections])
-    return nn.functional.linear(states, weight).split(widths, -1)
+    # past Tensor.split, which inspects its arguments first
+    return nn.functional.linear(states, weight).split_with_sizes(widths, -1)
 
 
 def as_rows(router_weights: torch.Tensor | None) -> torch.Tensor | None:
@@ -204,10 +205,12 @@ class CoLT5DenseActDense(nn.Module):
         backend = kernel_backend or self.config.kernel_backend
         activated = gated_gelu(gate, up, backend)
         if self.training and self.dropout.p > 0:
-            return self.project_out(self.dropout(activated))
-        # cheap to compute again, and with gate and up the largest of what a layer would keep for its backward
-        with recomputed_in_backward(activated, lambda: gated_gelu(gate, up, backend)):
-            return self.project_out(activated)
+            activated = self.dropout(activated)
+        elif torch.is_grad_enabled():
+            # cheap to compute again, and with gate and up the largest of what a layer would keep for its backward
+            with recomputed_in_backward(activated, lambda: gated_gelu(gate, up, backend)):
+                return self.project_out(activated)
+        return self.project_out(activated)
 
     def project_out(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[..., d_ff] → [..., d_model]."""

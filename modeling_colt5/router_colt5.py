@@ -76,7 +76,7 @@ class RoutingPlan:
             all layers: Transformers' configurations are slow to read.
         attention: the budgets of queries and of keys/values; None with `routing="none"`.
         feed_forward: the budget of the feed-forward; None with `routing="none"`.
-        merges_late: whether blocks leave their hidden states in parts, for the next block's norm to sum.
+        merges_late: whether blocks return their hidden states alone, and in parts, for the next norm to sum.
         side: the stream that heavy branches run on next to the light ones, while a CUDA graph is captured; None
             elsewhere, where switching streams would cost the host more than it saves.
     """
@@ -277,7 +277,8 @@ def router_weights(*routers: CoLT5Router) -> torch.Tensor | None:
     """The routers' vectors [routers, d_model], [d_model] of a single one; None for controls."""
     if routers[0].routing != "learned":
         return None
-    return torch.stack([router() for router in routers]) if len(routers) > 1 else routers[0]()
+    vectors = [router() for router in routers]
+    return torch.cat(vectors).view(len(vectors), -1) if len(vectors) > 1 else vectors[0]
 
 
 def run_routers(
@@ -311,9 +312,13 @@ def run_routers(
         weights = valid.to(weights.dtype)
     if len(routers) == 1:
         return [RoutedTokens(indices, weights, valid)]
-    parts = (part.view(-1, len(routers), slots).unbind(1) for part in (indices, weights, valid))
-    # used slots come first, so that a router with fewer slots than the largest has all of its own at the front
-    return [
-        RoutedTokens(*parts) if capacity == slots else RoutedTokens(*(part[:, :capacity] for part in parts))
-        for *parts, capacity in zip(*parts, budget.capacities, strict=True)
-    ]
+    tokens = []
+    parts = [part.view(-1, len(routers), slots) for part in (indices, weights, valid)]
+    for position, capacity in enumerate(budget.capacities):
+        own = [part.select(1, position) for part in parts]
+        if capacity != slots:
+            # used slots come first, so that a router with fewer than the largest has all of its own at the front
+            own = [part.narrow(1, 0, capacity) for part in own]
+        # side by side, as kernels read them, once for all that do
+        tokens.append(RoutedTokens(*(part.contiguous() for part in own)))
+    return tokens

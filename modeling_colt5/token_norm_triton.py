@@ -21,7 +21,7 @@ except ImportError as error:
 # every device
 GRADIENT_PROGRAMS = 512
 # the backward keeps more of each element than the forward, and smaller programs let four share a processor
-BACKWARD_TILE = 2048
+BACKWARD_TILE, BACKWARD_WARP = 2048, 512
 
 
 @triton.jit
@@ -70,7 +70,7 @@ def combine_norm_kernel(
     if light_ptr is not None:
         rows += tl.load(light_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         rows += routed_rows(
-            positions, batch, columns, column_mask, heavy_ptr, indices_ptr, valid_ptr, weights_ptr, capacity, d
+            positions, batch, columns, column_mask, heavy_ptr, indices_ptr, valid_ptr, weights_ptr, capacity, d, ROWS
         )
         combined = rows.to(hidden_ptr.dtype.element_ty)
         tl.store(hidden_ptr + offsets, combined, mask=mask)
@@ -263,7 +263,7 @@ def norm_backward(
     """`token_ops_reference.norm_backward` as two launches: rows and partial sums, then the sums of the partials."""
     batch, n, d = hidden_states.shape
     routers = 0 if router_weights is None else router_weights.shape[0]
-    rows, block, warps = tile_shape(d, BACKWARD_TILE)
+    rows, block, warps = tile_shape(d, BACKWARD_TILE, BACKWARD_WARP)
     total_blocks = batch * cdiv(n, rows)
     programs = min(GRADIENT_PROGRAMS, total_blocks)
     grad_rows = torch.empty(hidden_states.shape, device=hidden_states.device, dtype=hidden_states.dtype)
