@@ -17,9 +17,12 @@ DOCS = Path(__file__).parent
 RESULTS = DOCS.parent / "benchmarks/results/causal_learning"
 NAMES = {
     "routed": "light and heavy branch",
-    "routed-epsilon": "light and heavy branch, ε = 0.1",
+    "routed-queries": "the same, a quarter of the tokens as queries",
     "local": "light branch only",
     "local-wide": "light branch only, with all 6 heads",
+    "full": "T5's full attention",
+    "routed-both": "light and heavy branch, routed feed-forward",
+    "routed-feed-forward": "light branch only, routed feed-forward",
 }
 Run = dict[str, Any]
 
@@ -69,29 +72,53 @@ def draw(runs: dict[str, list[Run]], file: Path) -> None:
 
 def loss_table(runs: dict[str, list[Run]]) -> str:
     """A row for each variant."""
-    lines = ["| | parameters, M | ms a step | held-out loss at the end, by seed |", "| --- | --- | --- | --- |"]
+    lines = [
+        "| attention | parameters, M | ms a step | held-out loss at the end, mean | by seed |",
+        "| --- | --- | --- | --- | --- |",
+    ]
     for variant, of_variant in runs.items():
         last = [run["curve"][-1] for run in of_variant]
         step = sum(1e3 * point["seconds"] / point["step"] for point in last) / len(last)
-        losses = " / ".join(f"{point['loss']:.4f}" for point in last)
+        losses = [point["loss"] for point in last]
+        mean, each = sum(losses) / len(losses), " / ".join(f"{loss:.4f}" for loss in losses)
         parameters = of_variant[0]["parameters"] / 1e6
-        lines.append(f"| {NAMES[variant]} | {parameters:.1f} | {step:.0f} | {losses} |")
-    routed = runs.get("routed")
-    if routed:
-        without = " / ".join(f"{run['routing']['loss_without_heavy']:.4f}" for run in routed)
-        lines.append(f"| the first, its heavy attention taken out after training | | | {without} |")
+        lines.append(f"| {NAMES[variant]} | {parameters:.1f} | {step:.1f} | {mean:.4f} | {each} |")
+    return "\n".join(lines)
+
+
+def use_table(runs: dict[str, list[Run]]) -> str:
+    """What taking the heavy attention out after training costs, a row for each variant that has it."""
+    lines = [
+        "| attention | all tokens | tokens that are queries in some layer | their share |",
+        "| --- | --- | --- | --- |",
+    ]
+    for variant, of_variant in runs.items():
+        if "queries" not in of_variant[0]["routing"]:
+            continue
+        costs = [run["routing"]["loss_without_heavy"] - run["curve"][-1]["loss"] for run in of_variant]
+        queries = [run["routing"]["queries"] for run in of_variant]
+        of_queries = [part["without"] - part["with"] for part in queries]
+        share = sum(part["share"] for part in queries) / len(queries)
+        columns = [" / ".join(f"{cost:.4f}" for cost in column) for column in (costs, of_queries)]
+        lines.append(f"| {NAMES[variant]} | {' | '.join(columns)} | {share:.0%} |")
     return "\n".join(lines)
 
 
 def routing_table(runs: dict[str, list[Run]]) -> str:
-    """What the first seed's routed model does on held-out text, from the first to the last layer."""
-    routing = runs["routed"][0]["routing"]
-    lines = ["| | tokens routed, of the target | mean weight |", "| --- | --- | --- |"]
-    for name, title in (("query", "queries"), ("feed_forward", "feed-forward")):
-        parts = [" ".join(f"{value:.2f}" for value in routing[name][part]) for part in ("budget", "weight")]
-        lines.append(f"| {title} | {' | '.join(parts)} |")
-    ages = " ".join(f"{age:.0f}" for age in routing["pool_age"])
-    return "\n".join(lines) + f"\n\nMean age of a pool's tokens, in bytes, by layer: {ages}."
+    """What the first seeds' models do on held-out text, from the first to the last layer."""
+    lines = [
+        "| attention | what is routed | tokens, of the target | mean weight | mean age of the pools' tokens, bytes |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for variant, of_variant in runs.items():
+        routing = of_variant[0]["routing"]
+        ages = " ".join(f"{age:.0f}" for age in routing.get("pool_age", []))
+        for name, title in (("query", "queries"), ("feed_forward", "feed-forward")):
+            if name in routing:
+                parts = [" ".join(f"{value:.2f}" for value in routing[name][part]) for part in ("budget", "weight")]
+                age = ages if name == "query" else ""
+                lines.append(f"| {NAMES[variant]} | {title} | {' | '.join(parts)} | {age} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -103,7 +130,8 @@ def main() -> None:
     runs = load_runs(arguments.results)
     draw(runs, arguments.page.with_suffix(".svg"))
     text = arguments.page.read_text(encoding="utf-8")
-    for name, content in (("losses", loss_table(runs)), ("routing", routing_table(runs))):
+    tables = {"losses": loss_table(runs), "use": use_table(runs), "routing": routing_table(runs)}
+    for name, content in tables.items():
         before, after = text.split(opening := f"<!-- {name} -->\n")
         text = before + opening + content + after[after.index("\n<!-- end -->") :]
     arguments.page.write_text(text, encoding="utf-8")

@@ -275,6 +275,17 @@ def test_a_training_step_is_adamw_at_each_parameters_own_rate() -> None:
         torch.testing.assert_close(parameter, expected)
 
 
+def test_a_cooldown_falls_to_zero_after_the_last_step() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    model = torch.nn.ParameterList([parameter])
+    step = TrainingStep(model, lambda _: parameter.sum(), [{"params": [parameter], "lr": 1.0}], 1, (5, 8))
+    rates = []
+    for _ in range(8):
+        step({})
+        rates.append(float(step.optimizer.param_groups[0]["lr"]) * (len(rates) + 1) ** 0.5)
+    torch.testing.assert_close(torch.tensor(rates), torch.tensor([1, 1, 1, 1, 1, 0.75, 0.5, 0.25]))
+
+
 def test_diagnosis_changes_choice_or_weights() -> None:
     sizes = {"d_model": 32, "d_kv": 16, "num_layers": 1, "num_decoder_layers": 1}
     settings = learning.Settings(**sizes)

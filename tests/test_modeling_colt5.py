@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from models import ENCODER_HEADS, pad, random_ids, tiny_model
+from models import ENCODER_HEADS, pad, random_ids, tiny_config, tiny_model
 from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration
 
@@ -16,6 +16,7 @@ from modeling_colt5 import (
     CoLT5ForSequenceClassification,
     CoLT5ForTokenClassification,
 )
+from modeling_colt5.router_colt5 import RoutingPlan
 
 
 @torch.no_grad()
@@ -547,3 +548,62 @@ def test_a_cache_under_its_later_name_is_refused_instead_of_unread():
     cache = model(**inputs).past_key_values
     with pytest.raises(TypeError, match="cache is given; here it is called past_key_values"):
         model(**inputs, cache=cache)
+
+
+@pytest.mark.parametrize("kernel_backend", ["torch", "triton"])
+@torch.no_grad()
+def test_blocks_that_leave_their_sum_to_the_next_norm_give_the_same(kernel_backend, device):
+    model = tiny_model(CoLT5EncoderModel, kernel_backend=kernel_backend).to(device)
+    batch = pad([random_ids(60), random_ids(37)], "right")
+    batch = {name: tensor.to(device) for name, tensor in batch.items()}
+    left_in_parts = model(**batch).last_hidden_state
+    # whoever reads the blocks' outputs gets tensors, summed
+    read = model(**batch, output_hidden_states=True)
+    assert [states.shape for states in read.hidden_states] == 3 * [(2, 60, 32)]
+    assert torch.equal(left_in_parts, read.last_hidden_state)
+
+
+@torch.no_grad()
+def test_a_hook_on_a_block_reads_and_changes_the_hidden_states():
+    model = tiny_model(CoLT5EncoderModel, num_layers=3)
+    ids, seen = random_ids(1, 40), []
+    plain = model(ids, output_hidden_states=True)
+
+    class Steer:
+        """A hook that is no function has no name."""
+
+        def __call__(self, module, inputs, output):
+            seen.append(output[0])
+            return (output[0] + 1.0, *output[1:])
+
+    handle = model.encoder.block[0].register_forward_hook(Steer())
+    steered = model(ids).last_hidden_state
+    handle.remove()
+    assert torch.equal(seen[0], plain.hidden_states[1])
+    states = seen[0] + 1.0
+    expected = model.encoder.run_blocks
+    blocks, model.encoder.block = model.encoder.block, model.encoder.block[1:]
+    assert torch.equal(expected(states, None), steered)
+    model.encoder.block = blocks
+    assert torch.equal(model(ids).last_hidden_state, plain.last_hidden_state)
+
+
+@pytest.mark.parametrize("length", [1, 15, 40, 333])
+def test_budgets_of_whole_rows_are_those_of_a_full_mask(length):
+    config, states = tiny_config(), torch.zeros(2, length, 32)
+    whole = RoutingPlan.make(config, states, None)
+    masked = RoutingPlan.make(config, states, torch.ones(2, length, dtype=torch.bool))
+    for ours, theirs in ((whole.attention, masked.attention), (whole.feed_forward, masked.feed_forward)):
+        assert torch.equal(ours.budget, theirs.budget) and ours.capacities == theirs.capacities
+
+
+@torch.no_grad()
+def test_padding_without_a_mask_is_looked_for_once_where_it_waits_for_the_device(device, monkeypatch):
+    model = tiny_model(CoLT5EncoderModel).to(device)
+    ids, looks = random_ids(1, 20).to(device), []
+    monkeypatch.setattr(model.encoder, "warn_if_padding_and_no_attention_mask", lambda *given: looks.append(given))
+    model(ids, attention_mask=torch.ones_like(ids))
+    assert not looks
+    for _ in range(3):
+        model(ids)
+    assert len(looks) == (1 if device.type == "cuda" else 3)

@@ -176,6 +176,18 @@ def test_gated_gelu(dtype: torch.dtype, halves: bool, device: torch.device) -> N
     assert_close(results, expected, dtype)
 
 
+# searches of one to three steps, with ranges that do and do not divide
+@pytest.mark.parametrize("capacity", [1, 63, 64, 65, 130, 4097, 4200])
+def test_slots_are_found_whatever_their_number(capacity: int, device: torch.device) -> None:
+    n, d = capacity + 301, 4
+    indices, valid, _ = routing([capacity, capacity // 2], capacity, n, device, last=True)
+    base, updates = torch.randn(2, n, d, device=device), torch.randn(2, capacity, d, device=device)
+    expected = base.clone()
+    for row in range(2):
+        expected[row, indices[row, valid[row]]] += updates[row, valid[row]]
+    assert torch.equal(scatter_add_tokens(base, updates, indices, valid, None, "triton"), expected)
+
+
 def test_references_against_loops() -> None:
     n, d = 11, 5
     device = torch.device("cpu")
