@@ -21,20 +21,23 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 TITLE = (
     "A training step through Trainer, base size, bf16 autocast, AdamW, no dropout: two documents of 16,384 tokens, "
     "512 tokens of output; medians. Accumulated: documents a step that had to be taken one by one. Compiled: "
-    '`torch_compile=True`; with graphs: `torch_compile_mode="reduce-overhead"` too. Compilation: what the first three '
-    "steps took beyond three others"
+    '`torch_compile=True`; with graphs: `torch_compile_mode="reduce-overhead"` too. One thread: eager, with '
+    "`torch.autograd.set_multithreading_enabled(False)`. Compilation: what the first three steps took beyond three others"
 )
 BATCH = 2
-EAGER, COMPILED, WITH_GRAPHS = "eager", "compiled", "compiled with graphs"
+EAGER, ONE_THREAD, COMPILED, WITH_GRAPHS = "eager", "eager, one thread", "compiled", "compiled with graphs"
 # the most important first: a run that is short of time leaves out the last
 CASES = (
     (COLT5, EAGER),
+    (COLT5, ONE_THREAD),
     (COLT5, COMPILED),
     (GLOBAL, EAGER),
-    (COLT5, WITH_GRAPHS),
-    (GLOBAL, COMPILED),
     (LOCAL, EAGER),
+    (GLOBAL, ONE_THREAD),
+    (LOCAL, ONE_THREAD),
+    (COLT5, WITH_GRAPHS),
     (LOCAL, COMPILED),
+    (GLOBAL, COMPILED),
     (GLOBAL, WITH_GRAPHS),
     (LOCAL, WITH_GRAPHS),
 )
@@ -69,7 +72,7 @@ class StepTimes(TrainerCallback):
 
 def compile_options(mode: str, tiny: bool) -> dict[str, Any]:
     """The arguments of Trainer that a mode is."""
-    if mode == EAGER:
+    if mode in (EAGER, ONE_THREAD):
         return {}
     backend = {"torch_compile_backend": "eager"} if tiny else {}
     graphs = {"torch_compile_mode": "reduce-overhead"} if mode == WITH_GRAPHS else {}
@@ -101,10 +104,11 @@ def measure(name: str, mode: str, data: RandomDocuments, accumulated: int, steps
         )
         trainer = Trainer(make_seq2seq(name, tiny), training_arguments, train_dataset=data, callbacks=[times])
         start = time.perf_counter()
-        loss = trainer.train().training_loss
+        with torch.autograd.set_multithreading_enabled(mode != ONE_THREAD):
+            loss = trainer.train().training_loss
     assert 0 < loss < 1000, f"the loss is {loss}"
     step = statistics.median(b - a for a, b in zip(times.times[2:-1], times.times[3:], strict=True))
-    compilation = {} if mode == EAGER else {"compilation s": times.times[2] - start - 3 * step}
+    compilation = {} if mode in (EAGER, ONE_THREAD) else {"compilation s": times.times[2] - start - 3 * step}
     return {
         "step ms": 1e3 * step,
         "input tokens/s": data.inputs.shape[1] * BATCH / step,

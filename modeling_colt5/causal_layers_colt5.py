@@ -128,7 +128,7 @@ class CoLT5CausalLocalAttention(CoLT5Attention):
     def forward(self, hidden_states: Tensor, bias: Tensor, plan: CausalPlan, cache: Any) -> Tensor:
         """[batch, n, d_model] by rank → the same shape; for `bias` see `light_bias`."""
         settings = plan.settings
-        query, key, value = map(self.split_heads, project(hidden_states, self.q, self.k, self.v))
+        query, key, value = project(hidden_states, self.q, self.k, self.v, head_size=self.d_kv)
         rings = {} if cache is None else cache.rings
         new = {"light_key": key, "light_value": value}
         joined = {name: plan.join(rings.get(name), states) for name, states in new.items()}
@@ -186,7 +186,7 @@ class CoLT5CausalRoutedAttention(CoLT5Attention):
         """
         settings = plan.settings
         size, groups, batch = settings.pool_size, self.groups, len(hidden_states)
-        key, value = map(self.split_heads, project(hidden_states, self.k, self.v))
+        key, value = project(hidden_states, self.k, self.v, head_size=self.d_kv)
         rings = {} if cache is None else cache.rings
         # W_k (s̃ x) = s̃ W_k x: one projection a token, scaled anew in every window's pool
         new = {"heavy_key": key, "heavy_value": value, "key_value_scores": scores}

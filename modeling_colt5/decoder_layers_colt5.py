@@ -38,8 +38,8 @@ class CoLT5SelfAttention(CoLT5Attention):
         past_key_values: Cache | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[batch, n, d_model] → the same shape, and the weights where the implementation gives them."""
-        states = project(hidden_states, self.q, self.k, self.v)
-        query, key, value = (self.split_heads(part).transpose(1, 2) for part in states)
+        states = project(hidden_states, self.q, self.k, self.v, head_size=self.d_kv)
+        query, key, value = (part.transpose(1, 2) for part in states)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         output, weights = self.attend(query, key, value, position_bias, mask)

@@ -89,7 +89,7 @@ class CoLT5LocalAttention(CoLT5Attention):
         self, hidden_states: torch.Tensor, bias_table: torch.Tensor, plan: RoutingPlan
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[batch, n, d_model] → the same shape, and the weights where the implementation gives them."""
-        query, key, value = map(self.split_heads, project(hidden_states, self.q, self.k, self.v))
+        query, key, value = project(hidden_states, self.q, self.k, self.v, head_size=self.d_kv)
         inputs = (query, key, value, bias_table, self.radius, plan.mask)
         if plan.fused_attention:
             return self.o(local_attention(*inputs, self.dropout if self.training else 0.0).flatten(-2)), None
@@ -112,7 +112,7 @@ class CoLT5RoutedAttention(CoLT5Attention):
         """[batch, query slots, d_model], [batch, key/value slots, d_model] → [batch, query slots, d_model], and the
         weights where the implementation gives them."""
         query = self.split_heads(self.q(query_states))
-        key, value = map(self.split_heads, project(key_value_states, self.k, self.v))
+        key, value = project(key_value_states, self.k, self.v, head_size=self.d_kv)
         inputs = (query, key, value, bias_table, queries.indices, keys.indices, keys.valid)
         if plan.fused_attention:
             return self.o(routed_attention(*inputs, self.dropout if self.training else 0.0).flatten(-2)), None

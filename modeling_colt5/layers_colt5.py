@@ -81,22 +81,36 @@ def is_hooked(module: nn.Module) -> bool:
     return any(getattr(hook, "__name__", "") != "output_capturing_hook" for hook in module._forward_hooks.values())
 
 
-def project(states: torch.Tensor, *projections: nn.Linear) -> tuple[torch.Tensor, ...]:
-    """Several projections of the same states [..., d], as one matrix product where that pays.
+def project(states: torch.Tensor, *projections: nn.Linear, head_size: int | None = None) -> tuple[torch.Tensor, ...]:
+    """Several projections of the same states [batch, n, d], as one matrix product where that pays.
 
     It does for eager calls with many more states than weights, which it copies together. Compilers decide for
     themselves; adapters, quantised weights and hooks are called as the modules they are.
+
+    Args:
+        states: [batch, n, d].
+        projections: without bias.
+        head_size: where the results are to be seen as heads.
+
+    Returns:
+        Each projection's [batch, n, width], or [batch, n, width / head_size, head_size].
     """
     widths = [linear.out_features for linear in projections]
     # a tracer comes first: it must not meet a choice by a length that it keeps open
-    if not runs_eagerly() or states.numel() < 2 * states.shape[-1] * sum(widths):
-        return tuple(linear(states) for linear in projections)
-    for linear in projections:
-        if type(linear) is not nn.Linear or is_hooked(linear):
-            return tuple(linear(states) for linear in projections)
-    weight = torch.cat([linear.weight for linear in projections])
+    if not runs_eagerly() or states.numel() < 2 * states.shape[-1] * sum(widths) or any(map(_is_adapted, projections)):
+        projected = tuple(linear(states) for linear in projections)
+        if head_size is None:
+            return projected
+        return tuple(part.view(*part.shape[:-1], -1, head_size) for part in projected)
+    joined = nn.functional.linear(states, torch.cat([linear.weight for linear in projections]))
     # past Tensor.split, which inspects its arguments first
-    return nn.functional.linear(states, weight).split_with_sizes(widths, -1)
+    if head_size is None:
+        return joined.split_with_sizes(widths, -1)
+    return joined.view(*joined.shape[:-1], -1, head_size).split_with_sizes([w // head_size for w in widths], -2)
+
+
+def _is_adapted(linear: nn.Linear) -> bool:
+    return type(linear) is not nn.Linear or is_hooked(linear)
 
 
 def as_rows(router_weights: torch.Tensor | None) -> torch.Tensor | None:

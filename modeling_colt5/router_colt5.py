@@ -1,7 +1,6 @@
 """The routers of a layer: what scores its tokens, and the budgets that a batch gives them."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,9 +20,9 @@ class RoutingBudget:
     """How many tokens routers that read the same states take, for one launch that runs them all.
 
     Args:
-        budget: int64 [batch * routers], of each row and router.
+        budget: int64 [routers * batch], of each row, one router's rows after another's.
         capacities: the slots of each router, the same for all rows.
-        mask: bool [batch * routers, n], True for real tokens; None for all.
+        mask: bool [routers * batch, n], True for real tokens; None for all.
     """
 
     budget: torch.Tensor
@@ -115,9 +114,10 @@ class RoutingPlan:
         def budget(*fractions: float) -> RoutingBudget:
             parts = [budgets[fraction] for fraction in fractions]
             return RoutingBudget(
-                torch.stack(parts, 1).flatten() if len(parts) > 1 else parts[0],
+                torch.cat(parts) if len(parts) > 1 else parts[0],
                 tuple(capacities[fraction] for fraction in fractions),
-                None if mask is None else mask.repeat_interleave(len(fractions), 0) if len(fractions) > 1 else mask,
+                # of one row no copy
+                None if mask is None else mask.expand(len(parts), -1, -1).flatten(0, 1),
             )
 
         if hidden_states.is_cuda and not torch.is_grad_enabled() and is_capturing():
@@ -126,18 +126,15 @@ class RoutingPlan:
         plan.feed_forward = budget(feed_forward)
         return plan
 
-    @contextmanager
-    def heavy(self) -> Iterator[None]:
+    def heavy(self) -> AbstractContextManager:
         """Inside, a sublayer's heavy branch: from its routers on, it may run next to what comes after until `join`.
 
         What it reads must live until then.
         """
         if self.side is None:
-            yield
-            return
+            return nullcontext()
         self.side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.side):
-            yield
+        return torch.cuda.stream(self.side)
 
     def join(self) -> None:
         """Wait for the heavy branch."""
@@ -153,9 +150,9 @@ class RoutingPlan:
         kernel_backend = "triton" if uses_triton(memory, config.kernel_backend) else "torch"
         slots = memory_slots(config, memory)
         budget = RoutingBudget(
-            real_lengths(memory, mask).clamp(max=slots).repeat_interleave(num_routers),
+            real_lengths(memory, mask).clamp(max=slots).repeat(num_routers),
             (slots,) * num_routers,
-            None if mask is None else mask.repeat_interleave(num_routers, 0),
+            None if mask is None else mask.expand(num_routers, -1, -1).flatten(0, 1),
         )
         return cls(mask, kernel_backend, False, route_settings(config, kernel_backend)), budget
 
@@ -302,23 +299,24 @@ def run_routers(
     """
     learned = scores is not None
     if scores is None:
-        budgets = budget.budget.view(-1, len(routers)).unbind(1)
+        budgets = budget.budget.view(len(routers), -1)
         kinds = zip(routers, budgets, strict=True)
         scores = torch.stack([router.control_scores(hidden_states, plan.mask, b) for router, b in kinds], 1)
-    slots = max(budget.capacities)
-    select = routers[0].select
-    indices, weights, valid = select(scores.flatten(0, 1), budget.budget, slots, budget.mask, plan.settings)
+    slots, select = max(budget.capacities), routers[0].select
+    rows = scores.transpose(0, 1).flatten(0, 1)
+    indices, weights, valid = select(rows, budget.budget, slots, budget.mask, plan.settings)
     if not learned:
         weights = valid.to(weights.dtype)
     if len(routers) == 1:
         return [RoutedTokens(indices, weights, valid)]
+    sizes = [hidden_states.shape[0]] * len(routers)
     tokens = []
-    parts = [part.view(-1, len(routers), slots) for part in (indices, weights, valid)]
-    for position, capacity in enumerate(budget.capacities):
-        own = [part.select(1, position) for part in parts]
+    for capacity, *own in zip(
+        budget.capacities, *(part.split_with_sizes(sizes) for part in (indices, weights, valid)), strict=True
+    ):
         if capacity != slots:
-            # used slots come first, so that a router with fewer than the largest has all of its own at the front
-            own = [part.narrow(1, 0, capacity) for part in own]
-        # side by side, as kernels read them, once for all that do
-        tokens.append(RoutedTokens(*(part.contiguous() for part in own)))
+            # used slots come first, so that a router with fewer than the largest has all of its own at the front;
+            # side by side, as kernels read them, once for all that do
+            own = [part.narrow(1, 0, capacity).contiguous() for part in own]
+        tokens.append(RoutedTokens(*own))
     return tokens
