@@ -21,8 +21,9 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 TITLE = (
     "A training step through Trainer, base size, bf16 autocast, AdamW, no dropout: two documents of 16,384 tokens, "
     "512 tokens of output; medians. Accumulated: documents a step that had to be taken one by one. Compiled: "
-    '`torch_compile=True`; with graphs: `torch_compile_mode="reduce-overhead"` too. One thread: eager, with '
-    "`torch.autograd.set_multithreading_enabled(False)`. Compilation: what the first three steps took beyond three others"
+    '`torch_compile=True`; with graphs: `torch_compile_mode="reduce-overhead"` too. One thread: with '
+    "`torch.autograd.set_multithreading_enabled(False)`. Compilation: what the first three steps took beyond three "
+    "others"
 )
 BATCH = 2
 EAGER, ONE_THREAD, COMPILED, WITH_GRAPHS = "eager", "eager, one thread", "compiled", "compiled with graphs"
