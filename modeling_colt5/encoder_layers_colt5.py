@@ -46,15 +46,22 @@ class Branches:
         """Whether dropout comes between the branches' sum and the residual."""
         return self.dropout.training and self.dropout.p > 0
 
+    def take(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, RoutedTokens | None]:
+        """Residual, light, heavy and routed, once: callers further up hold this, and their memory is wanted back."""
+        parts = self.residual, self.light, self.heavy, self.routed
+        del self.residual, self.light, self.heavy
+        return parts
+
     def merge(self, kernel_backend: str) -> torch.Tensor:
-        """residual + dropout(light + weights ⊙ heavy), [batch, n, d_model]."""
-        if self.heavy is None or self.routed is None:
-            return clamp_half(self.residual + self.dropout(self.light))
-        routed = (self.routed.indices, self.routed.valid, self.routed.weights)
+        """residual + dropout(light + weights ⊙ heavy), [batch, n, d_model]; takes the parts."""
+        residual, light, heavy, tokens = self.take()
+        if heavy is None or tokens is None:
+            return clamp_half(residual + self.dropout(light))
+        routed = (tokens.indices, tokens.valid, tokens.weights)
         if self.drops():
-            update = scatter_add_tokens(self.light, self.heavy, *routed, kernel_backend)
-            return clamp_half(self.residual + self.dropout(update))
-        return clamp_half(combine_branches(self.residual, self.light, self.heavy, *routed, kernel_backend))
+            update = scatter_add_tokens(light, heavy, *routed, kernel_backend)
+            return clamp_half(residual + self.dropout(update))
+        return clamp_half(combine_branches(residual, light, heavy, *routed, kernel_backend))
 
 
 class CoLT5MergingLayerNorm(CoLT5LayerNorm):
@@ -71,10 +78,12 @@ class CoLT5MergingLayerNorm(CoLT5LayerNorm):
         one pass where nothing comes between sum and norm."""
         backend = kernel_backend or self.config.kernel_backend
         if isinstance(states, Branches):
-            residual, heavy, routed = states.residual, states.heavy, states.routed
-            if routed is not None and heavy is not None and residual.dtype != torch.float16 and not states.drops():
+            has_heavy, is_half = states.heavy is not None, states.residual.dtype == torch.float16
+            if has_heavy and not (is_half or states.drops()):
+                residual, light, heavy, routed = states.take()
+                assert heavy is not None and routed is not None
                 return combine_norm_scores(
-                    residual, states.light, heavy, routed.indices, routed.valid, routed.weights,
+                    residual, light, heavy, routed.indices, routed.valid, routed.weights,
                     self.weight, as_rows(router_weights), self.eps, backend,
                     product_dtype(residual) if for_products else None,
                 )  # fmt: skip

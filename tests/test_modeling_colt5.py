@@ -1,6 +1,7 @@
 """The models: T5 as the limit, padding, gradients of the routers, outputs, memory, errors."""
 
 import math
+import weakref
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from modeling_colt5 import (
     CoLT5ForSequenceClassification,
     CoLT5ForTokenClassification,
 )
+from modeling_colt5.encoder_layers_colt5 import CoLT5LocalAttention
+from modeling_colt5.layers_colt5 import CoLT5DenseActDense
 from modeling_colt5.router_colt5 import RoutingPlan
 
 
@@ -561,6 +564,33 @@ def test_blocks_that_leave_their_sum_to_the_next_norm_give_the_same(kernel_backe
     read = model(**batch, output_hidden_states=True)
     assert [states.shape for states in read.hidden_states] == 3 * [(2, 60, 32)]
     assert torch.equal(left_in_parts, read.last_hidden_state)
+
+
+@torch.no_grad()
+def test_a_sum_takes_its_parts_memory_with_it(monkeypatch):
+    model, lights, alive = tiny_model(CoLT5EncoderModel), {}, []
+    attend, feed = CoLT5LocalAttention.forward, CoLT5DenseActDense.forward
+
+    def look(name: str) -> None:
+        alive.append(name in lights and lights[name]() is not None)
+
+    def attending(*inputs):
+        look("feed-forward")
+        output = attend(*inputs)
+        lights["attention"] = weakref.ref(output[0])
+        return output
+
+    def feeding(*inputs):
+        look("attention")
+        # the light one comes second
+        output = feed(*inputs)
+        lights["feed-forward"] = weakref.ref(output)
+        return output
+
+    monkeypatch.setattr(CoLT5LocalAttention, "forward", attending)
+    monkeypatch.setattr(CoLT5DenseActDense, "forward", feeding)
+    model(random_ids(1, 60))
+    assert alive == 2 * 3 * [False]
 
 
 @torch.no_grad()
