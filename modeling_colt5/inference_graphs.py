@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from .kernel_backend import runs_eagerly
-from .layers_colt5 import is_hooked
+from .kernel_backend import is_hooked, runs_eagerly
 
 # beyond so many tokens the GPU takes longer than the host, and a graph's memory is no longer small
 MOST_TOKENS = 2**16

@@ -1,4 +1,4 @@
-"""Triton or PyTorch: the one switch between kernels and references, and how operators register once."""
+"""Triton or PyTorch: the one switch between kernels and references, how operators register once, and how calls run."""
 
 import importlib.util
 import os
@@ -92,6 +92,14 @@ def runs_eagerly() -> bool:
 def is_capturing() -> bool:
     """Whether the eager calls of now become a CUDA graph."""
     return runs_eagerly() and torch.cuda.is_current_stream_capturing()
+
+
+def is_hooked(module: torch.nn.Module) -> bool:
+    """Whether a call of the module is more than its own forward: a hook, or another forward in its place."""
+    if module._forward_pre_hooks or "forward" in module.__dict__:
+        return True
+    # Transformers leaves its hooks for `output_hidden_states` and the like in place, idle
+    return any(getattr(hook, "__name__", "") != "output_capturing_hook" for hook in module._forward_hooks.values())
 
 
 class Operator:

@@ -8,7 +8,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_colt5 import CoLT5Config
-from .kernel_backend import runs_eagerly
+from .kernel_backend import is_hooked, runs_eagerly
 from .token_ops import gated_gelu, recomputed_in_backward, rms_norm_scores
 
 
@@ -71,14 +71,6 @@ def product_dtype(states: torch.Tensor) -> torch.dtype | None:
     if states.dtype == torch.float32 and _is_autocast(states):
         return torch.get_autocast_dtype(states.device.type)
     return None
-
-
-def is_hooked(module: nn.Module) -> bool:
-    """Whether a call of the module is more than its own forward: a hook, or another forward in its place."""
-    if module._forward_pre_hooks or "forward" in module.__dict__:
-        return True
-    # Transformers leaves its hooks for `output_hidden_states` and the like in place, idle
-    return any(getattr(hook, "__name__", "") != "output_capturing_hook" for hook in module._forward_hooks.values())
 
 
 def project(states: torch.Tensor, *projections: nn.Linear, head_size: int | None = None) -> tuple[torch.Tensor, ...]:

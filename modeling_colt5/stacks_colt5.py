@@ -22,8 +22,8 @@ from .cross_routing_colt5 import CoLT5CrossRouting
 from .decoder_layers_colt5 import CoLT5DecoderBlock
 from .encoder_layers_colt5 import CoLT5EncoderBlock, CoLT5MergingLayerNorm
 from .inference_graphs import replayed
-from .kernel_backend import runs_eagerly, uses_triton
-from .layers_colt5 import CoLT5Attention, CoLT5DenseActDense, CoLT5LayerNorm, is_hooked
+from .kernel_backend import is_hooked, runs_eagerly, uses_triton
+from .layers_colt5 import CoLT5Attention, CoLT5DenseActDense, CoLT5LayerNorm
 from .outputs_colt5 import CoLT5DecoderOutput, CoLT5EncoderOutput
 from .relative_position import CoLT5RelativePositionBias, bias_of_sequence
 from .router_colt5 import CoLT5Router, RoutingPlan

@@ -4,6 +4,8 @@ A block's two sublayers call them in this order, each call one launch on the GPU
 
     rms_norm_scores → route → share_and_gather → light and heavy branch → combine_norm_scores →
                       route → share_and_gather → light and heavy branch → combine_branches
+
+Where a block leaves its output in parts, the next one's combine_norm_scores stands for the last and the first.
 """
 
 import contextlib
