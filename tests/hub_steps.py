@@ -201,7 +201,9 @@ def trace(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> set[str]:
             states = encoder(**batch).last_hidden_state
             states.square().sum().backward()
         runs.append([states] + [parameter.grad for parameter in encoder.parameters()])
-    assert all(torch.equal(*pair) for pair in zip(*runs, strict=True))
+    # not to the bit: eager calls take projections of the same states as one product, which adds up in another order, and
+    # T5's unscaled scores magnify that some hundred times. Another function would be off by 1
+    assert all((ours - theirs).norm() <= 1e-4 * theirs.norm() for ours, theirs in zip(*runs, strict=True))
     return operators.seen
 
 
