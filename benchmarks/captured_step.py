@@ -23,7 +23,8 @@ class TrainingStep:
         loss_of: from a batch to the loss; batches always have the same names, shapes and dtypes.
         groups: the optimiser's groups of all parameters, each with its highest learning rate.
         warmup_steps: of linearly rising rate; from then on it falls as 1/√step, which knows no last step.
-        cooldown: where the rate besides falls linearly to zero, the first of these steps and the last one of all.
+        cooldown: where the rate besides falls linearly to zero, the first of these steps and the last one of all; None
+            where it does not.
     """
 
     def __init__(

@@ -197,7 +197,7 @@ def train_steps(
             return model(batch["rows"], labels=batch["rows"], use_cache=False).loss
 
     groups = size_scaled_groups(model, settings.learning_rate)
-    cooldown = (settings.steps - settings.cooldown_steps + 1, settings.steps)
+    cooldown = (settings.steps - settings.cooldown_steps + 1, settings.steps) if settings.cooldown_steps else None
     train_step = TrainingStep(model, loss_of, groups, settings.warmup_steps, cooldown)
     draws = np.random.default_rng(seed)
     for step in range(settings.steps):

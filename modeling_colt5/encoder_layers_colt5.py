@@ -73,22 +73,25 @@ class CoLT5MergingLayerNorm(CoLT5LayerNorm):
         router_weights: torch.Tensor | None = None,
         kernel_backend: str | None = None,
         for_products: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """The states [batch, n, d_model], then their norm and its router scores as `CoLT5LayerNorm` gives them; all in
-        one pass where nothing comes between sum and norm."""
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """Norm and router scores as `CoLT5LayerNorm` gives them, then the states [batch, n, d_model] themselves.
+
+        All in one pass where nothing comes between sum and norm.
+        """
         backend = kernel_backend or self.config.kernel_backend
         if isinstance(states, Branches):
             has_heavy, is_half = states.heavy is not None, states.residual.dtype == torch.float16
             if has_heavy and not (is_half or states.drops()):
                 residual, light, heavy, routed = states.take()
                 assert heavy is not None and routed is not None
-                return combine_norm_scores(
+                hidden_states, normed, scores = combine_norm_scores(
                     residual, light, heavy, routed.indices, routed.valid, routed.weights,
                     self.weight, as_rows(router_weights), self.eps, backend,
                     product_dtype(residual) if for_products else None,
                 )  # fmt: skip
+                return normed, scores, hidden_states
             states = states.merge(backend)
-        return states, *super().forward(states, router_weights, backend, for_products)
+        return *super().forward(states, router_weights, backend, for_products), states
 
 
 class CoLT5LocalAttention(CoLT5Attention):
@@ -161,13 +164,13 @@ class CoLT5LayerConditionalAttention(nn.Module):
             keys/values; the routed queries are the parts' `routed`.
         """
         if plan.attention is None or heavy_bias_table is None:
-            hidden_states, normed, _ = self.layer_norm(states, None, plan.kernel_backend, for_products=True)
+            normed, _, hidden_states = self.layer_norm(states, None, plan.kernel_backend, for_products=True)
             light, light_weights = self.light_attention(normed, light_bias_table, plan)
             return Branches(hidden_states, light, None, None, self.dropout), light_weights, None, None
 
         routers = (self.query_router, self.key_value_router)
         weights = router_weights(*routers)
-        hidden_states, normed, scores = self.layer_norm(states, weights, plan.kernel_backend, for_products=True)
+        normed, scores, hidden_states = self.layer_norm(states, weights, plan.kernel_backend, for_products=True)
         with plan.heavy():
             queries, keys = run_routers(routers, normed, scores, plan, plan.attention)
             normed, query_states, key_value_states = share_and_gather(
@@ -196,7 +199,7 @@ class CoLT5LayerConditionalFF(nn.Module):
             self.heavy_feed_forward = CoLT5DenseActDense(config, config.heavy_d_ff)
         self.dropout = nn.Dropout(config.dropout_rate)
 
-    def forward(self, branches: Branches, plan: RoutingPlan) -> tuple[Branches, RoutedTokens | None]:
+    def forward(self, branches: Branches, plan: RoutingPlan) -> tuple[torch.Tensor | Branches, RoutedTokens | None]:
         """X + LightFF(X) + s̃ · HeavyFF(X) (Ainslie et al. 2023, eq. of the conditional feed-forward).
 
         Args:
@@ -204,16 +207,16 @@ class CoLT5LayerConditionalFF(nn.Module):
             plan: the batch's mask and budgets.
 
         Returns:
-            The sum's parts, and the routed tokens.
+            The new hidden states [batch, n, d_model], in parts with `plan.merges_late`, and the routed tokens.
         """
         backend = plan.kernel_backend
         if plan.feed_forward is None:
-            hidden_states, normed, _ = self.layer_norm(branches, None, backend, for_products=True)
+            normed, _, hidden_states = self.layer_norm(branches, None, backend, for_products=True)
             light = self.light_feed_forward(normed, backend)
-            return Branches(hidden_states, light, None, None, self.dropout), None
+            return self.sum_of(Branches(hidden_states, light, None, None, self.dropout), plan), None
 
         weights = router_weights(self.router)
-        hidden_states, normed, scores = self.layer_norm(branches, weights, backend, for_products=True)
+        normed, scores, hidden_states = self.layer_norm(branches, weights, backend, for_products=True)
         with plan.heavy():
             (tokens,) = run_routers((self.router,), normed, scores, plan, plan.feed_forward)
             normed, routed_states = share_and_gather(
@@ -222,7 +225,12 @@ class CoLT5LayerConditionalFF(nn.Module):
             heavy = self.heavy_feed_forward(routed_states, backend)
         light = self.light_feed_forward(normed, backend)
         plan.join()
-        return Branches(hidden_states, light, heavy, tokens, self.dropout), tokens
+        return self.sum_of(Branches(hidden_states, light, heavy, tokens, self.dropout), plan), tokens
+
+    @staticmethod
+    def sum_of(branches: Branches, plan: RoutingPlan) -> torch.Tensor | Branches:
+        """The sum, or the parts as they are where the next norm takes it."""
+        return branches if plan.merges_late else branches.merge(plan.kernel_backend)
 
 
 class CoLT5EncoderBlock(GradientCheckpointingLayer):
@@ -249,8 +257,8 @@ class CoLT5EncoderBlock(GradientCheckpointingLayer):
             hidden_states, light_bias_table, heavy_bias_table, plan
         )
         queries = branches.routed
-        branches, tokens = self.layer[1](branches, plan)
+        hidden_states, tokens = self.layer[1](branches, plan)
         if plan.merges_late:
-            return branches, None, None, None
+            return hidden_states, None, None, None
         routing = CoLT5LayerRouting(query=queries, key_value=keys, feed_forward=tokens)
-        return branches.merge(plan.kernel_backend), light_weights, heavy_weights, routing
+        return hidden_states, light_weights, heavy_weights, routing

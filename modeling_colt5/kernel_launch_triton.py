@@ -18,8 +18,6 @@ REGISTERS = 65536
 # of each kernel: how many of its arguments are no constants, what was compiled of it, by all that Triton's code
 # generation looks at, and itself, so that no other gets its id. By identity: a kernel's own hash is over its source
 _kernels: dict[int, tuple[int, dict[tuple[Any, ...], "_Compiled"], Any]] = {}
-
-
 # the axes that a grid of one, two or three leaves out
 _AXES = ((), (1, 1), (1,), ())
 
@@ -98,6 +96,7 @@ def launch(
         argument = values[number]
         kind = type(argument)
         if kind is int:
+            # 1, and whether it is a multiple of 16, among those of 32 bits and among the larger ones
             add(-1 if argument == 1 else not argument & 15 if argument < 2**31 else 2 + (not argument & 15))
         elif argument is None or kind is float:
             add(kind)

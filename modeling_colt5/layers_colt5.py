@@ -76,8 +76,8 @@ def product_dtype(states: torch.Tensor) -> torch.dtype | None:
 def project(states: torch.Tensor, *projections: nn.Linear, head_size: int | None = None) -> tuple[torch.Tensor, ...]:
     """Several projections of the same states [batch, n, d], as one matrix product where that pays.
 
-    It does for eager calls with many more states than weights, which it copies together. Compilers decide for
-    themselves; adapters, quantised weights and hooks are called as the modules they are.
+    It does for eager calls with at least twice as many states as results each, because it copies the weights together.
+    Compilers decide for themselves; adapters, quantised weights and hooks are called as the modules they are.
 
     Args:
         states: [batch, n, d].
@@ -93,12 +93,13 @@ def project(states: torch.Tensor, *projections: nn.Linear, head_size: int | None
         projected = tuple(linear(states) for linear in projections)
         if head_size is None:
             return projected
-        return tuple(part.view(*part.shape[:-1], -1, head_size) for part in projected)
+        return tuple(part.view(*part.shape[:-1], part.shape[-1] // head_size, head_size) for part in projected)
     joined = nn.functional.linear(states, torch.cat([linear.weight for linear in projections]))
     # past Tensor.split, which inspects its arguments first
     if head_size is None:
         return joined.split_with_sizes(widths, -1)
-    return joined.view(*joined.shape[:-1], -1, head_size).split_with_sizes([w // head_size for w in widths], -2)
+    heads = [width // head_size for width in widths]
+    return joined.view(*joined.shape[:-1], sum(heads), head_size).split_with_sizes(heads, -2)
 
 
 def _is_adapted(linear: nn.Linear) -> bool:

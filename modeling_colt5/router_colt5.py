@@ -11,7 +11,7 @@ from transformers.utils import is_kernels_available
 
 from .configuration_colt5 import CoLT5Config
 from .inference_graphs import graph_stream
-from .kernel_backend import is_capturing, triton_is_available, uses_triton
+from .kernel_backend import is_capturing, runs_eagerly, triton_is_available, uses_triton
 from .routing import RoutedTokens, route, routed_budget, routed_capacity
 
 
@@ -303,6 +303,9 @@ def run_routers(
         kinds = zip(routers, budgets, strict=True)
         scores = torch.stack([router.control_scores(hidden_states, plan.mask, b) for router, b in kinds], 1)
     slots, select = max(budget.capacities), routers[0].select
+    if len(routers) > 1 and plan.kernel_backend == "triton" and runs_eagerly():
+        # so that each router's part begins where kernels may read 16 bytes at once, and is launched without inspection
+        slots += -slots % 16
     rows = scores.transpose(0, 1).flatten(0, 1)
     indices, weights, valid = select(rows, budget.budget, slots, budget.mask, plan.settings)
     if not learned:

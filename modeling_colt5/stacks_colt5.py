@@ -242,10 +242,11 @@ class CoLT5Encoder(CoLT5PreTrainedModel):
             self.warn_of_padding(input_ids)
         hidden_states = self.dropout(_embed(self.embed_tokens, input_ids, inputs_embeds))
         mask = padding_mask("attention_mask", attention_mask, hidden_states)
-        if self.returns_states_alone(kwargs) and self.replays(hidden_states):
+        records_blocks = self.records_blocks(kwargs)
+        if not records_blocks and self.replays(hidden_states):
             hidden_states = replayed(self, repr(vars(self.config)), self.run_blocks, hidden_states, mask)
         else:
-            hidden_states = self.run_blocks(hidden_states, mask, not self.returns_states_alone(kwargs))
+            hidden_states = self.run_blocks(hidden_states, mask, records_blocks)
         return CoLT5EncoderOutput(last_hidden_state=self.dropout(hidden_states))
 
     def warn_of_padding(self, input_ids: torch.Tensor) -> None:
@@ -258,10 +259,10 @@ class CoLT5Encoder(CoLT5PreTrainedModel):
             self.has_looked_for_padding = True
         self.warn_if_padding_and_no_attention_mask(input_ids, None)
 
-    def returns_states_alone(self, flags: dict[str, Any]) -> bool:
-        """Whether nothing of the layers is to be returned."""
+    def records_blocks(self, flags: dict[str, Any]) -> bool:
+        """Whether something of the layers is to be returned."""
         names = (f"output_{name}" for name in self._can_record_outputs)
-        return not any(flags.get(name, getattr(self.config, name, False)) for name in names)
+        return any(flags.get(name, getattr(self.config, name, False)) for name in names)
 
     def replays(self, hidden_states: torch.Tensor) -> bool:
         """Whether this call may be a replayed graph: wanted, and fused."""
@@ -280,7 +281,9 @@ class CoLT5Encoder(CoLT5PreTrainedModel):
         plan.merges_late = (
             not (records_blocks or torch.is_grad_enabled())
             and runs_eagerly()
-            and not (torch_module._has_any_global_hook() or any(map(is_hooked, self.block)))
+            and not torch_module._has_any_global_hook()
+            and not any(is_hooked(part) for block in self.block for part in (block, *block.layer))  # type: ignore[misc]
+            and not is_hooked(self.final_layer_norm)
         )
         light_bias_table = self.light_relative_attention_bias()
         heavy_bias_table = None if self.config.routing == "none" else self.heavy_relative_attention_bias()
@@ -290,7 +293,7 @@ class CoLT5Encoder(CoLT5PreTrainedModel):
         finally:
             # the recording of a CUDA graph that an error breaks off can end only with all of its streams joined
             plan.join()
-        return self.final_layer_norm(hidden_states, None, plan.kernel_backend)[1]
+        return self.final_layer_norm(hidden_states, None, plan.kernel_backend)[0]
 
 
 class CoLT5Decoder(CoLT5PreTrainedModel):

@@ -199,11 +199,11 @@ def trace(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> set[str]:
         encoder.zero_grad()
         with mode:
             states = encoder(**batch).last_hidden_state
-            states.square().sum().backward()
+            # the sum of squares of what a norm gives is constant, and its gradients nothing but rounding
+            states.backward(torch.linspace(-1, 1, states.numel()).view_as(states))
         runs.append([states] + [parameter.grad for parameter in encoder.parameters()])
-    # not to the bit: eager calls take projections of the same states as one product, which adds up in another order, and
-    # T5's unscaled scores magnify that some hundred times. Another function would be off by 1
-    assert all((ours - theirs).norm() <= 1e-4 * theirs.norm() for ours, theirs in zip(*runs, strict=True))
+    # not to the bit: eager calls take projections of the same states as one product, which adds up in another order
+    assert all((ours - theirs).norm() <= 1e-5 * theirs.norm() for ours, theirs in zip(*runs, strict=True))
     return operators.seen
 
 

@@ -17,7 +17,7 @@ from modeling_colt5 import (
     CoLT5ForSequenceClassification,
     CoLT5ForTokenClassification,
 )
-from modeling_colt5.encoder_layers_colt5 import CoLT5LocalAttention
+from modeling_colt5.encoder_layers_colt5 import Branches, CoLT5EncoderBlock, CoLT5LocalAttention
 from modeling_colt5.layers_colt5 import CoLT5DenseActDense
 from modeling_colt5.router_colt5 import RoutingPlan
 
@@ -363,7 +363,7 @@ def test_routing_of_the_first_layer_is_the_largest_scores():
     ids = random_ids(1, 60)
     routing = model(ids, output_routing=True).routing[0]
     layer = model.encoder.block[0].layer[0]
-    _, normed, _ = layer.layer_norm(model.shared(ids))
+    normed, *_ = layer.layer_norm(model.shared(ids))
     for kind, router, budget in (("query", layer.query_router, 15), ("key_value", layer.key_value_router, 20)):
         # a token that occurs twice has one score twice: the earlier one goes first
         order = (normed[0] @ router.weight).argsort(descending=True, stable=True)
@@ -591,6 +591,65 @@ def test_a_sum_takes_its_parts_memory_with_it(monkeypatch):
     monkeypatch.setattr(CoLT5DenseActDense, "forward", feeding)
     model(random_ids(1, 60))
     assert alive == 2 * 3 * [False]
+
+
+@pytest.fixture
+def returned(monkeypatch):
+    """The classes of what the encoder's blocks return in place of hidden states."""
+    classes, forward = set(), CoLT5EncoderBlock.forward
+
+    def recording(*inputs, **more):
+        output = forward(*inputs, **more)
+        classes.add(type(output[0]))
+        return output
+
+    monkeypatch.setattr(CoLT5EncoderBlock, "forward", recording)
+    return classes
+
+
+@pytest.mark.parametrize("fields", [{}, {"routing": "none"}, {"routing": "even"}, {"dropout_rate": 0.5}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@torch.no_grad()
+def test_blocks_return_their_sum_to_whoever_reads_it_and_else_its_parts(fields, dtype, returned):
+    model = tiny_model(CoLT5EncoderModel, dtype, **fields).train()
+    ids = random_ids(1, 40)
+
+    def call(**more) -> torch.Tensor:
+        torch.manual_seed(0)
+        returned.clear()
+        return model(ids, **more).last_hidden_state
+
+    plain = call()
+    assert returned == {Branches}
+    for name in ("hidden_states", "attentions", "routing"):
+        assert torch.equal(call(**{f"output_{name}": True}), plain) and returned == {torch.Tensor}
+    block = model.encoder.block[1]
+    for part in (block, *block.layer, model.encoder.final_layer_norm):
+        for register in (part.register_forward_hook, part.register_forward_pre_hook, part.register_full_backward_hook):
+            handle = register(lambda *_: None)
+            assert torch.equal(call(), plain) and returned == {torch.Tensor}
+            handle.remove()
+    with torch.enable_grad():
+        call()
+        assert returned == {torch.Tensor}
+    call()
+    assert returned == {Branches}
+
+
+def test_hooks_on_sublayers_and_norms_see_tensors_and_gradients():
+    model, seen = tiny_model(CoLT5EncoderModel), {}
+    layer, norm = model.encoder.block[0].layer[1], model.encoder.final_layer_norm
+    layer.register_forward_hook(lambda module, inputs, output: seen.update(states=output[0]))
+    layer.register_full_backward_hook(lambda module, inputs, output: seen.update(gradient=output[0]))
+    norm.register_forward_hook(lambda module, inputs, output: seen.update(given=inputs[0], normed=output[0]))
+    output = model(random_ids(1, 40), output_hidden_states=True)
+    # PyTorch does not see that the layer's inputs hold tensors
+    with pytest.warns(UserWarning, match="no inputs require gradients"):
+        output.last_hidden_state.sum().backward()
+    assert torch.equal(seen["states"], output.hidden_states[1]) and seen["gradient"].shape == (1, 40, 32)
+    assert torch.equal(seen["normed"], output.last_hidden_state)
+    expected = seen["given"] * seen["given"].square().mean(-1, keepdim=True).add(1e-6).rsqrt() * norm.weight
+    torch.testing.assert_close(seen["normed"], expected)
 
 
 @torch.no_grad()
