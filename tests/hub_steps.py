@@ -193,6 +193,8 @@ def assert_equal(outputs: dict[str, torch.Tensor], reference: dict[str, torch.Te
 def trace(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> set[str]:
     """The operators that a tracer sees in the encoder; checks that they compute what eager execution does."""
     encoder = model.get_encoder().eval()
+    # so few tokens that eager calls do not join projections, whose sums would round otherwise
+    batch = {name: tensor[:, :20] for name, tensor in batch.items()}
     runs = []
     operators = Operators()
     for mode in (contextlib.nullcontext(), operators):
@@ -202,8 +204,7 @@ def trace(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> set[str]:
             # the sum of squares of what a norm gives is constant, and its gradients nothing but rounding
             states.backward(torch.linspace(-1, 1, states.numel()).view_as(states))
         runs.append([states] + [parameter.grad for parameter in encoder.parameters()])
-    # not to the bit: eager calls take projections of the same states as one product, which adds up in another order
-    assert all((ours - theirs).norm() <= 1e-5 * theirs.norm() for ours, theirs in zip(*runs, strict=True))
+    assert all(torch.equal(*pair) for pair in zip(*runs, strict=True))
     return operators.seen
 
 
