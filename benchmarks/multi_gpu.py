@@ -80,8 +80,6 @@ def train(options: argparse.Namespace) -> None:
         gaps = [after - before for before, after in itertools.pairwise(times.times[2:SAVED])]
         report = {"length": length, "step": statistics.median(gaps) if gaps else None, "losses": losses}
         options.report.write_text(json.dumps(report | {"peak": peak.item() if on_gpu else None}))
-    # a process that ends with its group's threads running may abort
-    trainer.accelerator.end_training()
 
 
 def launch(report: Path, file: str, processes: int, batch: int, tiny: bool, *more: str) -> dict[str, Any]:

@@ -109,6 +109,4 @@ def run(trainer: Trainer, task: str, data: str, dataset: str | None, base_model:
     if trainer.is_world_process_zero():
         text = json.dumps(asdict(record), indent=1) + "\n"
         Path(trainer.args.output_dir, RECORD).write_text(text, encoding="utf-8")
-    # a process that ends with its group's threads running may abort
-    trainer.accelerator.end_training()
     return metrics
