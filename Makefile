@@ -1,13 +1,16 @@
-# make demo, make test, make lint: each first makes the environment they share, unless it is there and unchanged.
+# make demo, make test, make test-slow, make lint: each first makes the environment they share, unless it is there and
+# unchanged. make test leaves out the tests that are marked slow; make test-slow runs those alone.
 #
 #   VENV=folder     where that environment lives (.venv)
 #   PYTHON=python   use this interpreter's environment as it is, and install nothing: for a machine that has its own
 #                   torch, for example one for its GPU
 #   WORKERS=n       test processes (2)
+#   THREADS=n       threads of each test process (1)
 #   ARGS='...'      more arguments for pytest or the demo, for example ARGS='tests/test_routing.py -x'
 
 VENV ?= .venv
 WORKERS ?= 2
+THREADS ?= 1
 ARGS ?=
 
 ifdef PYTHON
@@ -17,11 +20,13 @@ PYTHON := $(VENV)/bin/python
 READY := $(VENV)/ready
 endif
 
-# one thread for each test process: small tensors gain nothing from more, and processes would fight over the cores
-TEST_THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+# one thread for each test process, unless THREADS says more: small tensors gain nothing from it, and processes would
+# fight over the cores
+TEST_THREADS = OMP_NUM_THREADS=$(THREADS) MKL_NUM_THREADS=$(THREADS) TOKENIZERS_PARALLELISM=false
+PYTEST = $(TEST_THREADS) $(PYTHON) -m pytest -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format environment clean
+.PHONY: help demo test test-slow lint format environment clean
 
 help:
 	@sed -n '/^$$/q;s/^# \{0,1\}//p' Makefile
@@ -30,7 +35,10 @@ demo: $(READY)
 	@PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) examples/demo.py $(ARGS)
 
 test: $(READY)
-	@$(TEST_THREADS) $(PYTHON) -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+	@$(PYTEST) -m "not slow" $(ARGS)
+
+test-slow: $(READY)
+	@$(PYTEST) -m slow $(ARGS)
 
 lint: $(READY)
 	@status=0; \

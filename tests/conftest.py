@@ -25,8 +25,12 @@ os.environ.update(
     HF_HUB_DISABLE_XET="1",
 )
 
-WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-torch.set_num_threads(min(torch.get_num_threads(), max(1, (os.cpu_count() or 1) // WORKERS)))
+if "OMP_NUM_THREADS" in os.environ:
+    # left alone, PyTorch takes no more threads than there are cores
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+else:
+    WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    torch.set_num_threads(min(torch.get_num_threads(), max(1, (os.cpu_count() or 1) // WORKERS)))
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -78,6 +78,7 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 # each process starts Python and imports Transformers anew: some ten seconds a run
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("file", "script"), [("ddp.yaml", []), ("fsdp2.yaml", [REPOSITORY / "tests/fsdp_on_cpu.py"])], ids=["ddp", "fsdp2"]
 )

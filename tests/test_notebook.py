@@ -24,6 +24,7 @@ def test_outputs_are_stripped():
 
 
 # reads some 20,000 tokens seven times and trains for thirty steps: half a minute
+@pytest.mark.slow
 def test_it_runs(tmp_path, request):
     """Every cell; it pushes where there is a loopback Hub to push to."""
     environment = dict(os.environ)
