@@ -172,8 +172,13 @@ def _check(
             raise ValueError(f"positions must be int64, not {tensor.dtype}")
 
 
-def _draw_seed(query: Tensor, dropout: float) -> Tensor | None:
-    return torch.randint(2**63 - 1, (1,), device=query.device) if dropout > 0 else None
+def _attend(query: Tensor, key: Tensor, value: Tensor, bias_table: Tensor, *rest: Any) -> Tensor:
+    *positions_and_mask, dropout = rest
+    if not _runs_kernel(query):
+        _refuse_dropout(dropout)
+        return _reference(query, key, value, bias_table, *positions_and_mask)
+    seed = torch.randint(2**63 - 1, (1,), device=query.device) if dropout > 0 else None
+    return _attention(query, key, value, bias_table, *rest, seed)[0]
 
 
 def local_attention(
@@ -204,8 +209,7 @@ def local_attention(
         NotImplementedError: for dropout where the kernels do not run.
     """
     _check(query, key, value, bias_table, mask)
-    seed = _draw_seed(query, dropout)
-    return _attention(query, key, value, bias_table, radius, None, None, mask, dropout, seed)[0]
+    return _attend(query, key, value, bias_table, radius, None, None, mask, dropout)
 
 
 def routed_attention(
@@ -238,6 +242,4 @@ def routed_attention(
         NotImplementedError: for dropout where the kernels do not run.
     """
     _check(query, key, value, bias_table, key_mask, query_positions, key_positions)
-    seed = _draw_seed(query, dropout)
-    positions = (query_positions, key_positions)
-    return _attention(query, key, value, bias_table, 0, *positions, key_mask, dropout, seed)[0]
+    return _attend(query, key, value, bias_table, 0, query_positions, key_positions, key_mask, dropout)

@@ -22,21 +22,13 @@ def window_thresholds(scores: Tensor, target: int, soft_target: float, epsilon: 
         epsilon: its temperature.
 
     Returns:
-        [rows, 2]. t = -∞ where k reaches the window. Its gradient is the exact one, dt/ds_i = q_i / Σ q over the
-        weights q below 1 (docs/soft_topk.md).
+        [rows, 2]. t = -∞ where k reaches the window. It alone has a gradient (docs/soft_topk.md).
     """
-    with torch.no_grad():
-        values = mask_scores(scores, None)
-        least = values.topk(target, -1).values[:, -1]
-        k = values.new_full((len(values),), soft_target)
-        state = solve_exactly(values, k, epsilon, min(values.shape[1], math.ceil(soft_target)))
-        centre, offset, mass = state.split(1, -1)
-        threshold = (centre + epsilon * offset)[:, 0]
-        free = ((values - centre) / epsilon - offset).exp()
-        share = free.masked_fill(~(free < 1), 0) / mass.masked_fill(mass == 0, 1)
-    if scores.requires_grad:
-        threshold = threshold + (share * (scores - scores.detach())).sum(-1)
-    return torch.stack([least, threshold.to(least.dtype)], -1)
+    values = mask_scores(scores, None)
+    least = values.detach().topk(target, -1).values[:, -1]
+    k = values.new_full((len(values),), soft_target)
+    centre, _, offset = solve_exactly(values, k, epsilon, min(values.shape[1], math.ceil(soft_target)))
+    return torch.stack([least, (centre + epsilon * offset)[:, 0]], -1)
 
 
 def fill_slots(routed: Tensor, weights: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor]:

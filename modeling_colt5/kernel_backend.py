@@ -85,8 +85,42 @@ def own_schema(schema: str) -> str:
 
 
 def runs_eagerly() -> bool:
-    """Whether PyTorch runs operations as they come, with nobody tracing: no compiler, exporter or dispatch mode."""
-    return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0
+    """Whether PyTorch runs operations as they come, with nobody tracing: no compiler, exporter or dispatch mode, and
+    no transform of torch.func."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def refuse_derivatives_of_kernels(name: str) -> None:
+    """For a backward that launches Triton kernels: who asks for a graph of it, for a second derivative, would get one
+    without the kernels' part.
+
+    Raises:
+        RuntimeError: where such a graph is asked for.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"colt5::{name} ran as a Triton kernel, whose gradient has no derivative, and create_graph=True asks for "
+            'one: use kernel_backend="torch" in the configuration (or COLT5_KERNEL_BACKEND=torch), where all is plain '
+            "PyTorch"
+        )
+
+
+def refuse_transforms_of_kernels(name: str) -> None:
+    """For a call that would launch Triton kernels.
+
+    Raises:
+        RuntimeError: inside of grad, vmap and the other transforms of torch.func, whose tensors kernels cannot read.
+    """
+    # a compiler transforms by itself, or says that it cannot
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            f"colt5::{name} runs as a Triton kernel, which torch.func (grad, vmap and others) cannot transform: use "
+            'kernel_backend="torch" in the configuration (or COLT5_KERNEL_BACKEND=torch), where all is plain PyTorch'
+        )
 
 
 def is_capturing() -> bool:
@@ -129,7 +163,7 @@ class Operator:
         backward: Callable[..., Any] | None = None,
     ):
         schema = own_schema(schema)
-        name = schema.split("(")[0]
+        self.name = name = schema.split("(")[0]
         self.implementation = implementation
         self.function: type[torch.autograd.Function] | None = None
         if save is not None and backward is not None:
@@ -154,11 +188,9 @@ class Operator:
             save(ctx, inputs, outputs)
             return outputs
 
-        guarded = torch.autograd.function.once_differentiable(backward)
-
         def backward_once(ctx: Any, *grads: Any) -> Any:
-            # the guard is for who wants a graph of the backward, and costs all others 3 µs
-            return guarded(ctx, *grads) if torch.is_grad_enabled() else backward(ctx, *grads)
+            refuse_derivatives_of_kernels(name)
+            return backward(ctx, *grads)
 
         members = {"forward": staticmethod(forward), "backward": staticmethod(backward_once)}
         return type(name, (torch.autograd.Function,), members)
@@ -173,11 +205,10 @@ class Operator:
 
     def __call__(self, *inputs: Any) -> Any:
         if not runs_eagerly():
+            refuse_transforms_of_kernels(self.name)
             return self.overload(*inputs)
         if self.function is not None and torch.is_grad_enabled():
             for value in inputs:
                 if isinstance(value, torch.Tensor) and value.requires_grad:
-                    if torch._C._are_functorch_transforms_active():
-                        return self.function.apply(*inputs)
                     return self.apply(*inputs)
         return self.implementation(*inputs)

@@ -7,16 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .kernel_backend import Operator, uses_triton
-from .routing_reference import route_backward_reference, route_reference
-from .soft_topk_reference import (
-    SOLVERS,
-    epsilon_schedule,
-    mask_scores,
-    soft_topk_weights,
-    solve,
-    solve_backward,
-)
+from .kernel_backend import Operator, kernel_takes, runs_eagerly, uses_triton
+from .routing_reference import route_reference
+from .soft_topk_reference import SOLVERS, epsilon_schedule, mask_scores, soft_topk_weights, solve
 
 try:
     from .routing_triton import kernels_take, route_backward, route_forward
@@ -48,67 +41,8 @@ def _state_width(solver: str, num_iterations: int) -> int:
     return 3 if solver == "exact" else num_iterations
 
 
-_SETTINGS = "str solver, float epsilon, int num_iterations, float epsilon_init, float epsilon_decay"
-
-
-def _soft_topk_forward(scores: Tensor, k: Tensor, mask: Tensor | None, *settings: Any) -> tuple[Tensor, Tensor]:
-    solver, *schedule_settings = settings
-    masked = mask_scores(scores, mask)
-    schedule = epsilon_schedule(*schedule_settings)
-    threshold, state = solve(masked, k, solver, schedule, masked.shape[-1])
-    return soft_topk_weights(masked, threshold, schedule[-1]), state
-
-
-def _soft_topk_backward(
-    grad: Tensor, scores: Tensor, k: Tensor, mask: Tensor | None, state: Tensor, *settings: Any
-) -> tuple[Tensor, Tensor]:
-    solver, *schedule_settings = settings
-    schedule = epsilon_schedule(*schedule_settings)
-    grad_scores, grad_k = solve_backward(grad, mask_scores(scores, mask), k, state, solver, schedule)
-    return grad_scores.to(scores.dtype), grad_k
-
-
-def _fake_soft_topk(
-    scores: Tensor, k: Tensor, mask: Tensor | None, solver: str, epsilon: float, num_iterations: int, *_: float
-) -> tuple[Tensor, Tensor]:
-    weights = scores.new_empty(scores.shape, dtype=_weights_dtype(scores))
-    return weights, weights.new_empty(scores.shape[0], _state_width(solver, num_iterations))
-
-
-def _fake_soft_topk_backward(grad: Tensor, scores: Tensor, k: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return scores.new_empty(scores.shape), k.new_empty(k.shape)
-
-
-def _save_soft_topk(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, Tensor]) -> None:
-    scores, k, mask, *ctx.settings = inputs
-    ctx.mark_non_differentiable(outputs[1])
-    ctx.save_for_backward(scores, k, mask, outputs[1])
-
-
-def _soft_topk_autograd(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    if grad is None:
-        return (None,) * (3 + len(ctx.settings))
-    grads = _SOFT_TOPK_BACKWARD(grad, *ctx.saved_tensors, *ctx.settings)
-    return *grads, None, *[None] * len(ctx.settings)
-
-
-_SOFT_TOPK_BACKWARD = Operator(
-    f"soft_topk_backward(Tensor grad, Tensor scores, Tensor k, Tensor? mask, Tensor state, {_SETTINGS}) "
-    "-> (Tensor, Tensor)",
-    _soft_topk_backward,
-    _fake_soft_topk_backward,
-)
-_SOFT_TOPK = Operator(
-    f"soft_topk(Tensor scores, Tensor k, Tensor? mask, {_SETTINGS}) -> (Tensor, Tensor)",
-    _soft_topk_forward,
-    _fake_soft_topk,
-    _save_soft_topk,
-    _soft_topk_autograd,
-)
-
-
-def _runs_kernel(scores: Tensor, solver: str, kernel_backend: str) -> bool:
-    return uses_triton(scores, kernel_backend) and kernels_take(scores.shape[1], solver, scores.device)
+def _runs_kernel(scores: Tensor, solver: str) -> bool:
+    return kernel_takes(scores) and kernels_take(scores.shape[1], solver, scores.device)
 
 
 def _route_forward(
@@ -119,14 +53,15 @@ def _route_forward(
     lengths: Tensor | None,
     capacity: int,
     soft_topk_ratio: float,
-    kernel_backend: str,
     solver: str,
     *schedule_settings: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows = (scores, budget, soft_budget, mask, lengths)
-    if _runs_kernel(scores, solver, kernel_backend):
+    if _runs_kernel(scores, solver):
         return route_forward(*rows, capacity, soft_topk_ratio, solver, *schedule_settings)
-    return route_reference(*rows, capacity, soft_topk_ratio, solver, epsilon_schedule(*schedule_settings))
+    routed = route_reference(*rows, capacity, soft_topk_ratio, solver, epsilon_schedule(*schedule_settings))
+    # the reference's backward starts from its inputs; the kernels' layout keeps one shape for both
+    return *routed, routed[0].new_zeros((scores.shape[0], _state_width(solver, schedule_settings[1])))
 
 
 def _route_backward(
@@ -141,19 +76,23 @@ def _route_backward(
     valid: Tensor,
     state: Tensor,
     soft_topk_ratio: float,
-    kernel_backend: str,
     solver: str,
     *schedule_settings: Any,
 ) -> tuple[Tensor, Tensor]:
-    if _runs_kernel(scores, solver, kernel_backend):
+    if _runs_kernel(scores, solver):
         return route_backward(
             grad_weights, scores, soft_budget, mask, lengths, weights, indices, valid, state,
             solver, *schedule_settings,
         )  # fmt: skip
-    return route_backward_reference(
-        grad_weights, scores, budget, soft_budget, mask, lengths, indices, valid, state, soft_topk_ratio,
-        solver, epsilon_schedule(*schedule_settings),
-    )  # fmt: skip
+    schedule = epsilon_schedule(*schedule_settings)
+    with torch.enable_grad():
+        leaves = [scores.detach().requires_grad_()]
+        if soft_budget is not None:
+            leaves.append(soft_budget.detach().requires_grad_())
+        rows = (leaves[0], budget, None if soft_budget is None else leaves[1], mask, lengths)
+        repeated = route_reference(*rows, weights.shape[1], soft_topk_ratio, solver, schedule)[0]
+    grads = torch.autograd.grad(repeated, leaves, grad_weights)
+    return grads[0], weights.new_zeros(scores.shape[0]) if soft_budget is None else grads[1].to(weights.dtype)
 
 
 def _fake_route(
@@ -164,7 +103,6 @@ def _fake_route(
     lengths: Tensor | None,
     capacity: int,
     soft_topk_ratio: float,
-    kernel_backend: str,
     solver: str,
     epsilon: float,
     num_iterations: int,
@@ -184,8 +122,8 @@ def _fake_route_backward(
 
 
 def _save_route(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
-    *rows, _capacity, soft_topk_ratio, kernel_backend, solver, epsilon, iterations, init, decay = inputs
-    ctx.settings = (soft_topk_ratio, kernel_backend, solver, epsilon, iterations, init, decay)
+    *rows, _capacity, soft_topk_ratio, solver, epsilon, iterations, init, decay = inputs
+    ctx.settings = (soft_topk_ratio, solver, epsilon, iterations, init, decay)
     ctx.mark_non_differentiable(*outputs[1:])
     ctx.save_for_backward(*rows, *outputs)
 
@@ -201,16 +139,16 @@ def _route_autograd(ctx: Any, grad_weights: Tensor | None, *_: None) -> tuple[Te
     return grad_scores, None, grad_soft_budget, *[None] * (3 + len(ctx.settings))
 
 
+_SETTINGS = "str solver, float epsilon, int num_iterations, float epsilon_init, float epsilon_decay"
 _ROWS = "Tensor scores, Tensor budget, Tensor? soft_budget, Tensor? mask, Tensor? lengths"
 _ROUTE_BACKWARD = Operator(
     f"route_backward(Tensor grad_weights, {_ROWS}, Tensor weights, Tensor indices, Tensor valid, Tensor state, "
-    f"float soft_topk_ratio, str kernel_backend, {_SETTINGS}) -> (Tensor, Tensor)",
+    f"float soft_topk_ratio, {_SETTINGS}) -> (Tensor, Tensor)",
     _route_backward,
     _fake_route_backward,
 )
 _ROUTE = Operator(
-    f"route({_ROWS}, SymInt capacity, float soft_topk_ratio, str kernel_backend, {_SETTINGS}) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    f"route({_ROWS}, SymInt capacity, float soft_topk_ratio, {_SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor)",
     _route_forward,
     _fake_route,
     _save_route,
@@ -277,7 +215,7 @@ def soft_topk(
     Args:
         scores: [..., n], floating point; fp16 and bf16 are computed in fp32.
         k: a number, or a tensor that broadcasts to [...], which gets a gradient; finite and above 0. A tensor is
-            checked where that costs no synchronisation (on the CPU, not compiled); elsewhere a NaN gives NaN.
+            checked where that costs no synchronisation (on the CPU, not traced); elsewhere a NaN gives NaN.
         epsilon: how soft; weights tend to 0 and 1 as it falls.
         mask: bool, broadcasts to [..., n]; False entries get weight 0 and take no part.
         solver: "exact", the optimum with its closed-form gradient, or "coordinate_descent", the paper's iteration.
@@ -298,7 +236,7 @@ def soft_topk(
     leading, n = scores.shape[:-1], scores.shape[-1]
     dtype = _weights_dtype(scores)
     if isinstance(k, Tensor):
-        if k.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(((k > 0) & k.isfinite()).all()):
+        if k.device.type == "cpu" and runs_eagerly() and not bool(((k > 0) & k.isfinite()).all()):
             raise ValueError(f"k is {k}; it must be finite and above 0")
         k = k.to(device=scores.device, dtype=dtype).expand(leading).reshape(-1)
     else:
@@ -308,9 +246,10 @@ def soft_topk(
         mask = mask.expand(scores.shape).reshape(-1, n) if n else None
     if scores.numel() == 0:
         return scores.to(dtype)
-    init = epsilon if epsilon_init is None else epsilon_init
-    weights, _ = _SOFT_TOPK(scores.reshape(-1, n), k, mask, solver, epsilon, num_iterations, init, epsilon_decay)
-    return weights.reshape(scores.shape)
+    masked = mask_scores(scores.reshape(-1, n), mask)
+    schedule = epsilon_schedule(epsilon, num_iterations, epsilon_init, epsilon_decay)
+    exponents = solve(masked, k, solver, schedule, n)
+    return soft_topk_weights(exponents, masked == -torch.inf).reshape(scores.shape)
 
 
 def routed_budget(lengths: Tensor, fraction: float, minimum: int) -> Tensor:
@@ -393,9 +332,11 @@ def route(
     _check_rows("soft_budget", soft_budget, rows)
     if isinstance(capacity, int) and capacity < 1:
         raise ValueError(f"capacity is {capacity}; it must be at least 1")
-    init = epsilon if epsilon_init is None else epsilon_init
-    weights, indices, valid, _ = _ROUTE(
-        scores, budget, soft_budget, mask, lengths, capacity, soft_topk_ratio, kernel_backend,
-        solver, epsilon, num_iterations, init, epsilon_decay,
-    )  # fmt: skip
+    rows_of_scores = (scores, budget, soft_budget, mask, lengths, capacity, soft_topk_ratio, solver)
+    if uses_triton(scores, kernel_backend):
+        init = epsilon if epsilon_init is None else epsilon_init
+        weights, indices, valid, _ = _ROUTE(*rows_of_scores, epsilon, num_iterations, init, epsilon_decay)
+    else:
+        schedule = epsilon_schedule(epsilon, num_iterations, epsilon_init, epsilon_decay)
+        weights, indices, valid = route_reference(*rows_of_scores, schedule)
     return RoutedTokens(indices, weights, valid)

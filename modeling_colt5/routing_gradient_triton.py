@@ -114,7 +114,8 @@ def descent_backward_kernel(
     HAS_SOFT_BUDGET: tl.constexpr, HAS_MASK: tl.constexpr, HAS_LENGTHS: tl.constexpr,
     BLOCK: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """`descent_backward` of soft_topk_reference.py, one program a row: the iteration backward from its thresholds."""
+    """The gradient of coordinate descent, one program a row: the iteration backward from its thresholds, by the
+    derivatives of a step that docs/soft_topk.md has."""
     row = tl.program_id(0).to(tl.int64)
     weights += row * capacity
     indices += row * capacity

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from .soft_topk_reference import mask_scores, soft_topk_weights, solve, solve_backward
+from .soft_topk_reference import mask_scores, soft_topk_weights, solve
 
 
 def real_tokens(scores: torch.Tensor, mask: torch.Tensor | None, lengths: torch.Tensor | None) -> torch.Tensor | None:
@@ -34,7 +34,7 @@ def select_tokens(scores: torch.Tensor, budget: torch.Tensor, capacity: int) -> 
     slot = (selected.cumsum(-1) - 1).masked_fill(~selected, capacity)
     # the column past the last slot takes what was not selected and is cut off
     indices = torch.full((rows, capacity + 1), n - 1, dtype=torch.int64, device=scores.device)
-    indices.scatter_(-1, slot, torch.arange(n, device=scores.device).expand(rows, n))
+    indices = indices.scatter(-1, slot, torch.arange(n, device=scores.device).expand(rows, n))
     valid = torch.arange(capacity, device=scores.device) < budget.unsqueeze(-1)
     return indices[:, :capacity].masked_fill(~valid, n - 1), valid
 
@@ -49,45 +49,17 @@ def route_reference(
     soft_topk_ratio: float,
     solver: str,
     schedule: list[float],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`route` of routing.py, whose docstring says what the arguments are.
 
     Returns:
-        weights, indices and valid [rows, capacity], and the solver's state for `route_backward_reference`.
+        weights, indices and valid [rows, capacity].
     """
     rows, n = scores.shape
     masked = mask_scores(scores, real_tokens(scores, mask, lengths))
     budget = budget.minimum((masked != -torch.inf).sum(-1)).clamp(0, min(capacity, n))
     largest = min(n, math.ceil(soft_topk_ratio * capacity)) if soft_budget is None else n
     k = soft_topk_ratio * budget.to(masked.dtype) if soft_budget is None else soft_budget.to(masked.dtype)
-    threshold, state = solve(masked, k.clamp(min=torch.finfo(masked.dtype).tiny), solver, schedule, largest)
-    indices, valid = select_tokens(masked, budget, capacity)
-    weights = soft_topk_weights(masked.gather(-1, indices), threshold, schedule[-1]).masked_fill(~valid, 0)
-    return weights, indices, valid, state
-
-
-def route_backward_reference(
-    grad_weights: torch.Tensor,
-    scores: torch.Tensor,
-    budget: torch.Tensor,
-    soft_budget: torch.Tensor | None,
-    mask: torch.Tensor | None,
-    lengths: torch.Tensor | None,
-    indices: torch.Tensor,
-    valid: torch.Tensor,
-    state: torch.Tensor,
-    soft_topk_ratio: float,
-    solver: str,
-    schedule: list[float],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients with respect to scores [rows, n], in their dtype, and to the soft budget [rows].
-
-    Args:
-        grad_weights: [rows, capacity], cotangent of the weights; what stands at unused slots is ignored.
-        indices, valid, state: what `route_reference` returned; the rest as there.
-    """
-    masked = mask_scores(scores, real_tokens(scores, mask, lengths))
-    grad = torch.zeros_like(masked).scatter_add_(-1, indices, grad_weights.to(masked.dtype).masked_fill(~valid, 0))
-    k = soft_topk_ratio * budget.to(masked.dtype) if soft_budget is None else soft_budget.to(masked.dtype)
-    grad_scores, grad_k = solve_backward(grad, masked, k, state, solver, schedule)
-    return grad_scores.to(scores.dtype), grad_k
+    exponents = solve(masked, k.clamp(min=torch.finfo(masked.dtype).tiny), solver, schedule, largest)
+    indices, valid = select_tokens(masked.detach(), budget, capacity)
+    return soft_topk_weights(exponents.gather(-1, indices), ~valid), indices, valid

@@ -77,7 +77,7 @@ def route_forward(
     """`route_reference` of routing_reference.py by kernels; for fp16, bf16 and fp32 scores.
 
     Returns:
-        weights, indices, valid [rows, capacity] and state [rows, 3 or iterations].
+        weights, indices, valid [rows, capacity] and, for `route_backward`, a state [rows, 3 or iterations].
     """
     rows, n = scores.shape
     exact = solver == "exact"
@@ -134,7 +134,7 @@ def route_backward(
     epsilon_init: float,
     epsilon_decay: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`route_backward_reference` by kernels: gradients with respect to scores [rows, n] and soft budget [rows]."""
+    """The gradient of `route_forward`, by kernels: with respect to scores [rows, n] and soft budget [rows]."""
     rows, n = scores.shape
     capacity = weights.shape[1]
     grad_scores = scores.new_empty((rows, n))

@@ -1,4 +1,4 @@
-"""Soft top-k in PyTorch: the exact solver, coordinate descent, and the gradient of each in closed form.
+"""Soft top-k in PyTorch: the exact solver and coordinate descent, differentiable any number of times.
 
 Both maximise ⟨s, p⟩ + ε H(p) over 0 ≤ p ≤ 1 with Σp = k (CoLT5, section 3.2; Lei et al. 2023, arXiv 2304.04947,
 section 4). The maximum is p_i = min(1, exp((s_i - t) / ε)) with one threshold t per row; docs/soft_topk.md derives it.
@@ -20,24 +20,21 @@ def mask_scores(scores: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor
     return scores if mask is None else scores.masked_fill(~mask, -torch.inf)
 
 
-def _free_weights(scores: torch.Tensor, centre: torch.Tensor, offset: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """The weights below 1, and 0 in place of the others: `scores` [rows, n] masked, the rest [rows, 1]."""
-    weights = ((scores - centre) / epsilon - offset).exp()
-    return weights.masked_fill(~(weights < 1), 0)
+def soft_topk_weights(exponents: torch.Tensor, is_absent: torch.Tensor) -> torch.Tensor:
+    """Weights min(1, exp(exponent)), and 0 where `is_absent`; both of one shape."""
+    exponents = exponents.masked_fill(is_absent, -torch.inf)
+    # before the exponential: an infinite one would turn its gradient of 0 into NaN
+    return exponents.masked_fill(_is_saturated(exponents.detach().exp()), 0).exp()
 
 
-def soft_topk_weights(scores: torch.Tensor, state: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """Weights min(1, exp((s - centre) / ε - offset)) of masked `scores` [rows, n].
-
-    Args:
-        state: [rows, 2 or more], centre and offset of each row in the first two columns.
-    """
-    centre, offset = state[:, 0:1], state[:, 1:2]
-    weights = ((scores - centre) / epsilon - offset).exp().clamp(max=1)
-    return weights.masked_fill(scores == -torch.inf, 0)
+def _is_saturated(weights: torch.Tensor) -> torch.Tensor:
+    """Which of the weights, not yet cut, are 1 and have no gradient."""
+    return weights >= 1
 
 
-def solve_exactly(scores: torch.Tensor, k: torch.Tensor, epsilon: float, largest: int) -> torch.Tensor:
+def solve_exactly(
+    scores: torch.Tensor, k: torch.Tensor, epsilon: float, largest: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The threshold of the optimum, without iteration, from the sorted largest scores and the sum of all others.
 
     An entry is saturated (weight 1) if the weights sum to at most k with the threshold at its own score; this is
@@ -49,44 +46,39 @@ def solve_exactly(scores: torch.Tensor, k: torch.Tensor, epsilon: float, largest
         largest: how many scores to sort, at least ceil(k) in each row, at most n.
 
     Returns:
-        [rows, 3]: a centre, the ceil(k)-th largest score; an offset with t = centre + ε · offset, apart from it
-        because their sum in fp32 would lose |t| 2^-24 / ε in the exponent; and the sum of the weights below 1.
+        A centre [rows, 1], the ceil(k)-th largest score, without gradient; (scores - centre) / ε, [rows, n]; and an
+        offset [rows, 1] with t = centre + ε · offset, apart from it because their sum in fp32 would lose
+        |t| 2^-24 / ε in the exponent.
     """
-    top, positions = scores.topk(largest, dim=-1)
     k = k.unsqueeze(-1)
-    all_saturated = k >= (scores > -torch.inf).sum(-1, keepdim=True)
-    last = (k.nan_to_num(1.0, 1.0, 1.0).ceil() - 1).clamp(0, largest - 1).long()
+    known, rank = scores.detach(), k.detach()
+    top, positions = known.topk(largest, dim=-1)
+    all_saturated = rank >= (known > -torch.inf).sum(-1, keepdim=True)
+    last = (rank.nan_to_num(1.0, 1.0, 1.0).ceil() - 1).clamp(0, largest - 1).long()
     centre = top.gather(-1, last).masked_fill(all_saturated, 0)
+    scaled = (scores - centre) / epsilon
+    values = scaled.detach()
 
-    others = ((scores - centre) / epsilon).scatter(-1, positions, -torch.inf).logsumexp(-1, keepdim=True)
-    top = ((top - centre) / epsilon).double()
+    others = values.scatter(-1, positions, -torch.inf).logsumexp(-1, keepdim=True)
+    top = values.gather(-1, positions).double()
     tail = torch.cat((top, others.double()), -1).flip(-1).logcumsumexp(-1).flip(-1)
     above = torch.arange(largest, device=scores.device)
-    saturated = (above + (tail[:, :-1] - top).exp() <= k).sum(-1, keepdim=True).minimum(last)
-    offset = tail.gather(-1, saturated) - (k.double() - saturated).log()
+    saturated = (above + (tail[:, :-1] - top).exp() <= rank).sum(-1, keepdim=True).minimum(last)
+    offset = tail.gather(-1, saturated) - (rank.double() - saturated).log()
     offset = offset.masked_fill(all_saturated, -torch.inf).masked_fill(top[:, :1].isnan(), torch.nan)
     offset = offset.to(scores.dtype)
-    mass = _free_weights(scores, centre, offset, epsilon).sum(-1, keepdim=True)
-    return torch.cat((centre, offset, mass), -1)
 
-
-def exact_backward(
-    grad: torch.Tensor, scores: torch.Tensor, state: torch.Tensor, epsilon: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of the exact optimum: q (g - ⟨g⟩) / ε with q the weights below 1 and ⟨g⟩ = Σ q g / Σ q; ⟨g⟩ for k.
-
-    Args:
-        grad: [rows, n], cotangent of the weights.
-        scores: [rows, n], masked.
-        state: [rows, 3], what `solve_exactly` returned.
-
-    Returns:
-        Gradients with respect to the scores [rows, n] and to k [rows].
-    """
-    centre, offset, mass = state.split(1, dim=-1)
-    free = _free_weights(scores, centre, offset, epsilon)
-    mean = (free * grad).sum(-1, keepdim=True) / mass.masked_fill(mass == 0, 1)
-    return free * (grad - mean) / epsilon, mean.squeeze(-1)
+    # Given which entries are saturated, the offset is the logarithm of Σ exp(scaled) over the others, less that of
+    # what k leaves to them: written out for the sake of its derivatives, the value is the one found above.
+    weights = (values - offset).exp()
+    is_saturated = _is_saturated(weights) | (values == -torch.inf)
+    mass = weights.masked_fill(is_saturated, 0).sum(-1, keepdim=True)
+    # no weight that could move
+    is_fixed = mass == 0
+    free = scaled.masked_fill(is_saturated, -torch.inf).masked_fill(is_fixed, 0)
+    rest = mass.masked_fill(is_fixed, 1) + (k - rank)
+    moving = free.logsumexp(-1, keepdim=True) - rest.log()
+    return centre, scaled, offset + (moving - moving.detach())
 
 
 def epsilon_schedule(
@@ -102,86 +94,41 @@ def epsilon_schedule(
 
 
 def descend_coordinates(scores: torch.Tensor, k: torch.Tensor, schedule: list[float]) -> torch.Tensor:
-    """The thresholds that coordinate descent passes through (CoLT5, section 3.2; CoDA's ε-scaling by `schedule`).
+    """The last threshold of coordinate descent (CoLT5, section 3.2; CoDA's ε-scaling by `schedule`).
 
     From t_1 = ε (log n - log k), each iteration sets t = ε (logsumexp(min(s, t) / ε) - log k).
 
     Args:
         scores: [rows, n], masked.
-        k: [rows], above 0; a row with k at or above its number of real entries gets thresholds of -inf.
+        k: [rows], above 0.
         schedule: ε of each iteration and of the weights, from `epsilon_schedule`.
 
     Returns:
-        [rows, iterations]; the last column is the threshold of the weights.
+        [rows, 1]; -inf for a row with k at or above its number of real entries.
     """
-    real = (scores > -torch.inf).sum(-1)
-    log_k = k.log()
-    thresholds = [schedule[0] * (real.to(scores.dtype).log() - log_k)]
+    k = k.unsqueeze(-1)
+    real = (scores > -torch.inf).sum(-1, keepdim=True)
+    all_saturated = k >= real
+    # numbers with finite logarithms and derivatives, in place of those that nobody looks at
+    scores, log_k = scores.masked_fill(all_saturated, 0), k.masked_fill(all_saturated, 1).log()
+    threshold = schedule[0] * (real.clamp(min=1).to(scores.dtype).log() - log_k)
     for epsilon in schedule[1:-1]:
-        capped = scores.minimum(thresholds[-1].unsqueeze(-1))
-        thresholds.append(epsilon * ((capped / epsilon).logsumexp(-1) - log_k))
-    return torch.stack(thresholds, -1).masked_fill((k >= real).unsqueeze(-1), -torch.inf)
+        capped = torch.where(scores < threshold, scores, threshold)
+        threshold = epsilon * ((capped / epsilon).logsumexp(-1, keepdim=True) - log_k)
+    return threshold.masked_fill(all_saturated, -torch.inf)
 
 
-def descent_backward(
-    grad: torch.Tensor, scores: torch.Tensor, k: torch.Tensor, thresholds: torch.Tensor, schedule: list[float]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The exact derivative of the iteration, with no more memory than the thresholds.
+def solve(scores: torch.Tensor, k: torch.Tensor, solver: str, schedule: list[float], largest: int) -> torch.Tensor:
+    """The exponents (s - t) / ε [rows, n] that `soft_topk_weights` needs, of masked `scores` [rows, n] and `k` [rows].
 
-    With F = Σ min(1, exp((s - t) / ε)) of which q are the terms below 1: dt' / dt = 1 - Σ q / F, dt' / ds = q / F and
-    dt' / dk = -ε / k.
+    Which entries are saturated has no derivative; else the derivatives are PyTorch's own, of any order.
 
     Args:
-        grad: [rows, n], cotangent of the weights; the rest as in `descend_coordinates` and what it returned.
-
-    Returns:
-        Gradients with respect to the scores [rows, n] and to k [rows].
-    """
-    all_saturated = (thresholds[:, -1:] == -torch.inf).squeeze(-1)
-    thresholds = thresholds.masked_fill(all_saturated.unsqueeze(-1), 0)
-    zero = torch.zeros_like(k).unsqueeze(-1)
-    grad_scores = _free_weights(scores, thresholds[:, -1:], zero, schedule[-1]) * grad / schedule[-1]
-    grad_threshold = -grad_scores.sum(-1, keepdim=True)
-    grad_k = -schedule[-2] * grad_threshold
-    for column in range(thresholds.shape[-1] - 2, -1, -1):
-        threshold, epsilon = thresholds[:, column : column + 1], schedule[column + 1]
-        free = _free_weights(scores, threshold, zero, epsilon)
-        free_sum, saturated = free.sum(-1, keepdim=True), (scores >= threshold).sum(-1, keepdim=True)
-        share = grad_threshold / (free_sum + saturated)
-        grad_scores = grad_scores + share * free
-        grad_threshold = share * saturated
-        grad_k = grad_k - schedule[column] * grad_threshold
-    grad_scores = grad_scores.masked_fill(all_saturated.unsqueeze(-1), 0)
-    return grad_scores, (grad_k.squeeze(-1) / k).masked_fill(all_saturated, 0)
-
-
-def solve(
-    scores: torch.Tensor, k: torch.Tensor, solver: str, schedule: list[float], largest: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Thresholds by either solver, of masked `scores` [rows, n] and `k` [rows].
-
-    Returns:
-        What `soft_topk_weights` needs, [rows, 2 or 3], and what `solve_backward` needs, [rows, 3 or iterations].
+        solver: of `SOLVERS`.
+        schedule: from `epsilon_schedule`.
+        largest: at least ceil(k) in each row, at most n.
     """
     if solver == "exact":
-        state = solve_exactly(scores, k, schedule[-1], largest)
-        return state, state
-    state = descend_coordinates(scores, k, schedule)
-    last = state[:, -1:]
-    saturated = last == -torch.inf
-    offset = torch.zeros_like(last).masked_fill(saturated, -torch.inf)
-    return torch.cat((last.masked_fill(saturated, 0), offset), -1), state
-
-
-def solve_backward(
-    grad: torch.Tensor,
-    scores: torch.Tensor,
-    k: torch.Tensor,
-    state: torch.Tensor,
-    solver: str,
-    schedule: list[float],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients with respect to masked `scores` [rows, n] and `k` [rows], from the cotangent `grad` of the weights."""
-    if solver == "exact":
-        return exact_backward(grad, scores, state, schedule[-1])
-    return descent_backward(grad, scores, k, state, schedule)
+        _, scaled, offset = solve_exactly(scores, k, schedule[-1], largest)
+        return scaled - offset
+    return (scores - descend_coordinates(scores, k, schedule)) / schedule[-1]

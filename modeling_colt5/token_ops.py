@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .kernel_backend import Operator, kernel_or, runs_eagerly, uses_triton
+from .kernel_backend import Operator, kernel_or, refuse_derivatives_of_kernels, runs_eagerly, uses_triton
 from .token_ops_reference import accumulation_dtype, normed_dtype
 from .token_ops_reference import combine as combine_reference
 from .token_ops_reference import combine_norm as combine_norm_reference
@@ -255,10 +255,10 @@ class _ShareAndGather(torch.autograd.Function):
         return hidden_states, rows, rows2
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(
         ctx: Any, grad_shared: Tensor | None, grad: Tensor | None, grad2: Tensor | None
     ) -> tuple[Tensor | None, ...]:
+        refuse_derivatives_of_kernels("token_gather")
         return _gather_gradients(ctx, grad_shared, grad, grad2)
 
 

@@ -190,13 +190,6 @@ def test_compiles_in_one_graph():
     assert torch.equal(compiled(scores, k), soft_topk(scores, k, epsilon=0.5))
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
-def test_operator_passes_opcheck(solver):
-    arguments = (torch.randn(2, 9, requires_grad=True), torch.tensor([2.0, 3.5], requires_grad=True),
-                 torch.rand(2, 9) < 0.9, solver, 1.0, 4, 1.0, 1.0)  # fmt: skip
-    torch.library.opcheck(torch.ops.colt5.soft_topk, arguments)
-
-
 def test_refuses_what_is_not_floating_point():
     with pytest.raises(TypeError, match="int64"):
         soft_topk(torch.arange(5), 2.0)
