@@ -1,6 +1,6 @@
 """A training step of the learning benchmarks: on a GPU one CUDA graph, elsewhere the ordinary calls."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -16,7 +16,8 @@ class TrainingStep:
 
     A model as small as the benchmarks' keeps a GPU waiting for Python; a replayed graph does not, for any model whose
     step neither synchronises nor makes tensors of Python's numbers. Where capturing fails the step stays as it is, and
-    `captured` stays False.
+    `captured` stays False. A step that changes on the way, for example in how many tokens it routes, says so by its
+    phase: each phase has a graph of its own.
 
     Args:
         model: in training mode, on the device of its batches.
@@ -55,9 +56,18 @@ class TrainingStep:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._batch: Batch = {}
         self._loss = torch.empty(0)
+        self._phase: Hashable = None
+        self._phase_began = 0
 
-    def __call__(self, batch: Batch) -> Tensor:
-        """Do a step, and give its loss before it, on the device; the next step may overwrite it."""
+    def __call__(self, batch: Batch, phase: Hashable = None) -> Tensor:
+        """Do a step, and give its loss before it, on the device; the next step may overwrite it.
+
+        Args:
+            batch: the step's input.
+            phase: what the step does, where that changes; an earlier phase does not come back.
+        """
+        if phase != self._phase:
+            self._phase, self._phase_began, self._graph = phase, self.steps, None
         self.steps += 1
         share = min(self.steps / self.warmup_steps, (self.warmup_steps / self.steps) ** 0.5)
         if self.cooldown is not None:
@@ -68,7 +78,7 @@ class TrainingStep:
                 group["lr"].fill_(rate * share)
             else:
                 group["lr"] = rate * share
-        if self._stream is not None and self.steps == STEPS_BEFORE + 1:
+        if self._stream is not None and self.steps == self._phase_began + STEPS_BEFORE + 1:
             self._capture(batch)
         if self._graph is not None:
             for name, tensor in self._batch.items():

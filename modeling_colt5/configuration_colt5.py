@@ -114,6 +114,8 @@ class CoLT5Config(PreTrainedConfig):
         min_routed_tokens: least number of tokens to route, as far as the sequence has so many.
         routing: how tokens are chosen. "learned" is the paper's; "random", "even" (evenly spaced, both with weights of
             1) and "none" (no heavy branch) are controls for ablations and have no routers.
+        routers_trained: whether the routers have been through a dense start, or need none for another reason;
+            `DenseStartCallback` sets it, and leaves such a model as it is.
         soft_topk_ratio: size of the soft top-k over the number of routed tokens.
         routing_epsilon: the soft top-k's temperature, in units of the scores.
         soft_topk_solver: "exact", or "coordinate_descent" as in the paper.
@@ -184,6 +186,7 @@ class CoLT5Config(PreTrainedConfig):
     routed_key_value_fraction: float | int = _fraction(1 / 8)
     min_routed_tokens: int = _at_least(1, 1)
     routing: str = _one_of(ROUTINGS)
+    routers_trained: bool = False
     soft_topk_ratio: float | int = _rule(9 / 8, "a finite number of at least 1", lambda value: value >= 1)
     routing_epsilon: float | int = _positive(1.0)
     soft_topk_solver: str = _one_of(SOFT_TOPK_SOLVERS)

@@ -23,16 +23,23 @@ class RoutingBudget:
         budget: int64 [routers * batch], of each row, one router's rows after another's.
         capacities: the slots of each router, the same for all rows.
         mask: bool [routers * batch, n], True for real tokens; None for all.
+        soft_budget: fp32 [routers * batch], during a dense start, the sum of each row's weights; None elsewhere, where
+            the budget determines it.
     """
 
     budget: torch.Tensor
     capacities: tuple[int, ...]
     mask: torch.Tensor | None
+    soft_budget: torch.Tensor | None = None
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "RoutingBudget":
         """The same on another device."""
-        mask = None if self.mask is None else self.mask.to(device, non_blocking=non_blocking)
-        return RoutingBudget(self.budget.to(device, non_blocking=non_blocking), self.capacities, mask)
+
+        def moved(part: torch.Tensor | None) -> torch.Tensor | None:
+            return None if part is None else part.to(device, non_blocking=non_blocking)
+
+        budget = self.budget.to(device, non_blocking=non_blocking)
+        return RoutingBudget(budget, self.capacities, moved(self.mask), moved(self.soft_budget))
 
 
 def route_settings(config: CoLT5Config, kernel_backend: str) -> dict[str, Any]:
@@ -46,6 +53,52 @@ def route_settings(config: CoLT5Config, kernel_backend: str) -> dict[str, Any]:
         "epsilon_decay": config.routing_epsilon_decay,
         "kernel_backend": kernel_backend,
     }
+
+
+# the share of its tokens that a row's weights sum to when a dense start begins
+DENSE_SHARE = 0.9
+
+
+def dense_start_budget(
+    lengths: torch.Tensor, fractions: tuple[float, ...], soft_topk_ratio: float, progress: torch.Tensor
+) -> torch.Tensor:
+    """What the weights of a row sum to during a dense start: from `DENSE_SHARE` of its tokens at progress 0, in equal
+    factors, to the soft top-k of the router's own budget at progress 1.
+
+    Args:
+        lengths: int64 [batch], real tokens of each row.
+        fractions: the budget's fraction of each router.
+        soft_topk_ratio: size of the soft top-k over the budget.
+        progress: fp32 [], from 0 to 1.
+
+    Returns:
+        fp32 [routers * batch], one router's rows after another's.
+    """
+    shares = [DENSE_SHARE * (fraction * soft_topk_ratio / DENSE_SHARE) ** progress for fraction in fractions]
+    return torch.cat([lengths * share for share in shares])
+
+
+def dense_start_weights(
+    weights: torch.Tensor, scores: torch.Tensor, epsilon: float, progress: torch.Tensor
+) -> torch.Tensor:
+    """The soft top-k's weights, with the gradient that they have during a dense start.
+
+    Each weight follows its own score alone, with the slope weight / ε, as if the threshold were constant; a saturated
+    weight does so too. So a token whose heavy branch helps rises, whatever the others do, and none is pushed down
+    because another is chosen. At progress 0 the weights are constants: the heavy branches learn first.
+
+    Args:
+        weights: fp32 [rows, slots], the soft top-k's weights, without a gradient.
+        scores: [rows, slots], the scores of the same tokens.
+        epsilon: the soft top-k's temperature.
+        progress: fp32 [], from 0 to 1.
+
+    Returns:
+        fp32 [rows, slots], equal to `weights`.
+    """
+    scores = scores.float()
+    slope = weights / epsilon * (progress > 0)
+    return weights + slope * (scores - scores.detach())
 
 
 def real_lengths(states: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
@@ -75,6 +128,7 @@ class RoutingPlan:
             all layers: Transformers' configurations are slow to read.
         attention: the budgets of queries and of keys/values; None with `routing="none"`.
         feed_forward: the budget of the feed-forward; None with `routing="none"`.
+        dense_start: fp32 [], how far a dense start has come; None for the paper's routing.
         merges_late: whether blocks return their hidden states alone, and in parts, for the next norm to sum.
         side: the stream that heavy branches run on next to the light ones, while a CUDA graph is captured; None
             elsewhere, where switching streams would cost the host more than it saves.
@@ -86,12 +140,22 @@ class RoutingPlan:
     settings: dict[str, Any] = field(default_factory=dict)
     attention: RoutingBudget | None = None
     feed_forward: RoutingBudget | None = None
+    dense_start: torch.Tensor | None = None
     merges_late: bool = False
     side: torch.cuda.Stream | None = None
 
     @classmethod
-    def make(cls, config: CoLT5Config, hidden_states: torch.Tensor, mask: torch.Tensor | None) -> "RoutingPlan":
-        """The plan for a batch [batch, n, d_model]: a row's budgets depend on its own number of real tokens."""
+    def make(
+        cls,
+        config: CoLT5Config,
+        hidden_states: torch.Tensor,
+        mask: torch.Tensor | None,
+        dense_start: torch.Tensor | None = None,
+    ) -> "RoutingPlan":
+        """The plan for a batch [batch, n, d_model]: a row's budgets depend on its own number of real tokens.
+
+        `dense_start` is fp32 [], how far a dense start has come; None for the paper's routing.
+        """
         kernel_backend = "triton" if uses_triton(hidden_states, config.kernel_backend) else "torch"
         plan = cls(mask, kernel_backend, kernel_backend == "triton" and config._attn_implementation == "sdpa")
         if config.routing == "none":
@@ -100,6 +164,20 @@ class RoutingPlan:
         (batch, length), minimum = hidden_states.shape[:2], config.min_routed_tokens
         query, key_value = config.routed_query_fraction, config.routed_key_value_fraction
         feed_forward = config.routed_feed_forward_fraction
+        if config.routing == "learned" and dense_start is not None:
+            plan.dense_start = dense_start
+            lengths = real_lengths(hidden_states, mask)
+
+            def everything(*fractions: float) -> RoutingBudget:
+                return RoutingBudget(
+                    lengths.repeat(len(fractions)),
+                    (length,) * len(fractions),
+                    None if mask is None else mask.repeat(len(fractions), 1),
+                    dense_start_budget(lengths, fractions, config.soft_topk_ratio, dense_start),
+                )
+
+            plan.attention, plan.feed_forward = everything(query, key_value), everything(feed_forward)
+            return plan
         # routers of one fraction share their budget
         each = dict.fromkeys((query, key_value, feed_forward))
         capacities = {fraction: routed_capacity(length, fraction, minimum) for fraction in each}
@@ -162,7 +240,7 @@ class RoutingPlan:
         def moved(part: Any) -> Any:
             return part if part is None else part.to(device, non_blocking=non_blocking)
 
-        parts = {name: moved(getattr(self, name)) for name in ("mask", "attention", "feed_forward")}
+        parts = {name: moved(getattr(self, name)) for name in ("mask", "attention", "feed_forward", "dense_start")}
         return replace(self, **parts)
 
 
@@ -307,7 +385,13 @@ def run_routers(
         # so that each router's part begins where kernels may read 16 bytes at once, and is launched without inspection
         slots += -slots % 16
     rows = scores.transpose(0, 1).flatten(0, 1)
-    indices, weights, valid = select(rows, budget.budget, slots, budget.mask, plan.settings)
+    if plan.dense_start is None:
+        indices, weights, valid = select(rows, budget.budget, slots, budget.mask, plan.settings)
+    else:
+        settings = plan.settings | {"soft_budget": budget.soft_budget}
+        indices, weights, valid = select(rows.detach(), budget.budget, slots, budget.mask, settings)
+        own_scores = rows.gather(1, indices).masked_fill(~valid, 0)
+        weights = dense_start_weights(weights, own_scores, settings["epsilon"], plan.dense_start)
     if not learned:
         weights = valid.to(weights.dtype)
     if len(routers) == 1:

@@ -152,6 +152,37 @@ class CoLT5PreTrainedModel(PreTrainedModel):
         for name, budget in given.items():
             setattr(self.config, name, budget)
 
+    def set_dense_start(self, progress: float | None) -> None:
+        """Train the routers of the encoder before they choose: see docs/routers.md.
+
+        While the model is in training mode, every token takes the heavy branches, and its weight says how much of them
+        it receives. At progress 0 the weights are near 1 and constant. From there to 1 they shrink until they sum to
+        the configured budgets, and the routers have a gradient. In evaluation mode, and after None, routing is the
+        paper's. Nothing of this is saved. `DenseStart` of dense_start.py calls it at every step of a training run.
+
+        Args:
+            progress: from 0 to 1, or None to end the dense start.
+
+        Raises:
+            ValueError: for a number outside of that, or a model without learned routers in an encoder.
+        """
+        encoders = [module for module in self.modules() if isinstance(module, CoLT5Encoder)]
+        if not encoders or self.config.routing != "learned":
+            raise ValueError(
+                f"{type(self).__name__} with routing={self.config.routing!r} has no learned routers in an encoder; "
+                "a dense start needs them"
+            )
+        if progress is not None and not 0 <= progress <= 1:
+            raise ValueError(f"progress is {progress}; it must be None, or a number from 0 to 1")
+        for encoder in encoders:
+            if progress is None:
+                encoder.dense_start = None
+            elif encoder.dense_start is None or encoder.dense_start.device != encoder.device:
+                encoder.dense_start = torch.tensor(float(progress), device=encoder.device)
+            else:
+                # in place, for whom a captured step reads it
+                encoder.dense_start.fill_(progress)
+
     @property
     def dummy_inputs(self) -> dict[str, torch.Tensor]:
         """A batch of two short rows."""
@@ -215,6 +246,7 @@ class CoLT5Encoder(CoLT5PreTrainedModel):
         self.dropout = nn.Dropout(config.dropout_rate)
         self.gradient_checkpointing = False
         self.has_looked_for_padding = False
+        self.dense_start: torch.Tensor | None = None
         self.post_init()
 
     @merge_with_config_defaults
@@ -267,6 +299,8 @@ class CoLT5Encoder(CoLT5PreTrainedModel):
     def replays(self, hidden_states: torch.Tensor) -> bool:
         """Whether this call may be a replayed graph: wanted, and fused."""
         config = self.config
+        if self.training and self.dense_start is not None:
+            return False
         return runs_eagerly() and config.use_cuda_graphs and uses_triton(hidden_states, config.kernel_backend)
 
     def run_blocks(
@@ -276,7 +310,7 @@ class CoLT5Encoder(CoLT5PreTrainedModel):
 
         `records_blocks` says that somebody reads what the blocks return.
         """
-        plan = RoutingPlan.make(self.config, hidden_states, mask)
+        plan = RoutingPlan.make(self.config, hidden_states, mask, self.dense_start if self.training else None)
         # for inference only: a block's output in parts is more to keep for its gradient or for checkpointing
         plan.merges_late = (
             not (records_blocks or torch.is_grad_enabled())

@@ -35,6 +35,7 @@ DEFAULTS = {
     "routed_key_value_fraction": 1 / 8,
     "min_routed_tokens": 1,
     "routing": "learned",
+    "routers_trained": False,
     "soft_topk_ratio": 9 / 8,
     "routing_epsilon": 1.0,
     "soft_topk_solver": "exact",

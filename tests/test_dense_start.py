@@ -1,0 +1,342 @@
+"""The dense start: its weights and their gradient, its schedule, shorter inputs, and runs of Trainer with it."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import pad, random_ids, tiny_config, tiny_model
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from modeling_colt5 import (
+    CoLT5EncoderModel,
+    CoLT5ForConditionalGeneration,
+    CoLT5ForTokenClassification,
+    CoLT5Tokenizer,
+)
+from modeling_colt5.denoising import DataCollatorForDenoising, SpanCorruption, chunk_documents
+from modeling_colt5.dense_start import (
+    DenseStart,
+    DenseStartCallback,
+    ShortenDenoising,
+    shorten,
+    shorten_documents,
+)
+from modeling_colt5.router_colt5 import DENSE_SHARE, CoLT5Router, dense_start_budget, dense_start_weights
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def training_model(model_class: Any = CoLT5EncoderModel, **fields: Any) -> Any:
+    torch.manual_seed(0)
+    return tiny_model(model_class, **fields).train()
+
+
+def routed(model: CoLT5EncoderModel, **inputs: torch.Tensor) -> Any:
+    return model.encoder(**inputs, output_routing=True).routing
+
+
+def test_budget_goes_in_equal_factors_from_dense_to_the_configured_one() -> None:
+    lengths = torch.tensor([100, 40])
+    budgets = [
+        dense_start_budget(lengths, (1 / 16, 1 / 8), 9 / 8, torch.tensor(p)) for p in (0.0, 0.25, 0.5, 0.75, 1.0)
+    ]
+    torch.testing.assert_close(budgets[0], DENSE_SHARE * lengths.repeat(2).float())
+    torch.testing.assert_close(budgets[-1], 9 / 8 * torch.tensor([100 / 16, 40 / 16, 100 / 8, 40 / 8]))
+    factors = torch.stack(budgets[1:]) / torch.stack(budgets[:-1])
+    torch.testing.assert_close(factors, factors[:1].expand(4, -1))
+
+
+def test_weights_have_the_derivative_of_a_constant_threshold() -> None:
+    threshold, epsilon = 0.3, 0.7
+    scores = torch.tensor([[-1.0, 0.0, 0.2]], requires_grad=True)
+
+    def weights_at(scores: torch.Tensor) -> torch.Tensor:
+        return ((scores.detach().double() - threshold) / epsilon).exp()
+
+    weights = weights_at(scores)
+    got = dense_start_weights(weights.float(), scores, epsilon, torch.tensor(0.5))
+    torch.testing.assert_close(got, weights.float())
+    (gradient,) = torch.autograd.grad(got.sum(), scores)
+    step = 1e-6
+    expected = (weights_at(scores.double() + step) - weights_at(scores.double() - step)) / (2 * step)
+    torch.testing.assert_close(gradient, expected.float())
+
+
+def test_saturated_weights_have_a_gradient_and_closed_ones_none() -> None:
+    scores = torch.tensor([[5.0, 1.0]], requires_grad=True)
+    weights = torch.tensor([[1.0, 0.5]])
+    (gradient,) = torch.autograd.grad(dense_start_weights(weights, scores, 2.0, torch.tensor(0.1)).sum(), scores)
+    torch.testing.assert_close(gradient, weights / 2)
+    (gradient,) = torch.autograd.grad(dense_start_weights(weights, scores, 2.0, torch.tensor(0.0)).sum(), scores)
+    assert not gradient.any()
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("progress", [0.0, 0.5, 1.0])
+def test_every_token_is_routed_and_weights_sum_to_the_soft_budget(backend: str, progress: float) -> None:
+    model = training_model(kernel_backend=backend)
+    model.set_dense_start(progress)
+    rows = [random_ids(30), random_ids(17)]
+    batch = pad(rows)
+    lengths = torch.tensor([30, 17])
+    config = model.config
+    for layer in routed(model, **batch):
+        for name, tokens in (
+            ("query", layer.query),
+            ("key_value", layer.key_value),
+            ("feed_forward", layer.feed_forward),
+        ):
+            torch.testing.assert_close(tokens.valid.sum(1), lengths)
+            final = getattr(config, f"routed_{name}_fraction") * config.soft_topk_ratio
+            share = DENSE_SHARE * (final / DENSE_SHARE) ** progress
+            # the sum of 30 weights of fp32
+            torch.testing.assert_close(tokens.weights.sum(1), lengths * share, rtol=1e-4, atol=1e-4)
+
+
+def test_kernels_agree_with_pytorch() -> None:
+    results = {}
+    for backend in ("torch", "triton"):
+        model = training_model(kernel_backend=backend)
+        model.set_dense_start(0.4)
+        batch = pad([random_ids_seeded(30), random_ids_seeded(17)])
+        out = model(**batch).last_hidden_state * batch["attention_mask"][..., None]
+        torch.manual_seed(1)
+        (out * torch.randn_like(out)).sum().backward()
+        results[backend] = [out, *(parameter.grad for parameter in model.parameters())]
+    for ours, theirs in zip(results["triton"], results["torch"], strict=True):
+        # sums in another order, through two layers
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
+def random_ids_seeded(length: int) -> torch.Tensor:
+    return torch.randint(3, 96, (length,), generator=torch.Generator().manual_seed(length))
+
+
+def test_padding_changes_nothing() -> None:
+    model = training_model()
+    model.set_dense_start(0.5)
+    row = random_ids(17)
+    alone = model(row[None]).last_hidden_state
+    for side in ("left", "right"):
+        both = model(**pad([row, random_ids(30)], side=side)).last_hidden_state[0]
+        both = both[:17] if side == "right" else both[-17:]
+        # another batch, another order of sums
+        torch.testing.assert_close(both, alone[0], rtol=1e-4, atol=1e-4)
+
+
+def test_routers_are_constant_while_closed_and_learn_while_opening() -> None:
+    model = training_model()
+    for progress, learns in ((0.0, False), (0.3, True)):
+        model.set_dense_start(progress)
+        model.zero_grad()
+        out = model(random_ids(2, 30)).last_hidden_state
+        (out * torch.randn_like(out)).sum().backward()
+        routers = [module for module in model.modules() if isinstance(module, CoLT5Router)]
+        assert routers
+        for router in routers:
+            assert bool(router.weight.grad.any()) is learns
+
+
+def test_evaluation_is_the_papers_routing_throughout() -> None:
+    model, ids = training_model(), random_ids(2, 30)
+    fresh = copy.deepcopy(model).eval()(ids).last_hidden_state
+    model.set_dense_start(0.0)
+    torch.testing.assert_close(model.eval()(ids).last_hidden_state, fresh)
+    assert not torch.allclose(model.train()(ids).last_hidden_state, fresh)
+    model.set_dense_start(None)
+    torch.testing.assert_close(model.train()(ids).last_hidden_state, fresh)
+
+
+def test_nothing_of_it_is_saved(tmp_path: Path) -> None:
+    model = training_model()
+    before = model.config.to_dict()
+    model.set_dense_start(0.2)
+    assert model.config.to_dict() == before
+    model.save_pretrained(tmp_path)
+    loaded = CoLT5EncoderModel.from_pretrained(tmp_path)
+    assert loaded.encoder.dense_start is None
+
+
+def test_bad_calls_are_refused() -> None:
+    with pytest.raises(ValueError, match="progress is 1.5"):
+        training_model().set_dense_start(1.5)
+    with pytest.raises(ValueError, match="routing='even'"):
+        training_model(routing="even").set_dense_start(0.0)
+    for fields, message in (
+        ({"closed": 1.0}, "closed is 1.0"),
+        ({"opening": 0.0}, "opening is 0.0"),
+        ({"closed": 0.6, "opening": 0.4}, "closed \\+ opening is 1.0"),
+        ({"input_share": 0.0}, "input_share is 0.0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            DenseStart(**fields)
+
+
+def test_schedule() -> None:
+    schedule = DenseStart(closed=0.5, opening=0.1)
+    at = [schedule.progress(step, 100) for step in range(100)]
+    assert at[:51] == [0.0] * 51
+    torch.testing.assert_close(torch.tensor(at[50:60]), torch.arange(10) / 10)
+    assert at[60:] == [None] * 40
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_shorter_inputs_begin_at_the_first_real_token(side: str) -> None:
+    rows = [random_ids(20), random_ids(9)]
+    batch: dict[str, Any] = pad(rows, side=side)
+    batch["labels"] = batch["input_ids"] * 10
+    short = shorten(batch, 1 / 4)
+    for row, ids, mask, labels in zip(rows, short["input_ids"], short["attention_mask"], short["labels"], strict=True):
+        assert ids.tolist() == row[:5].tolist() and mask.all() and labels.tolist() == (row[:5] * 10).tolist()
+    assert batch["input_ids"].shape == (2, 20)
+
+
+def test_targets_of_documents_stay_whole() -> None:
+    batch = {
+        "inputs_embeds": torch.randn(2, 10, 4),
+        "labels": random_ids(2, 10),
+        "decoder_input_ids": random_ids(2, 10),
+    }
+    short = shorten_documents(batch, 0.55)
+    assert short["inputs_embeds"].shape == (2, 6, 4)
+    assert short["labels"] is batch["labels"] and short["decoder_input_ids"] is batch["decoder_input_ids"]
+
+
+def test_shorter_denoising_asks_for_no_span_that_the_input_lacks() -> None:
+    tokenizer = CoLT5Tokenizer.from_pretrained(ROOT / "tokenization/python_stdlib")
+    collator = DataCollatorForDenoising(tokenizer, 256, denoiser=SpanCorruption(), seed=0)
+    tokens = torch.randint(100, 4000, (2000,)).numpy()
+    batch = collator(
+        [chunk for _, chunk in zip(range(3), chunk_documents([{"input_ids": tokens}], collator), strict=False)]
+    )
+    sentinels = tokenizer.convert_tokens_to_ids([f"<extra_id_{i}>" for i in range(100)])
+    short = ShortenDenoising(tuple(sentinels))(dict(batch), 1 / 4)
+    assert short["input_ids"].shape[1] == 64
+    for ids, labels, whole in zip(short["input_ids"], short["labels"], batch["labels"], strict=True):
+        seen = [token for token in ids.tolist() if token in sentinels]
+        kept = labels[labels >= 0].tolist()
+        asked = [token for token in kept if token in sentinels]
+        assert seen and asked == seen
+        # what is kept is the target's beginning, with the last span whole
+        assert kept == whole[: len(kept)].tolist() and whole[len(kept)].item() in sentinels
+
+
+class Seen(TrainerCallback):
+    """What a step's routers did, read from the model between forward and the optimizer's step."""
+
+    def __init__(self) -> None:
+        self.progress: list[float | None] = []
+        self.lengths: list[int] = []
+
+    def watch(self, model: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if model.training:
+            self.lengths.append(kwargs["input_ids"].shape[1])
+            start = model.encoder.dense_start
+            self.progress.append(None if start is None else round(float(start), 3))
+
+
+def rows(number: int) -> list[dict[str, list[int]]]:
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(3, 96, (number, 16), generator=generator)
+    return [{"input_ids": row.tolist(), "labels": (row % 3).tolist()} for row in ids]
+
+
+def trainer(
+    folder: Path, model: Any, callback: DenseStartCallback, seen: Seen | None = None, **fields: Any
+) -> Trainer:
+    arguments = TrainingArguments(
+        str(folder), max_steps=10, per_device_train_batch_size=2, learning_rate=1e-2, report_to=[], use_cpu=True,
+        disable_tqdm=True, save_strategy="steps", save_steps=3, eval_strategy="steps", eval_steps=4, logging_steps=1,
+        **fields,
+    )  # fmt: skip
+    run = Trainer(model, arguments, train_dataset=rows(20), eval_dataset=rows(4), callbacks=[callback])
+    if seen is not None:
+        run.add_callback(HookedAfter(model, seen))
+    return run
+
+
+class HookedAfter(TrainerCallback):
+    """Watches the model's calls with a hook that comes after the dense start's own."""
+
+    def __init__(self, model: torch.nn.Module, seen: Seen):
+        self.model, self.seen = model, seen
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.model.register_forward_pre_hook(self.seen.watch, with_kwargs=True)
+
+
+SCHEDULE = DenseStart(closed=0.3, opening=0.2, input_share=0.5)
+
+
+def token_model() -> CoLT5ForTokenClassification:
+    torch.manual_seed(0)
+    return CoLT5ForTokenClassification(tiny_config(num_labels=3))
+
+
+def test_run_of_trainer(tmp_path: Path) -> None:
+    model, seen = token_model(), Seen()
+    run = trainer(tmp_path / "run", model, DenseStartCallback(SCHEDULE), seen)
+    run.train()
+    assert seen.progress == [0.0, 0.0, 0.0, 0.0, 0.5, None, None, None, None, None]
+    assert seen.lengths == [8] * 5 + [16] * 5
+    assert model.config.routers_trained and model.encoder.dense_start is None
+    # a checkpoint of the dense start has the configured budgets, and says that the routers are not trained yet
+    for step, trained in ((3, False), (6, True)):
+        saved = CoLT5ForTokenClassification.from_pretrained(tmp_path / f"run/checkpoint-{step}").config
+        assert saved.routers_trained is trained
+        assert saved.routed_query_fraction == tiny_config().routed_query_fraction
+
+    # the trained model is left as it is, unless it is asked for
+    for always in (False, True):
+        again, seen = copy.deepcopy(model), Seen()
+        trainer(tmp_path / "again", again, DenseStartCallback(SCHEDULE, always=always), seen).train()
+        assert (seen.progress[0] is not None) is always
+
+
+def test_resumed_run_ends_as_the_whole_one(tmp_path: Path) -> None:
+    whole = token_model()
+    trainer(tmp_path / "whole", whole, DenseStartCallback(SCHEDULE)).train()
+    # broken off within the opening: after step 3 comes progress 0, then 0.5
+    resumed = token_model()
+    run = trainer(tmp_path / "resumed", resumed, DenseStartCallback(SCHEDULE))
+    run.train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-3"))
+    for ours, theirs in zip(resumed.parameters(), whole.parameters(), strict=True):
+        # the same sums, perhaps at other addresses in memory
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_accumulated_steps_are_those_of_larger_batches(tmp_path: Path) -> None:
+    models = []
+    for batch_size, parts in ((2, 1), (1, 2)):
+        model = token_model()
+        run = trainer(tmp_path / str(parts), model, DenseStartCallback(SCHEDULE), gradient_accumulation_steps=parts)
+        run.args.per_device_train_batch_size = run._train_batch_size = batch_size
+        run.train()
+        models.append(model)
+    for ours, theirs in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        # gradients are summed in another order, and AdamW divides by their size
+        torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-3)
+
+
+def test_model_without_routers_is_refused(tmp_path: Path) -> None:
+    model = CoLT5ForTokenClassification(tiny_config(routing="none"))
+    with pytest.raises(ValueError, match="no learned routers"):
+        trainer(tmp_path, model, DenseStartCallback()).train()
+
+
+def test_encoder_decoder_reads_short_documents_and_whole_targets(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = CoLT5ForConditionalGeneration(tiny_config())
+    callback = DenseStartCallback(SCHEDULE)
+    seen: list[tuple[int, int]] = []
+    run = trainer(tmp_path, model, callback)
+    model.register_forward_hook(
+        lambda module, args, kwargs, out: (
+            seen.append((out.encoder_last_hidden_state.shape[1], out.logits.shape[1])) if module.training else None
+        ),
+        with_kwargs=True,
+    )
+    run.train()
+    assert seen == [(8, 16)] * 5 + [(16, 16)] * 5
