@@ -145,7 +145,8 @@ def verify(config: CoLT5Config) -> None:
     # sums of d_model fp32 products in another order, the kernels' in TF32 where the device has it
     wrong = ((outputs[0] - outputs[1]).abs().amax(-1) > 5e-3 * outputs[1].abs().max()).float().mean()
     assert wrong < 0.01, f"{wrong:.2%} of the tokens differ"
-    assert leak(layer, config, torch.float32) == 0, "an output depends on a later token"
+    # outputs of unit size; most machines round a row of a product alike whatever the others hold, but not all
+    assert leak(layer, config, torch.float32) < 1e-5, "an output depends on a later token"
     call = forward_and_backward(layer, states.requires_grad_())
     for first, second in zip(call(), call(), strict=True):
         assert torch.equal(first, second), "a gradient is not the same twice"

