@@ -15,7 +15,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 if os.environ.get("ATEN_CPU_CAPABILITY", "").lower() in ("default", "avx2"):
-    # where PyTorch is told to do without AVX-512 and oneDNN is not, attention in bf16 asks for a kernel that is left out
+    # where PyTorch is told to do without AVX-512 and oneDNN is not, attention in bf16 asks for a missing kernel
     os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX2")
 
 # huggingface_hub reads these once, when it is imported. A home of its own for each process: no test sees the user's
