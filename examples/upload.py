@@ -12,7 +12,6 @@ and say its name with `--base-model someone/base`: it is written into the adapte
 
 import argparse
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from run_record import RECORD, RunRecord
 from transformers import AutoConfig
 
 import modeling_colt5  # noqa: F401  (registers the Auto classes)
+from modeling_colt5.routing import routed_capacity
 
 # the Hub's names of tasks and of metrics
 PIPELINES = {
@@ -220,7 +220,7 @@ def make_card(folder: Path, repository: str, license_name: str | None, language:
         f"What each encoder layer sends through its heavy branches, of a document of {length:,} tokens:",
         "\n".join(
             ["| | fraction | tokens |", "| --- | --- | --- |"]
-            + [f"| {what} | {part:g} | {math.ceil(part * length - 1e-6):,} |" for what, part in budgets.items()]
+            + [f"| {what} | {part:g} | {routed_capacity(length, part, config.min_routed_tokens):,} |" for what, part in budgets.items()]
         ),
         "They can be changed without training: `model.set_routing_budget(feed_forward=1 / 8)`.",
         "## Data",

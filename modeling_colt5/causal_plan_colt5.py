@@ -1,6 +1,5 @@
 """Where a chunk's tokens stand in the windows of a causally routed decoder: by rank among the real tokens of a row."""
 
-import math
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from .configuration_colt5 import CoLT5Config
 from .kernel_backend import uses_triton
+from .routing import share_of
 
 
 def _rows(index: Tensor, n: int) -> Tensor:
@@ -68,7 +68,7 @@ class CausalSettings:
         window = config.causal_window
 
         def target(fraction: float) -> int:
-            return max(1, min(window, math.ceil(fraction * window - 1e-6)))
+            return max(1, min(window, share_of(window, fraction)))
 
         return cls(
             window=window,
@@ -85,7 +85,7 @@ class CausalSettings:
 
     def capacity(self, target: int) -> int:
         """The most tokens that a window routes, given how many it routes on average."""
-        return min(self.window, math.ceil(self.capacity_ratio * target - 1e-6))
+        return min(self.window, share_of(target, self.capacity_ratio))
 
 
 @dataclass

@@ -182,7 +182,7 @@ class RoutingPlan:
         each = dict.fromkeys((query, key_value, feed_forward))
         capacities = {fraction: routed_capacity(length, fraction, minimum) for fraction in each}
         if mask is None:
-            # what `routed_budget` says of whole rows, without its eight launches
+            # what `routed_budget` says of whole rows, without its launches
             shape, device = (batch,), hidden_states.device
             budgets = {fraction: torch.full(shape, capacities[fraction], device=device) for fraction in each}
         else:

@@ -252,8 +252,33 @@ def soft_topk(
     return soft_topk_weights(exponents, masked == -torch.inf).reshape(scores.shape)
 
 
+def share_of(length: Any, fraction: float) -> Any:
+    """ceil(fraction · length - 1e-6), exact: no rounding of a product decides how many tokens are routed.
+
+    A fraction in floating point is p / 2^s with integers, so the result is (p · length + a constant) >> s. It is
+    computed in parts of 31 bits, so that nothing exceeds 64: devices without float64 have integers of those.
+
+    Args:
+        length: number of tokens, below 2^31: an integer, a symbolic one, or an int64 tensor.
+        fraction: share of them, above 0 and below 2^31.
+
+    Returns:
+        What the length is: an integer, a symbolic one, or an int64 tensor of its shape.
+    """
+    numerator, denominator = fraction.as_integer_ratio()
+    bits = -(-(denominator.bit_length() - 1) // 31) * 31
+    one = 1 << bits
+    numerator *= one // denominator
+    # what is more than 1e-6 above an integer is rounded up
+    constant = one - 1 - one // 10**6
+    carried, part = 0, (1 << 31) - 1
+    for shift in range(0, bits, 31):
+        carried = (length * ((numerator >> shift) & part) + (carried + ((constant >> shift) & part))) >> 31
+    return length * (numerator >> bits) + carried
+
+
 def routed_budget(lengths: Tensor, fraction: float, minimum: int) -> Tensor:
-    """How many tokens each row routes: min(length, max(minimum, ceil(fraction · length - 1e-6))) in float64.
+    """How many tokens each row routes: min(length, max(minimum, ceil(fraction · length - 1e-6))), exact.
 
     Args:
         lengths: int [rows], real tokens of each row.
@@ -263,13 +288,13 @@ def routed_budget(lengths: Tensor, fraction: float, minimum: int) -> Tensor:
     Returns:
         int64 [rows].
     """
-    budget = (lengths.to(torch.float64) * fraction - 1e-6).ceil().to(torch.int64)
-    return budget.clamp(min=minimum).minimum(lengths.to(torch.int64))
+    lengths = lengths.to(torch.int64)
+    return share_of(lengths, fraction).clamp(min=minimum).minimum(lengths)
 
 
 def routed_capacity(n: int, fraction: float, minimum: int) -> int:
     """The slots that rows of padded length `n` need: `routed_budget` of `n`, at least 1, also for a symbolic `n`."""
-    budget = math.ceil(n * fraction - 1e-6)
+    budget = share_of(n, fraction)
     if isinstance(n, int):
         return max(1, min(n, max(minimum, budget)))
     return torch.sym_max(1, torch.sym_min(n, torch.sym_max(minimum, budget)))
