@@ -220,7 +220,10 @@ def make_card(folder: Path, repository: str, license_name: str | None, language:
         f"What each encoder layer sends through its heavy branches, of a document of {length:,} tokens:",
         "\n".join(
             ["| | fraction | tokens |", "| --- | --- | --- |"]
-            + [f"| {what} | {part:g} | {routed_capacity(length, part, config.min_routed_tokens):,} |" for what, part in budgets.items()]
+            + [
+                f"| {what} | {part:g} | {routed_capacity(length, part, config.min_routed_tokens):,} |"
+                for what, part in budgets.items()
+            ]
         ),
         "They can be changed without training: `model.set_routing_budget(feed_forward=1 / 8)`.",
         "## Data",

@@ -60,13 +60,21 @@ def solve_exactly(
     values = scaled.detach()
 
     others = values.scatter(-1, positions, -torch.inf).logsumexp(-1, keepdim=True)
-    top = values.gather(-1, positions).double()
-    tail = torch.cat((top, others.double()), -1).flip(-1).logcumsumexp(-1).flip(-1)
-    above = torch.arange(largest, device=scores.device)
-    saturated = (above + (tail[:, :-1] - top).exp() <= rank).sum(-1, keepdim=True).minimum(last)
-    offset = tail.gather(-1, saturated) - (rank.double() - saturated).log()
+    top = values.gather(-1, positions)
+    tail = torch.cat((top, others), -1).flip(-1).logcumsumexp(-1).flip(-1)
+    # what is left of k, in place of the rank and the tail together, which would lose the tail's digits
+    left = rank - torch.arange(largest, device=scores.device)
+    saturated = ((tail[:, :-1] - top).exp() <= left).sum(-1, keepdim=True).minimum(last)
+    offset = tail.gather(-1, saturated) - (rank - saturated).log()
+    # Running sums of logarithms have lost digits. With the saturated set that an offset says, sums over the row say a
+    # better one, twice, because the first may have moved an entry in or out.
+    for _ in range(2):
+        weights = (values - offset).exp()
+        is_saturated = _is_saturated(weights)
+        mass = weights.masked_fill(is_saturated, 0).sum(-1, keepdim=True)
+        rest = rank - is_saturated.sum(-1, keepdim=True)
+        offset = torch.where((mass > 0) & (rest > 0), offset + (mass / rest).log(), offset)
     offset = offset.masked_fill(all_saturated, -torch.inf).masked_fill(top[:, :1].isnan(), torch.nan)
-    offset = offset.to(scores.dtype)
 
     # Given which entries are saturated, the offset is the logarithm of Σ exp(scaled) over the others, less that of
     # what k leaves to them: written out for the sake of its derivatives, the value is the one found above.
