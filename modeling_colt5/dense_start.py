@@ -50,10 +50,11 @@ class DenseStart:
 
     def progress(self, step: int, steps: int) -> float | None:
         """What `set_dense_start` takes before step `step` of `steps`, counted from 0: None in the third part."""
-        opens, ends = math.ceil(self.closed * steps), math.ceil((self.closed + self.opening) * steps)
+        # a share of 0.1 + 0.2 is no more than three steps in ten
+        opens, ends = (math.ceil(share * steps - 1e-9) for share in (self.closed, self.closed + self.opening))
         if step >= ends:
             return None
-        return max(0.0, (step - opens) / (ends - opens))
+        return 0.0 if step <= opens else (step - opens) / (ends - opens)
 
 
 def shorten(inputs: Inputs, share: float) -> Inputs:

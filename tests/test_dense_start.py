@@ -180,6 +180,11 @@ def test_schedule() -> None:
     assert at[:51] == [0.0] * 51
     torch.testing.assert_close(torch.tensor(at[50:60]), torch.arange(10) / 10)
     assert at[60:] == [None] * 40
+    # runs of a few steps: nothing is divided by zero, and the last step of all is the paper's
+    for steps in range(1, 12):
+        few = [schedule.progress(step, steps) for step in range(steps)]
+        assert all(progress is None or 0 <= progress < 1 for progress in few)
+    assert [DenseStart(closed=0.1, opening=0.2).progress(step, 10) for step in (1, 2, 3)] == [0.0, 0.5, None]
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -1,0 +1,363 @@
+"""The router gym: do routers learn which tokens matter, where only the heavy branch can carry what is asked for?
+
+    python benchmarks/router_gym.py --seconds 600               # the runs that are not there yet; again: the rest
+    python benchmarks/router_gym.py --tasks facts --seeds 0 1   # of these alone
+    python benchmarks/router_gym.py --seconds 0                 # the table and the picture from what is there
+
+A run is one task, arm, length, budget and seed: `CoLT5ForTokenClassification` of three layers, trained on inputs that
+are drawn anew at every step. Its line is added to results/router_gym.jsonl; no run that has a line is done again. On
+a GPU a training step is a CUDA graph, and several runs share the card (`--lanes`).
+
+Arms: "learned", the paper's routing after a dense start (docs/routers.md); "as_shipped", the same without one; "even"
+and "random", routing that cannot learn; "none", light branches only; "none_wide", the same with a light feed-forward
+so wide that a step costs as many operations as learned routing; "dense", every token in the heavy branches
+throughout.
+"""
+
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from captured_step import TrainingStep
+from flops import encoder_flops
+from measure import RESULTS, describe_commit, describe_device
+from router_gym_report import write
+from router_tasks import TASKS, VALUES, Examples, Task
+from torch import Tensor, nn
+from transformers import HfArgumentParser
+
+from modeling_colt5 import CoLT5Config, CoLT5ForTokenClassification
+from modeling_colt5.dense_start import DenseStart
+from modeling_colt5.parameter_groups import size_scaled_groups
+from modeling_colt5.router_colt5 import CoLT5Router
+
+ARMS = ("learned", "as_shipped", "even", "random", "none", "none_wide", "dense")
+FILE = "router_gym.jsonl"
+# inputs of the dense start, where the task fits into so few tokens; four times as many rows make up for it
+START_LENGTH = 512
+START_ROWS = 4
+RADIUS = 127
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run.
+
+    Attributes:
+        task: its name, of router_tasks.py.
+        arm: of `ARMS`.
+        length: tokens of an input.
+        query_fraction: of queries and of the feed-forward; keys and values have twice as much.
+        seed: of weights and inputs.
+        steps: of training.
+    """
+
+    task: str
+    arm: str
+    length: int
+    query_fraction: float
+    seed: int
+    steps: int = 3000
+
+
+@dataclass
+class Arguments:
+    """What to do."""
+
+    tasks: list[str] = field(default_factory=lambda: list(TASKS[:2]), metadata={"help": " ".join(TASKS)})
+    arms: list[str] = field(default_factory=lambda: list(ARMS), metadata={"help": " ".join(ARMS)})
+    lengths: list[int] = field(default_factory=lambda: [2048], metadata={"help": "tokens of an input"})
+    budgets: list[int] = field(default_factory=lambda: [16, 64], metadata={"help": "one query among so many tokens"})
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2, 3, 4], metadata={"help": "all arms with each in turn"})
+    steps: int = field(default=3000, metadata={"help": "steps of a run"})
+    seconds: float = field(default=float("inf"), metadata={"help": "begin no further run after these"})
+    lanes: int = field(default=4, metadata={"help": "runs at a time on each GPU; on a CPU one"})
+    out: Path = field(default=RESULTS, metadata={"help": "folder of the results"})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all runs share; a result belongs to its settings."""
+
+    d_model: int = 128
+    d_kv: int = 32
+    num_layers: int = 3
+    batch: int = 16
+    learning_rate: float = 1e-2
+    warmup_steps: int = 200
+    eval_every: int = 250
+    eval_rows: int = 64
+    start: DenseStart = DenseStart(input_share=1.0)
+
+
+def task_of(run: Run) -> Task:
+    """A quarter of the queries' budget for uses: budgets have room, but for few of the useless tokens."""
+    return Task(run.task, max(2, round(run.length * run.query_fraction / 4)))
+
+
+def make_config(run: Run, settings: Settings) -> CoLT5Config:
+    """The configuration of a run's model."""
+    dense = run.arm == "dense"
+    query = 1.0 if dense else run.query_fraction
+    heads = settings.d_model // settings.d_kv
+    fields: dict[str, Any] = {
+        "vocab_size": task_of(run).vocab_size,
+        "d_model": settings.d_model,
+        "d_kv": settings.d_kv,
+        "d_ff": 2 * settings.d_model,
+        "num_layers": settings.num_layers,
+        "num_decoder_layers": 1,
+        "num_heads": heads,
+        "num_light_heads": 1,
+        "num_heavy_heads": heads - 1,
+        "light_d_ff": settings.d_model,
+        "heavy_d_ff": 4 * settings.d_model,
+        "local_radius": RADIUS,
+        "routed_query_fraction": query,
+        "routed_key_value_fraction": min(1.0, 2 * query),
+        "routed_feed_forward_fraction": query,
+        "dropout_rate": 0.0,
+        "num_labels": VALUES,
+    }
+    routing = {"even": "even", "random": "random", "none": "none", "none_wide": "none"}.get(run.arm, "learned")
+    config = CoLT5Config(**fields, routing=routing)
+    if run.arm == "none_wide":
+        light = CoLT5Config(**fields | dict.fromkeys(
+            ("routed_query_fraction", "routed_key_value_fraction", "routed_feed_forward_fraction"), 1e-9
+        ))  # fmt: skip
+        saved = encoder_flops(config, run.length) - encoder_flops(light, run.length)
+        matrices = 3 if config.is_gated_act else 2
+        config.light_d_ff += round(saved / (2 * config.num_layers * matrices * run.length * config.d_model))
+    return config
+
+
+def training_flops(config: CoLT5Config, routing: str, dense: bool, rows: int, n: int) -> int:
+    """Of the encoder's matrix products in one training step: a forward pass, and a backward that costs two."""
+    fractions = ("routed_query_fraction", "routed_key_value_fraction", "routed_feed_forward_fraction")
+    share = 1.0 if dense else 1e-9 if routing == "none" else None
+    if share is not None:
+        config = CoLT5Config.from_dict(config.to_dict() | dict.fromkeys(fractions, share))
+    return 3 * rows * encoder_flops(config, n)
+
+
+class Watched:
+    """Scores and choices of every router in the calls that are made while it is open."""
+
+    def __init__(self, model: nn.Module):
+        self.calls: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
+        self._hooks = [
+            module.select.register_forward_hook(self._note(name))
+            for name, module in model.named_modules()
+            if isinstance(module, CoLT5Router)
+        ]
+
+    def _note(self, name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
+            scores, (indices, _, valid) = args[0], outputs
+            if "query_router" not in name:
+                self.calls.setdefault(name, []).append((scores, indices, valid))
+                return
+            # one operation for the routers of a layer's attention: queries first, then keys and values
+            rows = len(scores) // 2
+            for part, own in (("query_router", slice(rows)), ("key_value_router", slice(rows, None))):
+                at = name.replace("query_router", part)
+                self.calls.setdefault(at, []).append((scores[own], indices[own], valid[own]))
+
+        return hook
+
+    def close(self) -> None:
+        """Take the hooks away."""
+        for hook in self._hooks:
+            hook.remove()
+
+
+def describe_routers(model: CoLT5ForTokenClassification, examples: Examples, vocab_size: int) -> list[dict[str, Any]]:
+    """Of every router: the share of needed tokens that it routes, the share of the token types in the input that it
+    never routes, the spread of its scores, and its gradient's length in the last step as a part of the whole
+    gradient's.
+
+    Args:
+        model: in training mode.
+        examples: held-out inputs.
+        vocab_size: of the task.
+    """
+    watched = Watched(model)
+    model.eval()
+    with torch.no_grad(), autocast(examples.ids.device):
+        model(input_ids=examples.ids)
+    model.train()
+    watched.close()
+    gradients = [p.grad.norm() for p in model.parameters() if p.grad is not None]
+    whole = torch.stack(gradients).norm() if gradients else torch.tensor(1.0)
+    routers = []
+    for name, module in model.named_modules():
+        if not isinstance(module, CoLT5Router) or name not in watched.calls:
+            continue
+        ((scores, indices, valid),) = watched.calls[name]
+        chosen = torch.zeros_like(examples.ids).scatter_add_(1, indices, valid.long()).bool()
+        needed = examples.needed_keys if "key_value" in name else examples.needed_queries
+        present = torch.bincount(examples.ids.flatten(), minlength=vocab_size) > 0
+        tried = torch.bincount(examples.ids[chosen], minlength=vocab_size) > 0
+        gradient = None if module.routing != "learned" else module.weight.grad
+        routers.append(
+            {
+                "router": ".".join(part for part in name.split(".") if part.isdigit() or "router" in part),
+                "needed_routed": float((chosen & needed).sum() / needed.sum()),
+                "types_never_routed": float((present & ~tried).sum() / present.sum()),
+                "spread": float(scores.float().std(-1).mean()),
+                "gradient": None if gradient is None else float(gradient.norm() / whole),
+            }
+        )
+    return routers
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """bf16 on a GPU."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+@torch.no_grad()
+def accuracy(model: CoLT5ForTokenClassification, examples: Examples, batch: int) -> float:
+    """The share of uses that are answered right, by the paper's routing at the configured budgets."""
+    model.eval()
+    right = []
+    for rows in zip(*(part.split(batch) for part in (examples.ids, examples.labels, examples.asked)), strict=True):
+        ids, labels, asked = rows
+        with autocast(ids.device):
+            logits = model(input_ids=ids).logits
+        right.append((logits.argmax(-1) == labels)[asked].float().mean())
+    model.train()
+    return float(torch.stack(right).mean())
+
+
+def train(run: Run, settings: Settings, device: torch.device) -> dict[str, Any]:
+    """Do a run; its line of the results."""
+    began = time.perf_counter()
+    task, config = task_of(run), make_config(run, settings)
+    torch.manual_seed(run.seed)
+    with device:
+        model = CoLT5ForTokenClassification(config)
+    model.train()
+
+    def loss_of(batch: dict[str, Tensor]) -> Tensor:
+        with autocast(device):
+            return model(**batch).loss
+
+    step_of = TrainingStep(model, loss_of, size_scaled_groups(model, settings.learning_rate), settings.warmup_steps)
+    generator = torch.Generator(device).manual_seed(1000 + run.seed)
+    held_out = task.draw(settings.eval_rows, run.length, torch.Generator(device).manual_seed(7))
+    start = settings.start if run.arm == "learned" else None
+    start_length = min(run.length, max(START_LENGTH, task.shortest))
+    curve: list[dict[str, float]] = []
+    flops = 0
+    for step in range(run.steps + 1):
+        if step % settings.eval_every == 0 or step == run.steps:
+            point = {"step": step, "flops": flops, "accuracy": accuracy(model, held_out, settings.batch)}
+            curve.append(point)
+        if step == run.steps:
+            break
+        progress = start.progress(step, run.steps) if start is not None else None
+        if start is not None:
+            model.set_dense_start(progress)
+        starting = progress is not None
+        rows, n = (START_ROWS * settings.batch, start_length) if starting else (settings.batch, run.length)
+        flops += training_flops(config, config.routing, starting, rows, n)
+        examples = task.draw(rows, n, generator)
+        step_of({"input_ids": examples.ids, "labels": examples.labels}, phase=starting)
+    routers = describe_routers(
+        model, task.draw(16, run.length, torch.Generator(device).manual_seed(8)), task.vocab_size
+    )
+    return {
+        **asdict(run),
+        "flops": flops,
+        "accuracy": curve[-1]["accuracy"],
+        "curve": curve,
+        "routers": routers,
+        "facts": task.facts,
+        "captured": step_of.captured,
+        "seconds": time.perf_counter() - began,
+        "settings": asdict(settings),
+        **describe_device(),
+        "commit": describe_commit(),
+    }
+
+
+def rounded(value: Any) -> Any:
+    """The same with floats of four digits, for a smaller file."""
+    if isinstance(value, dict):
+        return {key: rounded(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [rounded(part) for part in value]
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+def read_lines(folder: Path) -> list[dict[str, Any]]:
+    """The results of a folder."""
+    path = folder / FILE
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def missing_runs(arguments: Arguments, settings: Settings) -> list[Run]:
+    """The runs that are asked for and have no line, seed by seed."""
+    names = list(Run.__dataclass_fields__)
+    same = json.loads(json.dumps(asdict(settings)))
+    done = {tuple(line[name] for name in names) for line in read_lines(arguments.out) if line["settings"] == same}
+    runs = [
+        Run(task, arm, length, 1 / budget, seed, arguments.steps)
+        for seed in arguments.seeds
+        for length in arguments.lengths
+        for task in arguments.tasks
+        for budget in arguments.budgets
+        for arm in arguments.arms
+    ]
+    return [run for run in runs if tuple(rounded(asdict(run)).values()) not in done]
+
+
+def work(
+    lane: int, devices: list[str], runs: list[Run], taken: Any, settings: Settings, out: Path, deadline: float
+) -> None:
+    """One lane's process: take the next run until there is none, or no time."""
+    torch.set_num_threads(1)
+    device = torch.device(devices[lane % len(devices)])
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    while time.time() < deadline:
+        with taken.get_lock():
+            number = taken.value
+            taken.value += 1
+        if number >= len(runs):
+            return
+        line = rounded(train(runs[number], settings, device))
+        with taken.get_lock(), (out / FILE).open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        print(f"{runs[number]}: {line['accuracy']:.3f} in {line['seconds']:.0f} s", flush=True)
+
+
+def main(argv: list[str] | None = None, settings: Settings | None = None) -> None:
+    """Do the runs that are missing, then write the table and the picture."""
+    settings = settings or Settings()
+    (arguments,) = HfArgumentParser(Arguments, description=__doc__).parse_args_into_dataclasses(argv)
+    for name, known in (("tasks", TASKS), ("arms", ARMS)):
+        if unknown := set(getattr(arguments, name)) - set(known):
+            raise ValueError(f"{name} has {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+    deadline = time.time() + arguments.seconds
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    runs = missing_runs(arguments, settings)
+    if runs and arguments.seconds > 0:
+        devices = [f"cuda:{n}" for n in range(torch.cuda.device_count())] or ["cpu"]
+        lanes = min(len(runs), arguments.lanes * len(devices) if torch.cuda.is_available() else 1)
+        taken = torch.multiprocessing.get_context("spawn").Value("i", 0)
+        shared = (devices, runs, taken, settings, arguments.out, deadline)
+        if lanes == 1:
+            work(0, *shared)
+        else:
+            torch.multiprocessing.spawn(work, shared, nprocs=lanes)
+    write(read_lines(arguments.out), arguments.out)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

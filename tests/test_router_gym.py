@@ -1,0 +1,135 @@
+"""The router gym: what its tasks ask for, what its arms cost, and that its runs are kept and not repeated."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import router_gym  # noqa: E402
+from router_tasks import FIRST_TYPE, LINKS, MARK, MARKED_REACH, TASKS, VALUES, Examples, Task  # noqa: E402
+
+
+def read(task: Task, token: int) -> tuple[str, int, int]:
+    """What a token is: its kind, its name and its value, by the order of the vocabulary alone."""
+    token -= FIRST_TYPE
+    if 0 <= token < task.names * VALUES:
+        return "fact", token // VALUES, token % VALUES
+    token -= task.names * VALUES
+    if 0 <= token < task.names:
+        return "use", token, 0
+    token -= task.names
+    if task.name == "two_hops" and 0 <= token < task.names * LINKS:
+        return "link", token // LINKS, (token // LINKS + token % LINKS) % task.names
+    return "other", 0, 0
+
+
+def counts(task: Task, ids: list[int], place: int) -> bool:
+    """Whether a fact or use counts: always, or in the marked task if a mark stands before it, within reach."""
+    return task.name != "marked" or MARK in ids[max(0, place - MARKED_REACH) : place]
+
+
+@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize(("facts", "n"), [(8, 2048), (32, 512)])
+def test_labels_follow_from_the_tokens(name: str, facts: int, n: int) -> None:
+    task = Task(name, facts)
+    examples = task.draw(4, n, torch.Generator().manual_seed(0))
+    for row, (ids, labels, asked) in enumerate(
+        zip(examples.ids.tolist(), examples.labels.tolist(), examples.asked.tolist(), strict=True)
+    ):
+        known = [(place, *read(task, token)) for place, token in enumerate(ids)]
+        values = {j: v for place, kind, j, v in known if kind == "fact" and counts(task, ids, place)}
+        links = {j: target for _, kind, j, target in known if kind == "link"}
+        assert sum(asked) == facts
+        for place, kind, j, target in known:
+            if kind == "use" and counts(task, ids, place):
+                assert asked[place] and examples.needed_queries[row, place]
+                assert labels[place] == values[links[j] if name == "two_hops" else j]
+            elif kind == "link":
+                assert labels[place] == values[target] and not asked[place]
+            else:
+                assert labels[place] == -100 and not asked[place]
+            needed = kind == "link" or kind == "fact" and counts(task, ids, place)
+            assert bool(examples.needed_keys[row, place]) is needed
+
+
+def test_marked_task_is_not_solved_by_types() -> None:
+    """Facts and uses that do not count outnumber a budget, and every name has a fact that does not count."""
+    task = Task("marked", 8)
+    examples: Examples = task.draw(8, 2048, torch.Generator().manual_seed(0))
+    for ids, keys in zip(examples.ids.tolist(), examples.needed_keys.tolist(), strict=True):
+        known = [(place, *read(task, token)) for place, token in enumerate(ids)]
+        facts = [(j, keys[place]) for place, kind, j, _ in known if kind == "fact"]
+        specials = [kind for _, kind, _, _ in known if kind in ("fact", "use")]
+        # one query among 64 of 2,048 tokens, one key among 32
+        assert len(specials) > 32 + 64
+        for j in {j for j, counting in facts if counting}:
+            assert (j, False) in facts
+
+
+def test_cluster_is_one_place() -> None:
+    examples = Task("cluster", 8).draw(8, 2048, torch.Generator().manual_seed(0))
+    for keys in examples.needed_keys:
+        places = keys.nonzero()
+        assert places.max() - places.min() < 16
+
+
+def test_bad_tasks_are_refused() -> None:
+    with pytest.raises(ValueError, match="task is 'riddles'"):
+        Task("riddles", 8)
+    with pytest.raises(ValueError, match="facts is 40"):
+        Task("marked", 40)
+    with pytest.raises(ValueError, match="n is 256"):
+        Task("marked", 8).draw(1, 256, torch.Generator())
+
+
+def test_wide_light_branches_cost_what_learned_routing_costs() -> None:
+    settings = router_gym.Settings()
+    flops = {}
+    for arm in ("as_shipped", "none_wide"):
+        run = router_gym.Run("facts", arm, 2048, 1 / 16, 0)
+        torch.manual_seed(0)
+        # PyTorch counts no operations of its fused attention on a CPU
+        config = router_gym.make_config(run, settings)
+        model = router_gym.CoLT5ForTokenClassification._from_config(config, attn_implementation="eager")
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(input_ids=router_gym.task_of(run).draw(1, 2048, torch.Generator()).ids)
+        flops[arm] = counter.get_total_flops()
+    assert abs(flops["none_wide"] / flops["as_shipped"] - 1) < 0.02
+
+
+def test_runs_are_kept_and_not_repeated(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    settings = dataclasses.replace(router_gym.Settings(), batch=2, eval_rows=2, eval_every=2)
+    arguments = [
+        "--tasks",
+        "facts",
+        "--arms",
+        "learned",
+        "even",
+        "--lengths",
+        "128",
+        "--budgets",
+        "16",
+        "--steps",
+        "3",
+    ]
+    arguments += ["--out", str(tmp_path)]
+    router_gym.main([*arguments, "--seeds", "0"], settings)
+    first = router_gym.read_lines(tmp_path)
+    assert [(line["arm"], line["seed"]) for line in first] == [("learned", 0), ("even", 0)]
+    assert [point["step"] for point in first[0]["curve"]] == [0, 2, 3]
+    assert {len(line["routers"]) for line in first} == {9}
+    router_gym.main([*arguments, "--seeds", "0", "1"], settings)
+    lines = router_gym.read_lines(tmp_path)
+    assert lines[:2] == first and [(line["arm"], line["seed"]) for line in lines[2:]] == [("learned", 1), ("even", 1)]
+    page = (tmp_path / "router_gym.md").read_text()
+    for line in lines:
+        assert f"{line['accuracy']:.3f}" in page
+    assert (tmp_path / "router_gym.svg").exists()
+    json.dumps(lines, allow_nan=False)
