@@ -17,6 +17,7 @@ throughout.
 import json
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,8 @@ FILE = "router_gym.jsonl"
 START_LENGTH = 512
 START_ROWS = 4
 RADIUS = 127
+# what routers do at the very beginning decides what they come to
+EARLY_STEPS = (25, 50, 100, 150)
 
 
 @dataclass(frozen=True)
@@ -144,11 +147,27 @@ def training_flops(config: CoLT5Config, routing: str, dense: bool, rows: int, n:
     return 3 * rows * encoder_flops(config, n)
 
 
+@dataclass
+class Choice:
+    """What one router did in a call.
+
+    Attributes:
+        scores: [rows, n] as the routing operation read them, other routers' rows among them.
+        own: this router's rows.
+        indices, valid: [batch, slots], what it chose.
+    """
+
+    scores: Tensor
+    own: slice
+    indices: Tensor
+    valid: Tensor
+
+
 class Watched:
-    """Scores and choices of every router in the calls that are made while it is open."""
+    """The choices of every router in the one call that is made while it is open."""
 
     def __init__(self, model: nn.Module):
-        self.calls: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
+        self.choices: dict[str, Choice] = {}
         self._hooks = [
             module.select.register_forward_hook(self._note(name))
             for name, module in model.named_modules()
@@ -158,14 +177,13 @@ class Watched:
     def _note(self, name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
             scores, (indices, _, valid) = args[0], outputs
-            if "query_router" not in name:
-                self.calls.setdefault(name, []).append((scores, indices, valid))
-                return
-            # one operation for the routers of a layer's attention: queries first, then keys and values
-            rows = len(scores) // 2
-            for part, own in (("query_router", slice(rows)), ("key_value_router", slice(rows, None))):
-                at = name.replace("query_router", part)
-                self.calls.setdefault(at, []).append((scores[own], indices[own], valid[own]))
+            parts = {name: slice(len(scores))}
+            if "query_router" in name:
+                # one operation for the routers of a layer's attention: queries first, then keys and values
+                rows = len(scores) // 2
+                parts = {name: slice(rows), name.replace("query_router", "key_value_router"): slice(rows, None)}
+            for part, own in parts.items():
+                self.choices[part] = Choice(scores, own, indices[own], valid[own])
 
         return hook
 
@@ -176,43 +194,53 @@ class Watched:
 
 
 def describe_routers(model: CoLT5ForTokenClassification, examples: Examples, vocab_size: int) -> list[dict[str, Any]]:
-    """Of every router: the share of needed tokens that it routes, the share of the token types in the input that it
-    never routes, the spread of its scores, and its gradient's length in the last step as a part of the whole
-    gradient's.
+    """What the routers choose, and where the loss pulls their scores, under the paper's routing.
+
+    Of every router: the share of needed tokens that it routes; the share of the token types in the input that it never
+    routes; the spread of its scores; and the mean pull on the score of needed tokens that are routed and that are not,
+    in units of the root mean square over all tokens, above 0 where a step would raise the score (None without a
+    gradient, or without such tokens).
 
     Args:
-        model: in training mode.
+        model: in training mode; it is left so.
         examples: held-out inputs.
         vocab_size: of the task.
     """
     watched = Watched(model)
     model.eval()
-    with torch.no_grad(), autocast(examples.ids.device):
-        model(input_ids=examples.ids)
+    with autocast(examples.ids.device):
+        loss = model(input_ids=examples.ids, labels=examples.labels).loss
     model.train()
     watched.close()
-    gradients = [p.grad.norm() for p in model.parameters() if p.grad is not None]
-    whole = torch.stack(gradients).norm() if gradients else torch.tensor(1.0)
-    routers = []
-    for name, module in model.named_modules():
-        if not isinstance(module, CoLT5Router) or name not in watched.calls:
-            continue
-        ((scores, indices, valid),) = watched.calls[name]
-        chosen = torch.zeros_like(examples.ids).scatter_add_(1, indices, valid.long()).bool()
+    choices = watched.choices
+    read = [choice.scores for choice in choices.values()]
+    pulls: Sequence[Tensor | None] = [None] * len(read)
+    if model.config.routing == "learned":
+        pulls = torch.autograd.grad(-loss, read, allow_unused=True)
+    present = torch.bincount(examples.ids.flatten(), minlength=vocab_size) > 0
+    described = []
+    for (name, choice), pull in zip(choices.items(), pulls, strict=True):
+        own_pull = None if pull is None else pull[choice.own]
+        chosen = torch.zeros_like(examples.ids).scatter_add_(1, choice.indices, choice.valid.long()).bool()
         needed = examples.needed_keys if "key_value" in name else examples.needed_queries
-        present = torch.bincount(examples.ids.flatten(), minlength=vocab_size) > 0
         tried = torch.bincount(examples.ids[chosen], minlength=vocab_size) > 0
-        gradient = None if module.routing != "learned" else module.weight.grad
-        routers.append(
+
+        def mean_pull(places: Tensor, pull: Tensor | None = own_pull) -> float | None:
+            if pull is None or not places.any():
+                return None
+            return float(pull[places].mean() / pull.square().mean().sqrt().clamp(min=1e-30))
+
+        described.append(
             {
                 "router": ".".join(part for part in name.split(".") if part.isdigit() or "router" in part),
                 "needed_routed": float((chosen & needed).sum() / needed.sum()),
                 "types_never_routed": float((present & ~tried).sum() / present.sum()),
-                "spread": float(scores.float().std(-1).mean()),
-                "gradient": None if gradient is None else float(gradient.norm() / whole),
+                "spread": float(choice.scores[choice.own].detach().float().std(-1).mean()),
+                "pull_on_needed_routed": mean_pull(needed & chosen),
+                "pull_on_needed_unrouted": mean_pull(needed & ~chosen),
             }
         )
-    return routers
+    return described
 
 
 def autocast(device: torch.device) -> torch.autocast:
@@ -221,17 +249,44 @@ def autocast(device: torch.device) -> torch.autocast:
 
 
 @torch.no_grad()
-def accuracy(model: CoLT5ForTokenClassification, examples: Examples, batch: int) -> float:
-    """The share of uses that are answered right, by the paper's routing at the configured budgets."""
+def answers(model: CoLT5ForTokenClassification, examples: Examples, batch: int) -> tuple[float, float]:
+    """The share of uses that are answered right, by the paper's routing at the configured budgets, and their loss."""
     model.eval()
-    right = []
+    right, losses = [], []
     for rows in zip(*(part.split(batch) for part in (examples.ids, examples.labels, examples.asked)), strict=True):
         ids, labels, asked = rows
         with autocast(ids.device):
-            logits = model(input_ids=ids).logits
+            logits = model(input_ids=ids).logits.float()
         right.append((logits.argmax(-1) == labels)[asked].float().mean())
+        losses.append(nn.functional.cross_entropy(logits[asked], labels[asked]))
     model.train()
-    return float(torch.stack(right).mean())
+    return float(torch.stack(right).mean()), float(torch.stack(losses).mean())
+
+
+def without_heavy_branches(model: CoLT5ForTokenClassification) -> list[Any]:
+    """Hooks under which every routed token has weight 0; to be removed."""
+
+    def silence(module: nn.Module, args: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        indices, weights, valid = outputs
+        return indices, torch.zeros_like(weights), valid
+
+    routers = [module for module in model.modules() if isinstance(module, CoLT5Router)]
+    return [router.select.register_forward_hook(silence) for router in routers]
+
+
+def measure_point(
+    model: CoLT5ForTokenClassification, examples: Examples, probe: Examples, settings: Settings, vocab_size: int
+) -> dict[str, Any]:
+    """A point of a run's curve: accuracy and loss on the uses, the loss without heavy branches, and the routers."""
+    right, loss = answers(model, examples, settings.batch)
+    point: dict[str, Any] = {"accuracy": right, "loss": loss}
+    if model.config.routing != "none":
+        hooks = without_heavy_branches(model)
+        _, point["loss_without_heavy"] = answers(model, examples, settings.batch)
+        for hook in hooks:
+            hook.remove()
+        point["routers"] = describe_routers(model, probe, vocab_size)
+    return point
 
 
 def train(run: Run, settings: Settings, device: torch.device) -> dict[str, Any]:
@@ -250,14 +305,15 @@ def train(run: Run, settings: Settings, device: torch.device) -> dict[str, Any]:
     step_of = TrainingStep(model, loss_of, size_scaled_groups(model, settings.learning_rate), settings.warmup_steps)
     generator = torch.Generator(device).manual_seed(1000 + run.seed)
     held_out = task.draw(settings.eval_rows, run.length, torch.Generator(device).manual_seed(7))
+    probe = task.draw(settings.batch, run.length, torch.Generator(device).manual_seed(8))
     start = settings.start if run.arm == "learned" else None
     start_length = min(run.length, max(START_LENGTH, task.shortest))
-    curve: list[dict[str, float]] = []
+    curve: list[dict[str, Any]] = []
     flops = 0
     for step in range(run.steps + 1):
-        if step % settings.eval_every == 0 or step == run.steps:
-            point = {"step": step, "flops": flops, "accuracy": accuracy(model, held_out, settings.batch)}
-            curve.append(point)
+        if step % settings.eval_every == 0 or step == run.steps or step in EARLY_STEPS:
+            point = measure_point(model, held_out, probe, settings, task.vocab_size)
+            curve.append({"step": step, "flops": flops} | point)
         if step == run.steps:
             break
         progress = start.progress(step, run.steps) if start is not None else None
@@ -268,15 +324,12 @@ def train(run: Run, settings: Settings, device: torch.device) -> dict[str, Any]:
         flops += training_flops(config, config.routing, starting, rows, n)
         examples = task.draw(rows, n, generator)
         step_of({"input_ids": examples.ids, "labels": examples.labels}, phase=starting)
-    routers = describe_routers(
-        model, task.draw(16, run.length, torch.Generator(device).manual_seed(8)), task.vocab_size
-    )
     return {
         **asdict(run),
         "flops": flops,
         "accuracy": curve[-1]["accuracy"],
+        "routers": curve[-1].get("routers", []),
         "curve": curve,
-        "routers": routers,
         "facts": task.facts,
         "captured": step_of.captured,
         "seconds": time.perf_counter() - began,

@@ -125,6 +125,9 @@ def test_runs_are_kept_and_not_repeated(tmp_path: Path, capsys: pytest.CaptureFi
     assert [(line["arm"], line["seed"]) for line in first] == [("learned", 0), ("even", 0)]
     assert [point["step"] for point in first[0]["curve"]] == [0, 2, 3]
     assert {len(line["routers"]) for line in first} == {9}
+    # every curve has what the routers do, and what the heavy branches are worth
+    for point in first[0]["curve"]:
+        assert len(point["routers"]) == 9 and point["loss_without_heavy"] > 0
     router_gym.main([*arguments, "--seeds", "0", "1"], settings)
     lines = router_gym.read_lines(tmp_path)
     assert lines[:2] == first and [(line["arm"], line["seed"]) for line in lines[2:]] == [("learned", 1), ("even", 1)]
@@ -133,3 +136,50 @@ def test_runs_are_kept_and_not_repeated(tmp_path: Path, capsys: pytest.CaptureFi
         assert f"{line['accuracy']:.3f}" in page
     assert (tmp_path / "router_gym.svg").exists()
     json.dumps(lines, allow_nan=False)
+
+
+def test_pull_is_the_losss_derivative() -> None:
+    """A needed token's score is pulled up where raising it alone lowers the loss."""
+    run = router_gym.Run("facts", "as_shipped", 64, 1 / 4, 0)
+    settings = router_gym.Settings()
+    torch.manual_seed(0)
+    model = router_gym.CoLT5ForTokenClassification(router_gym.make_config(run, settings)).double().train()
+    task = router_gym.task_of(run)
+    examples = task.draw(1, 64, torch.Generator().manual_seed(0))
+    first = router_gym.describe_routers(model, examples, task.vocab_size)[2]
+    assert first["router"] == "0.1.router"
+    place = examples.needed_queries[0].nonzero()[:, 0]
+    # the norms take their statistics in fp32, whose rounding a smaller step would not stand out from
+    step = 2e-3
+
+    def loss(move: float, places: torch.Tensor) -> float:
+        router = model.get_submodule("encoder.block.0.layer.1.router")
+
+        def moved(module: torch.nn.Module, args: tuple) -> tuple:
+            scores = args[0].clone()
+            scores[0, places] += move
+            return scores, *args[1:]
+
+        hook = router.select.register_forward_pre_hook(moved)
+        with torch.no_grad():
+            value = float(model.eval()(input_ids=examples.ids, labels=examples.labels).loss)
+        model.train()
+        hook.remove()
+        return value
+
+    def pull(places: torch.Tensor) -> float:
+        return -(loss(step, places) - loss(-step, places)) / (2 * step)
+
+    everywhere = torch.tensor([pull(torch.tensor([at])) for at in range(64)])
+    size = everywhere.square().mean().sqrt()
+    model.eval()
+    chosen = torch.zeros(64, dtype=torch.bool)
+    routing = model.encoder(examples.ids, output_routing=True).routing[0].feed_forward
+    chosen[routing.indices[0][routing.valid[0]]] = True
+    model.train()
+    for name, places in (("routed", place[chosen[place]]), ("unrouted", place[~chosen[place]])):
+        expected = float(everywhere[places].mean() / size) if len(places) else None
+        if expected is None:
+            assert first[f"pull_on_needed_{name}"] is None
+        else:
+            assert abs(first[f"pull_on_needed_{name}"] - expected) < 0.05 * (1 + abs(expected))
