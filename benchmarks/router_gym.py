@@ -18,7 +18,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +38,8 @@ from modeling_colt5.router_colt5 import CoLT5Router
 
 ARMS = ("learned", "as_shipped", "even", "random", "none", "none_wide", "dense")
 FILE = "router_gym.jsonl"
-# inputs of the dense start, where the task fits into so few tokens; four times as many rows make up for it
+# inputs of the dense start, where the task fits into so few tokens; more rows make up for it
 START_LENGTH = 512
-START_ROWS = 4
 RADIUS = 127
 # what routers do at the very beginning decides what they come to
 EARLY_STEPS = (25, 50, 100, 150)
@@ -77,6 +76,9 @@ class Arguments:
     budgets: list[int] = field(default_factory=lambda: [16, 64], metadata={"help": "one query among so many tokens"})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2, 3, 4], metadata={"help": "all arms with each in turn"})
     steps: int = field(default=3000, metadata={"help": "steps of a run"})
+    start_rows: int = field(
+        default=4, metadata={"help": "times as many inputs in a step of the dense start, which are shorter"}
+    )
     seconds: float = field(default=float("inf"), metadata={"help": "begin no further run after these"})
     lanes: int = field(default=4, metadata={"help": "runs at a time on each GPU; on a CPU one"})
     out: Path = field(default=RESULTS, metadata={"help": "folder of the results"})
@@ -95,6 +97,7 @@ class Settings:
     eval_every: int = 250
     eval_rows: int = 64
     start: DenseStart = DenseStart(input_share=1.0)
+    start_rows: int = 4
 
 
 def task_of(run: Run) -> Task:
@@ -320,7 +323,7 @@ def train(run: Run, settings: Settings, device: torch.device) -> dict[str, Any]:
         if start is not None:
             model.set_dense_start(progress)
         starting = progress is not None
-        rows, n = (START_ROWS * settings.batch, start_length) if starting else (settings.batch, run.length)
+        rows, n = (settings.start_rows * settings.batch, start_length) if starting else (settings.batch, run.length)
         flops += training_flops(config, config.routing, starting, rows, n)
         examples = task.draw(rows, n, generator)
         step_of({"input_ids": examples.ids, "labels": examples.labels}, phase=starting)
@@ -392,8 +395,8 @@ def work(
 
 def main(argv: list[str] | None = None, settings: Settings | None = None) -> None:
     """Do the runs that are missing, then write the table and the picture."""
-    settings = settings or Settings()
     (arguments,) = HfArgumentParser(Arguments, description=__doc__).parse_args_into_dataclasses(argv)
+    settings = replace(settings or Settings(), start_rows=arguments.start_rows)
     for name, known in (("tasks", TASKS), ("arms", ARMS)):
         if unknown := set(getattr(arguments, name)) - set(known):
             raise ValueError(f"{name} has {', '.join(sorted(unknown))}; there are {', '.join(known)}")

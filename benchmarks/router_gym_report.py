@@ -20,22 +20,24 @@ NAMES = {
     "dense": "every token in the heavy branches",
 }
 Line = dict[str, Any]
-Place = tuple[str, int, float]
+# task, length, share of queries, times as many inputs in a step of the dense start
+Place = tuple[str, int, float, int]
 
 
 def by_place(lines: list[Line]) -> dict[Place, dict[str, list[Line]]]:
     """The runs of each arm by task, length and budget, in the order of `NAMES` and of seeds."""
     places: dict[Place, dict[str, list[Line]]] = defaultdict(dict)
     for line in sorted(lines, key=lambda line: (line["task"], line["length"], -line["query_fraction"], line["seed"])):
-        place = (line["task"], line["length"], line["query_fraction"])
+        place = (line["task"], line["length"], line["query_fraction"], line["settings"]["start_rows"])
         places[place].setdefault(line["arm"], []).append(line)
     return {place: {arm: arms[arm] for arm in NAMES if arm in arms} for place, arms in places.items()}
 
 
 def title(place: Place) -> str:
     """Task, length and budget in words."""
-    task, length, fraction = place
-    return f"{task}, {length:,} tokens, one query among {round(1 / fraction)}"
+    task, length, fraction, start_rows = place
+    rows = "" if start_rows == 4 else f", {start_rows} times as many inputs at the start"
+    return f"{task}, {length:,} tokens, one query among {round(1 / fraction)}{rows}"
 
 
 def needed_routed(line: Line, kind: str) -> str:
@@ -101,8 +103,8 @@ def write(lines: list[Line], folder: Path) -> None:
     text = (
         "# The router gym\n\nMade by `python benchmarks/router_gym.py`, whose first lines say what task and arm mean. "
         "Accuracy is on the uses of 64 held-out inputs, by the paper's routing at the configured budgets; chance is "
-        "0.125. A step of a dense start reads four times as many inputs, of 512 tokens (2,048 where the task needs "
-        "more).\n\n"
+        "0.125. A step of a dense start reads more inputs, four times as many unless said, of 512 tokens (2,048 where "
+        "the task needs more).\n\n"
         f"Devices: {'; '.join(devices)}. Commits: {', '.join(commits)}.\n\n{table(lines)}\n\n"
         "![Accuracy against steps](router_gym.svg)\n"
     )
