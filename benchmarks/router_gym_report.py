@@ -94,8 +94,55 @@ def draw(lines: list[Line], file: Path) -> None:
     pyplot.close(figure)
 
 
+def mean_over_layers(point: dict[str, Any], kind: str, name: str) -> float:
+    """A number of the routers of one kind at a point of a curve; NaN where none has it."""
+    values = [router[name] for router in point["routers"] if router["router"].endswith(kind)]
+    values = [value for value in values if value is not None]
+    return mean(values) if values else float("nan")
+
+
+def draw_why(lines: list[Line], file: Path) -> None:
+    """What routers do over the steps of the facts task, with a dense start and without, at the smallest budget."""
+    runs = [line for line in lines if line["task"] == "facts" and line["arm"] in ("learned", "as_shipped")]
+    if not runs:
+        return
+    smallest = min(line["query_fraction"] for line in runs)
+    runs = [line for line in runs if line["query_fraction"] == smallest and line["seed"] == 0]
+    matplotlib.rcParams["svg.hashsalt"] = file.stem
+    figure, panels = pyplot.subplots(2, 2, figsize=(9.2, 6.4), layout="constrained", sharex=True)
+    for run in runs:
+        steps = [point["step"] for point in run["curve"]]
+        color = pyplot.get_cmap("tab10")(list(NAMES).index(run["arm"]))
+        for panel, name in zip(
+            panels.flat, ("needed_routed", "types_never_routed", "pull_on_needed_unrouted"), strict=False
+        ):
+            values = [mean_over_layers(point, ".query_router", name) for point in run["curve"]]
+            panel.plot(steps, values, color=color, label=NAMES[run["arm"]])
+        for name, style in (("loss", "-"), ("loss_without_heavy", ":")):
+            words = f"{NAMES[run['arm']]}{', heavy branches silenced' if style == ':' else ''}"
+            panels[1, 1].plot(
+                steps, [point[name] for point in run["curve"]], color=color, linestyle=style, label=words
+            )
+    for panel, words in zip(
+        panels.flat,
+        (
+            "uses that are routed as queries",
+            "token types never routed as queries",
+            "pull on the scores of uses that are not routed",
+            "loss on the uses, nats",
+        ),
+        strict=True,
+    ):
+        panel.set_title(words, fontsize="small")
+        panel.set_xlabel("step")
+        panel.legend(fontsize="x-small")
+    panels[1, 0].axhline(0, color="grey", linewidth=0.5)
+    figure.savefig(file, metadata={"Date": None})
+    pyplot.close(figure)
+
+
 def write(lines: list[Line], folder: Path) -> None:
-    """router_gym.md and router_gym.svg of the folder."""
+    """router_gym.md, router_gym.svg and router_gym_why.svg of the folder."""
     if not lines:
         return
     devices = sorted({f"{line['device']}, torch {line['torch']}, triton {line['triton']}" for line in lines})
@@ -106,7 +153,8 @@ def write(lines: list[Line], folder: Path) -> None:
         "0.125. A step of a dense start reads more inputs, four times as many unless said, of 512 tokens (2,048 where "
         "the task needs more).\n\n"
         f"Devices: {'; '.join(devices)}. Commits: {', '.join(commits)}.\n\n{table(lines)}\n\n"
-        "![Accuracy against steps](router_gym.svg)\n"
+        "![Accuracy against steps](router_gym.svg)\n\n![What the routers do](router_gym_why.svg)\n"
     )
     (folder / "router_gym.md").write_text(text)
     draw(lines, folder / "router_gym.svg")
+    draw_why(lines, folder / "router_gym_why.svg")
