@@ -35,6 +35,8 @@ import warm_start  # noqa: E402
 from captured_step import TrainingStep  # noqa: E402
 
 
+# each is a program that measures: a minute in all, and none is part of the package
+@pytest.mark.slow
 @pytest.mark.parametrize("name", run.SHARES)
 def test_every_benchmark_runs_by_the_one_command(name: str, tmp_path: Path) -> None:
     run.main([name, "--tiny", "--out", str(tmp_path)])
@@ -49,12 +51,15 @@ def test_every_benchmark_runs_by_the_one_command(name: str, tmp_path: Path) -> N
 
 
 # three runs that start Python anew: twenty seconds
+@pytest.mark.slow
 def test_two_processes_beside_one(tmp_path: Path) -> None:
     multi_gpu.main(["--tiny", "--kinds", "DDP", "--out", str(tmp_path)])
     (line,) = results.read_runs("multi_gpu", tmp_path)
     assert line["complete"] and [row["GPUs"] for row in line["rows"]] == [1, 2, 1]
 
 
+# two runs that train several models
+@pytest.mark.slow
 def test_warm_start_goes_on_where_it_was_stopped(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Stopped after its first step, and once more with time: the second run trains what is left."""
     arguments = ["--tiny", "--work", str(tmp_path / "work"), "--out", str(tmp_path)]

@@ -105,8 +105,11 @@ def test_every_branch_takes_part() -> None:
             heavy.weight.copy_(kept)
 
 
+# a second each, and the slow ones' windows begin and end in the others' continuations too
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
-@pytest.mark.parametrize("prompt", [1, WINDOW - 1, WINDOW, WINDOW + 1, 3 * WINDOW])
+@pytest.mark.parametrize(
+    "prompt", [1, WINDOW, 3 * WINDOW, *(pytest.param(n, marks=pytest.mark.slow) for n in (WINDOW - 1, WINDOW + 1))]
+)
 def test_token_by_token_is_the_parallel_forward(model: CoLT5ForCausalLM, cache: str, prompt: int) -> None:
     ids = random_ids(2, 5 * WINDOW + 3)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -116,7 +119,10 @@ def test_token_by_token_is_the_parallel_forward(model: CoLT5ForCausalLM, cache: 
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("chunks", [[44], [1] * 44, [7, 1, 9, 1, 1, 20, 5], [30, 14]])
+# token by token has a test of its own
+@pytest.mark.parametrize(
+    "chunks", [[44], pytest.param([1] * 44, marks=pytest.mark.slow), [7, 1, 9, 1, 1, 20, 5], [30, 14]]
+)
 def test_padded_rows_are_the_rows_alone(model: CoLT5ForCausalLM, side: str, chunks: list[int]) -> None:
     rows = [random_ids(n) for n in (44, 31, 3)]
     batch = pad(rows, side)

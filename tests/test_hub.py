@@ -21,6 +21,8 @@ def ask(environment: dict[str, str], method: str, path: str, data: object = None
         return json.loads(answer.read() or b"{}")
 
 
+# four processes that import everything anew; test_remote_code does the same from folders
+@pytest.mark.slow
 def test_repositories_go_round_with_and_without_the_package(hub_environment, tmp_path):
     def environment(home: str) -> dict[str, str]:
         return hub_environment | {"HF_HOME": str(tmp_path / home)}

@@ -177,8 +177,10 @@ def test_gated_gelu(dtype: torch.dtype, halves: bool, device: torch.device) -> N
     assert_close(results, expected, dtype)
 
 
-# searches of one to three steps, with ranges that do and do not divide
-@pytest.mark.parametrize("capacity", [1, 63, 64, 65, 130, 4097, 4200])
+# searches of one to three steps, with ranges that do and do not divide; the interpreter takes ten seconds for three
+@pytest.mark.parametrize(
+    "capacity", [1, 63, 64, 65, 130, *(pytest.param(n, marks=pytest.mark.slow) for n in (4097, 4200))]
+)
 def test_slots_are_found_whatever_their_number(capacity: int, device: torch.device) -> None:
     n, d = capacity + 301, 4
     indices, valid, _ = routing([capacity, capacity // 2], capacity, n, device, last=True)
