@@ -193,7 +193,7 @@ def test_beam_search(model: CoLT5ForCausalLM, cache: str) -> None:
 
 
 @pytest.mark.parametrize("fields", [{}, {"routed_cross_key_values": 8}], ids=["causal", "encoder-decoder"])
-@pytest.mark.parametrize("lengths", [(7,), (7, 3)])
+@pytest.mark.parametrize("lengths", [pytest.param((7,), marks=pytest.mark.slow), (7, 3)])
 def test_generate_compiles_one_step_for_all_tokens(fields: dict[str, int], lengths: tuple[int, ...]) -> None:
     """One graph, across windows and calls, of which only ids and mask are new tensors at every token. A CUDA graph for
     each token is what an integer that changes would cost; none at all, what one more tensor that is written to."""
