@@ -16,6 +16,7 @@ from transformers import (
 from transformers.utils import find_adapter_config_file
 
 from modeling_colt5 import CoLT5Config, CoLT5Tokenizer
+from modeling_colt5.configuration_colt5 import check_config
 from modeling_colt5.router_colt5 import CoLT5Router
 
 
@@ -100,10 +101,15 @@ def load_checkpoint(name: str, auto_class: Any, **kwargs: Any) -> Any:
         name: the folder or Hub id.
         auto_class: of the whole model.
         kwargs: fields of the configuration.
+
+    Raises:
+        TypeError: for a model of another kind, such as T5.
     """
     kwargs = {"dtype": torch.float32, **kwargs}
     if find_adapter_config_file(name) is None:
-        return auto_class.from_pretrained(name, **kwargs)
+        model = auto_class.from_pretrained(name, **kwargs)
+        check_config(model.config)
+        return model
     from peft import PeftConfig, PeftModel
 
     # PEFT loads what it saved; Auto classes of older releases make routers and heads anew

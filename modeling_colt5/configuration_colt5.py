@@ -1,14 +1,17 @@
 """The fields of a CoLT5 model, the rules they obey, and the table of the paper's sizes."""
 
 import copy
+import difflib
 import math
+import warnings
 from collections.abc import Callable
-from dataclasses import field
+from dataclasses import field, fields
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from .causal_cache_colt5 import LAYER_TYPE
 from .kernel_backend import KERNEL_BACKENDS
@@ -57,6 +60,34 @@ AUTO_MAP: dict[str, Any] = {
     "AutoModelForQuestionAnswering": "modeling_colt5.CoLT5ForQuestionAnswering",
     "AutoTokenizer": ["tokenization_colt5.CoLT5Tokenizer", None],
 }
+
+
+# what `convert` takes
+CONVERTIBLE = ("t5", "longt5")
+# how alike an unknown field and a known one are for a slip: T5's, LongT5's and mT5's own fields stay below
+_SLIP = 0.8
+
+
+def _other_model(given: str, model_type: str, name: str | None) -> str:
+    """What to say where a model of another type is given, with the name of its folder or repository where known."""
+    message = f"{given}; it must be a CoLT5's"
+    if model_type in CONVERTIBLE:
+        command = f"python examples/convert_t5.py {name or 'SOURCE'} FOLDER"
+        message += f". Convert it first: {command}, or in Python modeling_colt5.conversion.convert(model)"
+    return message
+
+
+def check_config(config: Any) -> None:
+    """Check that a model is made from a CoLT5 configuration, or from one that derives from it.
+
+    Raises:
+        TypeError: for another one, or for a model.
+    """
+    # by name: the package's class and that of a copy from the Hub are two
+    if not any(base.__name__ == "CoLT5Config" for base in type(config).__mro__):
+        model_type = getattr(getattr(config, "config", config), "model_type", "")
+        name = getattr(config, "name_or_path", None)
+        raise TypeError(_other_model(f"config is a {type(config).__name__}", model_type, name))
 
 
 def _rule(default: Any, rule: str, holds: Callable[[Any], bool]) -> Any:
@@ -152,8 +183,10 @@ class CoLT5Config(PreTrainedConfig):
     """
 
     model_type = "colt5"
+    # what Trainer does not collect at evaluation: a document's states are d_model numbers a token
     keys_to_ignore_at_inference = [
-        "past_key_values", "encoder_routing", "decoder_routing", "cross_routing", "routing",
+        "past_key_values", "encoder_last_hidden_state",
+        "encoder_routing", "decoder_routing", "cross_routing", "routing",
     ]  # fmt: skip
     attribute_map = {
         "hidden_size": "d_model",
@@ -225,6 +258,40 @@ class CoLT5Config(PreTrainedConfig):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = 1
     decoder_start_token_id: int | None = 0
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Take what is no field: Transformers' own arguments, and attributes of the caller's.
+
+        Raises:
+            ValueError: for the fields of another type of model, such as T5's.
+        """
+        model_type = kwargs.get("model_type", self.model_type)
+        # a type that Transformers does not know may be a configuration that derives from this one
+        if model_type != self.model_type and model_type in CONFIG_MAPPING_NAMES:
+            given = f"model_type is {model_type!r}"
+            raise ValueError(_other_model(given, model_type, kwargs.get("_name_or_path")))
+        super().__post_init__(**kwargs)
+
+    def __setattr__(self, key: str, value: Any) -> None:
+        self._warn_of_slip(key)
+        super().__setattr__(key, value)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As of every configuration; fields that would be left out for a slip in their name are warned of."""
+        if not kwargs.get("return_unused_kwargs"):
+            for name in kwargs:
+                cls._warn_of_slip(name)
+        return super().from_dict(config_dict, **kwargs)
+
+    @classmethod
+    def _warn_of_slip(cls, name: str) -> None:
+        """Warn of a name that is not known, but close to one that is. Others are the caller's own affair."""
+        if name.startswith("_") or hasattr(cls, name) or name in cls.attribute_map:
+            return
+        known = [part.name for part in fields(cls)] + list(cls.attribute_map)
+        for nearest in difflib.get_close_matches(name, known, n=1, cutoff=_SLIP):
+            warnings.warn(f"{cls.__name__} has no field {name}, and nothing reads it; is it {nearest}?", stacklevel=2)
 
     @classmethod
     def from_size(cls, size: str, **kwargs: Any) -> "CoLT5Config":

@@ -1,6 +1,7 @@
 """The Hugging Face models of CoLT5: encoder–decoder, encoder, causal decoder, and the heads on them."""
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,7 +12,15 @@ from transformers.loss.loss_utils import fixed_cross_entropy
 from transformers.masking_utils import create_masks_for_generate
 from transformers.utils import can_return_tuple
 
-from .configuration_colt5 import CoLT5Config
+from .call_inputs_colt5 import (
+    as_encoder_output,
+    check_class_labels,
+    check_document,
+    check_labels,
+    padding_mask,
+    read_arguments,
+)
+from .configuration_colt5 import CoLT5Config, check_config
 from .outputs_colt5 import (
     CoLT5CausalLMOutput,
     CoLT5EncoderOutput,
@@ -21,7 +30,7 @@ from .outputs_colt5 import (
     CoLT5SequenceClassifierOutput,
     CoLT5TokenClassifierOutput,
 )
-from .stacks_colt5 import CoLT5ClassificationHead, CoLT5Decoder, CoLT5Encoder, CoLT5PreTrainedModel, padding_mask
+from .stacks_colt5 import CoLT5ClassificationHead, CoLT5Decoder, CoLT5Encoder, CoLT5PreTrainedModel
 
 # not used here: a saved model takes along the files that this one imports, and the tokenizer's has to be among them
 from .tokenization_colt5 import CoLT5Tokenizer  # noqa: F401
@@ -29,6 +38,7 @@ from .tokenization_colt5 import CoLT5Tokenizer  # noqa: F401
 
 def _with_encoder_decoder(config: CoLT5Config, is_encoder_decoder: bool) -> CoLT5Config:
     """The configuration as the model's class needs it; the caller's is never changed."""
+    check_config(config)
     if config.is_encoder_decoder == is_encoder_decoder:
         return config
     config = copy.deepcopy(config)
@@ -86,26 +96,35 @@ class CoLT5Seq2SeqPreTrainedModel(CoLT5PreTrainedModel):
         decoder_input_ids: torch.Tensor | None,
         decoder_attention_mask: torch.Tensor | None,
         decoder_inputs_embeds: torch.Tensor | None,
-        encoder_outputs: CoLT5EncoderOutput | tuple | None,
+        encoder_outputs: CoLT5EncoderOutput | Mapping | tuple | list | torch.Tensor | None,
         past_key_values: Cache | None,
         use_cache: bool | None,
         **kwargs: Any,
     ) -> CoLT5Seq2SeqModelOutput:
         """Encode, unless `encoder_outputs` are given, and decode; the arguments are those of `forward`."""
+        kwargs = read_arguments(
+            self, kwargs, attention_mask=attention_mask, decoder_attention_mask=decoder_attention_mask
+        )
         if encoder_outputs is None:
-            encoder_outputs = self.encoder(
-                input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
+            encoded = self.encoder(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                inputs_embeds=inputs_embeds,
+                return_dict=True,
+                **kwargs,
             )
-        if isinstance(encoder_outputs, tuple):
-            encoder_outputs = CoLT5EncoderOutput(*encoder_outputs)
+        else:
+            encoded = as_encoder_output(encoder_outputs)
+            check_document(encoded, input_ids, inputs_embeds)
         decoder_outputs = self.decoder(
             input_ids=decoder_input_ids,
             attention_mask=decoder_attention_mask,
             inputs_embeds=decoder_inputs_embeds,
-            encoder_hidden_states=encoder_outputs.last_hidden_state,
+            encoder_hidden_states=encoded.last_hidden_state,
             encoder_attention_mask=attention_mask,
             past_key_values=past_key_values,
             use_cache=use_cache,
+            return_dict=True,
             **kwargs,
         )
         return CoLT5Seq2SeqModelOutput(
@@ -114,12 +133,11 @@ class CoLT5Seq2SeqPreTrainedModel(CoLT5PreTrainedModel):
             decoder_hidden_states=decoder_outputs.hidden_states,
             decoder_attentions=decoder_outputs.attentions,
             cross_attentions=decoder_outputs.cross_attentions,
-            encoder_last_hidden_state=encoder_outputs.last_hidden_state,
-            encoder_hidden_states=encoder_outputs.hidden_states,
-            encoder_attentions=encoder_outputs.attentions,
-            # another library's plain BaseModelOutput has neither
-            encoder_heavy_attentions=encoder_outputs.get("heavy_attentions"),
-            encoder_routing=encoder_outputs.get("routing"),
+            encoder_last_hidden_state=encoded.last_hidden_state,
+            encoder_hidden_states=encoded.hidden_states,
+            encoder_attentions=encoded.attentions,
+            encoder_heavy_attentions=encoded.heavy_attentions,
+            encoder_routing=encoded.routing,
             cross_routing=decoder_outputs.cross_routing,
             decoder_routing=decoder_outputs.routing,
         )
@@ -142,7 +160,7 @@ class CoLT5Model(CoLT5Seq2SeqPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         decoder_input_ids: torch.Tensor | None = None,
         decoder_attention_mask: torch.Tensor | None = None,
-        encoder_outputs: CoLT5EncoderOutput | tuple | None = None,
+        encoder_outputs: CoLT5EncoderOutput | Mapping | tuple | list | torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         decoder_inputs_embeds: torch.Tensor | None = None,
@@ -156,7 +174,8 @@ class CoLT5Model(CoLT5Seq2SeqPreTrainedModel):
             attention_mask: [batch, n], 1 for real tokens, 0 for padding on either side.
             decoder_input_ids: int64 [batch, m].
             decoder_attention_mask: [batch, past + m], 1 for real tokens.
-            encoder_outputs: the encoder's output, to skip encoding.
+            encoder_outputs: the encoder's output, to skip encoding: as it is, a dictionary, a tuple or a list of its
+                parts, or its last hidden state [batch, n, d_model] alone.
             past_key_values: the decoder's cache.
             inputs_embeds, decoder_inputs_embeds: [batch, n or m, d_model], instead of ids.
             use_cache: whether to fill a cache.
@@ -198,7 +217,7 @@ class CoLT5ForConditionalGeneration(CoLT5Seq2SeqPreTrainedModel, CoLT5Generation
         attention_mask: torch.Tensor | None = None,
         decoder_input_ids: torch.Tensor | None = None,
         decoder_attention_mask: torch.Tensor | None = None,
-        encoder_outputs: CoLT5EncoderOutput | tuple | None = None,
+        encoder_outputs: CoLT5EncoderOutput | Mapping | tuple | list | torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         decoder_inputs_embeds: torch.Tensor | None = None,
@@ -214,7 +233,8 @@ class CoLT5ForConditionalGeneration(CoLT5Seq2SeqPreTrainedModel, CoLT5Generation
             attention_mask: [batch, n], 1 for real tokens, 0 for padding on either side.
             decoder_input_ids: int64 [batch, m]; where only `labels` are given, they are shifted right.
             decoder_attention_mask: [batch, past + m], 1 for real tokens.
-            encoder_outputs: the encoder's output, to skip encoding.
+            encoder_outputs: the encoder's output, to skip encoding: as it is, a dictionary, a tuple or a list of its
+                parts, or its last hidden state [batch, n, d_model] alone.
             past_key_values: the decoder's cache.
             inputs_embeds, decoder_inputs_embeds: [batch, n or m, d_model], instead of ids.
             labels: int64 [batch, m]; -100 is left out of the loss.
@@ -245,12 +265,20 @@ class CoLT5ForConditionalGeneration(CoLT5Seq2SeqPreTrainedModel, CoLT5Generation
         logits = self.lm_head(hidden_states)
         loss = None
         if labels is not None:
+            check_labels("labels", labels, logits, 2)
             # not `self.loss_function`, which would shift the labels once more
             scores = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
             loss = fixed_cross_entropy(
                 scores, labels.to(logits.device).flatten(), num_items_in_batch, ignore_index=-100
             )
         return CoLT5Seq2SeqLMOutput(loss=loss, logits=logits, **outputs)
+
+    def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As of every model that generates; takes `encoder_outputs` in each form that `forward` takes."""
+        if kwargs.get("encoder_outputs") is not None:
+            # Transformers repeats its rows in place for beams, which a second call with the same output would notice
+            kwargs["encoder_outputs"] = CoLT5EncoderOutput(**as_encoder_output(kwargs["encoder_outputs"]))
+        return super().generate(inputs, *args, **kwargs)
 
     def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
         """The labels [batch, m] shifted right behind the start token, with padding for -100.
@@ -314,6 +342,7 @@ class CoLT5ForCausalLM(CoLT5PreTrainedModel, CoLT5GenerationMixin):
                 `return_dict`.
         """
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
+        kwargs = read_arguments(self, kwargs, attention_mask=attention_mask)
         outputs = dict(
             self.decoder(
                 input_ids=input_ids,
@@ -321,10 +350,13 @@ class CoLT5ForCausalLM(CoLT5PreTrainedModel, CoLT5GenerationMixin):
                 inputs_embeds=inputs_embeds,
                 past_key_values=past_key_values,
                 use_cache=use_cache,
+                return_dict=True,
                 **kwargs,
             )
         )
         hidden_states = outputs.pop("last_hidden_state")
+        # without an encoder there is no such attention, but a place for its weights
+        outputs.pop("cross_attentions", None)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         hidden_states = hidden_states[:, kept]
         if self.config.scale_decoder_outputs:
@@ -332,6 +364,7 @@ class CoLT5ForCausalLM(CoLT5PreTrainedModel, CoLT5GenerationMixin):
         logits = self.lm_head(hidden_states)
         loss = None
         if labels is not None:
+            check_labels("labels", labels, logits, 2)
             loss = self.loss_function(
                 logits=logits,
                 labels=labels,
@@ -363,6 +396,25 @@ class CoLT5EncoderHeadModel(CoLT5PreTrainedModel):
         """Replace the encoder's embedding."""
         self.shared = self.encoder.embed_tokens = new_embeddings
 
+    def encode(
+        self,
+        input_ids: torch.LongTensor | None,
+        attention_mask: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """The encoder's output by name; the arguments are those of `CoLT5Encoder.forward`."""
+        kwargs = read_arguments(self, kwargs, attention_mask=attention_mask)
+        return dict(
+            self.encoder(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                inputs_embeds=inputs_embeds,
+                return_dict=True,
+                **kwargs,
+            )
+        )
+
 
 class CoLT5EncoderModel(CoLT5EncoderHeadModel):
     """The encoder alone."""
@@ -382,7 +434,7 @@ class CoLT5EncoderModel(CoLT5EncoderHeadModel):
         **kwargs: Any,
     ) -> CoLT5EncoderOutput:
         """Encode; the arguments are those of `CoLT5Encoder.forward`."""
-        return self.encoder(input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
+        return CoLT5EncoderOutput(**self.encode(input_ids, attention_mask, inputs_embeds, **kwargs))
 
 
 class CoLT5ForSequenceClassification(CoLT5EncoderHeadModel):
@@ -409,9 +461,7 @@ class CoLT5ForSequenceClassification(CoLT5EncoderHeadModel):
     ) -> CoLT5SequenceClassifierOutput:
         """Classify; beside `CoLT5Encoder.forward`'s arguments takes `labels`: int64 [batch], or floats [batch] or
         [batch, num_labels] for regression and several labels. Gives logits [batch, num_labels]."""
-        outputs = dict(
-            self.encoder(input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
-        )
+        outputs = self.encode(input_ids, attention_mask, inputs_embeds, **kwargs)
         hidden_states = outputs.pop("last_hidden_state")
         mask = padding_mask("attention_mask", attention_mask, hidden_states)
         real = hidden_states.new_ones(hidden_states.shape[:2], dtype=torch.bool) if mask is None else mask
@@ -421,6 +471,7 @@ class CoLT5ForSequenceClassification(CoLT5EncoderHeadModel):
         logits = self.classification_head(pooled)
         loss = None
         if labels is not None:
+            check_class_labels(labels, logits, self.config.problem_type)
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
         return CoLT5SequenceClassifierOutput(loss=loss, logits=logits, **outputs)
 
@@ -450,12 +501,11 @@ class CoLT5ForTokenClassification(CoLT5EncoderHeadModel):
         """Label tokens; beside `CoLT5Encoder.forward`'s arguments takes `labels`, int64 [batch, n] with -100 for
         tokens left out, and `num_items_in_batch`, see `CoLT5ForConditionalGeneration.forward`. Gives logits [batch,
         n, num_labels]."""
-        outputs = dict(
-            self.encoder(input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
-        )
+        outputs = self.encode(input_ids, attention_mask, inputs_embeds, **kwargs)
         logits = self.classifier(self.dropout(outputs.pop("last_hidden_state")))
         loss = None
         if labels is not None:
+            check_labels("labels", labels, logits, 2)
             loss = self.loss_function(
                 logits=logits, labels=labels, config=self.config, num_items_in_batch=num_items_in_batch
             )
@@ -486,9 +536,7 @@ class CoLT5ForQuestionAnswering(CoLT5EncoderHeadModel):
     ) -> CoLT5QuestionAnsweringOutput:
         """Find answers; beside `CoLT5Encoder.forward`'s arguments takes `start_positions` and `end_positions`, int64
         [batch]. Gives start and end logits [batch, n]; padding's are the least number of their dtype."""
-        outputs = dict(
-            self.encoder(input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
-        )
+        outputs = self.encode(input_ids, attention_mask, inputs_embeds, **kwargs)
         hidden_states = outputs.pop("last_hidden_state")
         logits = self.qa_outputs(hidden_states)
         mask = padding_mask("attention_mask", attention_mask, hidden_states)
@@ -497,5 +545,7 @@ class CoLT5ForQuestionAnswering(CoLT5EncoderHeadModel):
         start_logits, end_logits = logits.unbind(-1)
         loss = None
         if start_positions is not None and end_positions is not None:
+            check_labels("start_positions", start_positions, start_logits, 1)
+            check_labels("end_positions", end_positions, end_logits, 1)
             loss = self.loss_function(start_logits, end_logits, start_positions, end_positions)
         return CoLT5QuestionAnsweringOutput(loss=loss, start_logits=start_logits, end_logits=end_logits, **outputs)

@@ -14,10 +14,19 @@ from transformers.masking_utils import create_causal_mask
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from .call_inputs_colt5 import (
+    check_cache,
+    check_causal_mask,
+    check_memory,
+    embed,
+    padding_mask,
+    read_arguments,
+    warn_of_missing_attentions,
+)
 from .causal_cache_colt5 import routed_layer
 from .causal_layers_colt5 import CoLT5LayerCausalAttention, light_bias
 from .causal_plan_colt5 import CausalPlan
-from .configuration_colt5 import CoLT5Config
+from .configuration_colt5 import CoLT5Config, check_config
 from .cross_routing_colt5 import CoLT5CrossRouting
 from .decoder_layers_colt5 import CoLT5DecoderBlock
 from .encoder_layers_colt5 import CoLT5EncoderBlock, CoLT5MergingLayerNorm
@@ -56,6 +65,10 @@ class CoLT5PreTrainedModel(PreTrainedModel):
     _supports_flash_attn = False
     _supports_flex_attn = False
     _can_compile_fullgraph = True
+
+    def __init__(self, config: CoLT5Config, *args: Any, **kwargs: Any):
+        check_config(config)
+        super().__init__(config, *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -190,27 +203,6 @@ class CoLT5PreTrainedModel(PreTrainedModel):
         return {"input_ids": ids, "attention_mask": ids.ne(0).long(), "decoder_input_ids": ids}
 
 
-def _embed(
-    embed_tokens: nn.Embedding, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, prefix: str = ""
-) -> torch.Tensor:
-    if (input_ids is None) == (inputs_embeds is None):
-        given = "neither" if input_ids is None else "both"
-        raise ValueError(f"{given} of {prefix}input_ids and {prefix}inputs_embeds given; exactly one is needed")
-    return embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-
-
-def padding_mask(name: str, attention_mask: torch.Tensor | None, states: torch.Tensor) -> torch.Tensor | None:
-    """The mask as bool [batch, n], True for real tokens."""
-    if attention_mask is None:
-        return None
-    if attention_mask.shape != states.shape[:2]:
-        raise ValueError(
-            f"{name} has shape {tuple(attention_mask.shape)}; it must be [batch, length], here "
-            f"{tuple(states.shape[:2])}, with 1 for real tokens and 0 for padding"
-        )
-    return attention_mask.to(torch.bool)
-
-
 def _heavy_attentions_too(forward: Callable) -> Callable:
     """`output_attentions` asks for the heavy branch's weights as well as the light branch's."""
 
@@ -268,11 +260,13 @@ class CoLT5Encoder(CoLT5PreTrainedModel):
             kwargs: `output_hidden_states`, `output_attentions`, `output_routing` and `return_dict`.
 
         Raises:
-            ValueError: for both or neither of ids and embeddings, or a mask of another shape.
+            ValueError: for both or neither of ids and embeddings, no row or no token, or another shape of anything.
         """
+        kwargs = read_arguments(self, kwargs, attention_mask=attention_mask)
+        warn_of_missing_attentions(self, kwargs)
+        hidden_states = self.dropout(embed(self, input_ids, inputs_embeds))
         if input_ids is not None and attention_mask is None:
             self.warn_of_padding(input_ids)
-        hidden_states = self.dropout(_embed(self.embed_tokens, input_ids, inputs_embeds))
         mask = padding_mask("attention_mask", attention_mask, hidden_states)
         records_blocks = self.records_blocks(kwargs)
         if not records_blocks and self.replays(hidden_states):
@@ -392,7 +386,8 @@ class CoLT5Decoder(CoLT5PreTrainedModel):
             kwargs: `output_hidden_states`, `output_attentions`, `output_routing` and `return_dict`.
 
         Raises:
-            ValueError: for both or neither of ids and embeddings, no encoder output, or a mask of another shape.
+            ValueError: for both or neither of ids and embeddings, no row or no token, no encoder output, or another
+                shape of anything.
             TypeError: for a cache that does not fit a causally routed decoder, or one that is given as `cache`.
         """
         if kwargs.get("cache") is not None:
@@ -400,25 +395,33 @@ class CoLT5Decoder(CoLT5PreTrainedModel):
             raise TypeError(
                 "cache is given; here it is called past_key_values, as in transformers 5.17 to 5.23: install one"
             )
+        kwargs = read_arguments(self, kwargs, attention_mask=attention_mask)
+        warn_of_missing_attentions(self, kwargs)
         has_encoder = self.config.is_encoder_decoder
-        hidden_states = _embed(self.embed_tokens, input_ids, inputs_embeds, "decoder_" if has_encoder else "")
+        prefix = "decoder_" if has_encoder else ""
+        hidden_states = embed(self, input_ids, inputs_embeds, prefix)
         encoder_mask = None
         if has_encoder:
             if encoder_hidden_states is None:
-                raise ValueError("encoder_hidden_states is None; the decoder needs the encoder's output")
+                raise ValueError(
+                    "encoder_hidden_states (of encoder_outputs the last_hidden_state) is None; the decoder needs the "
+                    "encoder's output"
+                )
+            encoder_hidden_states = check_memory(encoder_hidden_states, hidden_states)
             encoder_mask = padding_mask("encoder attention_mask", encoder_attention_mask, encoder_hidden_states)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
             if has_encoder:
                 past_key_values = EncoderDecoderCache(past_key_values, DynamicCache(config=self.config))
+        check_cache(past_key_values, hidden_states)
         cache = past_key_values
         if isinstance(past_key_values, EncoderDecoderCache):
             cache = past_key_values.self_attention_cache
 
         if self.config.causal_attention == "full":
-            inputs = self._full_attention_inputs(hidden_states, attention_mask, cache)
+            inputs = self._full_attention_inputs(hidden_states, attention_mask, cache, prefix)
         else:
-            inputs = self._routed_inputs(hidden_states, attention_mask, cache)
+            inputs = self._routed_inputs(hidden_states, attention_mask, cache, prefix)
         memories, encoder_mask, cross_routing = self.route_memory(encoder_hidden_states, encoder_mask, past_key_values)
         hidden_states = self.dropout(hidden_states)
         for block, memory in zip(self.block, memories, strict=True):
@@ -431,14 +434,15 @@ class CoLT5Decoder(CoLT5PreTrainedModel):
         )
 
     def _full_attention_inputs(
-        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, cache: Cache | None
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, cache: Cache | None, prefix: str
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, CausalPlan | None]:
         """Position bias and mask of T5's self-attention, as the blocks take them."""
-        # by position: Transformers renamed the last one
-        mask = create_causal_mask(self.config, hidden_states, attention_mask, cache)
         length = hidden_states.shape[1]
         past = cache.get_seq_length() if cache is not None else 0
         key_length = cache.get_mask_sizes(length, 0)[0] if cache is not None else length
+        check_causal_mask(f"{prefix}attention_mask", attention_mask, hidden_states, past, key_length)
+        # by position: Transformers renamed the last one
+        mask = create_causal_mask(self.config, hidden_states, attention_mask, cache)
         position_bias = bias_of_sequence(self.relative_attention_bias(), length, key_length, past)
         return position_bias[None], None, mask, None
 
@@ -463,15 +467,15 @@ class CoLT5Decoder(CoLT5PreTrainedModel):
         return memories, mask, routing
 
     def _routed_inputs(
-        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, cache: Cache | None
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, cache: Cache | None, prefix: str
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, CausalPlan | None]:
         """Biases and plan of the causally routed layers, as the blocks take them; the caches count the chunk."""
         length = hidden_states.shape[1]
-        if attention_mask is not None:
-            if attention_mask.dim() == 2:
-                attention_mask = attention_mask[:, -length:]
-            attention_mask = padding_mask("decoder attention_mask", attention_mask, hidden_states)
         first = routed_layer(cache, 0)
+        if attention_mask is not None:
+            seen = 0 if first is None else first.get_seq_length()
+            check_causal_mask(f"{prefix}attention_mask", attention_mask, hidden_states, seen)
+            attention_mask = attention_mask[:, -length:].to(torch.bool)
         past = first.counters["lengths"].clone() if first is not None and first.has_state else None
         plan = CausalPlan.make(self.config, hidden_states, attention_mask, past)
         if first is not None:

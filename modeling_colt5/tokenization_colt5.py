@@ -97,6 +97,9 @@ class CoLT5Tokenizer(T5Tokenizer):
                 kwargs["model_max_length"] = DEFAULT_MODEL_MAX_LENGTH
         return super()._from_pretrained(resolved_vocab_files, *args, **kwargs)
 
+    def _eventual_warn_about_too_long_sequence(self, *args: Any, **kwargs: Any) -> None:
+        """Say nothing: the base class announces indexing errors, but a model without positions takes any length."""
+
     @classmethod
     def convert_from_spm_model(cls, vocab: list[tuple[str, float]], extra_ids: int = 100, **kwargs: Any) -> dict:
         """Append the sentinels to the pieces of a `spiece.model`, the last sentinel first, as T5 does.
