@@ -196,6 +196,15 @@ def _check_rows(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> Non
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}; for these scores it must be {tuple(shape)}")
 
 
+def _expanded(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    pairs = zip(reversed(tensor.shape), reversed(shape), strict=False)
+    if tensor.dim() > len(shape) or not all(own in (1, wanted) for own, wanted in pairs):
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)}; for these scores it must broadcast to {tuple(shape)}"
+        )
+    return tensor.expand(shape)
+
+
 def soft_topk(
     scores: Tensor,
     k: float | Tensor,
@@ -228,9 +237,12 @@ def soft_topk(
 
     Raises:
         TypeError: for scores that are not floating point, a mask that is not bool, a setting of another type.
-        ValueError: for `k`, `epsilon` or another setting out of its range.
+        ValueError: for `k`, `epsilon` or another setting out of its range, a mask or a `k` of another shape, scores
+            without a dimension.
     """
     _check_scores(scores)
+    if scores.dim() == 0:
+        raise ValueError("scores have shape (); it must be [..., n]")
     _check_solver(solver, epsilon, num_iterations, epsilon_init, epsilon_decay)
     _check_mask(mask)
     leading, n = scores.shape[:-1], scores.shape[-1]
@@ -238,12 +250,12 @@ def soft_topk(
     if isinstance(k, Tensor):
         if k.device.type == "cpu" and runs_eagerly() and not bool(((k > 0) & k.isfinite()).all()):
             raise ValueError(f"k is {k}; it must be finite and above 0")
-        k = k.to(device=scores.device, dtype=dtype).expand(leading).reshape(-1)
+        k = _expanded("k", k.to(device=scores.device, dtype=dtype), leading).reshape(-1)
     else:
         _check_positive("k", k)
         k = torch.full((math.prod(leading),), float(k), device=scores.device, dtype=dtype)
     if mask is not None:
-        mask = mask.expand(scores.shape).reshape(-1, n) if n else None
+        mask = _expanded("mask", mask, scores.shape).reshape(-1, n) if n else None
     if scores.numel() == 0:
         return scores.to(dtype)
     masked = mask_scores(scores.reshape(-1, n), mask)

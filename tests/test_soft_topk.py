@@ -6,7 +6,7 @@ import pytest
 import torch
 from rounding import assert_same_but_for_rounding
 
-from modeling_colt5.routing import soft_topk
+from modeling_colt5.routing import route, soft_topk
 
 SOLVERS = ("exact", "coordinate_descent")
 
@@ -210,3 +210,31 @@ def test_refuses_settings_out_of_range(name, value):
     arguments = {"k": 2.0, name: value}
     with pytest.raises(ValueError, match=name):
         soft_topk(torch.randn(2, 5), **arguments)
+
+
+@pytest.mark.parametrize("shape", [(2, 4), (3, 5), (1, 2, 5), (6,), (2,), (0, 5)])
+def test_a_mask_that_does_not_broadcast_is_refused_by_name(shape):
+    mask = torch.ones(shape, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"mask has shape .* \(2, 5\)"):
+        soft_topk(torch.randn(2, 5), 2.0, mask=mask)
+    with pytest.raises(ValueError, match=r"mask has shape .* \(2, 5\)"):
+        route(torch.randn(2, 5), torch.tensor([2, 2]), 2, mask=mask)
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 5), (1, 2), (0,)])
+def test_a_k_that_does_not_broadcast_is_refused_by_name(shape):
+    with pytest.raises(ValueError, match=r"k has shape .* \(2,\)"):
+        soft_topk(torch.randn(2, 5), torch.full(shape, 2.0))
+
+
+@pytest.mark.parametrize("shape", [(5,), (1, 5), (2, 1), (1, 1), (1,), (2, 5)])
+def test_a_mask_that_broadcasts_is_its_expansion(shape):
+    scores, mask = torch.randn(2, 5), torch.ones(shape, dtype=torch.bool)
+    mask.view(-1)[1:2] = False
+    # the same operations on the same numbers
+    torch.testing.assert_close(soft_topk(scores, 1.5, mask=mask), soft_topk(scores, 1.5, mask=mask.expand(2, 5)))
+
+
+def test_scores_without_a_dimension_are_refused():
+    with pytest.raises(ValueError, match="scores have shape"):
+        soft_topk(torch.tensor(1.0), 1.0)
