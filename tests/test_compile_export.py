@@ -1,4 +1,8 @@
-"""torch.compile without a graph break, and torch.export of one program for every length, batch and padding."""
+"""torch.compile without a graph break, and torch.export of one program for every length, batch and padding.
+
+Tracing in symbols takes ten to twenty seconds a model: `make test` compiles and exports the encoder, and one training
+step of the whole model; the rest is slow.
+"""
 
 import pytest
 import torch
@@ -11,7 +15,7 @@ SHORTEST = 256
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kernel_backend", ["torch", "triton"])
+@pytest.mark.parametrize("kernel_backend", ["torch", pytest.param("triton", marks=pytest.mark.slow)])
 def test_encoder_compiles_without_a_break(kernel_backend):
     """On the "triton" backend too, whose operators are opaque to the compiler: in interpreter mode on the CPU."""
     model = tiny_model(CoLT5EncoderModel, num_layers=1, kernel_backend=kernel_backend)
@@ -23,6 +27,7 @@ def test_encoder_compiles_without_a_break(kernel_backend):
         torch.testing.assert_close(compiled(**batch).last_hidden_state, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_gradients_compile_for_every_length():
     """Some 20 seconds: PyTorch traces forward and backward in symbols, once for both lengths. A length of a single
     block, whose gradient is laid out differently in memory, is in test_local_attention.py."""
@@ -55,6 +60,7 @@ def test_training_step_compiles_without_a_break():
         torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_decoder_compiles_without_a_break():
     model = tiny_model(CoLT5ForConditionalGeneration, num_decoder_layers=1)
@@ -100,6 +106,7 @@ def test_one_exported_encoder_serves_every_length_and_batch():
             torch.testing.assert_close(program(*inputs)[real], model(*inputs)[real], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_one_exported_sequence_to_sequence_model_serves_every_length():
     class Logits(torch.nn.Module):

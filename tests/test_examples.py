@@ -77,7 +77,8 @@ def test_summarisation_and_questions(tmp_path, lora):
 
 
 @pytest.mark.parametrize("script", TASKS, ids=lambda script: script.__name__)
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+# three runs each, of which Trainer's part is the same with adapters
+@pytest.mark.parametrize("lora", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["full", "lora"])
 def test_fine_tuning_resumes_to_the_same_weights(script, lora, tmp_path):
     """From a named checkpoint, and from the newest of the folder."""
     weights = "adapter_model.safetensors" if lora else "model.safetensors"
