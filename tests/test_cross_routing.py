@@ -437,7 +437,7 @@ def test_gradient_checkpointing(use_reentrant: bool) -> None:
     found = gradients(model, inputs)
     assert len(calls) == 2
     for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, rtol=0, atol=1e-6, msg=name)
+        torch.testing.assert_close(found[name], gradient, rtol=0, atol=TOLERANCE, msg=name)
 
 
 def test_lora_with_trained_routers(tmp_path: Path) -> None:
@@ -464,7 +464,7 @@ def test_lora_with_trained_routers(tmp_path: Path) -> None:
     loaded = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
     with torch.no_grad():
         expected = model.eval()(**inputs).logits
-        torch.testing.assert_close(loaded(**inputs).logits, expected, rtol=0, atol=1e-6)
+        torch.testing.assert_close(loaded(**inputs).logits, expected, rtol=0, atol=TOLERANCE)
 
 
 # each of these traces a model in some ten seconds; test_compile_export.py has the model without routed cross-attention

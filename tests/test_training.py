@@ -255,7 +255,7 @@ def test_gradient_checkpointing(model_class: type[nn.Module], use_reentrant: boo
     # otherwise nothing was computed twice
     assert len(calls) == 2
     for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, rtol=0, atol=1e-6, msg=name)
+        torch.testing.assert_close(found[name], gradient, rtol=0, atol=TOLERANCE, msg=name)
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
@@ -285,7 +285,7 @@ def test_lora_with_gradient_checkpointing(model_class: type[nn.Module], use_reen
     batch = collate([row for row in Examples(model_class)])
     with torch.no_grad():
         expected = model.eval()(**batch).logits
-        torch.testing.assert_close(loaded(**batch).logits, expected, rtol=0, atol=1e-6)
+        torch.testing.assert_close(loaded(**batch).logits, expected, rtol=0, atol=TOLERANCE)
         merged = loaded.merge_and_unload()
         torch.testing.assert_close(merged(**batch).logits, expected, rtol=0, atol=TOLERANCE)
     if seq2seq:

@@ -114,6 +114,7 @@ def code_block(text: str) -> str:
 
 
 # seven processes that import Transformers anew: twenty seconds
+@pytest.mark.slow
 def test_upload_to_the_hub_and_the_cards_own_lines(hub_environment, finished_run, tmp_path):
     run = shutil.copytree(finished_run, tmp_path / "run")
     environment = hub_environment | {"PYTHONPATH": str(REPOSITORY)}
@@ -149,6 +150,7 @@ def test_upload_to_the_hub_and_the_cards_own_lines(hub_environment, finished_run
     python("-c", hidden + code_block(card.text))
 
 
+@pytest.mark.slow
 def test_conversion_by_hub_id(hub_environment, tmp_path):
     """As somebody who knows a T5 by its name only."""
     source = T5ForConditionalGeneration(T5Config(**TINY_T5))
