@@ -200,7 +200,8 @@ class CoLT5PreTrainedModel(PreTrainedModel):
     def dummy_inputs(self) -> dict[str, torch.Tensor]:
         """A batch of two short rows."""
         ids = torch.tensor([[7, 6, 3, 2, 1], [2, 3, 1, 0, 0]], device=self.device)
-        return {"input_ids": ids, "attention_mask": ids.ne(0).long(), "decoder_input_ids": ids}
+        inputs = {"input_ids": ids, "attention_mask": ids.ne(0).long()}
+        return inputs | {"decoder_input_ids": ids} if self.config.is_encoder_decoder else inputs
 
 
 def _heavy_attentions_too(forward: Callable) -> Callable:
