@@ -328,7 +328,7 @@ def test_cache_of_another_model_is_refused() -> None:
     model = make_model()
     with pytest.raises(TypeError, match=r"DynamicCache\(config=model.config\)"):
         model(random_ids(1, 3), past_key_values=DynamicCache(), use_cache=True)
-    with pytest.raises(ValueError, match=r"decoder attention_mask has shape \(1, 2\)"):
+    with pytest.raises(ValueError, match=r"attention_mask has shape \(1, 2\)"):
         model(random_ids(1, 3), attention_mask=torch.ones(1, 2))
 
 
