@@ -3,18 +3,27 @@
 import copy
 import difflib
 import math
+import os
 import warnings
 from collections.abc import Callable
 from dataclasses import field, fields
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from .causal_cache_colt5 import LAYER_TYPE
+from .checkpoints_colt5 import OWN_FILES, code_file, import_copies
 from .kernel_backend import KERNEL_BACKENDS
+
+if TYPE_CHECKING:
+    # never run: a configuration is saved and loaded with the files that its text imports, and the models' have to be
+    # among them, which the configuration's map of Auto classes names
+    from .modeling_colt5 import CoLT5Model  # noqa: F401
 
 ROUTINGS = ("learned", "random", "even", "none")
 CAUSAL_ATTENTIONS = ("full", "local", "routed")
@@ -406,9 +415,40 @@ class CoLT5Config(PreTrainedConfig):
         return config
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as they are saved, with the map of every Auto class to this code."""
+        """All fields as they are saved, with the map of every Auto class to this code or to a user's."""
+        auto_map = copy.deepcopy(AUTO_MAP)
+        if not self.is_encoder_decoder:
+            auto_map["AutoModel"] = auto_map["AutoModelForTextEncoding"]
         # a model that came from a repository has that repository's name in its map; a copy must not point back to it
-        return super().to_dict() | {"auto_map": copy.deepcopy(AUTO_MAP)}
+        return super().to_dict() | {"auto_map": auto_map | self.users_classes()}
+
+    def users_classes(self) -> dict[str, Any]:
+        """The entries of the map of Auto classes that name classes of a user's code."""
+        auto_map = getattr(self, "auto_map", None) or {}
+        return {name: reference for name, reference in auto_map.items() if code_file(reference) not in OWN_FILES}
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Transformers' `save_pretrained`: the fields, and the code of every class that the map of Auto classes names.
+
+        Args:
+            save_directory: the folder, made where there is none.
+            push_to_hub: whether to push it as well, to `repo_id`, or to a repository of the folder's name.
+            kwargs: `repo_id` and other arguments of `push_to_hub`.
+        """
+        folder = Path(save_directory)
+        for name, reference in self.users_classes().items():
+            # a user's model saves its file before its configuration; other maps are of where this one was loaded
+            if "--" not in str(reference) and not (folder / f"{code_file(reference)}.py").is_file():
+                del self.auto_map[name]
+        super().save_pretrained(folder)
+        if type(self) is not CoLT5Config:
+            # the files of a class of a user's were saved, which import these
+            custom_object_save(CoLT5Config, folder)
+        for reference in self.users_classes().values():
+            if "--" not in str(reference):
+                import_copies(folder, code_file(reference))
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)
 
 
 CoLT5Config.register_for_auto_class()

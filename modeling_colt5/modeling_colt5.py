@@ -30,9 +30,13 @@ from .outputs_colt5 import (
     CoLT5SequenceClassifierOutput,
     CoLT5TokenClassifierOutput,
 )
+
+# not used here: a saved copy of a user's code imports from this file what it imported from the package
+from .routing import soft_topk  # noqa: F401
 from .stacks_colt5 import CoLT5ClassificationHead, CoLT5Decoder, CoLT5Encoder, CoLT5PreTrainedModel
 
-# not used here: a saved model takes along the files that this one imports, and the tokenizer's has to be among them
+# not used here either: a saved model takes along the files that this one imports, and the tokenizer's has to be among
+# them
 from .tokenization_colt5 import CoLT5Tokenizer  # noqa: F401
 
 
@@ -105,6 +109,13 @@ class CoLT5Seq2SeqPreTrainedModel(CoLT5PreTrainedModel):
         kwargs = read_arguments(
             self, kwargs, attention_mask=attention_mask, decoder_attention_mask=decoder_attention_mask
         )
+        if decoder_input_ids is None and decoder_inputs_embeds is None:
+            raise ValueError(
+                "neither of decoder_input_ids and decoder_inputs_embeds given; exactly one is needed. The encoder "
+                "alone, for example for embeddings of texts, needs a folder of its own, with the tokenizer beside it: "
+                f"AutoModelForTextEncoding.from_pretrained({self.name_or_path!r}, trust_remote_code=True)"
+                ".save_pretrained('encoder')"
+            )
         if encoder_outputs is None:
             encoded = self.encoder(
                 input_ids=input_ids,
@@ -152,6 +163,16 @@ class CoLT5Model(CoLT5Seq2SeqPreTrainedModel):
     def __init__(self, config: CoLT5Config):
         super().__init__(config)
         self.post_init()
+
+    @classmethod
+    def _class_of_kind(cls, config: CoLT5Config) -> type[CoLT5PreTrainedModel]:
+        return CoLT5EncoderModel if cls is CoLT5Model and not config.is_encoder_decoder else cls
+
+    @classmethod
+    def _from_config(cls, config: CoLT5Config, **kwargs: Any) -> CoLT5PreTrainedModel:
+        # what `AutoModel.from_config` calls
+        kind = cls._class_of_kind(config)
+        return super()._from_config(config, **kwargs) if kind is cls else kind._from_config(config, **kwargs)
 
     @can_return_tuple
     def forward(

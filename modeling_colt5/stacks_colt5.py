@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.masking_utils import create_causal_mask
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
@@ -26,6 +27,7 @@ from .call_inputs_colt5 import (
 from .causal_cache_colt5 import routed_layer
 from .causal_layers_colt5 import CoLT5LayerCausalAttention, light_bias
 from .causal_plan_colt5 import CausalPlan
+from .checkpoints_colt5 import OWN_FILES, check_layers, code_file
 from .configuration_colt5 import CoLT5Config, check_config
 from .cross_routing_colt5 import CoLT5CrossRouting
 from .decoder_layers_colt5 import CoLT5DecoderBlock
@@ -69,6 +71,58 @@ class CoLT5PreTrainedModel(PreTrainedModel):
     def __init__(self, config: CoLT5Config, *args: Any, **kwargs: Any):
         check_config(config)
         super().__init__(config, *args, **kwargs)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: Any,
+        *model_args: Any,
+        config: Any = None,
+        output_loading_info: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Transformers' `from_pretrained`, which never begins with random layers.
+
+        An Auto class gives the class that the checkpoint names for it: a class of a user's code, which needs
+        `trust_remote_code=True`, and for `AutoModel` the encoder where there is no decoder.
+
+        Raises:
+            ValueError: where the checkpoint lacks a stack of the model, or holds one with layers of other kinds; where
+                it names a class of a user's code and `trust_remote_code` is not True.
+        """
+        # an Auto class always gives both, and nothing else tells its calls from others
+        if isinstance(config, PreTrainedConfig) and "adapter_kwargs" in kwargs:
+            saved_class = cls._saved_class(pretrained_model_name_or_path, config, **kwargs)
+            if saved_class is not cls:
+                kwargs |= {"config": config, "output_loading_info": output_loading_info}
+                return saved_class.from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *model_args, config=config, output_loading_info=True, **kwargs
+        )
+        # without a name there is no checkpoint, but a state dict that is as the caller wants it
+        if pretrained_model_name_or_path is not None:
+            missing, unexpected = set(info["missing_keys"]), set(info["unexpected_keys"])
+            check_layers(model, missing, unexpected, str(pretrained_model_name_or_path))
+        return (model, info) if output_loading_info else model
+
+    @classmethod
+    def _saved_class(cls, where: Any, config: CoLT5Config, **kwargs: Any) -> Any:
+        """The class that a checkpoint's configuration names for the Auto class that loads this one."""
+        reference = (getattr(config, "auto_map", None) or {}).get(cls._auto_class)
+        is_own = cls.__module__.rpartition(".")[2] in OWN_FILES
+        if reference is None or not is_own or code_file(reference) in OWN_FILES:
+            return cls._class_of_kind(config)
+        if not kwargs.get("trust_remote_code"):
+            raise ValueError(
+                f"{where} names {reference} for {cls._auto_class}, a class of its own code and not {cls.__name__}; "
+                "give trust_remote_code=True to run that code, or load it with the class itself"
+            )
+        return get_class_from_dynamic_module(reference, where, **kwargs)
+
+    @classmethod
+    def _class_of_kind(cls, config: CoLT5Config) -> Any:
+        """The class that an Auto class gives for a configuration."""
+        return cls
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

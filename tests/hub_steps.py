@@ -294,7 +294,8 @@ def next_round(out: str, first: str, second: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(first, trust_remote_code=True)
     batch = dict(tokenizer(TEXTS, padding=True, return_tensors="pt"))
     operators = [trace(model, batch) for model in models]
-    assert operators[0] and operators == operators[:1] * 3
+    # the torch backend has none: it is plain PyTorch
+    assert operators == operators[:1] * 3
     save_file(outputs, out)
 
 

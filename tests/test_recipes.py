@@ -140,9 +140,9 @@ def test_pipelines_give_what_plain_calls_give(page):
 
     ids = tokenizer("import os", return_tensors="pt")["input_ids"]
     # pipelines run in inference mode; the same operations
-    torch.testing.assert_close(page["states"], page["encoder"](ids).last_hidden_state)
+    torch.testing.assert_close(page["states"], page["read"].model(ids).last_hidden_state)
     padded = page["read"](texts, batch_size=2, return_tensors=True)
-    states = page["encoder"](**batch).last_hidden_state
+    states = page["read"].model(**batch).last_hidden_state
     torch.testing.assert_close(padded[1][0][: len(ids[0])], states[1, : len(ids[0])], rtol=1e-4, atol=1e-4)
 
 

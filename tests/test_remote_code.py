@@ -53,6 +53,8 @@ def test_each_head_saves_weights_config_and_code(name, tmp_path):
     saved = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     assert saved["architectures"] == [name]
     models = {auto_class: f"modeling_colt5.{head}" for auto_class, head in hub_steps.AUTO_CLASSES.items()}
+    if name not in ("CoLT5Model", "CoLT5ForConditionalGeneration"):
+        models["AutoModel"] = "modeling_colt5.CoLT5EncoderModel"
     assert saved["auto_map"] == models | {
         "AutoConfig": "configuration_colt5.CoLT5Config",
         "AutoTokenizer": ["tokenization_colt5.CoLT5Tokenizer", None],
