@@ -9,6 +9,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_colt5 import CoLT5Config
 from .kernel_backend import is_hooked, runs_eagerly
+from .symbolic_sizes import is_free
 from .token_ops import gated_gelu, recomputed_in_backward, rms_norm_scores
 
 
@@ -168,7 +169,13 @@ class CoLT5Attention(nn.Module):
         bias: torch.Tensor | None,
         mask: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Dense attention by the implementation that the configuration names; shapes as in `Attend`."""
+        """Dense attention by the implementation that the configuration names; shapes as in `Attend`.
+
+        Written out, whatever that is, in exported programs whose number of queries is free: "sdpa" asks if it is 1.
+        """
+        if not self.is_causal and is_free(query.shape[2]):
+            dropout = self.dropout if self.training else 0.0
+            return eager_attention_forward(self, query, key, value, mask, dropout, position_bias=bias)
         attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )

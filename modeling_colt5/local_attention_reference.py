@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from einops import rearrange
 
 from .relative_position import bias_by_position
+from .symbolic_sizes import as_tensor, computed_size, is_free
 
 BLOCK_LENGTH = 128
 
@@ -56,9 +57,12 @@ def local_attention_reference(
         [batch, heads, length, 2 * r + 1] with r = min(radius, length - 1): entry r + d is for the token d away.
     """
     batch, length, heads = query.shape[:3]
-    radius = min(radius, length - 1)
     # always one block too many, never a pad of zero: an exported program then holds for every length
-    num_blocks = length // BLOCK_LENGTH + 1
+    if is_free(length):
+        num_blocks = computed_size(as_tensor(length) // BLOCK_LENGTH + 1, length)
+    else:
+        num_blocks = length // BLOCK_LENGTH + 1
+        radius = min(radius, length - 1)
     pad = num_blocks * BLOCK_LENGTH - length
     window = BLOCK_LENGTH + 2 * radius
 

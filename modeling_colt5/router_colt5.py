@@ -2,6 +2,7 @@
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import reduce
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from .configuration_colt5 import CoLT5Config
 from .inference_graphs import graph_stream
 from .kernel_backend import is_capturing, runs_eagerly, triton_is_available, uses_triton
 from .routing import RoutedTokens, route, routed_budget, routed_capacity
+from .symbolic_sizes import as_tensor, computed_size, is_free, larger, smaller
 
 
 @dataclass
@@ -113,7 +115,7 @@ def memory_slots(config: CoLT5Config, memory: torch.Tensor) -> int:
     length, budget = memory.shape[1], config.routed_cross_key_values
     if budget is None:
         return length
-    return min(length, budget) if isinstance(length, int) else torch.sym_min(length, budget)
+    return computed_size(as_tensor(length).clamp(max=budget), length) if is_free(length) else smaller(length, budget)
 
 
 @dataclass
@@ -380,7 +382,7 @@ def run_routers(
         budgets = budget.budget.view(len(routers), -1)
         kinds = zip(routers, budgets, strict=True)
         scores = torch.stack([router.control_scores(hidden_states, plan.mask, b) for router, b in kinds], 1)
-    slots, select = max(budget.capacities), routers[0].select
+    slots, select = reduce(larger, budget.capacities), routers[0].select
     if len(routers) > 1 and plan.kernel_backend == "triton" and runs_eagerly():
         # so that each router's part begins where kernels may read 16 bytes at once, and is launched without inspection
         slots += -slots % 16
@@ -401,7 +403,7 @@ def run_routers(
     for capacity, *own in zip(
         budget.capacities, *(part.split_with_sizes(sizes) for part in (indices, weights, valid)), strict=True
     ):
-        if capacity != slots:
+        if not isinstance(capacity, int) or capacity != slots:
             # used slots come first, so that a router with fewer than the largest has all of its own at the front;
             # side by side, as kernels read them, once for all that do
             own = [part.narrow(1, 0, capacity).contiguous() for part in own]

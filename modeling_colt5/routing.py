@@ -10,6 +10,7 @@ from torch import Tensor
 from .kernel_backend import Operator, kernel_takes, runs_eagerly, uses_triton
 from .routing_reference import route_reference
 from .soft_topk_reference import SOLVERS, epsilon_schedule, mask_scores, soft_topk_weights, solve
+from .symbolic_sizes import as_tensor, computed_size, is_free
 
 try:
     from .routing_triton import kernels_take, route_backward, route_forward
@@ -306,6 +307,8 @@ def routed_budget(lengths: Tensor, fraction: float, minimum: int) -> Tensor:
 
 def routed_capacity(n: int, fraction: float, minimum: int) -> int:
     """The slots that rows of padded length `n` need: `routed_budget` of `n`, at least 1, also for a symbolic `n`."""
+    if is_free(n):
+        return computed_size(routed_budget(as_tensor(n), fraction, minimum).clamp(min=1), n)
     budget = share_of(n, fraction)
     if isinstance(n, int):
         return max(1, min(n, max(minimum, budget)))

@@ -5,6 +5,7 @@ import math
 import torch
 
 from .soft_topk_reference import mask_scores, soft_topk_weights, solve
+from .symbolic_sizes import smaller
 
 
 def real_tokens(scores: torch.Tensor, mask: torch.Tensor | None, lengths: torch.Tensor | None) -> torch.Tensor | None:
@@ -26,7 +27,7 @@ def select_tokens(scores: torch.Tensor, budget: torch.Tensor, capacity: int) -> 
     """
     rows, n = scores.shape
     scores = scores.nan_to_num(torch.inf, torch.inf, -torch.inf)
-    top = scores.topk(min(capacity, n), dim=-1).values
+    top = scores.topk(smaller(capacity, n), dim=-1).values
     smallest = top.gather(-1, (budget.unsqueeze(-1) - 1).clamp(0, top.shape[-1] - 1))
     above, equal = scores > smallest, scores == smallest
     room = budget.unsqueeze(-1) - above.sum(-1, keepdim=True)
@@ -36,7 +37,7 @@ def select_tokens(scores: torch.Tensor, budget: torch.Tensor, capacity: int) -> 
     indices = torch.full((rows, capacity + 1), n - 1, dtype=torch.int64, device=scores.device)
     indices = indices.scatter(-1, slot, torch.arange(n, device=scores.device).expand(rows, n))
     valid = torch.arange(capacity, device=scores.device) < budget.unsqueeze(-1)
-    return indices[:, :capacity].masked_fill(~valid, n - 1), valid
+    return indices.narrow(1, 0, capacity).masked_fill(~valid, n - 1), valid
 
 
 def route_reference(
@@ -57,8 +58,11 @@ def route_reference(
     """
     rows, n = scores.shape
     masked = mask_scores(scores, real_tokens(scores, mask, lengths))
-    budget = budget.minimum((masked != -torch.inf).sum(-1)).clamp(0, min(capacity, n))
-    largest = min(n, math.ceil(soft_topk_ratio * capacity)) if soft_budget is None else n
+    budget = budget.minimum((masked != -torch.inf).sum(-1)).clamp(0, smaller(capacity, n))
+    # at least ceil(k) of every row, in integers, which symbolic sizes may be computed with too
+    largest = (
+        n if soft_budget is not None else smaller(n, (capacity * math.ceil(1024 * soft_topk_ratio) + 1023) // 1024)
+    )
     k = soft_topk_ratio * budget.to(masked.dtype) if soft_budget is None else soft_budget.to(masked.dtype)
     exponents = solve(masked, k.clamp(min=torch.finfo(masked.dtype).tiny), solver, schedule, largest)
     indices, valid = select_tokens(masked.detach(), budget, capacity)

@@ -258,6 +258,14 @@ class CoLT5PreTrainedModel(PreTrainedModel):
         return inputs | {"decoder_input_ids": ids} if self.config.is_encoder_decoder else inputs
 
 
+def _refuse_jit_trace() -> None:
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]
+        raise RuntimeError(
+            "torch.jit.trace would keep its example's length, and with it how many tokens are routed; use "
+            "torch.export.export, whose programs take any length, and for ONNX torch.onnx.export(..., dynamo=True)"
+        )
+
+
 def _heavy_attentions_too(forward: Callable) -> Callable:
     """`output_attentions` asks for the heavy branch's weights as well as the light branch's."""
 
@@ -317,6 +325,7 @@ class CoLT5Encoder(CoLT5PreTrainedModel):
         Raises:
             ValueError: for both or neither of ids and embeddings, no row or no token, or another shape of anything.
         """
+        _refuse_jit_trace()
         kwargs = read_arguments(self, kwargs, attention_mask=attention_mask)
         warn_of_missing_attentions(self, kwargs)
         hidden_states = self.dropout(embed(self, input_ids, inputs_embeds))
@@ -450,6 +459,7 @@ class CoLT5Decoder(CoLT5PreTrainedModel):
             raise TypeError(
                 "cache is given; here it is called past_key_values, as in transformers 5.17 to 5.23: install one"
             )
+        _refuse_jit_trace()
         kwargs = read_arguments(self, kwargs, attention_mask=attention_mask)
         warn_of_missing_attentions(self, kwargs)
         has_encoder = self.config.is_encoder_decoder

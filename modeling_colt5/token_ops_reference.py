@@ -57,8 +57,10 @@ def weighted_scatter_add(
     """`base` `[batch, n, d]` with `weights * updates` added at the routed positions, in the base's dtype."""
     updates = updates.to(base.dtype).masked_fill(~valid[..., None], 0) * slot_weights(valid, weights, base.dtype)
     # on the CPU PyTorch's out-of-place index_add takes many times as long as a copy and the in-place one
-    rows = base.flatten(0, 1).clone().index_add_(0, flat_rows(indices, base.shape[1]), updates.flatten(0, 1))
-    return rows.view(base.shape)
+    rows = base.flatten(0, 1).clone(memory_format=torch.contiguous_format)
+    rows.index_add_(0, flat_rows(indices, base.shape[1]), updates.flatten(0, 1))
+    # not a view of the whole shape, of which an exporter with free sizes makes other strides
+    return rows.unflatten(0, base.shape[:2])
 
 
 def combine(
