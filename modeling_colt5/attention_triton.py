@@ -10,6 +10,7 @@ from .attention_kernels_triton import (
     attention_backward_query_kernel,
     attention_forward_kernel,
 )
+from .kernel_backend import INTERPRETED
 from .kernel_launch_triton import launch, next_power_of_2
 
 # (queries, keys, warps, stages) of a tile, by kernel and by whether positions are given; the rest of the head
@@ -25,6 +26,20 @@ BLOCKS = {
 }
 
 
+# bytes of shared memory from which on the tiles of large heads fit; they take up to 98,304
+LARGE_SHARED_MEMORY = 98_304
+
+
+@functools.cache
+def _has_large_shared_memory(device: torch.device) -> bool:
+    """Whether a program may have `LARGE_SHARED_MEMORY`: not on NVIDIA's cards before Ampere, nor on AMD's."""
+    if INTERPRETED:
+        return True
+    properties = torch.cuda.get_device_properties(device)
+    shared = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
+    return shared >= LARGE_SHARED_MEMORY
+
+
 @functools.lru_cache
 def _launch_options(
     kernel: str,
@@ -37,6 +52,7 @@ def _launch_options(
     wide: bool,
     dropout: float,
     tf32: bool,
+    has_large_shared_memory: bool,
 ) -> tuple[int, int, tuple[Any, ...], dict[str, int]]:
     """A tile's queries and keys, a kernel's constants from HEADS on, and its warps and stages."""
     block_q, block_k, warps, stages = blocks
@@ -44,6 +60,8 @@ def _launch_options(
     if dtype == torch.float32:
         # without tensor cores a product's operands live in registers: smaller tiles and more warps, or they spill
         block_q, block_k, warps, stages = 32, 32, 8, 1
+    elif block_d > 64 and not has_large_shared_memory:
+        block_q, block_k, warps, stages = 32, 32, 4, 1
     elif block_d > 64:
         block_q, block_k, warps, stages = 64, 64, 4 if kernel == "forward" else 8, 1
     precision = "tf32" if tf32 else "ieee"
@@ -91,7 +109,8 @@ class _Problem:
         self.sizes = (*strides, num_queries, num_keys, radius, max_distance)
         dtype = query.dtype
         tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-        self.code = (dtype, heads, kv_heads, head_size, self.routed, radius >= max_distance, dropout, tf32)
+        is_large = _has_large_shared_memory(query.device)
+        self.code = (dtype, heads, kv_heads, head_size, self.routed, radius >= max_distance, dropout, tf32, is_large)
 
     def options(self, kernel: str) -> tuple[int, int, tuple[Any, ...], dict[str, int]]:
         return _launch_options(kernel, BLOCKS[kernel, self.routed], *self.code)

@@ -62,7 +62,7 @@ def handed_on(
     return least, tl.where(tl.max(keys) == HIGHEST_KEY, float("nan"), threshold)
 
 
-@triton.jit(do_not_specialize=["windows", "window", "target", "capacity"])
+@triton.jit(do_not_specialize=["batch_stride", "stride", "windows", "window", "target", "capacity"])
 def gates_kernel(
     scores, past, total, carried, weights, routed, thresholds, indices, slot_weights, valid,
     batch_stride, stride, windows, window, target, capacity, soft_target, epsilon,
@@ -139,7 +139,7 @@ def falling_gradient(
     return tl.where(weight < 1.0, grad * weight / epsilon, 0.0)
 
 
-@triton.jit(do_not_specialize=["windows", "window", "capacity"])
+@triton.jit(do_not_specialize=["batch_stride", "stride", "windows", "window", "capacity"])
 def gates_backward_kernel(
     grad_weights, grad_slots, scores, weights, routed, thresholds, grad_scores,
     batch_stride, stride, windows, window, capacity, epsilon, BLOCK: tl.constexpr,

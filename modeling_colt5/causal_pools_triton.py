@@ -36,7 +36,7 @@ def token_keys(scores, row, row_stride, first, slots, count, position):
     return tl.where(slots < count, keys, NO_KEY)
 
 
-@triton.jit(do_not_specialize=["windows", "window", "size", "base"])
+@triton.jit(do_not_specialize=["row_stride", "initial_stride", "windows", "window", "size", "base"])
 def tops_kernel(
     scores, initial, initial_valid, tops,
     row_stride, initial_stride, windows, window, size, base,
@@ -98,7 +98,7 @@ def merge_kernel(tops, merged, windows, step, RADIX: tl.constexpr, LIST: tl.cons
         tl.store(merged + entry * LIST + place, keys, mask=place < LIST)
 
 
-@triton.jit(do_not_specialize=["windows", "window", "size", "base"])
+@triton.jit(do_not_specialize=["row_stride", "initial_stride", "windows", "window", "size", "base"])
 def candidates_kernel(
     scores, initial, tops, candidate_scores, candidates, present,
     row_stride, initial_stride, windows, window, size, base,

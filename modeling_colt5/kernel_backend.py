@@ -23,9 +23,28 @@ def triton_is_available() -> bool:
     return _HAS_TRITON
 
 
+# of each device, asked once: the question takes the host as long as a launch
+_bfloat16: dict[int, bool] = {}
+
+
+@torch.compiler.assume_constant_result
+def _has_bfloat16(device: int) -> bool:
+    """Whether the GPU's processors compute in bf16: NVIDIA's do from compute capability 8.0 on, AMD's all."""
+    if device not in _bfloat16:
+        _bfloat16[device] = torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+    return _bfloat16[device]
+
+
+def _takes_dtype(tensor: torch.Tensor) -> bool:
+    """Whether kernels take tensors of the dtype on the device: not float64, and not bf16 where it is only emulated."""
+    if tensor.dtype == torch.bfloat16 and tensor.is_cuda:
+        return _has_bfloat16(tensor.get_device())
+    return tensor.dtype != torch.float64
+
+
 def kernel_takes(tensor: torch.Tensor) -> bool:
     """Whether a Triton kernel can run on `tensor`: what an operator asks, `uses_triton` having chosen the operator."""
-    return (tensor.is_cuda or INTERPRETED) and _HAS_TRITON and tensor.dtype != torch.float64
+    return (tensor.is_cuda or INTERPRETED) and _HAS_TRITON and _takes_dtype(tensor)
 
 
 def kernel_or(
@@ -41,7 +60,7 @@ def kernel_or(
 
 
 def uses_triton(tensor: torch.Tensor, kernel_backend: str = "auto") -> bool:
-    """Whether an operation on `tensor` runs as a Triton kernel.
+    """Whether an operation on `tensor` runs as a Triton kernel. In float64 none does, nor in bf16 on cards without it.
 
     Args:
         tensor: an operand of the operation; its device and dtype decide under "auto".
@@ -57,7 +76,7 @@ def uses_triton(tensor: torch.Tensor, kernel_backend: str = "auto") -> bool:
     backend = FORCED_BACKEND or kernel_backend
     if backend not in KERNEL_BACKENDS:
         raise ValueError(f"kernel_backend is {backend!r}; it must be one of {', '.join(KERNEL_BACKENDS)}")
-    if backend == "torch" or tensor.dtype == torch.float64:
+    if backend == "torch" or not _takes_dtype(tensor):
         return False
     if backend == "auto":
         return tensor.is_cuda and triton_is_available()

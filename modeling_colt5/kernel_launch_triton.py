@@ -15,9 +15,10 @@ except ImportError as error:
 # of a multiprocessor, on all of NVIDIA's GPUs since Kepler
 REGISTERS = 65536
 
-# of each kernel: how many of its arguments are no constants, what was compiled of it, by all that Triton's code
-# generation looks at, and itself, so that no other gets its id. By identity: a kernel's own hash is over its source
-_kernels: dict[int, tuple[int, dict[tuple[Any, ...], "_Compiled"], Any]] = {}
+# of each kernel: of its arguments that are no constants, whether Triton looks at an integer's value; what was compiled
+# of it, by all that Triton's code generation looks at; and itself, so that no other gets its id. By identity: a
+# kernel's own hash is over its source
+_kernels: dict[int, tuple[tuple[bool, ...], dict[tuple[Any, ...], "_Compiled"], Any]] = {}
 # the axes that a grid of one, two or three leaves out
 _AXES = ((), (1, 1), (1,), ())
 
@@ -49,6 +50,11 @@ def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+def options_together(num_warps: int, together: int) -> dict[str, Any]:
+    """Triton's options for programs that wait for each other, so many of which a multiprocessor has to hold."""
+    return {"launch_cooperative_grid": True, "maxnreg": min(REGISTERS // (32 * num_warps * together), 255)}
+
+
 def launch(
     kernel: Any,
     grid: tuple[int, ...],
@@ -61,10 +67,10 @@ def launch(
     """`kernel[grid](*arguments, **constants)` on the device of its first tensor.
 
     Triton inspects every argument of every call, which takes the host longer than most kernels here take the GPU
-    (docs/operators.md). What it looks for is looked at here once more, only faster: dtypes, None, integers that are 1
-    or multiples of 16 or beyond 32 bits, and the constants. Where a tensor is not aligned to 16 bytes or on another
-    device, or Triton interprets, it is left to Triton. Else the kernel gets addresses in place of tensors, because
-    Triton's launcher would ask the driver about every tensor.
+    (docs/operators.md). What it looks for is looked at here once more, only faster: dtypes, None, the constants, and
+    whether integers are beyond 32 bits and, unless a kernel says `do_not_specialize`, 1 or multiples of 16. Where a
+    tensor is not aligned to 16 bytes or on another device, or Triton interprets, it is left to Triton. Else the kernel
+    gets addresses in place of tensors, because Triton's launcher would ask the driver about every tensor.
 
     Args:
         kernel: a function under `triton.jit`, its constants the last of its parameters.
@@ -82,22 +88,27 @@ def launch(
         return
     known = _kernels.get(id(kernel))
     if known is None:
-        known = _kernels[id(kernel)] = (sum(not parameter.is_constexpr for parameter in kernel.params), {}, kernel)
-    runtime, compiled_kernels, _ = known
+        parameters = [parameter for parameter in kernel.params if not parameter.is_constexpr]
+        specialized = tuple(not parameter.do_not_specialize for parameter in parameters)
+        known = _kernels[id(kernel)] = (specialized, {}, kernel)
+    specialized, compiled_kernels, _ = known
     # what the kernel is called with: the arguments, their tensors' addresses in place of them
     values: list[Any] = [*arguments]
     key: list[Any] = [num_warps, num_stages, together]
-    key += values[runtime:]
+    key += values[len(specialized) :]
     add = key.append
     addresses = 0
     device = None
     elsewhere = False
-    for number in range(runtime):
+    for number, is_specialized in enumerate(specialized):
         argument = values[number]
         kind = type(argument)
         if kind is int:
-            # 1, and whether it is a multiple of 16, among those of 32 bits and among the larger ones
-            add(-1 if argument == 1 else not argument & 15 if argument < 2**31 else 2 + (not argument & 15))
+            if is_specialized:
+                # 1, and whether it is a multiple of 16, among those of 32 bits and among the larger ones
+                add(-1 if argument == 1 else not argument & 15 if argument < 2**31 else 2 + (not argument & 15))
+            else:
+                add(argument < 2**31)
         elif argument is None or kind is float:
             add(kind)
         else:
@@ -120,7 +131,7 @@ def launch(
     if compiled is None:
         options: dict[str, Any] = {"num_warps": num_warps, "num_stages": num_stages}
         if together:
-            options |= {"launch_cooperative_grid": True, "maxnreg": min(REGISTERS // (32 * num_warps * together), 255)}
+            options |= options_together(num_warps, together)
         made = kernel[grid](*arguments, **options)
         if is_plain:
             compiled_kernels[found] = _Compiled(made, made.run, made.function, made.packed_metadata)

@@ -32,6 +32,12 @@ FIRST_MARGIN = tl.constexpr(2.5)
 LATER_MARGIN = tl.constexpr(0.6)
 FEW_KEYS = tl.constexpr(4)
 
+# A new length must not mean a new compilation. And where a length is known to be a multiple of 16, masks are read 16
+# at a time, in another layout than scores: to change between the two takes up to 131,072 bytes of shared memory.
+UNSPECIALIZED = [
+    "score_row_stride", "mask_row_stride", "n", "capacity", "num_iterations", "rows", "groups", "programs",
+]  # fmt: skip
+
 
 @triton.jit
 def _both_halves(packed):
@@ -177,7 +183,7 @@ def _saturated_and_free(
 @triton.jit
 def _route_row(
     row, scores, budgets, soft_budgets, mask, lengths, weights, indices, valid, state, numbers, arrived,
-    score_row_stride, score_stride, mask_row_stride, mask_stride, n, capacity,
+    score_row_stride, mask_row_stride, n, capacity,
     soft_topk_ratio, epsilon, epsilon_init, log2_decay, num_iterations, program, programs,
     HAS_SOFT_BUDGET: tl.constexpr, HAS_MASK: tl.constexpr, HAS_LENGTHS: tl.constexpr, EXACT: tl.constexpr,
     SHARED: tl.constexpr, PROGRAMS: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr,
@@ -191,7 +197,7 @@ def _route_row(
     positions = program * BLOCK + tl.arange(0, BLOCK)
     keys = load_keys(
         scores, mask, lengths, row, positions, n,
-        score_row_stride, score_stride, mask_row_stride, mask_stride, HAS_MASK, HAS_LENGTHS,
+        score_row_stride, 1, mask_row_stride, 1, HAS_MASK, HAS_LENGTHS,
     )  # fmt: skip
     # a first guess of the search: it needs neither NaN nor what would overflow
     score = key_to_score(keys)
@@ -324,7 +330,7 @@ def _route_row(
             index = tl.load(indices + slots, mask=used, other=n - 1)
             slot_keys = load_keys(
                 scores, mask, lengths, row, index, n,
-                score_row_stride, score_stride, mask_row_stride, mask_stride, HAS_MASK, HAS_LENGTHS,
+                score_row_stride, 1, mask_row_stride, 1, HAS_MASK, HAS_LENGTHS,
             )  # fmt: skip
             weight = weigh((key_to_score(slot_keys) - centre) / last_epsilon, threshold)
             inside = slots < capacity
@@ -333,20 +339,21 @@ def _route_row(
             tl.store(indices + slots, index, mask=inside)
 
 
-@triton.jit(do_not_specialize=["rows", "groups", "programs"])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def route_kernel(
     scores, budgets, soft_budgets, mask, lengths, weights, indices, valid, state, numbers, arrived,
-    score_row_stride, score_stride, mask_row_stride, mask_stride, n, capacity,
+    score_row_stride, mask_row_stride, n, capacity,
     soft_topk_ratio, epsilon, epsilon_init, log2_decay, num_iterations, rows, groups, programs,
     HAS_SOFT_BUDGET: tl.constexpr, HAS_MASK: tl.constexpr, HAS_LENGTHS: tl.constexpr, EXACT: tl.constexpr,
     SHARED: tl.constexpr, PROGRAMS: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     """One program a row; or, where rows are shared, groups of `programs`, each of which takes every `groups`-th row.
 
-    Reads `scores` fp32, fp16 or bf16 [rows, n], `budgets` int64 [rows], `soft_budgets` floating point [rows] or None,
-    and as the mask `mask` bool [rows, n], `lengths` int [rows] or neither. Writes `weights` fp32, `indices` int64 and
-    `valid` bool, each [rows, capacity], and `state`, fp32 [rows, 3] (centre, threshold from there over ε, sum of the
-    unsaturated weights) or, not `EXACT`, [rows, num_iterations] (the thresholds).
+    Reads `scores` fp32, fp16 or bf16 [rows, n], each row's side by side, `budgets` int64 [rows], `soft_budgets`
+    floating point [rows] or None, and as the mask `mask` bool [rows, n], likewise, `lengths` int [rows] or neither.
+    Writes `weights` fp32, `indices` int64 and `valid` bool, each [rows, capacity], and `state`, fp32 [rows, 3]
+    (centre, threshold from there over ε, sum of the unsaturated weights) or, not `EXACT`, [rows, num_iterations] (the
+    thresholds).
 
     Of a shared row `numbers` int32 [rows, 2, 3, programs] is where programs leave numbers, and `arrived` int32
     [rows, a cache line] their counter, which comes as zeros. `BLOCK` tokens are a program's, `SLOTS` how many slots it
@@ -359,7 +366,7 @@ def route_kernel(
             _route_row(
                 row, scores, budgets, soft_budgets, mask, lengths, weights, indices, valid, state,
                 numbers + row * (2 * PLACES * programs), arrived + row * COUNTER_STRIDE,
-                score_row_stride, score_stride, mask_row_stride, mask_stride, n, capacity,
+                score_row_stride, mask_row_stride, n, capacity,
                 soft_topk_ratio, epsilon, epsilon_init, log2_decay, num_iterations, program, programs,
                 HAS_SOFT_BUDGET, HAS_MASK, HAS_LENGTHS, EXACT, SHARED, PROGRAMS, BLOCK, SLOTS,
             )  # fmt: skip
@@ -367,7 +374,7 @@ def route_kernel(
         _route_row(
             tl.program_id(0).to(tl.int64), scores, budgets, soft_budgets, mask, lengths, weights, indices, valid,
             state, numbers, arrived,
-            score_row_stride, score_stride, mask_row_stride, mask_stride, n, capacity,
+            score_row_stride, mask_row_stride, n, capacity,
             soft_topk_ratio, epsilon, epsilon_init, log2_decay, num_iterations, 0, programs,
             HAS_SOFT_BUDGET, HAS_MASK, HAS_LENGTHS, EXACT, SHARED, PROGRAMS, BLOCK, SLOTS,
         )  # fmt: skip

@@ -14,6 +14,9 @@ try:
 except ImportError as error:
     raise ImportError("routing_gradient_triton needs triton; use kernel_backend='torch' without it") from error
 
+# a new length must not mean a new compilation
+STRIDES = ["grad_row_stride", "score_row_stride", "mask_row_stride"]
+
 
 @triton.jit
 def _first_slot(indices, position, capacity, STEPS: tl.constexpr, FAN: tl.constexpr):
@@ -32,8 +35,8 @@ def _first_slot(indices, position, capacity, STEPS: tl.constexpr, FAN: tl.conste
     return first
 
 
-@triton.jit
-def slot_sums_kernel(grad_weights, weights, sums, grad_row_stride, grad_stride, capacity, parts, PART: tl.constexpr):
+@triton.jit(do_not_specialize=["grad_row_stride", "capacity", "parts"])
+def slot_sums_kernel(grad_weights, weights, sums, grad_row_stride, capacity, parts, PART: tl.constexpr):
     """Partial sums of weight times cotangent over the unsaturated slots."""
     row = (tl.program_id(0) // parts).to(tl.int64)
     part = tl.program_id(0) % parts
@@ -42,14 +45,14 @@ def slot_sums_kernel(grad_weights, weights, sums, grad_row_stride, grad_stride, 
     weight = tl.load(weights + row * capacity + slots, mask=inside, other=0.0)
     # an unused slot has weight 0, and its cotangent may be anything
     free = inside & (weight < 1.0) & (weight > 0.0)
-    grad = tl.load(grad_weights + row * grad_row_stride + slots.to(tl.int64) * grad_stride, mask=free, other=0.0)
+    grad = tl.load(grad_weights + row * grad_row_stride + slots, mask=free, other=0.0)
     tl.store(sums + row * parts + part, tl.sum(tl.where(free, weight * grad, 0.0)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*STRIDES, "n", "capacity", "blocks", "parts"])
 def route_backward_kernel(
     grad_weights, weights, indices, valid, scores, mask, lengths, state, sums, grad_scores, grad_budget,
-    grad_row_stride, grad_stride, score_row_stride, score_stride, mask_row_stride, mask_stride,
+    grad_row_stride, score_row_stride, mask_row_stride,
     n, capacity, epsilon, blocks, parts,
     HAS_MASK: tl.constexpr, HAS_LENGTHS: tl.constexpr, ONE_PART: tl.constexpr,
     PARTS: tl.constexpr, STEPS: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr,
@@ -67,7 +70,7 @@ def route_backward_kernel(
         inside = probes < capacity
         weight = tl.load(weights + probes, mask=inside, other=0.0)
         free = inside & (weight < 1.0) & (weight > 0.0)
-        grad = tl.load(grad_weights + probes.to(tl.int64) * grad_stride, mask=free, other=0.0)
+        grad = tl.load(grad_weights + probes, mask=free, other=0.0)
         total = tl.sum(tl.where(free, weight * grad, 0.0))
         index = tl.load(indices + probes, mask=inside, other=n)
         first = tl.sum((index < start).to(tl.int32))
@@ -84,7 +87,7 @@ def route_backward_kernel(
     positions = start + tl.arange(0, BLOCK)
     keys = load_keys(
         scores, mask, lengths, row, positions, n,
-        score_row_stride, score_stride, mask_row_stride, mask_stride, HAS_MASK, HAS_LENGTHS,
+        score_row_stride, 1, mask_row_stride, 1, HAS_MASK, HAS_LENGTHS,
     )  # fmt: skip
     free_weight = tl.exp((key_to_score(keys) - centre) / epsilon - threshold)
     free_weight = tl.where((keys != LOWEST_KEY) & (free_weight < 1.0), free_weight, 0.0)
@@ -99,17 +102,17 @@ def route_backward_kernel(
         here = inside & (index < start + BLOCK)
         used = tl.load(valid + slots, mask=here, other=0) != 0
         weight = tl.load(weights + slots, mask=used, other=0.0)
-        grad = tl.load(grad_weights + slots.to(tl.int64) * grad_stride, mask=used, other=0.0)
+        grad = tl.load(grad_weights + slots, mask=used, other=0.0)
         grad = tl.where(weight < 1.0, weight * (grad - mean) / epsilon, 0.0)
         tl.store(grad_scores + row * n + index, grad, mask=used)
         first += SLOTS
         more = tl.min(here.to(tl.int32))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*STRIDES, "n", "capacity", "num_iterations"])
 def descent_backward_kernel(
     grad_weights, weights, indices, valid, scores, mask, lengths, soft_budgets, state, grad_scores, grad_budget,
-    grad_row_stride, grad_stride, score_row_stride, score_stride, mask_row_stride, mask_stride,
+    grad_row_stride, score_row_stride, mask_row_stride,
     n, capacity, epsilon, epsilon_init, log2_decay, num_iterations,
     HAS_SOFT_BUDGET: tl.constexpr, HAS_MASK: tl.constexpr, HAS_LENGTHS: tl.constexpr,
     BLOCK: tl.constexpr, SLOTS: tl.constexpr,
@@ -125,7 +128,7 @@ def descent_backward_kernel(
     positions = tl.arange(0, BLOCK)
     keys = load_keys(
         scores, mask, lengths, row, positions, n,
-        score_row_stride, score_stride, mask_row_stride, mask_stride, HAS_MASK, HAS_LENGTHS,
+        score_row_stride, 1, mask_row_stride, 1, HAS_MASK, HAS_LENGTHS,
     )  # fmt: skip
     score = key_to_score(keys)
     last = tl.load(state + num_iterations - 1)
@@ -138,7 +141,7 @@ def descent_backward_kernel(
         inside = slots < capacity
         weight = tl.load(weights + slots, mask=inside, other=0.0)
         free = inside & (weight < 1.0) & (weight > 0.0)
-        grad = tl.load(grad_weights + slots.to(tl.int64) * grad_stride, mask=free, other=0.0)
+        grad = tl.load(grad_weights + slots, mask=free, other=0.0)
         total += tl.sum(tl.where(free, weight * grad, 0.0))
     grad_threshold = tl.where(descended, -total / last_epsilon, 0.0)
 
@@ -170,6 +173,6 @@ def descent_backward_kernel(
         weight = tl.load(weights + slots, mask=used, other=0.0)
         used = used & (weight < 1.0)
         index = tl.load(indices + slots, mask=used, other=0)
-        grad = tl.load(grad_weights + slots.to(tl.int64) * grad_stride, mask=used, other=0.0)
+        grad = tl.load(grad_weights + slots, mask=used, other=0.0)
         shared = tl.load(grad_scores + row * n + index, mask=used, other=0.0)
         tl.store(grad_scores + row * n + index, shared + weight * grad / last_epsilon, mask=used)

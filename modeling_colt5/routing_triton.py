@@ -16,12 +16,21 @@ from .routing_sharing_triton import COUNTER_STRIDE, PLACES
 
 # of a row that is one program's; below 32,768, so that two counts in one integer never reach its sign
 LONGEST_ROW = 16384
+# tokens of a program that has a row to itself at least, so that all short rows share one compiled kernel
+SHORTEST_BLOCK = 2048
+# tokens of a program of the backward, and slots of any program that it takes at once
+GRADIENT_BLOCK = 2048
+SLOTS_AT_ONCE = 1024
 # of a program that shares a row of up to so many tokens
 PARTS = ((65536, 2048), (1 << 20, 4096))
 # of a program at most: its counts must fit 16 bits
 LONGEST_PART = 32768
 # slots that one program of the backward sums by itself
 SLOTS_OF_A_PART = 4096
+
+
+def _row_block(n: int) -> int:
+    return max(SHORTEST_BLOCK, next_power_of_2(n))
 
 
 def _row_warps(block: int) -> int:
@@ -60,6 +69,11 @@ def _adjacent(rows: torch.Tensor | None) -> torch.Tensor | None:
     return None if rows is None else rows.contiguous()
 
 
+def _readable(rows: torch.Tensor) -> torch.Tensor:
+    """Rows [rows, n] as the kernels read them: at any distance, each one's numbers side by side."""
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
 def route_forward(
     scores: torch.Tensor,
     budget: torch.Tensor,
@@ -87,18 +101,19 @@ def route_forward(
     state = weights.new_empty((rows, 3 if exact else num_iterations))
     if rows == 0:
         return weights, indices, valid, state
+    scores = _readable(scores)
+    mask = None if mask is None else _readable(mask)
     inputs = (scores, budget.contiguous(), _adjacent(soft_budget), mask, _adjacent(lengths))
-    score_strides = scores.stride()
-    mask_strides = (0, 0) if mask is None else mask.stride()
+    strides = (scores.stride(0), 0 if mask is None else mask.stride(0))
     # constants by position, which costs the host less than by name
     given = (soft_budget is not None, mask is not None, lengths is not None)
     schedule = (soft_topk_ratio, epsilon, max(epsilon, epsilon_init), math.log2(epsilon_decay), num_iterations)
     if n <= LONGEST_ROW:
-        block = next_power_of_2(n)
+        block = _row_block(n)
         launch(
             route_kernel, (rows,),
-            *inputs, weights, indices, valid, state, None, None, *score_strides, *mask_strides, n, capacity,
-            *schedule, rows, rows, 1, *given, exact, False, 1, block, min(1024, block), num_warps=_row_warps(block),
+            *inputs, weights, indices, valid, state, None, None, *strides, n, capacity,
+            *schedule, 1, 1, 1, *given, exact, False, 1, block, SLOTS_AT_ONCE, num_warps=_row_warps(block),
         )  # fmt: skip
         return weights, indices, valid, state
 
@@ -111,7 +126,7 @@ def route_forward(
     columns = max(16, next_power_of_2(programs))
     launch(
         route_kernel, (groups * programs,),
-        *inputs, weights, indices, valid, state, numbers, arrived, *score_strides, *mask_strides, n, capacity,
+        *inputs, weights, indices, valid, state, numbers, arrived, *strides, n, capacity,
         *schedule, rows, groups, programs, *given, exact, True, columns, block, 1,
         num_warps=num_warps, together=together,
     )  # fmt: skip
@@ -141,16 +156,18 @@ def route_backward(
     grad_budget = state.new_empty(rows)
     if rows == 0:
         return grad_scores, grad_budget
+    grad_weights, scores = _readable(grad_weights), _readable(scores)
+    mask = None if mask is None else _readable(mask)
     slots = (grad_weights, weights, indices, valid, scores, mask, _adjacent(lengths))
-    strides = (*grad_weights.stride(), *scores.stride(), *((0, 0) if mask is None else mask.stride()))
+    strides = (grad_weights.stride(0), scores.stride(0), 0 if mask is None else mask.stride(0))
     given = (mask is not None, lengths is not None)
     if solver != "exact":
-        block = next_power_of_2(n)
+        block = _row_block(n)
         launch(
             descent_backward_kernel, (rows,),
             *slots, _adjacent(soft_budget), state, grad_scores, grad_budget, *strides, n, capacity,
             epsilon, max(epsilon, epsilon_init), math.log2(epsilon_decay), num_iterations,
-            soft_budget is not None, *given, block, min(1024, block), num_warps=_row_warps(block),
+            soft_budget is not None, *given, block, SLOTS_AT_ONCE, num_warps=_row_warps(block),
         )  # fmt: skip
         return grad_scores, grad_budget
 
@@ -161,14 +178,13 @@ def route_backward(
         sums = state.new_empty((rows, parts))
         launch(
             slot_sums_kernel, (rows * parts,),
-            grad_weights, weights, sums, *grad_weights.stride(), capacity, parts, SLOTS_OF_A_PART, num_warps=8,
+            grad_weights, weights, sums, grad_weights.stride(0), capacity, parts, SLOTS_OF_A_PART, num_warps=8,
         )  # fmt: skip
-    block = min(2048, next_power_of_2(n))
-    blocks = cdiv(n, block)
+    blocks = cdiv(n, GRADIENT_BLOCK)
     launch(
         route_backward_kernel, (rows * blocks,),
         *slots, state, sums, grad_scores, grad_budget, *strides, n, capacity, epsilon, blocks, parts,
         *given, one_part, next_power_of_2(parts), 2 if capacity <= 2**20 else 3,
-        next_power_of_2(capacity) if one_part else 1024, block, num_warps=4,
+        max(256, next_power_of_2(capacity)) if one_part else SLOTS_AT_ONCE, GRADIENT_BLOCK, num_warps=4,
     )  # fmt: skip
     return grad_scores, grad_budget

@@ -153,7 +153,7 @@ def gather_slot(
         tl.store(out_ptr + slot * d + columns, row.to(out_ptr.dtype.element_ty), mask=columns < d)
 
 
-@triton.jit(do_not_specialize=["n", "capacity", "capacity2", "slots"])
+@triton.jit(do_not_specialize=["n", "capacity", "capacity2"])
 def gather_kernel(
     hidden_ptr,
     other_ptr,
@@ -163,7 +163,6 @@ def gather_kernel(
     out_ptr,
     dots_ptr,
     capacity,
-    slots,
     indices2_ptr,
     valid2_ptr,
     weights2_ptr,
@@ -173,13 +172,14 @@ def gather_kernel(
     d: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A slot a program: the first routing's `slots` slots, then the second routing's, where there is one."""
+    """A slot a program: all rows' slots of the first routing, then the second routing's, where there is one."""
     slot = tl.program_id(0).to(tl.int64)
     if out2_ptr is None:
         gather_slot(
             slot, hidden_ptr, other_ptr, indices_ptr, valid_ptr, weights_ptr, out_ptr, dots_ptr, n, capacity, d, BLOCK
         )
     else:
+        slots = tl.num_programs(0) // (capacity + capacity2) * capacity
         if slot < slots:
             gather_slot(
                 slot, hidden_ptr, None, indices_ptr, valid_ptr, weights_ptr, out_ptr, None, n, capacity, d, BLOCK
@@ -262,7 +262,6 @@ def gather(
         out,
         None,
         capacity,
-        batch * capacity,
         None if indices2 is None else indices2.contiguous(),
         None if valid2 is None else valid2.contiguous(),
         None if weights2 is None else weights2.contiguous(),
@@ -296,7 +295,6 @@ def gather_dot(
         out,
         dots,
         capacity,
-        batch * capacity,
         None,
         None,
         None,

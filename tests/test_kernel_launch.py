@@ -36,10 +36,13 @@ class Kernel:
     """A kernel of a tensor, another or None, a number and a constant."""
 
     arg_names = ["x", "y", "n", "BLOCK"]
-    params = [SimpleNamespace(is_constexpr=name.isupper()) for name in arg_names]
 
-    def __init__(self) -> None:
+    def __init__(self, do_not_specialize: tuple[str, ...] = ()) -> None:
         self.calls: list[tuple[str, Any]] = []
+        self.params = [
+            SimpleNamespace(is_constexpr=name.isupper(), do_not_specialize=name in do_not_specialize)
+            for name in self.arg_names
+        ]
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         def compile_and_run(*arguments: Any, **options: Any) -> Compiled:
@@ -90,6 +93,16 @@ def test_what_triton_would_compile_anew_goes_to_triton(changed: tuple[Any, ...])
     assert kernel.ways() == ["triton", "triton"]
     launch(kernel, (3,), *changed)
     assert kernel.ways()[2:] == ["direct"]
+
+
+def test_of_what_is_not_specialized_only_64_bits_go_to_triton() -> None:
+    kernel = Kernel(do_not_specialize=("n",))
+    for n in (32, 33, 1, 2**31 - 1):
+        launch(kernel, (3,), tensor(), None, n, 128)
+    assert kernel.ways() == ["triton", "direct", "direct", "direct"]
+    assert [call[1][-2] for call in kernel.calls[1:]] == [33, 1, 2**31 - 1]
+    launch(kernel, (3,), tensor(), None, 2**31, 128)
+    assert kernel.ways()[4:] == ["triton"]
 
 
 def test_options_are_part_of_what_is_compiled() -> None:

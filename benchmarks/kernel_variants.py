@@ -1,0 +1,323 @@
+"""What each compiled kernel takes of a multiprocessor, on every generation of cards, without a card.
+
+    python benchmarks/kernel_variants.py [--jobs 2] [--quick]
+
+The kernels are launched as models launch them, on tensors of the CPU, with a launch that only notes what Triton would
+compile: kernels, dtypes, what it specialises integers on, constants and options. Then every variant is compiled for
+every generation, and the table results/kernel_variants.md says which takes the most shared memory, beside what the
+generation's cards have. `--quick` compiles of each kernel the variant that should need most.
+"""
+
+import argparse
+import contextlib
+import importlib
+import itertools
+import os
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+# compiled here, not interpreted; Triton reads it when it decorates a kernel
+os.environ["TRITON_INTERPRET"] = "0"
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from modeling_colt5 import (
+    attention_triton,
+    causal_gates_triton,
+    causal_pools_triton,
+    gated_gelu_triton,
+    kernel_launch_triton,
+    routing_triton,
+    token_norm_triton,
+    token_rows_triton,
+)
+
+WRAPPERS = (
+    attention_triton, causal_gates_triton, causal_pools_triton, gated_gelu_triton, routing_triton, token_norm_triton,
+    token_rows_triton,
+)  # fmt: skip
+
+
+class Generation(NamedTuple):
+    """Cards of one compute capability: the shared memory of one program at most and of a multiprocessor, in bytes."""
+
+    cards: str
+    program: int
+    multiprocessor: int
+
+
+GENERATIONS = {
+    75: Generation("T4, RTX 20", 65_536, 65_536),
+    80: Generation("A100", 166_912, 167_936),
+    86: Generation("RTX 30, A10, A40", 101_376, 102_400),
+    89: Generation("RTX 40, L4, L40S", 101_376, 102_400),
+    90: Generation("H100, H200", 232_448, 233_472),
+    100: Generation("B200", 232_448, 233_472),
+    120: Generation("RTX 50", 101_376, 102_400),
+}
+TYPES = {
+    torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int64: "*i64", torch.int32: "*i32",
+    torch.bool: "*i1",
+}  # fmt: skip
+
+
+class Variant(NamedTuple):
+    """All that Triton's code generation looks at. `kinds` are the arguments': a type, or ("constant", c)."""
+
+    module: str
+    kernel: str
+    kinds: tuple[Any, ...]
+    num_warps: int
+    num_stages: int
+    together: int
+
+
+def kind_of(argument: Any, parameter: Any) -> Any:
+    """A pointer or number's type, with /16 where Triton knows it to be a multiple of 16; or a constant."""
+    if parameter.is_constexpr or argument is None:
+        return "constant", argument
+    if isinstance(argument, torch.Tensor):
+        return TYPES[argument.dtype] + "/16"
+    if isinstance(argument, float):
+        return "fp32"
+    width = "i32" if argument < 2**31 else "i64"
+    if parameter.do_not_specialize:
+        return width
+    return ("constant", 1) if argument == 1 else width if argument % 16 else width + "/16"
+
+
+@contextlib.contextmanager
+def recorded(variants: set[Variant], capability: int = 90) -> Iterator[None]:
+    """Inside, kernels are not launched, but what they would be compiled for on a card of the capability is noted."""
+
+    def note(
+        kernel: Any, grid: Any, *arguments: Any, num_warps: int = 4, num_stages: int = 3, together: int = 0,
+        **constants: Any,
+    ) -> None:  # fmt: skip
+        arguments += tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
+        kinds = tuple(kind_of(*pair) for pair in zip(arguments, kernel.params, strict=True))
+        variants.add(Variant(kernel.__module__, kernel.__name__, kinds, num_warps, num_stages, together))
+
+    with contextlib.ExitStack() as undo:
+        for module in WRAPPERS:
+            undo.callback(setattr, module, "launch", module.launch)
+            module.launch = note
+        large = GENERATIONS[capability].program >= attention_triton.LARGE_SHARED_MEMORY
+        answers = {
+            (routing_triton, "_multiprocessors"): 132,
+            (attention_triton, "_has_large_shared_memory"): large,
+        }
+        for (module, question), answer in answers.items():
+            undo.callback(setattr, module, question, getattr(module, question))
+            setattr(module, question, lambda device, answer=answer: answer)
+        yield
+
+
+def record(capability: int = 90, quick: bool = False) -> set[Variant]:
+    """The variants of all layers, dtypes and lengths; `quick`: a few of each kernel, the most demanding among them."""
+    variants: set[Variant] = set()
+    with recorded(variants, capability):
+        attention_jobs(capability, quick)
+        for job in (routing_jobs, causal_jobs, token_jobs):
+            job(quick)
+    return variants
+
+
+def attention_jobs(capability: int, quick: bool) -> None:
+    """Band and routed attention: light and heavy layers and the decoder's cross-attention."""
+    # bf16 goes to PyTorch on cards without it
+    half = [torch.float16] if capability < 80 else [torch.bfloat16] if quick else [torch.float16, torch.bfloat16]
+    sizes = (128,) if quick else (16, 32, 64, 96, 128)
+    dtypes = half if quick else [*half, torch.float32]
+    inputs = ((256, 0.1, 4, True),) if quick else itertools.product((200, 256), (0.0, 0.1), (1, 4), (False, True))
+    for (n, dropout, kv_heads, masked), size, dtype in itertools.product(list(inputs), sizes, dtypes):
+        query = torch.empty(2, n, 4, size, dtype=dtype)
+        key = torch.empty(2, n, kv_heads, size, dtype=dtype)
+        mask = torch.ones(2, n, dtype=torch.bool) if masked else None
+        table = torch.empty(4, 257)
+        seed = torch.zeros(1, dtype=torch.int64) if dropout else None
+        positions = torch.arange(n).expand(2, n)
+        for places in ((None, None),) if quick else ((None, None), (positions, positions)):
+            rest = (table, 127, *places, mask, dropout, seed)
+            output, log_sum_exp = attention_triton.attention_forward(query, key, key, *rest)
+            for wanted in (True,) if quick else (True, False):
+                attention_triton.attention_backward(output, output, log_sum_exp, query, key, key, *rest, wanted)
+
+
+def routing_jobs(quick: bool) -> None:
+    """Rows of one program each, and rows that programs share; both solvers."""
+    lengths = (16384, 65536) if quick else (100, 2048, 4096, 8192, 16000, 16384, 16385, 32768, 65536, 300_000, 2**20)
+    for n in lengths:
+        for dtype in (torch.float32,) if quick else (torch.float32, torch.bfloat16):
+            scores = torch.empty(3, n, dtype=dtype)
+            mask, lengths_ = torch.empty(3, n, dtype=torch.bool), torch.empty(3, dtype=torch.int64)
+            for masks in ((mask, None),) if quick else ((None, None), (mask, None), (None, lengths_)):
+                for solver in ("exact", "coordinate_descent"):
+                    if not routing_triton.kernels_take(n, solver, scores.device):
+                        continue
+                    for soft in (None, torch.empty(3)):
+                        budget, capacity = torch.empty(3, dtype=torch.int64), max(1, n // 8)
+                        settings = (solver, 1.0, 50, 1.0, 1.0)
+                        routed = routing_triton.route_forward(scores, budget, soft, *masks, capacity, 9 / 8, *settings)
+                        routing_triton.route_backward(routed[0], scores, soft, *masks, *routed, *settings)
+
+
+def causal_jobs(quick: bool) -> None:
+    """Gates and pools of a causal decoder."""
+    for window in (4096,) if quick else (16, 128, 512, 1024, 4096):
+        for dtype in (torch.float32,) if quick else (torch.float32, torch.bfloat16):
+            scores = torch.empty(2, 3, window, dtype=dtype)
+            total, handed = torch.empty(2, dtype=torch.int64), torch.empty(2, 2)
+            for past in ((total, handed), (None, None)):
+                gates = causal_gates_triton.causal_gates(
+                    scores, past[0], total, past[1], window // 16, window // 12, 5.0, 1.0, True
+                )
+                causal_gates_triton.causal_gates_backward(
+                    gates[0], gates[4], scores, gates[0], gates[1], gates[2], window // 12, 1.0
+                )
+    for window, size in ((4096, 4096),) if quick else ((128, 128), (512, 1024), (4096, 4096)):
+        scores, initial = torch.empty(2, 3 * window), torch.empty(2, size)
+        for known in ((initial, torch.empty(2, size, dtype=torch.bool)), (None, None)):
+            pooled = causal_pools_triton.pool_candidates(scores, *known, window, size)
+            causal_pools_triton.pool_candidates_backward(pooled[0], *pooled[1:], window, size)
+    for heads, d_kv in ((16, 128),) if quick else ((1, 64), (12, 64), (16, 128), (4, 16)):
+        for dtype in (torch.bfloat16, torch.float32):
+            states = torch.empty(2, 96, heads, d_kv, dtype=dtype)
+            indices, weights = torch.empty(2, 4, 16, dtype=torch.int64), torch.empty(2, 4, 16)
+            valid, following = weights.bool(), torch.empty(2, 4, 48, dtype=torch.int32)
+            rest = (indices, weights, valid, following, 0)
+            keys, values = causal_pools_triton.pool_gather(states, states, *rest)
+            causal_pools_triton.pool_gather_backward(keys, values, states, states, *rest)
+
+
+def token_jobs(quick: bool) -> None:
+    """Norms with router scores, sums of branches, gathers and the gated GELU."""
+    for d in (2048,) if quick else (64, 512, 768, 1024, 2048, 4096):
+        for dtype in (torch.float32,) if quick else (torch.float32, torch.float16, torch.bfloat16):
+            states, norm = torch.empty(2, 96, d, dtype=dtype), torch.empty(d)
+            indices = torch.empty(2, 16, dtype=torch.int64)
+            routing = (indices, torch.empty(2, 16, dtype=torch.bool), torch.empty(2, 16))
+            slots = torch.empty(2, 16, d, dtype=dtype)
+            for routers in (3,) if quick else (0, 1, 2, 3):
+                vectors = torch.empty(routers, d) if routers else None
+                for branches in ((None,) * 5, (states, slots, *routing)):
+                    normed = token_norm_triton.combine_norm(states, *branches, norm, vectors, 1e-6, None)
+                    scores = normed[3] if routers else None
+                    for gradient in (states, None):
+                        token_norm_triton.norm_backward(gradient, states, scores, states, normed[2], norm, vectors)
+            for base, light in ((states, states), (states, None), (None, None)):
+                for second in ((None,) * 4, (slots, *routing)):
+                    token_rows_triton.combine(base, light, slots, *routing, *second, 96)
+            for second in ((None,) * 3, routing):
+                token_rows_triton.gather(states, *routing, *second)
+            token_rows_triton.gather_dot(states, slots, *routing)
+            gated_gelu_triton.gated_gelu(states, states)
+            gated_gelu_triton.gated_gelu_backward(states, states, states)
+
+
+class Cost(NamedTuple):
+    """Bytes of shared memory that a program takes, or why it cannot be compiled."""
+
+    shared: int
+    error: str = ""
+
+
+def compile_variant(variant: Variant, capability: int) -> Cost:
+    """What the variant takes on cards of the capability."""
+    kernel = getattr(importlib.import_module(variant.module), variant.kernel)
+    signature, constants, attributes = {}, {}, {}
+    for place, (name, kind) in enumerate(zip(kernel.arg_names, variant.kinds, strict=True)):
+        if isinstance(kind, tuple):
+            signature[name], constants[(place,)] = "constexpr", kind[1]
+        else:
+            signature[name], _, known = kind.partition("/")
+            if known:
+                attributes[(place,)] = [["tt.divisibility", 16]]
+    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
+    if variant.together:
+        options |= kernel_launch_triton.options_together(variant.num_warps, variant.together)
+    source = ASTSource(kernel, signature, constants, attributes)
+    try:
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    except Exception as error:
+        return Cost(0, f"{type(error).__name__}: {error}".splitlines()[0])
+    return Cost(compiled.metadata.shared)
+
+
+def fits(variant: Variant, cost: Cost, capability: int) -> bool:
+    """Whether a program fits, and where programs wait for each other, as many of them as have to be there at once.
+
+    Of a multiprocessor's memory the driver takes 1,024 bytes for each program.
+    """
+    generation = GENERATIONS[capability]
+    at_once = variant.together * (cost.shared + 1024)
+    return not cost.error and cost.shared <= generation.program and at_once <= generation.multiprocessor
+
+
+def describe(variant: Variant) -> str:
+    """The variant's constants by name."""
+    kernel = getattr(importlib.import_module(variant.module), variant.kernel)
+    constants = (
+        f"{parameter.name}={kind[1]}"
+        for parameter, kind in zip(kernel.params, variant.kinds, strict=True)
+        if parameter.is_constexpr
+    )
+    return f"{variant.kinds[0]}, {', '.join(constants)}, {variant.num_warps} warps"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--jobs", type=int, default=2, help="processes that compile")
+    parser.add_argument("--quick", action="store_true", help="a few variants of each kernel, and no table written")
+    options = parser.parse_args()
+    work = [(variant, capability) for capability in GENERATIONS for variant in record(capability, options.quick)]
+    work.sort(key=str)
+    with ProcessPoolExecutor(options.jobs) as pool:
+        costs = list(pool.map(compile_variant, *zip(*work, strict=True)))
+    lines = []
+    failures = 0
+    for kernel in sorted({variant.kernel for variant, _ in work}):
+        cells = []
+        for capability in GENERATIONS:
+            of_kernel = [
+                (cost.shared, variant, cost)
+                for (variant, at), cost in zip(work, costs, strict=True)
+                if at == capability and variant.kernel == kernel
+            ]
+            cells.append(f"{max(shared for shared, _, _ in of_kernel):,}")
+            for _, variant, cost in of_kernel:
+                if not fits(variant, cost, capability):
+                    failures += 1
+                    print(f"sm_{capability} {kernel} {cost.shared:,} {cost.error} ({describe(variant)})")
+        lines.append(f"| {kernel} | {len({v for v, _ in work if v.kernel == kernel})} | {' | '.join(cells)} |")
+    head = " | ".join(f"sm_{capability}: {generation.cards}" for capability, generation in GENERATIONS.items())
+    limits = " | ".join(f"{generation.program:,}" for generation in GENERATIONS.values())
+    table = [
+        f"| kernel | variants | {head} |",
+        f"| --- | {' | '.join(['---:'] * (1 + len(GENERATIONS)))} |",
+        *lines,
+        f"| what a program may have | | {limits} |",
+    ]
+    print("\n".join(table))
+    if not options.quick:
+        text = [
+            "# Shared memory of the kernels, bytes",
+            "",
+            f"Triton {triton.__version__}, compiled without a card: of each kernel the variant that takes most.",
+            "",
+            *table,
+        ]
+        results = Path(__file__).parent / "results"
+        (results / "kernel_variants.md").write_text("\n".join(text) + "\n", encoding="utf-8")
+    return int(failures > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

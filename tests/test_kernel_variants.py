@@ -1,0 +1,59 @@
+"""Which kernels are compiled, for which lengths and cards: few variants, and each fits the memory of every card."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).parents[1]
+
+# in a process of its own, because the tests' one may interpret kernels, and Triton decides that when it decorates them
+COUNT = """
+import collections, json, sys
+sys.path.insert(0, "benchmarks")
+import torch
+from kernel_variants import recorded
+from modeling_colt5 import routing_triton, token_rows_triton
+
+variants = set()
+settings = ("exact", 1.0, 50, 1.0, 1.0)
+with recorded(variants):
+    for n in (1, 16, 100, 1000, 1024, 2047, 2048, 3000, 4096, 5000, 8192, 16000, 16384):
+        for rows in (1, 3):
+            # one router's scores among several, a mask of a longer batch
+            scores, mask = torch.zeros(rows, 2, n)[:, 0], torch.ones(rows, n + 7, dtype=torch.bool)[:, :n]
+            capacity = max(1, n // 16)
+            budget = torch.full((rows,), capacity)
+            routed = routing_triton.route_forward(scores, budget, None, mask, None, capacity, 9 / 8, *settings)
+            routing_triton.route_backward(routed[0], scores, None, mask, None, *routed, *settings)
+            routing = (*routed[1:3], routed[0])
+            token_rows_triton.gather(torch.zeros(rows, n, 32), *routing, *routing)
+print(json.dumps(collections.Counter(variant.kernel for variant in variants)))
+"""
+
+
+def run_compiled(*command: str) -> str:
+    """What a Python process prints that compiles kernels."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    return done.stdout
+
+
+def test_new_lengths_are_no_new_kernels():
+    """Whatever lengths, strides and budgets are, a kernel a power of two: from 2,048 tokens up, and 256 slots."""
+    counts = json.loads(run_compiled("-c", COUNT))
+    assert counts == {"route_kernel": 4, "route_backward_kernel": 3, "gather_kernel": 1}
+
+
+@pytest.mark.slow
+def test_the_most_demanding_variants_fit_every_card():
+    """Compiled for seven generations of cards, none of which is needed."""
+    table = run_compiled("benchmarks/kernel_variants.py", "--quick")
+    assert "route_kernel" in table
+    assert "attention_backward_key_kernel" in table
