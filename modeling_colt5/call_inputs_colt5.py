@@ -212,30 +212,30 @@ def check_causal_mask(
         raise _shape_error(name, attention_mask, wanted)
 
 
-def check_cache(past_key_values: Cache | None, states: Tensor) -> None:
+def check_cache(cache: Cache | None, states: Tensor) -> None:
     """Check that a cache has a row for each of a decoder's: attention would spread a single row over all.
 
     Args:
-        past_key_values: the cache, of one stack or of both.
+        cache: the cache, of one stack or of both.
         states: the decoder's embeddings, [batch, m, d_model].
 
     Raises:
         ValueError: for another number of rows.
     """
-    caches = [past_key_values]
-    if isinstance(past_key_values, EncoderDecoderCache):
-        caches = [past_key_values.self_attention_cache, past_key_values.cross_attention_cache]
-    for cache in caches:
-        if cache is None or not cache.layers:
+    caches = [cache]
+    if isinstance(cache, EncoderDecoderCache):
+        caches = [cache.self_attention_cache, cache.cross_attention_cache]
+    for part in caches:
+        if part is None or not part.layers:
             continue
-        layer = cache.layers[0]
+        layer = part.layers[0]
         # a causally routed layer keeps no keys
         tensor = getattr(layer, "counters", {}).get("lengths")
         if tensor is None and layer.is_initialized:
             tensor = layer.keys
         if isinstance(tensor, Tensor) and tensor.shape[0] != states.shape[0]:
             raise ValueError(
-                f"past_key_values has {tensor.shape[0]} rows, and the new tokens have {states.shape[0]}; they must "
+                f"cache has {tensor.shape[0]} rows, and the new tokens have {states.shape[0]}; they must "
                 "have as many. A cache goes on only with the rows that it was filled by"
             )
 

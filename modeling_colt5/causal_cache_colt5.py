@@ -132,7 +132,21 @@ class CoLT5StaticRoutedLayer(_RoutedState, StaticLayer):
     """The cache layer of `StaticCache` for a causally routed layer: tensors keep their addresses, for compilers."""
 
     _layer_type = LAYER_TYPE
+    # assisted generation asks before it begins: rings and carried states would stay as they are
+    is_croppable = False
     cumulative_length: Tensor
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refused, unless there is nothing to take back.
+
+        Raises:
+            ValueError: for any number but 0.
+        """
+        if tokens_to_remove != 0:
+            raise ValueError(
+                f"tokens_to_remove is {tokens_to_remove}; a static cache of a causally routed decoder cannot be "
+                "cropped: use a dynamic one"
+            )
 
     def count(self, positions: int) -> None:
         """Note that so many positions came in."""

@@ -19,6 +19,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from .causal_cache_colt5 import LAYER_TYPE
 from .checkpoints_colt5 import OWN_FILES, code_file, import_copies
 from .kernel_backend import KERNEL_BACKENDS
+from .release_colt5 import CACHE_NAMES
 
 if TYPE_CHECKING:
     # never run: a configuration is saved and loaded with the files that its text imports, and the models' have to be
@@ -194,7 +195,7 @@ class CoLT5Config(PreTrainedConfig):
     model_type = "colt5"
     # what Trainer does not collect at evaluation: a document's states are d_model numbers a token
     keys_to_ignore_at_inference = [
-        "past_key_values", "encoder_last_hidden_state",
+        *CACHE_NAMES, "encoder_last_hidden_state",
         "encoder_routing", "decoder_routing", "cross_routing", "routing",
     ]  # fmt: skip
     attribute_map = {

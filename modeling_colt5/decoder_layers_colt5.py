@@ -19,6 +19,7 @@ from .layers_colt5 import (
     project,
 )
 from .outputs_colt5 import CoLT5CausalLayerRouting
+from .release_colt5 import one_cache
 
 
 class CoLT5SelfAttention(CoLT5Attention):
@@ -35,13 +36,13 @@ class CoLT5SelfAttention(CoLT5Attention):
         hidden_states: torch.Tensor,
         position_bias: torch.Tensor,
         mask: torch.Tensor | None,
-        past_key_values: Cache | None,
+        cache: Cache | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[batch, n, d_model] → the same shape, and the weights where the implementation gives them."""
         states = project(hidden_states, self.q, self.k, self.v, head_size=self.d_kv)
         query, key, value = (part.transpose(1, 2) for part in states)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
         output, weights = self.attend(query, key, value, position_bias, mask)
         return self.o(output.flatten(-2)), weights
 
@@ -74,7 +75,7 @@ class CoLT5CrossAttention(CoLT5Attention):
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor,
         encoder_mask: torch.Tensor | None,
-        past_key_values: Cache | None,
+        cache: Cache | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[batch, n, d_model] → the same shape, and the weights where the implementation gives them.
 
@@ -82,7 +83,7 @@ class CoLT5CrossAttention(CoLT5Attention):
         d_model], and not read where the cache has its keys and values. `encoder_mask` is bool [batch, encoder length
         or slots], True for real tokens.
         """
-        cache = past_key_values if isinstance(past_key_values, EncoderDecoderCache) else None
+        cache = cache if isinstance(cache, EncoderDecoderCache) else None
         if cache is not None and cache.is_updated.get(self.layer_idx):
             layer = cache.cross_attention_cache.layers[self.layer_idx]
             key, value = layer.keys, layer.values
@@ -134,11 +135,11 @@ class CoLT5LayerSelfAttention(nn.Module):
         hidden_states: torch.Tensor,
         position_bias: torch.Tensor,
         mask: torch.Tensor | None,
-        past_key_values: Cache | None,
+        cache: Cache | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[batch, n, d_model] → the same shape, and the attention weights."""
         normed, _ = self.layer_norm(hidden_states, for_products=True)
-        output, weights = self.SelfAttention(normed, position_bias, mask, past_key_values)
+        output, weights = self.SelfAttention(normed, position_bias, mask, cache)
         return clamp_half(hidden_states + self.dropout(output)), weights
 
 
@@ -156,11 +157,11 @@ class CoLT5LayerCrossAttention(nn.Module):
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor,
         encoder_mask: torch.Tensor | None,
-        past_key_values: Cache | None,
+        cache: Cache | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[batch, n, d_model] → the same shape, and the attention weights."""
         normed, _ = self.layer_norm(hidden_states, for_products=True)
-        output, weights = self.EncDecAttention(normed, encoder_hidden_states, encoder_mask, past_key_values)
+        output, weights = self.EncDecAttention(normed, encoder_hidden_states, encoder_mask, cache)
         return clamp_half(hidden_states + self.dropout(output)), weights
 
 
@@ -204,6 +205,7 @@ class CoLT5DecoderBlock(GradientCheckpointingLayer):
         encoder_hidden_states: torch.Tensor | None,
         encoder_mask: torch.Tensor | None,
         past_key_values: Cache | None = None,
+        cache: Cache | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, CoLT5CausalLayerRouting | None]:
         """One layer.
 
@@ -215,15 +217,14 @@ class CoLT5DecoderBlock(GradientCheckpointingLayer):
             attention_mask: of T5's self-attention.
             plan: the windows of a causally routed layer; None for T5's.
             encoder_hidden_states, encoder_mask: for the cross-attention; None without an encoder.
-            past_key_values: the cache.
+            past_key_values, cache: the cache, by either name: gradient checkpointing looks for that of its release.
 
         Returns:
             The new hidden states, self-attention and cross-attention weights (None where not given), and what was
             routed (None in T5's layer).
         """
-        self_cache = past_key_values
-        if isinstance(past_key_values, EncoderDecoderCache):
-            self_cache = past_key_values.self_attention_cache
+        cache = one_cache(cache, past_key_values)
+        self_cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
         weights = cross_weights = routing = None
         if plan is None:
             hidden_states, weights = self.layer[0](hidden_states, position_bias, attention_mask, self_cache)
@@ -234,9 +235,7 @@ class CoLT5DecoderBlock(GradientCheckpointingLayer):
                 hidden_states, position_bias, heavy_bias_table, plan, self_cache
             )
         if self.has_cross_attention:
-            hidden_states, cross_weights = self.layer[1](
-                hidden_states, encoder_hidden_states, encoder_mask, past_key_values
-            )
+            hidden_states, cross_weights = self.layer[1](hidden_states, encoder_hidden_states, encoder_mask, cache)
         if isinstance(self.layer[-1], CoLT5LayerCausalFF):
             assert routing is not None
             hidden_states, routing.feed_forward = self.layer[-1](hidden_states, plan, self_cache)

@@ -30,7 +30,7 @@ from .outputs_colt5 import (
     CoLT5SequenceClassifierOutput,
     CoLT5TokenClassifierOutput,
 )
-
+from .release_colt5 import CACHE, one_cache
 # not used here: a saved copy of a user's code imports from this file what it imported from the package
 from .routing import soft_topk  # noqa: F401
 from .stacks_colt5 import CoLT5ClassificationHead, CoLT5Decoder, CoLT5Encoder, CoLT5PreTrainedModel
@@ -101,7 +101,7 @@ class CoLT5Seq2SeqPreTrainedModel(CoLT5PreTrainedModel):
         decoder_attention_mask: torch.Tensor | None,
         decoder_inputs_embeds: torch.Tensor | None,
         encoder_outputs: CoLT5EncoderOutput | Mapping | tuple | list | torch.Tensor | None,
-        past_key_values: Cache | None,
+        cache: Cache | None,
         use_cache: bool | None,
         **kwargs: Any,
     ) -> CoLT5Seq2SeqModelOutput:
@@ -133,14 +133,14 @@ class CoLT5Seq2SeqPreTrainedModel(CoLT5PreTrainedModel):
             inputs_embeds=decoder_inputs_embeds,
             encoder_hidden_states=encoded.last_hidden_state,
             encoder_attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            cache=cache,
             use_cache=use_cache,
             return_dict=True,
             **kwargs,
         )
         return CoLT5Seq2SeqModelOutput(
             last_hidden_state=decoder_outputs.last_hidden_state,
-            past_key_values=decoder_outputs.past_key_values,
+            **{CACHE: decoder_outputs.get(CACHE)},
             decoder_hidden_states=decoder_outputs.hidden_states,
             decoder_attentions=decoder_outputs.attentions,
             cross_attentions=decoder_outputs.cross_attentions,
@@ -186,6 +186,7 @@ class CoLT5Model(CoLT5Seq2SeqPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         decoder_inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> CoLT5Seq2SeqModelOutput:
         """Encode and decode.
@@ -197,7 +198,7 @@ class CoLT5Model(CoLT5Seq2SeqPreTrainedModel):
             decoder_attention_mask: [batch, past + m], 1 for real tokens.
             encoder_outputs: the encoder's output, to skip encoding: as it is, a dictionary, a tuple or a list of its
                 parts, or its last hidden state [batch, n, d_model] alone.
-            past_key_values: the decoder's cache.
+            past_key_values, cache: the decoder's cache, under the name of Transformers up to 5.23 or from 5.24 on.
             inputs_embeds, decoder_inputs_embeds: [batch, n or m, d_model], instead of ids.
             use_cache: whether to fill a cache.
             kwargs: `output_hidden_states`, `output_attentions`, `output_routing` and `return_dict`.
@@ -210,7 +211,7 @@ class CoLT5Model(CoLT5Seq2SeqPreTrainedModel):
             decoder_attention_mask=decoder_attention_mask,
             decoder_inputs_embeds=decoder_inputs_embeds,
             encoder_outputs=encoder_outputs,
-            past_key_values=past_key_values,
+            cache=one_cache(cache, past_key_values),
             use_cache=use_cache,
             **kwargs,
         )
@@ -245,6 +246,7 @@ class CoLT5ForConditionalGeneration(CoLT5Seq2SeqPreTrainedModel, CoLT5Generation
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> CoLT5Seq2SeqLMOutput:
         """Encode, decode, and predict tokens.
@@ -256,7 +258,7 @@ class CoLT5ForConditionalGeneration(CoLT5Seq2SeqPreTrainedModel, CoLT5Generation
             decoder_attention_mask: [batch, past + m], 1 for real tokens.
             encoder_outputs: the encoder's output, to skip encoding: as it is, a dictionary, a tuple or a list of its
                 parts, or its last hidden state [batch, n, d_model] alone.
-            past_key_values: the decoder's cache.
+            past_key_values, cache: the decoder's cache, under the name of Transformers up to 5.23 or from 5.24 on.
             inputs_embeds, decoder_inputs_embeds: [batch, n or m, d_model], instead of ids.
             labels: int64 [batch, m]; -100 is left out of the loss.
             use_cache: whether to fill a cache.
@@ -275,7 +277,7 @@ class CoLT5ForConditionalGeneration(CoLT5Seq2SeqPreTrainedModel, CoLT5Generation
                 decoder_attention_mask=decoder_attention_mask,
                 decoder_inputs_embeds=decoder_inputs_embeds,
                 encoder_outputs=encoder_outputs,
-                past_key_values=past_key_values,
+                cache=one_cache(cache, past_key_values),
                 use_cache=use_cache,
                 **kwargs,
             )
@@ -347,6 +349,7 @@ class CoLT5ForCausalLM(CoLT5PreTrainedModel, CoLT5GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> CoLT5CausalLMOutput:
         """Predict each token's successor.
@@ -354,7 +357,8 @@ class CoLT5ForCausalLM(CoLT5PreTrainedModel, CoLT5GenerationMixin):
         Args:
             input_ids: int64 [batch, n].
             attention_mask: [batch, past + n], 1 for real tokens, 0 for padding on either side.
-            past_key_values: the cache of earlier calls.
+            past_key_values, cache: the cache of earlier calls, under the name of Transformers up to 5.23 or from 5.24
+                on.
             inputs_embeds: [batch, n, d_model], instead of `input_ids`.
             labels: int64 [batch, n], the tokens themselves, shifted here; -100 is left out of the loss.
             use_cache: whether to fill a cache.
@@ -369,7 +373,7 @@ class CoLT5ForCausalLM(CoLT5PreTrainedModel, CoLT5GenerationMixin):
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 inputs_embeds=inputs_embeds,
-                past_key_values=past_key_values,
+                cache=one_cache(cache, past_key_values),
                 use_cache=use_cache,
                 return_dict=True,
                 **kwargs,

@@ -15,6 +15,7 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils import ModelOutput
 
+from .release_colt5 import NamesOfTheCache
 from .routing import RoutedTokens
 
 
@@ -54,7 +55,7 @@ class CoLT5CausalLayerRouting(ModelOutput):
 
 
 @dataclass
-class CoLT5DecoderOutput(BaseModelOutputWithPastAndCrossAttentions):
+class CoLT5DecoderOutput(NamesOfTheCache, BaseModelOutputWithPastAndCrossAttentions):
     """The output of the decoder; the weights in `cross_attentions` are on all tokens of the encoder's output, or where
     `cross_routing` chose, on its slots: [batch, num_heads, n, slots].
 
@@ -69,7 +70,7 @@ class CoLT5DecoderOutput(BaseModelOutputWithPastAndCrossAttentions):
 
 
 @dataclass
-class CoLT5CausalLMOutput(CausalLMOutputWithPast):
+class CoLT5CausalLMOutput(NamesOfTheCache, CausalLMOutputWithPast):
     """The output of the causal language model; what is added here is `CoLT5DecoderOutput`'s."""
 
     routing: tuple[CoLT5CausalLayerRouting, ...] | None = None
@@ -96,7 +97,7 @@ class CoLT5EncoderOutput(BaseModelOutput):
 
 
 @dataclass
-class CoLT5Seq2SeqModelOutput(Seq2SeqModelOutput):
+class CoLT5Seq2SeqModelOutput(NamesOfTheCache, Seq2SeqModelOutput):
     """The output of encoder and decoder; `encoder_attentions` and what is added here are `CoLT5EncoderOutput`'s, and
     `decoder_routing` and `cross_routing` are `CoLT5DecoderOutput`'s."""
 
@@ -107,7 +108,7 @@ class CoLT5Seq2SeqModelOutput(Seq2SeqModelOutput):
 
 
 @dataclass
-class CoLT5Seq2SeqLMOutput(Seq2SeqLMOutput):
+class CoLT5Seq2SeqLMOutput(NamesOfTheCache, Seq2SeqLMOutput):
     """The output with a language modelling head; what is added here is `CoLT5EncoderOutput`'s, and
     `decoder_routing` and `cross_routing` are `CoLT5DecoderOutput`'s."""
 

@@ -37,6 +37,7 @@ from .kernel_backend import is_hooked, runs_eagerly, uses_triton
 from .layers_colt5 import CoLT5Attention, CoLT5DenseActDense, CoLT5LayerNorm
 from .outputs_colt5 import CoLT5DecoderOutput, CoLT5EncoderOutput
 from .relative_position import CoLT5RelativePositionBias, bias_of_sequence
+from .release_colt5 import CACHE, one_cache
 from .router_colt5 import CoLT5Router, RoutingPlan
 from .routing import RoutedTokens
 
@@ -434,6 +435,7 @@ class CoLT5Decoder(CoLT5PreTrainedModel):
         encoder_attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> CoLT5DecoderOutput:
         """Decode a batch.
@@ -445,20 +447,17 @@ class CoLT5Decoder(CoLT5PreTrainedModel):
             inputs_embeds: [batch, n, d_model], instead of `input_ids`.
             encoder_hidden_states: [batch, encoder length, d_model]; None in a model without an encoder.
             encoder_attention_mask: [batch, encoder length], 1 for real tokens.
-            past_key_values: the cache of earlier calls.
+            past_key_values, cache: the cache of earlier calls, under the name of Transformers up to 5.23 or from 5.24
+                on.
             use_cache: whether to fill a cache.
             kwargs: `output_hidden_states`, `output_attentions`, `output_routing` and `return_dict`.
 
         Raises:
             ValueError: for both or neither of ids and embeddings, no row or no token, no encoder output, or another
                 shape of anything.
-            TypeError: for a cache that does not fit a causally routed decoder, or one that is given as `cache`.
+            TypeError: for a cache that does not fit a causally routed decoder, or one under both names.
         """
-        if kwargs.get("cache") is not None:
-            # unread, it would have each step begin anew
-            raise TypeError(
-                "cache is given; here it is called past_key_values, as in transformers 5.17 to 5.23: install one"
-            )
+        cache = one_cache(cache, past_key_values)
         _refuse_jit_trace()
         kwargs = read_arguments(self, kwargs, attention_mask=attention_mask)
         warn_of_missing_attentions(self, kwargs)
@@ -474,27 +473,26 @@ class CoLT5Decoder(CoLT5PreTrainedModel):
                 )
             encoder_hidden_states = check_memory(encoder_hidden_states, hidden_states)
             encoder_mask = padding_mask("encoder attention_mask", encoder_attention_mask, encoder_hidden_states)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
             if has_encoder:
-                past_key_values = EncoderDecoderCache(past_key_values, DynamicCache(config=self.config))
-        check_cache(past_key_values, hidden_states)
-        cache = past_key_values
-        if isinstance(past_key_values, EncoderDecoderCache):
-            cache = past_key_values.self_attention_cache
+                cache = EncoderDecoderCache(cache, DynamicCache(config=self.config))
+        check_cache(cache, hidden_states)
+        self_cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
 
         if self.config.causal_attention == "full":
-            inputs = self._full_attention_inputs(hidden_states, attention_mask, cache, prefix)
+            inputs = self._full_attention_inputs(hidden_states, attention_mask, self_cache, prefix)
         else:
-            inputs = self._routed_inputs(hidden_states, attention_mask, cache, prefix)
-        memories, encoder_mask, cross_routing = self.route_memory(encoder_hidden_states, encoder_mask, past_key_values)
+            inputs = self._routed_inputs(hidden_states, attention_mask, self_cache, prefix)
+        memories, encoder_mask, cross_routing = self.route_memory(encoder_hidden_states, encoder_mask, cache)
         hidden_states = self.dropout(hidden_states)
         for block, memory in zip(self.block, memories, strict=True):
-            hidden_states = block(hidden_states, *inputs, memory, encoder_mask, past_key_values=past_key_values)[0]
+            # by the release's name for it, which gradient checkpointing looks for
+            hidden_states = block(hidden_states, *inputs, memory, encoder_mask, **{CACHE: cache})[0]
         hidden_states, _ = self.final_layer_norm(hidden_states)
         return CoLT5DecoderOutput(
             last_hidden_state=self.dropout(hidden_states),
-            past_key_values=past_key_values,
+            **{CACHE: cache},
             cross_routing=cross_routing if kwargs.get("output_routing", self.config.output_routing) else None,
         )
 
