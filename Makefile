@@ -6,9 +6,17 @@
 #                   torch, for example one for its GPU
 #   WORKERS=n       test processes (2)
 #   THREADS=n       threads of each test process (1)
+#   TRANSFORMERS=x  with this release of Transformers, such as 5.17.0, in an environment of its own (.venv-x)
 #   ARGS='...'      more arguments for pytest or the demo, for example ARGS='tests/test_routing.py -x'
 
+ifdef TRANSFORMERS
+VENV ?= .venv-$(TRANSFORMERS)
+# it may want another release of its Hub's client than the newest does
+PINS = sed -e '/^transformers==/d' -e '/^huggingface_hub==/d' constraints.txt; echo 'transformers==$(TRANSFORMERS)'
+else
 VENV ?= .venv
+PINS = cat constraints.txt
+endif
 WORKERS ?= 2
 THREADS ?= 1
 ARGS ?=
@@ -58,12 +66,13 @@ environment: $(READY)
 $(VENV)/ready: constraints.txt pyproject.toml setup.py
 	@echo "environment: installing into $(VENV) (some minutes the first time)"
 	@test -x $(VENV)/bin/python || python3 -m venv $(VENV)
+	@{ $(PINS); } >$(VENV)/constraints.txt
 	@# -qq: pip's errors only. What builds the package comes first, pinned too, so that no build environment is fetched
-	@$(VENV)/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt setuptools
-	@$(VENV)/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt \
+	@$(VENV)/bin/python -m pip install -qq --disable-pip-version-check -c $(VENV)/constraints.txt setuptools
+	@$(VENV)/bin/python -m pip install -qq --disable-pip-version-check -c $(VENV)/constraints.txt \
 		--no-build-isolation -e ".[dev]"
 	@touch $@
 	@echo "environment: ready"
 
 clean:
-	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .demo
+	@rm -rf $(VENV) .venv-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .demo

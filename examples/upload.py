@@ -213,7 +213,7 @@ def make_card(folder: Path, repository: str, license_name: str | None, language:
         "Google's weights: none were published.",
         "## How to load it",
         f"```python\n{load}\n```",
-        f"It needs `transformers>=5.17,<5.24`, `torch>=2.11`, `einops`{'' if code else ', `peft`'}; with `triton` on "
+        f"It needs `transformers>=5.17`, `torch>=2.11`, `einops`{'' if code else ', `peft`'}; with `triton` on "
         f"an NVIDIA GPU it runs fused kernels. `trust_remote_code=True` runs the code of {whose}; where the package "
         "`modeling_colt5` is installed and imported, its own code runs and the argument is not needed.",
         "## Budgets",

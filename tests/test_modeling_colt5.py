@@ -547,14 +547,6 @@ def test_memory_grows_linearly_in_the_input(attn_implementation):
     assert largest_double < lengths[1] ** 2
 
 
-def test_a_cache_under_its_later_name_is_refused_instead_of_unread():
-    model = tiny_model().eval()
-    inputs = {"input_ids": random_ids(1, 12), "decoder_input_ids": random_ids(1, 3)}
-    cache = model(**inputs).past_key_values
-    with pytest.raises(TypeError, match="cache is given; here it is called past_key_values"):
-        model(**inputs, cache=cache)
-
-
 # the interpreter takes some three seconds a layer
 @pytest.mark.parametrize(("kernel_backend", "num_layers"), [("torch", 2), ("triton", 1)])
 @torch.no_grad()
