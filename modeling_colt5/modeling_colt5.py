@@ -31,6 +31,7 @@ from .outputs_colt5 import (
     CoLT5TokenClassifierOutput,
 )
 from .release_colt5 import CACHE, one_cache
+
 # not used here: a saved copy of a user's code imports from this file what it imported from the package
 from .routing import soft_topk  # noqa: F401
 from .stacks_colt5 import CoLT5ClassificationHead, CoLT5Decoder, CoLT5Encoder, CoLT5PreTrainedModel
