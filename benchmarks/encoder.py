@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from unittest import mock
 
 import torch
-from flops import encoder_flops
 from measure import Call, captured, gpu_ms, make_parser, matrix_rate, median_ms, parse, peak_mib
 from peers import COLT5, DEVICE, DTYPE, GLOBAL, LOCAL, colt5_config, make_encoder, random_ids, scaled_length
 from results import Row, Table
 
 from modeling_colt5 import CoLT5EncoderModel, router_colt5
+from modeling_colt5.encoder_costs import encoder_flops
 
 EAGER, REPLAYED = "eager", "eager, use_cuda_graphs=True"
 CAPTURED, COMPILED, COMPILED_CAPTURED = "captured", "compiled", "compiled, captured"

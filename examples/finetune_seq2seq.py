@@ -13,7 +13,15 @@ from typing import Any
 
 import numpy as np
 from data import DataArguments, check_rows, describe, load_rows, map_rows
-from model_arguments import FineTunedModelArguments, load_model, load_tokenizer, parse_arguments, with_lora
+from model_arguments import (
+    FineTunedModelArguments,
+    RouterArguments,
+    load_model,
+    load_tokenizer,
+    parse_arguments,
+    watch_routers,
+    with_lora,
+)
 from run_record import run
 from text_metrics import exact_match_and_f1, rouge
 from transformers import (
@@ -40,8 +48,8 @@ class TaskArguments(DataArguments):
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Check the rows, train, evaluate, save; gives the metrics."""
-    kinds = (FineTunedModelArguments, TaskArguments, Seq2SeqTrainingArguments)
-    model_arguments, task, training = parse_arguments(kinds, __doc__, argv)
+    kinds = (FineTunedModelArguments, RouterArguments, TaskArguments, Seq2SeqTrainingArguments)
+    model_arguments, routers, task, training = parse_arguments(kinds, __doc__, argv)
     training.predict_with_generate = True
     set_seed(training.seed)
 
@@ -83,6 +91,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         processing_class=tokenizer,
         compute_metrics=metrics,
     )
+    watch_routers(trainer, routers, task.max_source_length)
     kind = "summarization" if task.query_column is None else "question answering"
     return run(trainer, kind, describe(task), task.dataset_name, model_arguments.model_name_or_path)
 

@@ -13,7 +13,15 @@ from typing import Any
 
 from data import DataArguments, check_rows, describe, load_rows, map_rows, number_labels
 from datasets import Dataset
-from model_arguments import FineTunedModelArguments, load_model, load_tokenizer, parse_arguments, with_lora
+from model_arguments import (
+    FineTunedModelArguments,
+    RouterArguments,
+    load_model,
+    load_tokenizer,
+    parse_arguments,
+    watch_routers,
+    with_lora,
+)
 from run_record import known_labels, run
 from transformers import (
     AutoModelForTokenClassification,
@@ -59,8 +67,8 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Check the rows, train, evaluate, save; gives the metrics."""
-    kinds = (FineTunedModelArguments, TaskArguments, TrainingArguments)
-    model_arguments, task, training = parse_arguments(kinds, __doc__, argv)
+    kinds = (FineTunedModelArguments, RouterArguments, TaskArguments, TrainingArguments)
+    model_arguments, routers, task, training = parse_arguments(kinds, __doc__, argv)
     set_seed(training.seed)
 
     rows = load_rows(task)
@@ -102,6 +110,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         processing_class=tokenizer,
         compute_metrics=accuracy,
     )
+    watch_routers(trainer, routers, task.max_length)
     return run(trainer, "token classification", describe(task), task.dataset_name, model_arguments.model_name_or_path)
 
 

@@ -2,6 +2,7 @@
 
 import ast
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -12,12 +13,14 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     T5Tokenizer,
+    Trainer,
 )
 from transformers.utils import find_adapter_config_file
 
 from modeling_colt5 import CoLT5Config, CoLT5Tokenizer
 from modeling_colt5.configuration_colt5 import check_config
-from modeling_colt5.router_colt5 import CoLT5Router
+from modeling_colt5.dense_start import DenseStart, DenseStartCallback, learned_routers
+from modeling_colt5.router_health import RouterHealthCallback
 
 
 @dataclass
@@ -33,6 +36,35 @@ class ModelArguments:
     query_fraction: float | None = field(default=None, metadata={"help": "another budget of routed queries"})
     key_value_fraction: float | None = field(default=None, metadata={"help": "another budget of routed keys/values"})
     feed_forward_fraction: float | None = field(default=None, metadata={"help": "another feed-forward budget"})
+
+
+@dataclass
+class RouterArguments:
+    """How the routers are trained, and watched."""
+
+    dense_start: bool = field(
+        default=True,
+        metadata={
+            "help": "begin with every token in the heavy branches, so that routers learn what to choose; "
+            "a model whose routers have been trained goes on without"
+        },
+    )
+    dense_start_closed: float = field(
+        default=DenseStart.closed,
+        metadata={"help": "the share of the steps in which all routers are open and constant"},
+    )
+    dense_start_opening: float = field(
+        default=DenseStart.opening,
+        metadata={"help": "the share of the steps after that in which weights shrink to the budgets"},
+    )
+    dense_start_input_share: float = field(
+        default=DenseStart.input_share,
+        metadata={"help": "the share of every input that both read, from its beginning"},
+    )
+    router_health_steps: int = field(
+        default=100,
+        metadata={"help": "log what the routers choose at every so many steps, and warn of dead ones; 0 for never"},
+    )
 
 
 @dataclass
@@ -114,7 +146,11 @@ def load_checkpoint(name: str, auto_class: Any, **kwargs: Any) -> Any:
 
     # PEFT loads what it saved; Auto classes of older releases make routers and heads anew
     base = auto_class.from_pretrained(PeftConfig.from_pretrained(name).base_model_name_or_path, **kwargs)
-    return PeftModel.from_pretrained(base, name, is_trainable=True)
+    model = PeftModel.from_pretrained(base, name, is_trainable=True)
+    if any(parameter.requires_grad for router in learned_routers(model) for parameter in router.parameters()):
+        # the adapter's own training has trained the routers that it holds, which its base's configuration cannot say
+        base.config.routers_trained = True
+    return model
 
 
 def load_model(
@@ -173,9 +209,8 @@ def with_lora(model: PreTrainedModel, arguments: FineTunedModelArguments, task: 
         )
 
     # a router is one vector: adapters would be larger than it. PEFT saves what it is told of, and nothing else
-    routers = [
-        name for name, part in model.named_modules() if isinstance(part, CoLT5Router) and list(part.parameters())
-    ]
+    learned = learned_routers(model)
+    routers = [name for name, part in model.named_modules() if part in learned]
     config = LoraConfig(
         task_type=task,
         r=arguments.lora_rank,
@@ -184,3 +219,31 @@ def with_lora(model: PreTrainedModel, arguments: FineTunedModelArguments, task: 
         modules_to_save=routers + heads,
     )
     return get_peft_model(model, config)
+
+
+def watch_routers(
+    trainer: Trainer,
+    arguments: RouterArguments,
+    input_length: int,
+    shorten: Callable[[dict[str, Any], float], dict[str, Any]] | None = None,
+) -> None:
+    """Give a run its dense start and the log of its routers' health, as far as its model has routers to learn.
+
+    Args:
+        trainer: the run's.
+        arguments: which of them, and the dense start's schedule.
+        input_length: tokens of the longest inputs.
+        shorten: as in `DenseStartCallback`.
+
+    Raises:
+        ValueError: for a share that the schedule cannot have.
+    """
+    schedule = DenseStart(
+        arguments.dense_start_closed, arguments.dense_start_opening, arguments.dense_start_input_share
+    )
+    if not learned_routers(trainer.model):
+        return
+    if arguments.dense_start:
+        trainer.add_callback(DenseStartCallback(schedule, shorten, input_length=input_length))
+    if arguments.router_health_steps:
+        trainer.add_callback(RouterHealthCallback(trainer.log, arguments.router_health_steps))

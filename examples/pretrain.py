@@ -17,7 +17,14 @@ from typing import Any, Literal
 import torch
 from data import KINDS, check_files, file_kind, open_text
 from datasets import load_dataset
-from model_arguments import ModelArguments, load_model, load_tokenizer, parse_arguments
+from model_arguments import (
+    ModelArguments,
+    RouterArguments,
+    load_model,
+    load_tokenizer,
+    parse_arguments,
+    watch_routers,
+)
 from run_record import run
 from transformers import AutoModelForSeq2SeqLM, Trainer, TrainingArguments, set_seed
 
@@ -28,6 +35,7 @@ from modeling_colt5.denoising import (
     SpanCorruption,
     chunk_documents,
 )
+from modeling_colt5.dense_start import ShortenDenoising
 from modeling_colt5.parameter_groups import size_scaled_groups
 
 
@@ -100,8 +108,8 @@ def load_documents(arguments: CorpusArguments) -> tuple[Iterable[Any], Iterable[
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Train, evaluate, save; gives the metrics."""
-    kinds = (ModelArguments, CorpusArguments, TrainingArguments)
-    model_arguments, corpus, training = parse_arguments(kinds, __doc__, argv)
+    kinds = (ModelArguments, RouterArguments, CorpusArguments, TrainingArguments)
+    model_arguments, routers, corpus, training = parse_arguments(kinds, __doc__, argv)
     if training.max_steps <= 0:
         raise ValueError(f"max_steps is {training.max_steps}; a stream has no epochs: it must be above 0")
     set_seed(training.seed)
@@ -147,6 +155,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         data_collator=collator,
         processing_class=tokenizer,
     )
+    watch_routers(trainer, routers, corpus.input_length, ShortenDenoising(collator.sentinels))
     data = corpus.dataset_name or f"{len(corpus.train_files)} files"
     return run(
         trainer,

@@ -220,6 +220,7 @@ class DataCollatorForDenoising:
             sentinels.append(vocabulary[sentinel])
         if not sentinels:
             raise ValueError("the tokenizer has no sentinels: <extra_id_0> is not in its vocabulary")
+        self.sentinels = tuple(sentinels)
         self._sentinels = np.array(sentinels, dtype=np.int64)
         self._eos, self._pad = tokenizer.eos_token_id, tokenizer.pad_token_id
         self._mode_ids = {}

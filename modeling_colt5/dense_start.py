@@ -1,6 +1,7 @@
 """The dense start of a training run: its schedule, its shorter inputs, and the callback for `Trainer`."""
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,9 +11,19 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
+from .configuration_colt5 import CoLT5Config
+from .encoder_costs import encoder_flops, kept_values
+from .kernel_backend import uses_triton
+
 logger = logging.get_logger(__name__)
 
 Inputs = dict[str, Any]
+
+
+def learned_routers(model: nn.Module) -> list[nn.Module]:
+    """The model's routers that have a vector to learn."""
+    # by name: a model with code of the Hub has classes of its own
+    return [part for part in model.modules() if type(part).__name__ == "CoLT5Router" and list(part.parameters())]
 
 
 @dataclass(frozen=True)
@@ -54,15 +65,62 @@ class DenseStart:
         opens, ends = (math.ceil(share * steps - 1e-9) for share in (self.closed, self.closed + self.opening))
         if step >= ends:
             return None
+        # so few steps that the second part has none: there is nothing to divide by
         return 0.0 if step <= opens else (step - opens) / (ends - opens)
+
+
+# what a step of a dense start should keep for its backward at most, over what a later step keeps
+MEMORY_LIMIT = 1.5
+
+
+@dataclass(frozen=True)
+class DenseStartCosts:
+    """What the encoder costs in a step of a dense start, over what it costs in a later one, by formula.
+
+    Attributes:
+        flops: operations.
+        memory: what is kept for the backward.
+        largest_share: the largest `input_share`, in hundredths, with which `memory` is at most `MEMORY_LIMIT`; None
+            where even 0.01 is too much.
+    """
+
+    flops: float
+    memory: float
+    largest_share: float | None
+
+    @classmethod
+    def of(
+        cls,
+        config: CoLT5Config,
+        length: int,
+        input_share: float,
+        fused_attention: bool = True,
+        checkpointed: bool = False,
+    ) -> "DenseStartCosts":
+        """The costs for inputs of `length` tokens; the arguments are those of `DenseStart` and `kept_values`."""
+        how = {"fused_attention": fused_attention, "checkpointed": checkpointed}
+        later = kept_values(config, length, **how)
+
+        def memory(share: float) -> float:
+            return kept_values(config, math.ceil(share * length), dense=True, **how) / later
+
+        # a search by halves: memory grows with the share
+        shares = [hundredth / 100 for hundredth in range(1, 101)]
+        allowed = bisect_right(shares, MEMORY_LIMIT, key=memory)
+        flops = encoder_flops(config, math.ceil(input_share * length), dense=True) / encoder_flops(config, length)
+        return cls(flops, memory(input_share), shares[allowed - 1] if allowed else None)
 
 
 def shorten(inputs: Inputs, share: float) -> Inputs:
     """The beginning of every row of a batch, for an encoder: what is one value a token is cut, all else stays.
 
+    Where an answer in the input is asked for and lies behind the cut, the second half of what stays is the text around
+    it: the first half has the question.
+
     Args:
         inputs: a model's keywords: `input_ids` [batch, n] or `inputs_embeds` [batch, n, d_model], `attention_mask`
-            [batch, n], and `labels`, which are cut where they are [batch, n] and the model has no decoder inputs.
+            [batch, n], `labels`, which are cut where they are [batch, n] and the model has no decoder inputs, and
+            `start_positions` and `end_positions` [batch], which follow their tokens.
         share: how much of n stays, rounded up; counted from each row's first real token.
 
     Returns:
@@ -78,13 +136,31 @@ def shorten(inputs: Inputs, share: float) -> Inputs:
     if mask is not None:
         # a row that is padded at its left begins later
         first = mask.ne(0).int().argmax(1, keepdim=True).clamp(max=length - kept)
-    places = first + torch.arange(kept, device=tokens.device)
+    slots = torch.arange(kept, device=tokens.device)
+    places = first + slots
+    answer = {name: inputs[name] for name in ("start_positions", "end_positions") if inputs.get(name) is not None}
+    if len(answer) == 2:
+        start, end = (position.view(batch, 1) for position in answer.values())
+        half = kept // 2
+        # from there on the second half is read: a quarter of it may follow the answer, of a long one its end is cut
+        second = (end + (kept - half) // 4 - (kept - half) + 1).clamp(max=length - kept + half)
+        second = torch.minimum(second, start)
+        is_behind = end >= first + kept
+        # an answer that begins in the first half and ends behind the cut: all of it stays as it is
+        second = torch.maximum(second, first + half)
+        places = torch.where(is_behind & (slots >= half), second + slots - half, places)
+        moved = {}
+        for name, position in answer.items():
+            position = position.view(batch, 1)
+            in_second = is_behind & (position >= second)
+            moved[name] = torch.where(in_second, position - second + half, position - first).clamp(0, kept - 1)[:, 0]
+        answer = moved
     rows = torch.arange(batch, device=tokens.device)[:, None]
     per_token = {"input_ids", "inputs_embeds", "attention_mask", "labels"}
     return {
         name: value[rows, places] if name in per_token and _is_per_token(value, batch, length) else value
         for name, value in inputs.items()
-    }
+    } | answer
 
 
 def _is_per_token(value: Any, batch: int, length: int) -> bool:
@@ -109,7 +185,7 @@ class ShortenDenoising:
 
     def __call__(self, inputs: Inputs, share: float) -> Inputs:
         """The batch cut as by `shorten`; `labels` [batch, m] become -100 from the first sentinel on that the cut input
-        lacks. A row whose cut input has no sentinel keeps its target."""
+        lacks. A row whose cut input has no sentinel keeps the same share of its target."""
         short = shorten_documents(inputs, share)
         ids, labels = short["input_ids"], short["labels"]
         sentinels = torch.tensor(self.sentinels, device=ids.device)
@@ -119,7 +195,18 @@ class ShortenDenoising:
         last = rank[ids.clamp(max=len(rank) - 1)].amax(1, keepdim=True)
         label_rank = rank[labels.clamp(0, len(rank) - 1)]
         beyond = (label_rank > last).cumsum(1) > 0
-        return short | {"labels": labels.masked_fill(beyond & (last >= 0), -100)}
+        kept = (labels.ne(-100).sum(1, keepdim=True) * share).ceil()
+        too_far = torch.arange(labels.shape[1], device=labels.device) >= kept
+        return short | {"labels": labels.masked_fill(torch.where(last >= 0, beyond, too_far), -100)}
+
+
+def _with_fewer_labels(whole: Inputs, short: Inputs, share: float) -> Inputs:
+    """`short`, with Trainer's count of labels, which it took before they were cut, lowered by the share that is left
+    on average: by the real count of this batch, processes and accumulated batches would not weigh alike."""
+    labels, items = whole.get("labels"), whole.get("num_items_in_batch")
+    if labels is None or items is None or short["labels"] is labels:
+        return short
+    return short | {"num_items_in_batch": items * share}
 
 
 class DenseStartCallback(TrainerCallback):
@@ -136,6 +223,7 @@ class DenseStartCallback(TrainerCallback):
         shorten: from a batch's keywords and the schedule's `input_share` to a shorter batch; None for `shorten`, or
             `shorten_documents` for an encoder-decoder.
         always: whether a model whose routers have been trained gets a dense start as well.
+        input_length: tokens of the longest inputs, for the message about costs before the run.
     """
 
     def __init__(
@@ -143,10 +231,12 @@ class DenseStartCallback(TrainerCallback):
         schedule: DenseStart | None = None,
         shorten: Callable[[Inputs, float], Inputs] | None = None,
         always: bool = False,
+        input_length: int = 16_384,
     ):
         self.schedule = schedule or DenseStart()
         self.shorten = shorten
         self.always = always
+        self.input_length = input_length
         self.progress: float | None = None
         # the CoLT5 model within what is trained, as long as its dense start lasts
         self._model: Any = None
@@ -165,15 +255,45 @@ class DenseStartCallback(TrainerCallback):
             logger.info("The routers of this model have been trained: no dense start.")
             self._model = None
             return
+        routers = learned_routers(self._model)
+        if not any(parameter.requires_grad for router in routers for parameter in router.parameters()):
+            logger.warning("The routers of this model are frozen: no dense start.")
+            self._model = None
+            return
         if self.shorten is None:
             self.shorten = shorten_documents if self._model.config.is_encoder_decoder else shorten
         self._hook = model.register_forward_pre_hook(self._shorten_inputs, with_kwargs=True)
-        steps, schedule = state.max_steps, self.schedule
+        self._say_what_it_costs(state.max_steps)
+
+    def _say_what_it_costs(self, steps: int) -> None:
+        schedule, length, config = self.schedule, self.input_length, self._model.config
+        share = schedule.input_share
         ends = next(step for step in range(steps + 1) if schedule.progress(step, steps) is None)
+        weight = next(self._model.parameters())
+        costs = DenseStartCosts.of(
+            config,
+            length,
+            share,
+            fused_attention=uses_triton(weight, config.kernel_backend) and config._attn_implementation == "sdpa",
+            checkpointed=any(getattr(part, "gradient_checkpointing", False) for part in self._model.modules()),
+        )
         logger.warning(
             f"Dense start: until step {ends} of {steps} every token takes the heavy branches, on the first "
-            f"{schedule.input_share:.0%} of every input; from then on routing is the paper's."
+            f"{share:.0%} of every input; from then on routing is the paper's. For inputs of {length:,} tokens a "
+            f"step of it has {costs.flops:.2f} times the encoder's operations of a later step, and the encoder keeps "
+            f"{costs.memory:.2f} times as much for its backward; the run has "
+            f"{1 + ends / max(1, steps) * (costs.flops - 1):.2f} times the encoder's operations of one without."
         )
+        if costs.memory > MEMORY_LIMIT:
+            advice = (
+                "checkpoint activations, or use smaller batches"
+                if costs.largest_share is None
+                else f"input_share={costs.largest_share} keeps it at {MEMORY_LIMIT}"
+            )
+            logger.warning(
+                f"input_share is {share}, with which the dense start needs {costs.memory:.2f} times the encoder's "
+                f"memory of later steps; {advice}."
+            )
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -204,6 +324,8 @@ class DenseStartCallback(TrainerCallback):
     def _shorten_inputs(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: Inputs
     ) -> tuple[tuple[Any, ...], Inputs] | None:
-        if not model.training or self.progress is None or self.shorten is None or self.schedule.input_share == 1:
+        # the hook is there as long as the dense start lasts; asked for `progress`, a compiler would compile each step
+        if not model.training or self.shorten is None or self.schedule.input_share == 1:
             return None
-        return args, self.shorten(kwargs, self.schedule.input_share)
+        share = self.schedule.input_share
+        return args, _with_fewer_labels(kwargs, self.shorten(kwargs, share), share)

@@ -11,10 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import get_inverse_sqrt_schedule
 
-from modeling_colt5 import CoLT5EncoderModel
 from modeling_colt5.parameter_groups import size_scaled_groups
 
 ROOT = Path(__file__).parent.parent
@@ -22,7 +20,6 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import causal_learning  # noqa: E402
 import dense  # noqa: E402
-import flops  # noqa: E402
 import learning  # noqa: E402
 import measure  # noqa: E402
 import multi_gpu  # noqa: E402
@@ -99,26 +96,6 @@ def test_toy_numbers_and_unknown_names_are_refused(capsys: pytest.CaptureFixture
             run.main(arguments)
     message = capsys.readouterr().err
     assert "--tiny needs a folder of its own" in message and "'encoders' is no benchmark" in message
-
-
-@pytest.mark.parametrize("n", [96, 300])
-def test_flops_are_those_that_pytorch_counts(n: int) -> None:
-    """The reference path takes blocks of 128 tokens with the radius to each side, and the routers' scores as sums of
-    products, which PyTorch counts as no FLOPs; all else is the formula's."""
-    config = peers.colt5_config(True, local_radius=20, kernel_backend="torch")
-    model = CoLT5EncoderModel._from_config(config, attn_implementation="eager").eval()
-    blocks = n // 128 + 1
-    expected = flops.encoder_flops(config, n, light_pairs=blocks * 128 * (128 + 2 * 20))
-    expected -= config.num_layers * 3 * 2 * n * config.d_model
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(input_ids=torch.randint(2, config.vocab_size, (1, n)))
-    assert counter.get_total_flops() == expected
-
-
-@pytest.mark.parametrize(("n", "radius"), [(1, 5), (7, 3), (7, 9), (40, 0), (40, 11)])
-def test_pairs_within_the_band(n: int, radius: int) -> None:
-    position = torch.arange(n)
-    assert flops.band_pairs(n, radius) == ((position[:, None] - position[None, :]).abs() <= radius).sum()
 
 
 def options(folder: Path) -> Any:

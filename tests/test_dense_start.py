@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from models import pad, random_ids, tiny_config, tiny_model
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from modeling_colt5 import (
     CoLT5EncoderModel,
@@ -19,6 +19,7 @@ from modeling_colt5.denoising import DataCollatorForDenoising, SpanCorruption, c
 from modeling_colt5.dense_start import (
     DenseStart,
     DenseStartCallback,
+    DenseStartCosts,
     ShortenDenoising,
     shorten,
     shorten_documents,
@@ -187,6 +188,35 @@ def test_schedule() -> None:
     assert [DenseStart(closed=0.1, opening=0.2).progress(step, 10) for step in (1, 2, 3)] == [0.0, 0.5, None]
 
 
+def test_costs_are_said_before_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    callback = DenseStartCallback(DenseStart(0.5, 0.1, 1.0), input_length=2048)
+    trainer(tmp_path, token_model(), callback).train()
+    costs = DenseStartCosts.of(tiny_config(), 2048, 1.0, fused_attention=False)
+    assert costs.memory > 1.5
+    said = "\n".join(caplog.messages)
+    assert "until step 6 of 10" in said and f"{costs.flops:.2f} times" in said
+    assert f"input_share={costs.largest_share} keeps it at 1.5" in said
+
+
+def test_frozen_routers_get_no_dense_start(tmp_path: Path) -> None:
+    model, seen = token_model(), Seen()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("router" not in name)
+    trainer(tmp_path, model, DenseStartCallback(SCHEDULE), seen).train()
+    assert seen.progress == [None] * 10 and not model.config.routers_trained
+
+
+def test_shorter_targets_are_averaged_over_what_is_left() -> None:
+    """Trainer divides the summed loss by its count of labels, which it takes before anything is cut."""
+    model = training_model(CoLT5ForTokenClassification, num_labels=3)
+    ids = random_ids(2, 16)
+    whole = {"input_ids": ids, "labels": ids % 3, "num_items_in_batch": torch.tensor(32)}
+    expected = model(**shorten({"input_ids": ids, "labels": ids % 3}, 0.5)).loss
+    callback = DenseStartCallback(SCHEDULE, shorten)
+    (_, short) = callback._shorten_inputs(model, (), whole)
+    torch.testing.assert_close(model(**short).loss, expected)
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_shorter_inputs_begin_at_the_first_real_token(side: str) -> None:
     rows = [random_ids(20), random_ids(9)]
@@ -196,6 +226,41 @@ def test_shorter_inputs_begin_at_the_first_real_token(side: str) -> None:
     for row, ids, mask, labels in zip(rows, short["input_ids"], short["attention_mask"], short["labels"], strict=True):
         assert ids.tolist() == row[:5].tolist() and mask.all() and labels.tolist() == (row[:5] * 10).tolist()
     assert batch["input_ids"].shape == (2, 20)
+
+
+def test_answers_stay_in_shorter_inputs_with_their_question() -> None:
+    length, share = 40, 1 / 4
+    rows = [random_ids(40), random_ids(31)]
+    for side in ("left", "right"):
+        batch: dict[str, Any] = pad(rows, side=side)
+        mask = batch["attention_mask"]
+        for first in range(31):
+            for tokens in (1, 3):
+                last = min(first + tokens - 1, 30)
+                begin = mask.ne(0).int().argmax(1)
+                batch |= {"start_positions": begin + first, "end_positions": begin + last}
+                short = shorten(batch, share)
+                assert short["input_ids"].shape == (2, length * share)
+                for row, ids, real, start, end in zip(
+                    rows,
+                    short["input_ids"],
+                    short["attention_mask"],
+                    short["start_positions"],
+                    short["end_positions"],
+                    strict=True,
+                ):
+                    # the question is at the beginning
+                    assert ids[:5].tolist() == row[:5].tolist()
+                    if first >= 5 or last < 10:
+                        assert ids[start : end + 1].tolist() == row[first : last + 1].tolist()
+                        assert real[start : end + 1].all()
+    # longer than what stays: its beginning does
+    batch |= {"start_positions": torch.tensor([7, 7]), "end_positions": torch.tensor([30, 30])}
+    short = shorten(batch, share)
+    assert [ids[start].item() for ids, start in zip(short["input_ids"], short["start_positions"], strict=True)] == [
+        row[7].item() for row in (batch["input_ids"])
+    ]
+    assert short["end_positions"].tolist() == [9, 9]
 
 
 def test_targets_of_documents_stay_whole() -> None:
@@ -226,6 +291,12 @@ def test_shorter_denoising_asks_for_no_span_that_the_input_lacks() -> None:
         assert seen and asked == seen
         # what is kept is the target's beginning, with the last span whole
         assert kept == whole[: len(kept)].tolist() and whole[len(kept)].item() in sentinels
+
+
+def test_denoising_without_a_sentinel_asks_for_less() -> None:
+    labels = torch.tensor([[7, 7, 7, 7, 7, 7, 7, 1], [7, 7, 7, 1, -100, -100, -100, -100]])
+    short = ShortenDenoising((90, 91))({"input_ids": random_ids(2, 16) % 80 + 3, "labels": labels}, 1 / 4)
+    assert short["labels"].ne(-100).sum(1).tolist() == [2, 1]
 
 
 class Seen(TrainerCallback):
@@ -345,3 +416,30 @@ def test_encoder_decoder_reads_short_documents_and_whole_targets(tmp_path: Path)
     )
     run.train()
     assert seen == [(8, 16)] * 5 + [(16, 16)] * 5
+
+
+# a graph compiles for seconds, and Transformers' own tracing guards none of this
+@pytest.mark.slow
+def test_compiled_models_compile_once_for_the_dense_start_and_once_after() -> None:
+    model = training_model(CoLT5ForTokenClassification, num_labels=3)
+    graphs: list[int] = []
+
+    def count(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        graphs.append(len(inputs))
+        return graph.forward
+
+    torch._dynamo.reset()
+    callback = DenseStartCallback(DenseStart(closed=0.3, opening=0.3, input_share=0.5))
+    state, control, ids = TrainerState(max_steps=10), TrainerControl(), random_ids(2, 16)
+    callback.on_train_begin(None, state, control, model=model)  # type: ignore[arg-type]
+    compiled = torch.compile(model, backend=count)
+    numbers, lengths = [], []
+    for step in range(10):
+        state.global_step = step
+        callback.on_step_begin(None, state, control)  # type: ignore[arg-type]
+        out = compiled(input_ids=ids, labels=ids % 3)
+        out.loss.backward()
+        numbers.append(len(graphs))
+        lengths.append(out.logits.shape[1])
+    assert lengths == [8] * 6 + [16] * 4
+    assert numbers[0] == numbers[5] and numbers[6] == numbers[9] <= 2 * numbers[0]

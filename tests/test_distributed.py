@@ -21,7 +21,8 @@ DEEPER = f"{TINY},num_layers=2,dropout_rate=0.0"
 
 
 def pretrain(tmp_path: Path, name: str, *launcher: str, batch: int, more: tuple[str, ...] = ()) -> tuple[Path, str]:
-    """Pre-train for six steps on two inputs a step, with plain descent and UL2, whose targets differ in length.
+    """Pre-train for six steps on two inputs a step, with plain descent and UL2, whose targets differ in length; the
+    first four are a dense start.
 
     Args:
         tmp_path: the folder of the text and of the output.
@@ -39,6 +40,7 @@ def pretrain(tmp_path: Path, name: str, *launcher: str, batch: int, more: tuple[
     arguments += ["--train_files", text, "--input_length", 96, "--target_length", 64, "--max_steps", 6]
     arguments += ["--optim", "sgd", "--learning_rate", 0.3, "--max_grad_norm", 0, "--lr_scheduler_type", "constant"]
     arguments += ["--logging_steps", 1, "--save_steps", 3, "--report_to", "none", "--disable_tqdm", "true"]
+    arguments += ["--router_health_steps", 3]
     arguments += ["--use_cpu", "true", "--per_device_train_batch_size", batch, "--output_dir", tmp_path / name]
     done = subprocess.run(
         [str(part) for part in (*launcher, REPOSITORY / "examples/pretrain.py", *arguments, *more)],
@@ -61,6 +63,12 @@ def losses(folder: Path) -> list[float]:
     """The training loss of each step."""
     history = json.loads((folder / "checkpoint-6" / "trainer_state.json").read_text())["log_history"]
     return [entry["loss"] for entry in history if "loss" in entry]
+
+
+def gradient_norms(folder: Path) -> list[float]:
+    """Of the routers, at each measurement of their health."""
+    history = json.loads((folder / "checkpoint-6" / "trainer_state.json").read_text())["log_history"]
+    return [value for entry in history for name, value in entry.items() if name.endswith("/gradient_norm")]
 
 
 def assert_same_weights(folder: Path, reference: Path) -> None:
@@ -89,6 +97,9 @@ def test_two_processes_train_like_one_and_one_resumes_them(file, script, one_pro
     assert losses(two) == pytest.approx(losses(one_process), abs=2e-5)
     assert losses(two)[-1] < losses(two)[0] - 1, "nothing was learned: nothing was compared"
     assert_same_weights(two, one_process)
+    # two layers of three routers, in two measurements, the first in the closed part of the dense start
+    assert len(gradient_norms(two)) == 12 and not any(gradient_norms(two)[:6]) and all(gradient_norms(two)[6:])
+    assert gradient_norms(two) == pytest.approx(gradient_norms(one_process), rel=1e-2)
     if script:
         (line,) = (line for line in printed.splitlines() if line.startswith("sharded:"))
         # PyTorch puts FSDP before a sharded module's class

@@ -136,6 +136,7 @@ def test_an_adapter_is_evaluated_and_trained_further(tmp_path):
     trained = finetune_seq2seq.main(run)
     again = [*common, "--model_name_or_path", str(adapter), "--output_dir"]
     evaluated = finetune_seq2seq.main([*again, str(tmp_path / "evaluated")])
+    assert model_arguments.load_checkpoint(str(adapter), AutoModelForSeq2SeqLM).config.routers_trained
     # the same operations on the same weights, in fp32
     assert evaluated["eval_loss"] == pytest.approx(trained["eval_loss"], rel=1e-5)
     further = tmp_path / "further"
@@ -187,6 +188,19 @@ def test_metrics_reach_the_usual_integrations(tmp_path, monkeypatch):
     arguments = [*seq2seq_arguments(tmp_path, ROWS), "--query_column", "query", "--report_to", "tensorboard"]
     finetune_seq2seq.main([*arguments, "--max_steps", "1", "--logging_steps", "1", "--max_target_length", "8"])
     assert {"loss", "eval_loss", "eval_rougeLsum", "eval_exact_match", "eval_f1"} <= logged.keys()
+
+
+def test_new_models_get_a_dense_start_unless_told_otherwise(tmp_path):
+    arguments = task_arguments(finetune_classification, tmp_path)
+    arguments += ["--max_steps", "3", "--save_strategy", "no", "--dense_start_closed", "0.3"]
+    arguments += ["--dense_start_opening", "0.3", "--dense_start_input_share", "0.5", "--output_dir"]
+    for more, trained in (([], True), (["--dense_start", "false"], False)):
+        folder = tmp_path / str(trained)
+        finetune_classification.main([*arguments, str(folder), *more])
+        model = CoLT5ForSequenceClassification.from_pretrained(folder)
+        assert model.config.routers_trained is trained and model.encoder.dense_start is None
+    with pytest.raises(ValueError, match="input_share is 2.0"):
+        finetune_classification.main([*arguments, str(folder), "--dense_start_input_share", "2"])
 
 
 BAD_ROWS = {

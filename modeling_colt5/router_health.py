@@ -1,0 +1,315 @@
+"""The health of routers while they train: numbers for Trainer's logs, and a warning of routers that do not learn."""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging
+
+from .configuration_colt5 import CoLT5Config
+from .dense_start import learned_routers
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class Choice:
+    """What one router chose on a batch.
+
+    Attributes:
+        scores: [batch, n].
+        real: bool [batch, n], True for real tokens.
+        indices: int64 [batch, slots].
+        weights: fp32 [batch, slots].
+        valid: bool [batch, slots], which slots are used.
+    """
+
+    scores: torch.Tensor
+    real: torch.Tensor
+    indices: torch.Tensor
+    weights: torch.Tensor
+    valid: torch.Tensor
+
+    def chosen(self) -> torch.Tensor:
+        """bool [batch, n], which tokens were routed."""
+        # unused slots all name the last token
+        counts = torch.zeros_like(self.real, dtype=torch.int32).scatter_add(1, self.indices, self.valid.int())
+        return counts > 0
+
+
+# a weight of a saturated token is 1 but for rounding
+SATURATED = 0.9999
+
+
+def choice_numbers(choice: Choice, ids: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """The numbers of one choice, each fp32 []; `RouterHealthCallback` says what they are.
+
+    Args:
+        choice: the router's.
+        ids: int64 [batch, n], the tokens; None where only their embeddings are known, and with them no entropy.
+    """
+    scores, chosen = choice.scores.float()[choice.real], choice.chosen()
+    numbers = {
+        "saturated": (choice.weights[choice.valid] > SATURATED).float().mean(),
+        "score_std": scores.std(correction=0),
+    }
+    if ids is not None:
+        numbers["entropy"] = _entropy_of(ids[chosen]) / _entropy_of(ids[choice.real]).clamp(min=1e-6)
+    return numbers
+
+
+def _entropy_of(ids: torch.Tensor) -> torch.Tensor:
+    shares = ids.unique(return_counts=True)[1].float() / max(1, ids.numel())
+    return -(shares * shares.log()).sum()
+
+
+@dataclass
+class RouterRecord:
+    """What is remembered of a router between measurements.
+
+    Attributes:
+        chosen: bool [batch, n], the last choice; None before the first.
+        unrouted_since: for each token type of the watched batch the step when it was last routed.
+        still: how many measurements in a row found it without a gradient, or with the same choice as before.
+        has_lived: whether any did not.
+    """
+
+    chosen: torch.Tensor | None = None
+    unrouted_since: dict[int, int] = field(default_factory=dict)
+    still: int = 0
+    has_lived: bool = False
+
+
+class RouterHealthCallback(TrainerCallback):
+    """Logs what the encoder's routers do, and warns once of those that do not learn.
+
+        trainer = Trainer(model, arguments, train_dataset=...)
+        trainer.add_callback(RouterHealthCallback(trainer.log))
+
+    Every `interval` steps the model reads the first batch of the run once more, without a gradient and with the
+    paper's routing, also in a dense start. A forward pass is a third of a step, so at 100 steps this costs a third of
+    a percent; all other steps are as they would be without. Each router gets, under `routers/<layer>/<router>/`:
+
+    - `saturated`: the share of routed tokens whose weight is 1. Saturated weights have no gradient.
+    - `score_std`: the spread of the scores of all tokens, in the units of `routing_epsilon`.
+    - `entropy`: how many token types the choice has, as entropy, over the entropy of the whole batch: about 1 where
+      types do not matter, near 0 where it is a few types.
+    - `overlap`: the share of the tokens chosen at the last measurement that are chosen still.
+    - `unrouted_types`: how many of the batch's token types were not routed for `unrouted_steps` steps, of those that
+      are so frequent that chance would have routed one of their tokens at every measurement.
+    - `gradient_norm`: of the router's vector, as the optimizer gets it; nothing where a library keeps gradients
+      to itself.
+
+    Args:
+        log: where the numbers go: `Trainer.log`.
+        interval: steps between measurements.
+        unrouted_steps: see above.
+        patience: after how many measurements in a row without a gradient, or with the very same choice, a router is
+            taken for dead. Measurements of a dense start do not count.
+        rows: how many rows of the batch are read.
+    """
+
+    def __init__(
+        self,
+        log: Callable[[dict[str, float]], None],
+        interval: int = 100,
+        unrouted_steps: int = 1000,
+        patience: int = 5,
+        rows: int = 8,
+    ):
+        for name, value in (
+            ("interval", interval),
+            ("unrouted_steps", unrouted_steps),
+            ("patience", patience),
+            ("rows", rows),
+        ):
+            if value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
+        self.log = log
+        self.interval, self.unrouted_steps, self.patience, self.rows = interval, unrouted_steps, patience, rows
+        self.records: dict[str, RouterRecord] = {}
+        self._gradients: dict[str, torch.Tensor] = {}
+        self._batch: dict[str, Any] | None = None
+        self._encoder: Any = None
+        # undoes what is there for the first batch alone
+        self._first_step = ExitStack()
+        self._has_warned = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        """Find the encoder, and wait for the first batch."""
+        self._encoder = next((part for part in model.modules() if hasattr(part, "dense_start")), None)
+        if self._encoder is None or not learned_routers(self._encoder):
+            return
+        # before the dense start's own hook, which cuts the batch
+        hook = model.register_forward_pre_hook(self._keep_batch, with_kwargs=True, prepend=True)
+        self._first_step.callback(hook.remove)
+        # a compiled model would go on calling a hook that it was compiled with
+        self._first_step.enter_context(torch.compiler.set_stance("force_eager"))
+
+    def _keep_batch(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not model.training or self._batch is not None:
+            return
+        rows = next((len(value) for value in kwargs.values() if isinstance(value, torch.Tensor) and value.dim()), 0)
+        self._batch = {
+            name: value[: self.rows].detach().clone()
+            for name, value in kwargs.items()
+            if isinstance(value, torch.Tensor) and value.dim() and len(value) == rows
+        }
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Keep the norms of the routers' gradients, in a step that is measured."""
+        self._first_step.close()
+        self._gradients = {}
+        if self._batch is None or (state.global_step + 1) % self.interval:
+            return
+        for name, router in self.routers().items():
+            gradients = [part.grad for part in router.parameters() if part.requires_grad and part.grad is not None]
+            if gradients:
+                norm = torch.linalg.vector_norm(gradients[0].float())
+                # FSDP2 keeps a part on each device
+                self._gradients[name] = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        """Measure, log, and warn."""
+        if self._batch is None or state.global_step % self.interval:
+            return
+        numbers = self.measure(model, state.global_step)
+        # to log ends the step's wish to log, which the loss still waits for
+        wanted = control.should_log
+        self.log(numbers)
+        control.should_log = wanted
+        if state.is_world_process_zero:
+            self.warn_of_the_dead(numbers)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Let go of the model and the batch."""
+        self._first_step.close()
+        self._batch = self._encoder = None
+
+    def routers(self) -> dict[str, nn.Module]:
+        """The encoder's routers by layer and name, as their layers hold them."""
+        named: dict[str, nn.Module] = {}
+        for number, block in enumerate(self._encoder.block):
+            attention, feed_forward = block.layer
+            named[f"{number}/query"] = attention.query_router
+            named[f"{number}/key_value"] = attention.key_value_router
+            named[f"{number}/feed_forward"] = feed_forward.router
+        return named
+
+    @torch.no_grad()
+    def measure(self, model: nn.Module, step: int) -> dict[str, float]:
+        """The numbers of all routers after a step."""
+        assert self._batch is not None
+        choices = self._choices(model)
+        ids = self._batch.get("input_ids")
+        measured: dict[str, torch.Tensor] = {}
+        for name, choice in choices.items():
+            numbers = choice_numbers(choice, ids)
+            record, chosen = self.records.setdefault(name, RouterRecord()), choice.chosen()
+            if record.chosen is not None:
+                numbers["overlap"] = (chosen & record.chosen).sum() / record.chosen.sum().clamp(min=1)
+            if ids is not None:
+                numbers["unrouted_types"] = self._unrouted_types(record, ids, choice.real, chosen, step)
+            if name in self._gradients:
+                numbers["gradient_norm"] = self._gradients[name]
+            record.chosen = chosen
+            measured |= {f"routers/{name}/{number}": value for number, value in numbers.items()}
+        if not measured:
+            return {}
+        values = torch.stack([value.float() for value in measured.values()]).tolist()
+        return dict(zip(measured, values, strict=True))
+
+    def _unrouted_types(
+        self, record: RouterRecord, ids: torch.Tensor, real: torch.Tensor, chosen: torch.Tensor, step: int
+    ) -> torch.Tensor:
+        types, counts = ids[real].unique(return_counts=True)
+        frequent = types[counts * chosen.sum() >= real.sum()].tolist()
+        routed = set(ids[chosen].unique().tolist())
+        for token in frequent:
+            if token in routed or token not in record.unrouted_since:
+                record.unrouted_since[token] = step
+        late = sum(step - record.unrouted_since[token] >= self.unrouted_steps for token in frequent)
+        return torch.tensor(float(late), device=ids.device)
+
+    def _choices(self, model: nn.Module) -> dict[str, Choice]:
+        """What the encoder's routers choose of the kept batch. They run in order: a layer's queries and keys/values
+        together, then its feed-forward."""
+        calls: list[tuple[tuple[Any, ...], tuple[torch.Tensor, ...]]] = []
+        hooks = [
+            part.register_forward_hook(lambda module, args, out: calls.append((args, out)))
+            for part in self._encoder.modules()
+            if type(part).__name__ == "CoLT5Routing"
+        ]
+        was_training = model.training
+        model.eval()
+        try:
+            # compiled models know nothing of these hooks; to return what was routed keeps graphs from being replayed
+            with torch.compiler.set_stance("force_eager"):
+                model(**(self._batch or {}), output_routing=True)
+        finally:
+            model.train(was_training)
+            for hook in hooks:
+                hook.remove()
+        parts: list[Choice] = []
+        for (scores, _, _, mask, _), (indices, weights, valid) in calls:
+            real = torch.ones_like(scores, dtype=torch.bool) if mask is None else mask
+            batch = len(scores) // (2 if len(parts) % 3 == 0 else 1)
+            split = zip(*(part.split(batch) for part in (scores, real, indices, weights, valid)), strict=True)
+            parts += [Choice(*own) for own in split]
+        return dict(zip(self.routers(), parts, strict=True))
+
+    def warn_of_the_dead(self, numbers: dict[str, float]) -> None:
+        """Say once which routers are dead, and what to do."""
+        if self._encoder.dense_start is not None:
+            return
+        for name, record in self.records.items():
+            own = {
+                number: numbers.get(f"routers/{name}/{number}") for number in ("saturated", "overlap", "gradient_norm")
+            }
+            is_still = own["gradient_norm"] == 0 or own["overlap"] == 1 or (own["saturated"] or 0) > 0.99
+            record.still = record.still + 1 if is_still else 0
+            record.has_lived |= not is_still
+        dead = {name: record for name, record in self.records.items() if record.still >= self.patience}
+        if not dead or self._has_warned:
+            return
+        self._has_warned = True
+        never = [name for name, record in dead.items() if not record.has_lived]
+        died = [name for name in dead if name not in never]
+        said = [
+            f"{', '.join(names)} {what}"
+            for names, what in ((never, "never learned"), (died, "no longer learn"))
+            if names
+        ]
+        logger.warning(
+            f"Routers (layer/router): {'; '.join(said)}. For {self.patience * self.interval} steps they had no "
+            f"gradient or chose the very same tokens. {advice(self._encoder.config)}"
+        )
+
+
+def advice(config: CoLT5Config) -> str:
+    """What to do about routers that do not learn."""
+    said = []
+    if config.routing_epsilon < 1:
+        said.append(
+            f"routing_epsilon is {config.routing_epsilon}, where most weights are 1 and have no gradient; train at 1."
+        )
+    if not config.routers_trained:
+        said.append("Train with a dense start: DenseStartCallback, or --dense_start true of the scripts.")
+    else:
+        said.append(
+            "They have had their dense start; a longer one (closed, opening of DenseStart), or a larger learning "
+            "rate, may help. Late in a run, with a small learning rate, a choice that no longer changes is in order."
+        )
+    return " ".join(said)

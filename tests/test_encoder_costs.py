@@ -1,0 +1,89 @@
+"""The costs of an encoder by formula: what PyTorch counts, and what autograd keeps."""
+
+import itertools
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from modeling_colt5 import CoLT5Config, CoLT5EncoderModel
+from modeling_colt5.dense_start import MEMORY_LIMIT, DenseStartCosts
+from modeling_colt5.encoder_costs import band_pairs, encoder_flops, kept_values
+
+
+def encoder(attn_implementation: str = "sdpa", **fields: object) -> CoLT5EncoderModel:
+    """Two layers with the base size's ratios between their parts, an eighth as wide."""
+    ratios = {"d_model": 96, "d_kv": 8, "light_d_ff": 128, "heavy_d_ff": 1024, "num_layers": 2, "vocab_size": 96}
+    config = CoLT5Config(**(ratios | {"dropout_rate": 0.0, "kernel_backend": "torch"} | fields))
+    return CoLT5EncoderModel._from_config(config, attn_implementation=attn_implementation)
+
+
+@pytest.mark.parametrize("n", [96, 300])
+@pytest.mark.parametrize("dense", [False, True])
+def test_flops_are_those_that_pytorch_counts(n: int, dense: bool) -> None:
+    """The reference path takes blocks of 128 tokens with the radius to each side, and the routers' scores as sums of
+    products, which PyTorch counts as no FLOPs; all else is the formula's."""
+    model = encoder("eager", local_radius=20).train()
+    model.set_dense_start(0.0 if dense else None)
+    blocks = n // 128 + 1
+    expected = encoder_flops(model.config, n, light_pairs=blocks * 128 * (128 + 2 * 20), dense=dense)
+    expected -= model.config.num_layers * 3 * 2 * n * model.config.d_model
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(input_ids=torch.randint(2, 96, (1, n)))
+    assert counter.get_total_flops() == expected
+
+
+@pytest.mark.parametrize(("n", "radius"), [(1, 5), (7, 3), (7, 9), (40, 0), (40, 11)])
+def test_pairs_within_the_band(n: int, radius: int) -> None:
+    position = torch.arange(n)
+    assert band_pairs(n, radius) == ((position[:, None] - position[None, :]).abs() <= radius).sum()
+
+
+def kept(model: CoLT5EncoderModel, n: int, dense: bool) -> int:
+    """Bytes that autograd keeps, each memory once and without the weights."""
+    model.set_dense_start(0.0 if dense else None)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        # held, so that no address is used twice
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(input_ids=torch.randint(2, 96, (1, n)))
+    return sum(storage.nbytes() for address, storage in storages.items() if address not in weights)
+
+
+@pytest.mark.parametrize(
+    ("n", "fields"),
+    [
+        (2048, {}),
+        (512, {"dropout_rate": 0.1}),
+        # the kernels in Triton's interpreter, which takes a second for so few tokens
+        (128, {"kernel_backend": "triton"}),
+    ],
+    ids=["torch", "torch, dropout", "triton"],
+)
+def test_memory_of_a_dense_start_is_what_autograd_keeps(n: int, fields: dict[str, object]) -> None:
+    model = encoder(**fields).train()
+    fused = fields.get("kernel_backend") == "triton"
+    costs = DenseStartCosts.of(model.config, n, 0.25, fused_attention=fused)
+    measured = kept(model, n // 4, True) / kept(model, n, False)
+    # the formula has the large tensors alone
+    assert costs.memory == pytest.approx(measured, rel=0.15)
+
+
+def test_largest_share_is_the_largest_that_the_limit_allows() -> None:
+    config = CoLT5Config()
+    for length, fused, checkpointed in itertools.product((2048, 16_384), (True, False), (True, False)):
+        how = {"fused_attention": fused, "checkpointed": checkpointed}
+        share = DenseStartCosts.of(config, length, 1.0, **how).largest_share
+        assert share is not None
+        later = kept_values(config, length, **how)
+        lengths = [-(-length * hundredth // 100) for hundredth in range(1, 101)]
+        ratios = [kept_values(config, short, dense=True, **how) / later for short in lengths]
+        assert round(100 * share) == sum(ratio <= MEMORY_LIMIT for ratio in ratios)
+        if fused and not checkpointed:
+            # the schedule's default on the device that trains
+            assert DenseStartCosts.of(config, length, 0.25, **how).memory <= MEMORY_LIMIT
