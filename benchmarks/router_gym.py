@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 from captured_step import TrainingStep
-from flops import encoder_flops
 from measure import RESULTS, describe_commit, describe_device
 from router_gym_report import write
 from router_tasks import TASKS, VALUES, Examples, Task
@@ -33,6 +32,7 @@ from transformers import HfArgumentParser
 
 from modeling_colt5 import CoLT5Config, CoLT5ForTokenClassification
 from modeling_colt5.dense_start import DenseStart
+from modeling_colt5.encoder_costs import encoder_flops
 from modeling_colt5.parameter_groups import size_scaled_groups
 from modeling_colt5.router_colt5 import CoLT5Router
 
