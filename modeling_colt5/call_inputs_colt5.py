@@ -235,8 +235,8 @@ def check_cache(cache: Cache | None, states: Tensor) -> None:
             tensor = layer.keys
         if isinstance(tensor, Tensor) and tensor.shape[0] != states.shape[0]:
             raise ValueError(
-                f"cache has {tensor.shape[0]} rows, and the new tokens have {states.shape[0]}; they must "
-                "have as many. A cache goes on only with the rows that it was filled by"
+                f"cache (or past_key_values) has {tensor.shape[0]} rows, and the new tokens have {states.shape[0]}; "
+                "they must have as many. A cache goes on only with the rows that it was filled by"
             )
 
 

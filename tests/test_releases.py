@@ -9,6 +9,7 @@ from models import checkpoint_activations, random_ids, tiny_model
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 
 from modeling_colt5 import CoLT5ForCausalLM, CoLT5ForConditionalGeneration, CoLT5Model, release_colt5
+from modeling_colt5.release_colt5 import CACHE
 
 ROUTED = {"causal_attention": "routed", "causal_feed_forward": "routed"}
 NAMES = ("cache", "past_key_values")
@@ -91,10 +92,10 @@ def test_every_way_to_generate_is_greedy_where_it_should_be(fields: dict[str, st
     beams = model.generate(ids.repeat(2, 1), **settings, num_beams=3)
     assert torch.equal(beams[0], beams[1])
     output = model.generate(ids, **settings, return_dict_in_generate=True)
-    assert output.past_key_values is not None
+    cache = cache_of(output, CACHE)
     if not is_encoder_decoder:
-        # continued with the cache of the tokens so far
-        longer = model.generate(output.sequences, **settings, past_key_values=output.past_key_values)
+        # continued with the cache of the tokens so far, by the release's own name for it
+        longer = model.generate(output.sequences, **settings, **{CACHE: cache})
         assert torch.equal(longer, model.generate(output.sequences, **settings))
 
 
