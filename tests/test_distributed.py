@@ -95,7 +95,8 @@ def test_two_processes_train_like_one_and_one_resumes_them(file, script, one_pro
     # fp32 sums in another order; were a process's loss not weighted by its share of the labels, the difference would
     # be of 1e-2 from the first step on
     assert losses(two) == pytest.approx(losses(one_process), abs=2e-5)
-    assert losses(two)[-1] < losses(two)[0] - 1, "nothing was learned: nothing was compared"
+    # within the dense start, on the same short inputs
+    assert losses(two)[3] < losses(two)[1] - 1, "nothing was learned: nothing was compared"
     assert_same_weights(two, one_process)
     # two layers of three routers, in two measurements, the first in the closed part of the dense start
     assert len(gradient_norms(two)) == 12 and not any(gradient_norms(two)[:6]) and all(gradient_norms(two)[6:])
