@@ -88,9 +88,9 @@ def project(states: torch.Tensor, *projections: nn.Linear, head_size: int | None
     Returns:
         Each projection's [batch, n, width], or [batch, n, width / head_size, head_size].
     """
-    widths = [linear.out_features for linear in projections]
-    # a tracer comes first: it must not meet a choice by a length that it keeps open
-    if not runs_eagerly() or states.numel() < 2 * states.shape[-1] * sum(widths) or any(map(_is_adapted, projections)):
+    widths = [linear.out_features for linear in projections] if all(map(_is_plain, projections)) else None
+    # a tracer comes before the length: it must not meet a choice by a length that it keeps open
+    if not widths or not runs_eagerly() or states.numel() < 2 * states.shape[-1] * sum(widths):
         projected = tuple(linear(states) for linear in projections)
         if head_size is None:
             return projected
@@ -103,8 +103,10 @@ def project(states: torch.Tensor, *projections: nn.Linear, head_size: int | None
     return joined.view(*joined.shape[:-1], sum(heads), head_size).split_with_sizes(heads, -2)
 
 
-def _is_adapted(linear: nn.Linear) -> bool:
-    return type(linear) is not nn.Linear or is_hooked(linear)
+def _is_plain(linear: nn.Module) -> bool:
+    """Whether a call of the module is no more than a product with its weight: not with adapters, hooks, or a weight
+    that is quantised, which is another class's or not a plain parameter. All others are called as modules."""
+    return type(linear) is nn.Linear and type(linear.weight) is nn.Parameter and not is_hooked(linear)
 
 
 def as_rows(router_weights: torch.Tensor | None) -> torch.Tensor | None:
@@ -228,8 +230,9 @@ class CoLT5DenseActDense(nn.Module):
 
     def project_out(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[..., d_ff] → [..., d_model]."""
+        # `wo` stays in fp32 in an fp16 model; a quantised weight may be no float, or no tensor at all
         weight = self.wo.weight
-        # `wo` stays in fp32 in an fp16 model, and quantised weights are no floats
-        if weight.dtype != hidden_states.dtype and weight.is_floating_point() and not _is_autocast(hidden_states):
+        is_float = isinstance(weight, torch.Tensor) and weight.is_floating_point()
+        if is_float and weight.dtype != hidden_states.dtype and not _is_autocast(hidden_states):
             hidden_states = hidden_states.to(weight.dtype)
         return self.wo(hidden_states)

@@ -34,7 +34,7 @@ from .release_colt5 import CACHE, one_cache
 
 # not used here: a saved copy of a user's code imports from this file what it imported from the package
 from .routing import soft_topk  # noqa: F401
-from .stacks_colt5 import CoLT5ClassificationHead, CoLT5Decoder, CoLT5Encoder, CoLT5PreTrainedModel
+from .stacks_colt5 import CoLT5ClassificationHead, CoLT5Decoder, CoLT5Encoder, CoLT5PreTrainedModel, CoLT5Stack
 
 # not used here either: a saved model takes along the files that this one imports, and the tokenizer's has to be among
 # them
@@ -67,31 +67,91 @@ class CoLT5GenerationMixin(GenerationMixin):
         return attention_mask[:, -inputs_embeds.shape[1] :].clone(memory_format=torch.contiguous_format)
 
 
-class CoLT5Seq2SeqPreTrainedModel(CoLT5PreTrainedModel):
-    """What the models with encoder and decoder share: embeddings, stacks, and running the one, then the other."""
+def _tie_assigned_head(model: "CoLT5EmbeddingModel", incompatible_keys: Any) -> None:
+    """After `load_state_dict(..., assign=True)`, which puts other parameters in place: a tied head, whose weight
+    checkpoints lack, takes the new one of `shared`."""
+    head = getattr(model, "lm_head", None)
+    if (
+        head is not None
+        and model.config.tie_word_embeddings
+        and type(model.shared) is nn.Embedding
+        and head.weight is not model.shared.weight
+        and any(f".{key}".endswith(".lm_head.weight") for key in incompatible_keys.missing_keys)
+    ):
+        head.weight = model.shared.weight
 
-    _tied_weights_keys = {
-        "encoder.embed_tokens.weight": "shared.weight",
-        "decoder.embed_tokens.weight": "shared.weight",
-    }
-    # a state dict that FSDP2 gathers has copies in place of one tensor under several names
-    _keys_to_ignore_on_save = ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight"]
+
+class CoLT5EmbeddingModel(CoLT5PreTrainedModel):
+    """What all models but the stacks share: the embedding, one module that is `shared` here and `embed_tokens` in each
+    stack.
+
+    One module, not several that share a weight: FSDP2 takes a weight for one group of modules only, and a hook
+    (NEFTune's) then sees the calls of all stacks. Whoever replaces it under one of its names, as adapters do, replaces
+    it under all of them.
+    """
+
+    def __init__(self, config: CoLT5Config):
+        super().__init__(config)
+        # adapters put other modules in its place
+        self.shared: nn.Module = nn.Embedding(config.vocab_size, config.d_model)
+        self.register_load_state_dict_post_hook(_tie_assigned_head)
+
+    def stacks(self) -> dict[str, CoLT5Stack]:
+        """Encoder and decoder by name, those that there are."""
+        return {name: stack for name, stack in self.named_children() if isinstance(stack, CoLT5Stack)}
+
+    def share_embedding(self) -> None:
+        """Make `shared` the embedding of all stacks, now and whenever one of them gets another."""
+        for stack in self.stacks().values():
+            stack.share_embedding_with(self)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "shared":
+            self.share_embedding()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.share_embedding()
+
+    @property
+    def _tied_weights_keys(self) -> dict[str, str] | None:
+        # the stacks' embedding is the module itself: nothing ties it
+        is_tied = hasattr(self, "lm_head") and self.config.tie_word_embeddings
+        return {"lm_head.weight": "shared.weight"} if is_tied else None
+
+    @property
+    def _keys_to_ignore_on_save(self) -> set[str]:
+        """The other names of `shared.weight`. A checkpoint that lacks exactly these lacks nothing, as `Trainer` sees
+        it; and a state dict that FSDP2 gathers has copies in place of one tensor under several names."""
+        names = {f"{name}.embed_tokens.weight" for name in self.stacks()}
+        head = getattr(self, "lm_head", None)
+        if head is not None and getattr(head, "weight", None) is getattr(self.shared, "weight", self.shared):
+            names.add("lm_head.weight")
+        return names
+
+    @_keys_to_ignore_on_save.setter
+    def _keys_to_ignore_on_save(self, names: Any) -> None:
+        # Transformers sets what it has just read; the names depend on what is tied when they are asked for
+        pass
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The embedding of all stacks."""
+        return self.shared
+
+    def set_input_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Replace the embedding in all stacks."""
+        self.shared = new_embeddings
+
+
+class CoLT5Seq2SeqPreTrainedModel(CoLT5EmbeddingModel):
+    """What the models with encoder and decoder share: stacks, and running the one, then the other."""
 
     def __init__(self, config: CoLT5Config):
         super().__init__(_with_encoder_decoder(config, True))
-        self.shared = nn.Embedding(config.vocab_size, config.d_model)
         self.encoder = CoLT5Encoder(self.config)
         self.decoder = CoLT5Decoder(self.config)
-        # one module, not three that share a weight: FSDP2 takes a weight for one group of modules only
-        self.set_input_embeddings(self.shared)
-
-    def get_input_embeddings(self) -> nn.Module:
-        """The embedding that encoder and decoder share."""
-        return self.shared
-
-    def set_input_embeddings(self, new_embeddings: nn.Embedding) -> None:
-        """Replace the embedding in both stacks."""
-        self.shared = self.encoder.embed_tokens = self.decoder.embed_tokens = new_embeddings
+        self.share_embedding()
 
     def run_stacks(
         self,
@@ -222,11 +282,6 @@ class CoLT5ForConditionalGeneration(CoLT5Seq2SeqPreTrainedModel, CoLT5Generation
     """Encoder and decoder with a language modelling head."""
 
     _auto_class = "AutoModelForSeq2SeqLM"
-    _tied_weights_keys = {
-        "encoder.embed_tokens.weight": "shared.weight",
-        "decoder.embed_tokens.weight": "shared.weight",
-        "lm_head.weight": "shared.weight",
-    }
 
     def __init__(self, config: CoLT5Config):
         super().__init__(config)
@@ -318,27 +373,18 @@ class CoLT5ForConditionalGeneration(CoLT5Seq2SeqPreTrainedModel, CoLT5Generation
         return shifted.masked_fill(shifted == -100, padding)
 
 
-class CoLT5ForCausalLM(CoLT5PreTrainedModel, CoLT5GenerationMixin):
+class CoLT5ForCausalLM(CoLT5EmbeddingModel, CoLT5GenerationMixin):
     """A language model from the decoder alone, full or causally routed as the configuration's `causal_attention` and
     `causal_feed_forward` say; `num_decoder_layers` deep."""
 
     _auto_class = "AutoModelForCausalLM"
-    _tied_weights_keys = {"decoder.embed_tokens.weight": "shared.weight", "lm_head.weight": "shared.weight"}
 
     def __init__(self, config: CoLT5Config):
         super().__init__(_with_encoder_decoder(config, False))
-        self.shared = nn.Embedding(config.vocab_size, config.d_model)
         self.decoder = CoLT5Decoder(self.config)
+        self.share_embedding()
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        """The decoder's embedding."""
-        return self.shared
-
-    def set_input_embeddings(self, new_embeddings: nn.Embedding) -> None:
-        """Replace the decoder's embedding."""
-        self.shared = self.decoder.embed_tokens = new_embeddings
 
     @can_return_tuple
     def forward(
@@ -400,27 +446,15 @@ class CoLT5ForCausalLM(CoLT5PreTrainedModel, CoLT5GenerationMixin):
         return CoLT5CausalLMOutput(loss=loss, logits=logits, **outputs)
 
 
-class CoLT5EncoderHeadModel(CoLT5PreTrainedModel):
+class CoLT5EncoderHeadModel(CoLT5EmbeddingModel):
     """What the models without a decoder share; they load an encoder–decoder's checkpoint and leave its decoder."""
 
-    _tied_weights_keys = {"encoder.embed_tokens.weight": "shared.weight"}
     _keys_to_ignore_on_load_unexpected = [r"^decoder\.", r"^lm_head\."]
-    _keys_to_ignore_on_save = ["encoder.embed_tokens.weight"]
 
     def __init__(self, config: CoLT5Config):
         super().__init__(_with_encoder_decoder(config, False))
-        self.shared = nn.Embedding(config.vocab_size, config.d_model)
         self.encoder = CoLT5Encoder(self.config)
-        # one module, not two that share a weight: FSDP2 takes a weight for one group of modules only
-        self.set_input_embeddings(self.shared)
-
-    def get_input_embeddings(self) -> nn.Module:
-        """The encoder's embedding."""
-        return self.shared
-
-    def set_input_embeddings(self, new_embeddings: nn.Embedding) -> None:
-        """Replace the encoder's embedding."""
-        self.shared = self.encoder.embed_tokens = new_embeddings
+        self.share_embedding()
 
     def encode(
         self,

@@ -1,9 +1,12 @@
 """T5's relative position buckets, and the bias tables by distance that every attention here reads."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import nn
+
+from .kernel_backend import runs_eagerly
 
 
 def relative_position_bucket(
@@ -37,19 +40,32 @@ def relative_position_bucket(
 class CoLT5RelativePositionBias(nn.Embedding):
     """The learned bias of one attention branch, shared by all layers of a stack: [num_buckets, num_heads]."""
 
-    bucket: torch.Tensor
-
     def __init__(self, num_heads: int, num_buckets: int, max_distance: int, bidirectional: bool):
         super().__init__(num_buckets, num_heads)
         self.max_distance = max_distance
         self.bidirectional = bidirectional
-        # twenty operations that are always the same; checkpoints have no need of it
-        self.register_buffer("bucket", self.make_buckets(), persistent=False)
+        # no buffer: one that checkpoints lack is lost where a model without data is filled
+        distance = torch.arange(-max_distance, max_distance + 1, device="cpu")
+        self.bucket = relative_position_bucket(distance, bidirectional, num_buckets, max_distance)
 
-    def make_buckets(self) -> torch.Tensor:
-        """The bucket of each distance from -max_distance to max_distance, int64 on the default device."""
-        distance = torch.arange(-self.max_distance, self.max_distance + 1)
-        return relative_position_bucket(distance, self.bidirectional, self.num_embeddings, self.max_distance)
+    def _apply(self, fn: Callable, recurse: bool = True) -> "CoLT5RelativePositionBias":
+        super()._apply(fn, recurse)
+        self._bucket_beside_weight()
+        return self
+
+    def _bucket_beside_weight(self) -> torch.Tensor:
+        """The bucket of each distance from -max_distance to max_distance, int64 on the weight's device.
+
+        It is kept there, as twenty operations make it, which are always the same."""
+        device = self.weight.device
+        if self.bucket.device == device:
+            return self.bucket
+        if device.type == "meta" or not runs_eagerly():
+            return self.bucket.to(device)
+        # a tensor of inference mode could not be kept for a gradient later
+        with torch.inference_mode(False):
+            self.bucket = self.bucket.to(device)
+        return self.bucket
 
     def forward(self) -> torch.Tensor:  # type: ignore[override]
         """The bias by distance: fp32 (float64 in a float64 model), [num_heads, 2 * max_distance + 1].
@@ -57,7 +73,7 @@ class CoLT5RelativePositionBias(nn.Embedding):
         Entry max_distance + d is the bias of a key d positions after its query. All distances from max_distance on
         share a bucket, so that clamped distances lose nothing.
         """
-        table = super().forward(self.bucket).transpose(0, 1).contiguous()
+        table = super().forward(self._bucket_beside_weight()).transpose(0, 1).contiguous()
         return table if table.dtype == torch.float64 else table.float()
 
 

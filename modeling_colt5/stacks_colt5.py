@@ -1,5 +1,6 @@
 """The two stacks, encoder and decoder, and what every CoLT5 model inherits: initialisation, tying, budgets."""
 
+import weakref
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -145,8 +146,6 @@ class CoLT5PreTrainedModel(PreTrainedModel):
             init.constant_(module.weight, factor)
         elif isinstance(module, CoLT5RelativePositionBias):
             init.normal_(module.weight, mean=0.0, std=factor * d_model)
-            # a model that is loaded begins without data
-            init.copy_(module.bucket, module.make_buckets())
         elif isinstance(module, CoLT5Router):
             if hasattr(module, "weight"):
                 init.normal_(module.weight, mean=0.0, std=factor * d_model)
@@ -176,13 +175,6 @@ class CoLT5PreTrainedModel(PreTrainedModel):
         # Transformers takes a module of custom code that holds no parameter of its own for initialised, and would
         # leave the layers here to the generic initialisation; the second argument says that this is not such code
         super()._initialize_weights(module, False)
-
-    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
-        """The tied weights: the stacks' embeddings always, the head where `tie_word_embeddings` says so."""
-        if all_submodels:
-            return super().get_expanded_tied_weights_keys(all_submodels=True)
-        tied: dict[str, str] = self._tied_weights_keys or {}
-        return {key: source for key, source in tied.items() if self.config.tie_word_embeddings or "lm_head" not in key}
 
     def set_routing_budget(
         self,
@@ -278,7 +270,32 @@ def _heavy_attentions_too(forward: Callable) -> Callable:
     return wrapper
 
 
-class CoLT5Encoder(CoLT5PreTrainedModel):
+class CoLT5Stack(CoLT5PreTrainedModel):
+    """What encoder and decoder share: the embedding, which in a whole model is the one of all its stacks."""
+
+    def __init__(self, config: CoLT5Config):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
+
+    def share_embedding_with(self, model: Any) -> None:
+        """Take the embedding `shared` of a whole model, and give that model whichever replaces it here."""
+        # weak: a model that its own stacks held would stay in memory until Python looks for such circles
+        self.__dict__["_model"] = weakref.ref(model)
+        if self.embed_tokens is not model.shared:
+            self.embed_tokens = model.shared
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        model = self.__dict__.get("_model", lambda: None)() if name == "embed_tokens" else None
+        if model is not None and model.shared is not value:
+            model.shared = value
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a copy belongs to the copied model, which says so itself
+        return {name: value for name, value in self.__dict__.items() if name != "_model"}
+
+
+class CoLT5Encoder(CoLT5Stack):
     """The encoder: conditional layers over the whole input (Ainslie et al. 2023)."""
 
     _can_record_outputs = {
@@ -290,7 +307,6 @@ class CoLT5Encoder(CoLT5PreTrainedModel):
 
     def __init__(self, config: CoLT5Config):
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
         buckets, distance = config.relative_attention_num_buckets, config.relative_attention_max_distance
         self.light_relative_attention_bias = CoLT5RelativePositionBias(config.num_light_heads, buckets, distance, True)
         if config.routing != "none":
@@ -389,7 +405,7 @@ class CoLT5Encoder(CoLT5PreTrainedModel):
         return self.final_layer_norm(hidden_states, None, plan.kernel_backend)[0]
 
 
-class CoLT5Decoder(CoLT5PreTrainedModel):
+class CoLT5Decoder(CoLT5Stack):
     """The decoder: T5's, with multi-query cross-attention to all of the encoder's output or to what was routed out of
     it, or causally routed; without an encoder a causal stack."""
 
@@ -402,7 +418,6 @@ class CoLT5Decoder(CoLT5PreTrainedModel):
 
     def __init__(self, config: CoLT5Config):
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
         buckets, distance = config.relative_attention_num_buckets, config.relative_attention_max_distance
         if config.causal_attention == "full":
             self.relative_attention_bias = CoLT5RelativePositionBias(config.num_heads, buckets, distance, False)

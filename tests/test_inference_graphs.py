@@ -218,10 +218,10 @@ def test_plain_layers_may_be_replayed(model):
     assert graphs._Parts(model.encoder).weights is not None
 
 
-def test_buffers_that_move_are_seen(model):
+def test_weights_that_move_are_seen(model):
     parts = graphs._Parts(model.encoder)
     bias = model.encoder.light_relative_attention_bias
-    bias.bucket.data = bias.bucket.clone()
+    bias.weight.data = bias.weight.clone()
     assert not parts.are_current()
     assert graphs._Parts(model.encoder).weights != parts.weights
 

@@ -92,7 +92,7 @@ def test_table_is_fp32_or_better_and_differentiable(dtype):
     assert torch.equal(bias.weight.grad, counts[:, None].expand(8, 2))
 
 
-def test_a_loaded_models_buckets_are_made_anew(tmp_path):
+def test_a_loaded_models_buckets_are_its_own(tmp_path):
     model = tiny_model(CoLT5EncoderModel)
     model.save_pretrained(tmp_path)
     assert not [name for name in model.state_dict() if "bucket" in name]

@@ -1,0 +1,138 @@
+"""The embedding that stacks and head share: trained in every way, kept by merging, saving and loading."""
+
+import copy
+import gc
+import pickle
+import weakref
+
+import pytest
+import torch
+from models import random_ids, tiny_config, tiny_model
+from torch import nn
+
+from modeling_colt5 import (
+    CoLT5EncoderModel,
+    CoLT5ForCausalLM,
+    CoLT5ForConditionalGeneration,
+    CoLT5ForSequenceClassification,
+)
+
+ALL = [CoLT5ForConditionalGeneration, CoLT5ForCausalLM, CoLT5ForSequenceClassification, CoLT5EncoderModel]
+
+
+def run(model, ids):
+    """What the model computes of ids, whichever its head."""
+    extra = {"decoder_input_ids": ids[:, :5]} if hasattr(model, "encoder") and hasattr(model, "decoder") else {}
+    outputs = model(input_ids=ids, **extra)
+    return outputs.logits if "logits" in outputs else outputs.last_hidden_state
+
+
+def assert_one_embedding(model):
+    for stack in model.stacks().values():
+        assert stack.embed_tokens is model.shared
+
+
+WAYS = {
+    "shared": {"modules_to_save": ["shared"]},
+    "embed_tokens": {"modules_to_save": ["embed_tokens"]},
+    "lm_head": {"modules_to_save": ["lm_head"]},
+    "embed_tokens and lm_head": {"modules_to_save": ["embed_tokens", "lm_head"]},
+    "tokens": {"trainable_token_indices": [4, 5, 6]},
+    "tokens of embed_tokens": {"trainable_token_indices": {"embed_tokens": [4, 5, 6]}},
+}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    ("model_class", "way"),
+    [(cls, way) for cls in ALL for way in WAYS if "lm_head" not in way or hasattr(cls(tiny_config()), "lm_head")],
+)
+@pytest.mark.filterwarnings("ignore:Input and output embeddings are no longer tied:UserWarning:peft")
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning:peft")
+def test_what_adapters_train_of_it_is_kept(model_class, tied, way, tmp_path):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    plain = tiny_model(model_class, tie_word_embeddings=tied)
+    ids = random_ids(2, 12)
+    ids[:, :3] = torch.tensor([4, 5, 6])
+    model = peft.get_peft_model(copy.deepcopy(plain), peft.LoraConfig(target_modules=["q"], r=2, **WAYS[way]))
+    assert_one_embedding(model.base_model.model)
+    run(model, ids).float().square().mean().backward()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad and "lora" not in name}
+    assert trained and all(p.grad is not None and p.grad.any() for p in trained.values())
+    with torch.no_grad():
+        for parameter in trained.values():
+            parameter.add_(torch.randn_like(parameter))
+        expected = run(model.eval(), ids)
+        model.save_pretrained(tmp_path / "adapter")
+        again = run(peft.PeftModel.from_pretrained(plain, tmp_path / "adapter").eval(), ids)
+        merged = model.merge_and_unload()
+        assert_one_embedding(merged)
+        merged.save_pretrained(tmp_path / "merged")
+        loaded = model_class.from_pretrained(tmp_path / "merged").eval()
+        # fp32, sums of some hundred products; merging adds LoRA's product to the weights first
+        scale = expected.abs().max()
+        for logits in (again, run(merged, ids), run(loaded, ids)):
+            assert (logits - expected).abs().max() <= 1e-4 * scale
+
+
+def test_one_replaced_by_a_stack_is_replaced_everywhere():
+    model = tiny_model()
+    model.decoder.set_input_embeddings(nn.Embedding(50, 32))
+    assert_one_embedding(model)
+    assert model.get_input_embeddings().num_embeddings == 50
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copys_embedding_is_its_own(copied):
+    model = tiny_model()
+    old, other = model.shared, copied(model)
+    other.encoder.embed_tokens = nn.Embedding(50, 32)
+    assert_one_embedding(other)
+    assert_one_embedding(model)
+    assert model.shared is old and other.shared.num_embeddings == 50
+
+
+def test_a_model_is_freed_at_once():
+    gc.collect()
+    gc.disable()
+    try:
+        model = CoLT5EncoderModel(tiny_config())
+        alive = weakref.ref(model.encoder.block[0])
+        del model
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_missing_names_of_a_saved_model_are_what_trainer_expects(tied, tmp_path):
+    """`Trainer` takes a checkpoint for complete that lacks just what the model leaves out at saving."""
+    model = tiny_model(tie_word_embeddings=tied)
+    weights = {
+        name: tensor for name, tensor in model.state_dict().items() if name not in model._keys_to_ignore_on_save
+    }
+    result = tiny_model(tie_word_embeddings=tied).load_state_dict(weights, strict=False)
+    assert set(result.missing_keys) == model._keys_to_ignore_on_save
+    assert ("lm_head.weight" in result.missing_keys) == tied
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("model_class", ALL)
+@pytest.mark.parametrize("way", ["to_empty", "assign", "assign without other names"])
+def test_a_model_without_data_is_filled(model_class, tied, way):
+    torch.manual_seed(0)
+    model = tiny_model(model_class, tie_word_embeddings=tied)
+    ids = random_ids(2, 40)
+    with torch.device("meta"):
+        other = model_class(tiny_config(tie_word_embeddings=tied)).eval()
+    weights = model.state_dict()
+    if way == "to_empty":
+        other.to_empty(device="cpu").load_state_dict(weights)
+    else:
+        if way != "assign":
+            weights = {name: t for name, t in weights.items() if name not in model._keys_to_ignore_on_save}
+        other.load_state_dict(weights, assign=True, strict=way == "assign")
+    with torch.no_grad():
+        # the same operations on the same numbers, at other addresses
+        torch.testing.assert_close(run(other, ids), run(model, ids), rtol=1e-5, atol=1e-5)
