@@ -116,9 +116,25 @@ class CoLT5EmbeddingModel(CoLT5PreTrainedModel):
 
     @property
     def _tied_weights_keys(self) -> dict[str, str] | None:
-        # the stacks' embedding is the module itself: nothing ties it
-        is_tied = hasattr(self, "lm_head") and self.config.tie_word_embeddings
-        return {"lm_head.weight": "shared.weight"} if is_tied else None
+        if not (hasattr(self, "lm_head") and self.config.tie_word_embeddings):
+            return None
+        # a pattern for the stacks' names: PEFT would tie modules that it finds by name, and these are `shared` itself
+        return {"lm_head.weight": "shared.weight", r"(en|de)coder\.embed_tokens\.weight": "shared.weight"}
+
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
+        """The names of `shared.weight` beside this one: the stacks' always, the head's where it is tied."""
+        names = [f"{name}.embed_tokens.weight" for name in self.stacks()]
+        if self._tied_weights_keys:
+            names.append("lm_head.weight")
+        return dict.fromkeys(names, "shared.weight")
+
+    def mark_tied_weights_as_initialized(self, loading_info: Any) -> None:
+        """As in Transformers, for the head alone: a mark on a stack's embedding would be one on `shared`, and where a
+        checkpoint has no embedding, nobody would make one."""
+        tied = self.all_tied_weights_keys
+        self.all_tied_weights_keys = {name: source for name, source in tied.items() if "embed_tokens" not in name}
+        super().mark_tied_weights_as_initialized(loading_info)
+        self.all_tied_weights_keys = tied
 
     @property
     def _keys_to_ignore_on_save(self) -> set[str]:
