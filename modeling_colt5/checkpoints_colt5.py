@@ -60,7 +60,8 @@ def kinds_of_layers(names: Iterable[str]) -> dict[str, set[str]]:
 def check_layers(model: PreTrainedModel, missing: set[str], unexpected: set[str], where: str) -> None:
     """Refuse a checkpoint that lacks a stack, or whose stack has layers of other kinds than the model's.
 
-    New heads, routers and further layers of the same kinds may begin with random weights, as Transformers reports.
+    New heads, routers and further layers of the same kinds may begin with random weights, as Transformers reports; so
+    may whatever is missing from a checkpoint of the model's own class.
 
     Args:
         model: the loaded model.
@@ -71,6 +72,8 @@ def check_layers(model: PreTrainedModel, missing: set[str], unexpected: set[str]
     Raises:
         ValueError: naming the stack and the class that was saved.
     """
+    if type(model).__name__ in (model.config.architectures or ()):
+        return
     names = {name for name, _ in model.named_parameters()}
     held = kinds_of_layers((names - missing) | unexpected)
     for stack, wanted in kinds_of_layers(names).items():

@@ -109,9 +109,12 @@ class CoLT5CrossAttention(CoLT5Attention):
             output, _ = eager_attention_forward(self, query, key, value, mask)
         else:
             output, weights = self.attend(query, key, value, None, mask)
-        output = rearrange(output, "b (h n) g d -> b n (g h d)", n=hidden_states.shape[1])
         if weights is not None:
+            # what is returned is what the output is made of, so that the loss has a gradient for it
             weights = rearrange(weights, "b g (h n) k -> b (g h) n k", n=hidden_states.shape[1])
+            by_group = rearrange(weights, "b (g h) n k -> b g (h n) k", g=groups)
+            output = torch.matmul(by_group, value).transpose(1, 2)
+        output = rearrange(output, "b (h n) g d -> b n (g h d)", n=hidden_states.shape[1])
         return self.o(output), weights
 
     def shorten_static_layer(self, cache: Cache) -> None:

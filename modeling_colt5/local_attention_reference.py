@@ -91,10 +91,16 @@ def local_attention_reference(
     block_mask = rearrange(real, "b n w -> (b n) 1 1 w") & in_band
 
     output, weights = attend(query, key, value, bias, block_mask)
-    output = rearrange(output, "(b n) l h d -> b (n l) h d", b=batch)[:, :length]
     if weights is not None:
-        weights = rearrange(weights, "(b n) h l w -> b h (n l) w", b=batch)[:, :, :length]
-        first = torch.arange(length, device=query.device) % BLOCK_LENGTH
-        band = first[:, None] + torch.arange(2 * radius + 1, device=query.device)
-        weights = weights.gather(-1, band.expand(*weights.shape[:3], -1))
+        # what is returned is what the output is made of, so that the loss has a gradient for it: the weights of the
+        # band, put back among those of the window
+        band = torch.arange(BLOCK_LENGTH, device=query.device)[:, None]
+        band = band + torch.arange(2 * radius + 1, device=query.device)
+        band = band.expand(*weights.shape[:2], -1, -1)
+        by_block = rearrange(weights.gather(-1, band), "(b n) h l w -> b h (n l) w", b=batch)
+        weights = by_block[:, :, :length]
+        by_block = rearrange(F.pad(weights, (0, 0, 0, pad)), "b h (n l) w -> (b n) h l w", l=BLOCK_LENGTH)
+        by_window = by_block.new_zeros(*by_block.shape[:-1], window).scatter(-1, band, by_block)
+        output = torch.matmul(by_window, value).transpose(1, 2)
+    output = rearrange(output, "(b n) l h d -> b (n l) h d", b=batch)[:, :length]
     return output, weights

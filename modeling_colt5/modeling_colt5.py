@@ -90,6 +90,8 @@ class CoLT5EmbeddingModel(CoLT5PreTrainedModel):
     it under all of them.
     """
 
+    all_tied_weights_keys: dict[str, str]
+
     def __init__(self, config: CoLT5Config):
         super().__init__(config)
         # adapters put other modules in its place

@@ -57,6 +57,21 @@ class CoLT5ClassificationHead(nn.Module):
         return self.out_proj(self.dropout(torch.tanh(self.dense(self.dropout(pooled)))))
 
 
+def _refuse_tensor_parallelism(
+    tp_plan: Any = None, tp_size: int | None = None, distributed_config: Any = None, **kwargs: Any
+) -> None:
+    asked = {"tp_plan": tp_plan, "tp_size": tp_size}
+    for name, value in asked.items():
+        inner = distributed_config.get(name) if isinstance(distributed_config, dict) else None
+        given = value if value is not None else getattr(distributed_config, name, inner)
+        # one process is no tensor parallelism
+        if given is not None and given != 1:
+            raise ValueError(
+                f"{name} is {given!r}; it must be None, as CoLT5 has no plan for tensor parallelism and would stay "
+                "whole on each device. FSDP2 shards it, and device_map spreads its layers"
+            )
+
+
 class CoLT5PreTrainedModel(PreTrainedModel):
     """What all CoLT5 models share: initialisation, tying, loading, and the budgets of a loaded model."""
 
@@ -90,8 +105,9 @@ class CoLT5PreTrainedModel(PreTrainedModel):
 
         Raises:
             ValueError: where the checkpoint lacks a stack of the model, or holds one with layers of other kinds; where
-                it names a class of a user's code and `trust_remote_code` is not True.
+                it names a class of a user's code and `trust_remote_code` is not True; for tensor parallelism.
         """
+        _refuse_tensor_parallelism(**kwargs)
         # an Auto class always gives both, and nothing else tells its calls from others
         if isinstance(config, PreTrainedConfig) and "adapter_kwargs" in kwargs:
             saved_class = cls._saved_class(pretrained_model_name_or_path, config, **kwargs)
