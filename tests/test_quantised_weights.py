@@ -6,17 +6,14 @@ import pytest
 import torch
 from models import random_ids, tiny_model
 from torch import nn
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, TorchAoConfig
 
 from modeling_colt5 import CoLT5ForCausalLM, CoLT5ForConditionalGeneration, CoLT5ForSequenceClassification
 
 MODELS = [CoLT5ForConditionalGeneration, CoLT5ForCausalLM, CoLT5ForSequenceClassification]
-# 4-bit weights come in groups of up to 64 inputs
-SIZES = {"d_model": 64, "d_kv": 16, "d_ff": 64, "light_d_ff": 64, "heavy_d_ff": 128}
-SIZES |= dict.fromkeys(("num_light_heads", "num_heavy_heads", "num_heads"), 4)
-# by bits, of the logits' spread: int8 rounds weights by less than a percent, int4 by some ten, and a token routed or not
-# changes a little; a wrong product changes as much as there is
-SPREAD = {8: 0.25, 4: 0.9}
+# 4-bit weights come in groups of up to 64 inputs and 32 outputs
+SIZES = {"d_model": 64, "d_kv": 32, "d_ff": 64, "light_d_ff": 64, "heavy_d_ff": 128}
+SIZES |= dict.fromkeys(("num_light_heads", "num_heavy_heads", "num_heads"), 2)
 
 
 def run(model, ids):
@@ -26,51 +23,78 @@ def run(model, ids):
         return model(input_ids=ids, **extra).logits
 
 
-def assert_near(small, plain, bits):
-    """A short input, and one long enough that plain weights are joined."""
+def assert_near(small, plain, spread):
+    """A short input, and one long enough that plain weights are joined: the logits differ by less than a part of their
+    standard deviation."""
     for length in (12, 300):
         ids = random_ids(2, length)
         expected = run(plain, ids)
-        assert (run(small, ids) - expected).std() < SPREAD[bits] * expected.std()
+        assert (run(small, ids) - expected).std() < spread * expected.std()
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def assert_rounds_weights_alone(small, plain):
+    """As a plain model whose weights are rounded alike, but for fp32 products in another order."""
+    rounded, weights = dict(copy.deepcopy(plain).named_modules()), 0
+    for name, part in small.named_modules():
+        if hasattr(getattr(part, "weight", None), "dequantize") and type(part.weight) is not nn.Parameter:
+            rounded[name].weight.data = part.weight.dequantize().float()
+            weights += 1
+    assert weights == sum(type(part) is nn.Linear for part in plain.modules())
+    assert_near(small, rounded[""], 1e-3)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:torch.quantize_per_tensor:UserWarning")
 @pytest.mark.parametrize("model_class", MODELS)
 def test_quantize_dynamic(model_class):
     torch.manual_seed(0)
     plain = tiny_model(model_class, **SIZES)
     small = torch.ao.quantization.quantize_dynamic(plain, {nn.Linear}, dtype=torch.qint8)
-    assert_near(small, plain, 8)
+    # activations are rounded too, by less than a percent, and a token routed or not changes a little; a wrong product
+    # would change as much as there is
+    assert_near(small, plain, 0.3)
 
 
 @pytest.mark.parametrize("model_class", MODELS)
 @pytest.mark.parametrize(
-    ("name", "bits"),
-    [("Int8WeightOnlyConfig", 8), ("Int8DynamicActivationInt8WeightConfig", 8), ("IntxWeightOnlyConfig", 4)],
+    "name", ["Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig", "IntxWeightOnlyConfig"]
 )
-def test_torchao(model_class, name, bits):
+def test_torchao(model_class, name):
     quantization = pytest.importorskip("torchao.quantization")
     torch.manual_seed(0)
     plain = tiny_model(model_class, **SIZES)
     fields = {}
-    if bits == 4:
+    if name == "IntxWeightOnlyConfig":
         fields = {"weight_dtype": torch.int4, "granularity": quantization.granularity.PerGroup(32)}
     small = copy.deepcopy(plain)
     quantization.quantize_(small, getattr(quantization, name)(**fields))
-    weights = [part.weight for part in small.modules() if type(part) is nn.Linear]
-    assert weights and not any(type(weight) is nn.Parameter for weight in weights)
-    assert_near(small, plain, bits)
+    if "Dynamic" in name:
+        assert_near(small, plain, 0.3)
+    else:
+        assert_rounds_weights_alone(small, plain)
 
 
-@pytest.mark.parametrize(("name", "bits"), [("qint8", 8), ("qint4", 4)])
-def test_quanto(name, bits):
+def test_torchao_by_transformers(tmp_path):
+    quantization = pytest.importorskip("torchao.quantization")
+    torch.manual_seed(0)
+    plain = tiny_model(**SIZES)
+    plain.save_pretrained(tmp_path)
+    config = TorchAoConfig(quantization.Int8WeightOnlyConfig())
+    small = type(plain).from_pretrained(tmp_path, quantization_config=config).eval()
+    # it leaves the head as it is
+    assert type(small.lm_head.weight) is nn.Parameter
+    assert type(small.encoder.block[0].layer[1].light_feed_forward.wi_0.weight) is not nn.Parameter
+    assert_near(small, plain, 0.3)
+
+
+@pytest.mark.parametrize("name", ["qint8", "qint4"])
+def test_quanto(name):
     quanto = pytest.importorskip("optimum.quanto")
     torch.manual_seed(0)
     plain = tiny_model(**SIZES)
     small = copy.deepcopy(plain)
     quanto.quantize(small, weights=getattr(quanto, name))
     quanto.freeze(small)
-    assert_near(small, plain, bits)
+    assert_rounds_weights_alone(small, plain)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -81,7 +105,8 @@ def test_bitsandbytes(bits, tmp_path):
     plain.save_pretrained(tmp_path)
     config = BitsAndBytesConfig(**{f"load_in_{bits}bit": True})
     small = type(plain).from_pretrained(tmp_path, quantization_config=config, device_map="cpu").eval()
-    assert_near(small, plain, bits)
+    # 4 bits round weights by some ten percent
+    assert_near(small, plain, 0.3 if bits == 8 else 1.0)
 
 
 @pytest.mark.parametrize("asked", [{"tp_plan": "auto"}, {"tp_size": 2}])
