@@ -54,6 +54,17 @@ def _with_encoder_decoder(config: CoLT5Config, is_encoder_decoder: bool) -> CoLT
 class CoLT5GenerationMixin(GenerationMixin):
     """`generate`, with the masks of a causally routed decoder, which reads no mask of queries and keys."""
 
+    def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As of every model that generates; takes a cache under either of its names.
+
+        Raises:
+            TypeError: for one under both.
+        """
+        given = one_cache(kwargs.pop("cache", None), kwargs.pop("past_key_values", None))
+        if given is not None:
+            kwargs[CACHE] = given
+        return super().generate(inputs, *args, **kwargs)
+
     @staticmethod
     def create_masks_for_generate(
         config: CoLT5Config, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs: Any

@@ -2,14 +2,20 @@
 
 import pytest
 import torch
+import transformers
 from models import pad, random_ids, tiny_model
 from rounding import assert_same_but_for_rounding
 from transformers.utils import is_kernels_available
+from transformers.utils.import_utils import KERNELS_MAX_VERSION, KERNELS_MIN_VERSION
 
 from modeling_colt5 import CoLT5EncoderModel, routing
 from modeling_colt5.router_colt5 import CoLT5Routing, CoLT5RoutingTriton, TritonLayers
 
-needs_kernels = pytest.mark.skipif(not is_kernels_available(), reason="Transformers uses no installed `kernels`")
+needs_kernels = pytest.mark.skipif(
+    not is_kernels_available(),
+    reason=f"transformers {transformers.__version__} takes kernels from {KERNELS_MIN_VERSION} to below "
+    f"{KERNELS_MAX_VERSION}, and no such one is installed",
+)
 
 
 def forwards(model: torch.nn.Module) -> set[object]:

@@ -92,11 +92,28 @@ def test_every_way_to_generate_is_greedy_where_it_should_be(fields: dict[str, st
     beams = model.generate(ids.repeat(2, 1), **settings, num_beams=3)
     assert torch.equal(beams[0], beams[1])
     output = model.generate(ids, **settings, return_dict_in_generate=True)
-    cache = cache_of(output, CACHE)
-    if not is_encoder_decoder:
-        # continued with the cache of the tokens so far, by the release's own name for it
-        longer = model.generate(output.sequences, **settings, **{CACHE: cache})
-        assert torch.equal(longer, model.generate(output.sequences, **settings))
+    assert cache_of(output, CACHE) is not None
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("fields", [{}, ROUTED], ids=["full", "routed"])
+@pytest.mark.parametrize("is_encoder_decoder", [True, False])
+def test_generation_goes_on_with_a_cache_under_either_name(
+    fields: dict[str, str], is_encoder_decoder: bool, name: str
+) -> None:
+    model = tiny_model(CoLT5ForConditionalGeneration if is_encoder_decoder else CoLT5ForCausalLM, **fields)
+    ids = random_ids(1, 12)
+    settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    output = model.generate(ids, **settings, return_dict_in_generate=True)
+    inputs = {"input_ids": output.sequences}
+    if is_encoder_decoder:
+        # Transformers tells by the mask that the cache has the first of these tokens already
+        mask = torch.ones_like(output.sequences)
+        inputs = {"input_ids": ids, "decoder_input_ids": output.sequences, "decoder_attention_mask": mask}
+    longer = model.generate(**inputs, **settings, **{name: output[CACHE]})
+    assert torch.equal(longer, model.generate(**inputs, **settings))
+    with pytest.raises(TypeError, match="cache and past_key_values are both given"):
+        model.generate(**inputs, cache=output[CACHE], past_key_values=output[CACHE])
 
 
 def test_static_cache_of_a_routed_decoder_cannot_be_cropped() -> None:
