@@ -185,7 +185,8 @@ def routed_layer(cache: Cache | None, layer_idx: int) -> Any:
     if cache is None:
         return None
     layer = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
-    if not isinstance(layer, _RoutedState):
+    # by its type's name: where another copy of this code is loaded too, Transformers makes caches of the newest copy's
+    if getattr(layer, "_layer_type", None) != LAYER_TYPE:
         raise TypeError(
             f"layer {layer_idx} of the cache is {layer!r}; a decoder with causal_attention 'local' or 'routed' needs "
             "a cache that was made for it, such as DynamicCache(config=model.config)"

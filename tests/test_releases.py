@@ -1,14 +1,21 @@
 """One code base under every release of Transformers: the cache by both its names, all caches, all ways to generate."""
 
+import importlib.util
 from typing import Any
 
 import pytest
 import torch
 import transformers
 from models import checkpoint_activations, random_ids, tiny_model
-from transformers import DynamicCache, EncoderDecoderCache, StaticCache
+from transformers import DynamicCache, EncoderDecoderCache, StaticCache, cache_utils
 
-from modeling_colt5 import CoLT5ForCausalLM, CoLT5ForConditionalGeneration, CoLT5Model, release_colt5
+from modeling_colt5 import (
+    CoLT5ForCausalLM,
+    CoLT5ForConditionalGeneration,
+    CoLT5Model,
+    causal_cache_colt5,
+    release_colt5,
+)
 from modeling_colt5.release_colt5 import CACHE
 
 ROUTED = {"causal_attention": "routed", "causal_feed_forward": "routed"}
@@ -162,3 +169,20 @@ def test_release_newer_than_tested_is_warned_of(monkeypatch: pytest.MonkeyPatch)
         assert bool(said) is warns, version
         if warns:
             assert f"5.17 to {major}.{minor}" in said[0] and version in said[0]
+
+
+def test_caches_of_another_copy_of_the_code_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Transformers makes cache layers by the name of their type, of the copy that was imported last: a model from the
+    Hub beside the package brings such a copy."""
+    ids = random_ids(2, 9)
+    model = tiny_model(CoLT5ForCausalLM, **ROUTED)
+    expected = model.generate(ids, max_new_tokens=4, do_sample=False)
+    for mapping in (cache_utils.DYNAMIC_LAYER_TYPE_MAPPING, cache_utils.STATIC_LAYER_TYPE_MAPPING):
+        # to be put back afterwards
+        monkeypatch.setitem(mapping, causal_cache_colt5.LAYER_TYPE, mapping[causal_cache_colt5.LAYER_TYPE])
+    spec = importlib.util.spec_from_file_location("another_copy", causal_cache_colt5.__file__)
+    assert spec is not None and spec.loader is not None
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
+    assert not isinstance(layers[0], causal_cache_colt5.CoLT5DynamicRoutedLayer)
+    assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False), expected)
