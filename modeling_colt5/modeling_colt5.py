@@ -386,6 +386,8 @@ class CoLT5ForConditionalGeneration(CoLT5Seq2SeqPreTrainedModel, CoLT5Generation
         if kwargs.get("encoder_outputs") is not None:
             # Transformers repeats its rows in place for beams, which a second call with the same output would notice
             kwargs["encoder_outputs"] = CoLT5EncoderOutput(**as_encoder_output(kwargs["encoder_outputs"]))
+        # Trainer hands over whole batches, and Transformers would pass these on to the encoder
+        kwargs.pop("labels", None)
         return super().generate(inputs, *args, **kwargs)
 
     def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:

@@ -172,9 +172,6 @@ def test_evaluation_with_routing_in_the_output(model_class: type[nn.Module], tmp
     trainer = Trainer(model=model, args=args, data_collator=collate, eval_dataset=data)
     found = trainer.predict(data)
     predictions = found.predictions
-    if model_class is CoLT5ForConditionalGeneration:
-        # the encoder's last hidden state stays, as in T5
-        predictions = predictions[0]
     shape = predictions[0].shape if isinstance(predictions, tuple) else predictions.shape
     assert shape[0] == len(data)
     assert torch.isfinite(torch.tensor(found.metrics["test_loss"]))
