@@ -169,7 +169,8 @@ def main(root: str, extent: str) -> None:
             one module where it is the same.
         extent: "some" or "all" of the Auto classes and checkpoints.
     """
-    hub_steps.Hidden(["modeling_colt5", "triton"])
+    # where PyTorch has found triton, torchao does not do without it
+    hub_steps.Hidden(["modeling_colt5", "triton", "torchao"])
     kinds, auto_classes = KINDS, list(hub_steps.AUTO_CLASSES)
     if extent == "some":
         kinds = ["CoLT5ForConditionalGeneration", "CoLT5ForTokenClassification", "CoLT5ForCausalLM", "ScoreModel"]

@@ -265,7 +265,8 @@ def code_only(out: str, where: str, target: str, *others: str) -> None:
         target: where they go after a step of fine-tuning.
         others: repositories that hold one head or the tokenizer alone.
     """
-    Hidden(["modeling_colt5", "triton"])
+    # where PyTorch has found triton, torchao does not do without it
+    Hidden(["modeling_colt5", "triton", "torchao"])
     outputs = load_all(where, "transformers_modules")
     outputs["fine-tuned"] = fine_tune(where, target)
     names_no_origin(where, tempfile.mkdtemp(dir=Path(out).parent))

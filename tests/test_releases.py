@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from models import checkpoint_activations, random_ids, tiny_model
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache, cache_utils
 
@@ -164,7 +163,7 @@ def test_release_newer_than_tested_is_warned_of(monkeypatch: pytest.MonkeyPatch)
     tested, newer = (f"{major}.{minor}.3", f"{major}.17.0"), (f"{major}.{minor + 1}.0.dev0", f"{major + 1}.0.0")
     for version, warns in [(version, False) for version in tested] + [(version, True) for version in newer]:
         said.clear()
-        monkeypatch.setattr(transformers, "__version__", version)
+        monkeypatch.setattr(release_colt5.transformers, "__version__", version)
         release_colt5.warn_of_untested_release()
         assert bool(said) is warns, version
         if warns:
