@@ -162,7 +162,7 @@ def routing_jobs(quick: bool) -> None:
                 for solver in ("exact", "coordinate_descent"):
                     if not routing_triton.kernels_take(n, solver, scores.device):
                         continue
-                    for soft in (None, torch.empty(3)):
+                    for soft in (torch.empty(3),) if quick else (None, torch.empty(3)):
                         budget, capacity = torch.empty(3, dtype=torch.int64), max(1, n // 8)
                         settings = (solver, 1.0, 50, 1.0, 1.0)
                         routed = routing_triton.route_forward(scores, budget, soft, *masks, capacity, 9 / 8, *settings)
@@ -175,7 +175,7 @@ def causal_jobs(quick: bool) -> None:
         for dtype in (torch.float32,) if quick else (torch.float32, torch.bfloat16):
             scores = torch.empty(2, 3, window, dtype=dtype)
             total, handed = torch.empty(2, dtype=torch.int64), torch.empty(2, 2)
-            for past in ((total, handed), (None, None)):
+            for past in ((total, handed),) if quick else ((total, handed), (None, None)):
                 gates = causal_gates_triton.causal_gates(
                     scores, past[0], total, past[1], window // 16, window // 12, 5.0, 1.0, True
                 )
@@ -184,11 +184,12 @@ def causal_jobs(quick: bool) -> None:
                 )
     for window, size in ((4096, 4096),) if quick else ((128, 128), (512, 1024), (4096, 4096)):
         scores, initial = torch.empty(2, 3 * window), torch.empty(2, size)
-        for known in ((initial, torch.empty(2, size, dtype=torch.bool)), (None, None)):
+        given = (initial, torch.empty(2, size, dtype=torch.bool))
+        for known in (given,) if quick else (given, (None, None)):
             pooled = causal_pools_triton.pool_candidates(scores, *known, window, size)
             causal_pools_triton.pool_candidates_backward(pooled[0], *pooled[1:], window, size)
     for heads, d_kv in ((16, 128),) if quick else ((1, 64), (12, 64), (16, 128), (4, 16)):
-        for dtype in (torch.bfloat16, torch.float32):
+        for dtype in (torch.float32,) if quick else (torch.bfloat16, torch.float32):
             states = torch.empty(2, 96, heads, d_kv, dtype=dtype)
             indices, weights = torch.empty(2, 4, 16, dtype=torch.int64), torch.empty(2, 4, 16)
             valid, following = weights.bool(), torch.empty(2, 4, 48, dtype=torch.int32)
@@ -207,15 +208,15 @@ def token_jobs(quick: bool) -> None:
             slots = torch.empty(2, 16, d, dtype=dtype)
             for routers in (3,) if quick else (0, 1, 2, 3):
                 vectors = torch.empty(routers, d) if routers else None
-                for branches in ((None,) * 5, (states, slots, *routing)):
+                for branches in ((states, slots, *routing),) if quick else ((None,) * 5, (states, slots, *routing)):
                     normed = token_norm_triton.combine_norm(states, *branches, norm, vectors, 1e-6, None)
                     scores = normed[3] if routers else None
-                    for gradient in (states, None):
+                    for gradient in (states,) if quick else (states, None):
                         token_norm_triton.norm_backward(gradient, states, scores, states, normed[2], norm, vectors)
-            for base, light in ((states, states), (states, None), (None, None)):
-                for second in ((None,) * 4, (slots, *routing)):
+            for base, light in ((states, states),) if quick else ((states, states), (states, None), (None, None)):
+                for second in ((slots, *routing),) if quick else ((None,) * 4, (slots, *routing)):
                     token_rows_triton.combine(base, light, slots, *routing, *second, 96)
-            for second in ((None,) * 3, routing):
+            for second in (routing,) if quick else ((None,) * 3, routing):
                 token_rows_triton.gather(states, *routing, *second)
             token_rows_triton.gather_dot(states, slots, *routing)
             gated_gelu_triton.gated_gelu(states, states)
