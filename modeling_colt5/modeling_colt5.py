@@ -1,7 +1,7 @@
 """The Hugging Face models of CoLT5: encoder–decoder, encoder, causal decoder, and the heads on them."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from .call_inputs_colt5 import (
     read_arguments,
 )
 from .configuration_colt5 import CoLT5Config, check_config
+from .kernel_backend import runs_eagerly
 from .outputs_colt5 import (
     CoLT5CausalLMOutput,
     CoLT5EncoderOutput,
@@ -122,6 +123,35 @@ class CoLT5EmbeddingModel(CoLT5PreTrainedModel):
         super().__setattr__(name, value)
         if name == "shared":
             self.share_embedding()
+        if name in ("shared", "lm_head"):
+            self._part_from_adapted()
+
+    def _part_from_adapted(self) -> None:
+        """Give a tied head a weight of its own while it or the embedding is an adapter, and the common one again once
+        neither is and they are still equal. Merging adds to a weight in place: in a common one, to both."""
+        head = getattr(self, "lm_head", None)
+        if head is None or not self.config.tie_word_embeddings:
+            return
+        if type(self.shared) is nn.Embedding and type(head) is nn.Linear:
+            one, other = self.shared.weight, head.weight
+            has_data = runs_eagerly() and not (one.is_meta or other.is_meta)
+            if one is not other and has_data and one.shape == other.shape and torch.equal(one, other):
+                head.weight = one
+            return
+        inner = next((part for part in head.modules() if type(part) is nn.Linear), None)
+        if inner is not None and any(inner.weight is weight for weight in self.shared.parameters()):
+            inner.weight = nn.Parameter(inner.weight.detach().clone(), inner.weight.requires_grad)
+
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """PyTorch's, and the embedding under its names in the stacks too, by which adapters may look for it."""
+        memo = set() if memo is None else memo
+        is_new = self not in memo
+        yield from super().named_modules(memo, prefix, remove_duplicate)
+        if remove_duplicate and is_new:
+            for name in self.stacks():
+                yield f"{prefix}{'.' if prefix else ''}{name}.embed_tokens", self.shared
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

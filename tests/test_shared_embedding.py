@@ -9,6 +9,7 @@ import pytest
 import torch
 from models import random_ids, tiny_config, tiny_model
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from modeling_colt5 import (
     CoLT5EncoderModel,
@@ -39,6 +40,13 @@ WAYS = {
     "embed_tokens and lm_head": {"modules_to_save": ["embed_tokens", "lm_head"]},
     "tokens": {"trainable_token_indices": [4, 5, 6]},
     "tokens of embed_tokens": {"trainable_token_indices": {"embed_tokens": [4, 5, 6]}},
+    "tokens of embed_tokens and lm_head": {
+        "trainable_token_indices": {"embed_tokens": [4, 5, 6], "lm_head": [4, 5, 6]}
+    },
+    "products for shared": {"target_modules": ["q", "shared"]},
+    "products for embed_tokens": {"target_modules": ["q", "embed_tokens"]},
+    "products for lm_head": {"target_modules": ["q", "lm_head"]},
+    "products for embed_tokens and lm_head": {"target_modules": ["q", "embed_tokens", "lm_head"]},
 }
 
 
@@ -48,18 +56,21 @@ WAYS = {
     [(cls, way) for cls in ALL for way in WAYS if "lm_head" not in way or hasattr(cls(tiny_config()), "lm_head")],
 )
 @pytest.mark.filterwarnings("ignore:Input and output embeddings are no longer tied:UserWarning:peft")
-@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning:peft")
+@pytest.mark.filterwarnings("ignore:Model (has|with) `tie_word_embeddings=True`:UserWarning:peft")
 def test_what_adapters_train_of_it_is_kept(model_class, tied, way, tmp_path):
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
     plain = tiny_model(model_class, tie_word_embeddings=tied)
     ids = random_ids(2, 12)
     ids[:, :3] = torch.tensor([4, 5, 6])
-    model = peft.get_peft_model(copy.deepcopy(plain), peft.LoraConfig(target_modules=["q"], r=2, **WAYS[way]))
+    model = peft.get_peft_model(copy.deepcopy(plain), peft.LoraConfig(**{"target_modules": ["q"], "r": 2} | WAYS[way]))
     assert_one_embedding(model.base_model.model)
     run(model, ids).float().square().mean().backward()
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad and "lora" not in name}
-    assert trained and all(p.grad is not None and p.grad.any() for p in trained.values())
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad and ("shared" in n or "lm_head" in n)}
+    # one of the two factors of a product begins at 0, and its partner's gradient with it
+    assert (
+        trained and all(p.grad is not None for p in trained.values()) and any(p.grad.any() for p in trained.values())
+    )
     with torch.no_grad():
         for parameter in trained.values():
             parameter.add_(torch.randn_like(parameter))
@@ -74,6 +85,30 @@ def test_what_adapters_train_of_it_is_kept(model_class, tied, way, tmp_path):
         scale = expected.abs().max()
         for logits in (again, run(merged, ids), run(loaded, ids)):
             assert (logits - expected).abs().max() <= 1e-4 * scale
+
+
+@pytest.mark.filterwarnings("ignore:Model (has|with) `tie_word_embeddings=True`:UserWarning:peft")
+def test_a_tied_head_is_tied_again_when_an_adapter_is_taken_off():
+    peft = pytest.importorskip("peft")
+    model = tiny_model(tie_word_embeddings=True)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["shared"], r=2))
+    assert not any(p is q for p in model.shared.parameters() for q in model.lm_head.parameters())
+    adapted.unload()
+    assert model.lm_head.weight is model.shared.weight
+
+
+def test_a_second_adapter_finds_it_under_a_stacks_name():
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["embed_tokens"], r=2)
+    model = peft.get_peft_model(tiny_model(), config)
+    model.add_adapter("second", config)
+    assert set(model.base_model.model.shared.lora_embedding_A) == {"default", "second"}
+
+
+def test_a_model_can_be_made_of_fake_tensors():
+    with FakeTensorMode():
+        model = CoLT5ForConditionalGeneration(tiny_config(tie_word_embeddings=True))
+    assert model.lm_head.weight is model.shared.weight
 
 
 def test_one_replaced_by_a_stack_is_replaced_everywhere():
