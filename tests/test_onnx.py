@@ -60,10 +60,10 @@ def test_one_onnx_encoder_serves_every_length_and_batch(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("attention", ("eager", "sdpa"))
 @pytest.mark.parametrize("model_class", ENCODER_HEADS)
-def test_heads_in_onnx(model_class, attention, tmp_path):
-    check_exported(tiny_model(model_class, attn_implementation=attention), tmp_path)
+def test_heads_in_onnx(model_class, tmp_path):
+    """With "eager" attention: "sdpa" is not exported to ONNX yet."""
+    check_exported(tiny_model(model_class, attn_implementation="eager"), tmp_path)
 
 
 @pytest.mark.slow
