@@ -117,8 +117,8 @@ class CoLT5PreTrainedModel(PreTrainedModel):
         model, info = super().from_pretrained(
             pretrained_model_name_or_path, *model_args, config=config, output_loading_info=True, **kwargs
         )
-        # without a name there is no checkpoint, but a state dict that is as the caller wants it; and who ignores weights
-        # of other sizes wants random ones in their place
+        # without a name there is no checkpoint, but a state dict that is as the caller wants it; and who ignores
+        # weights of other sizes wants random ones in their place
         if pretrained_model_name_or_path is not None and not kwargs.get("ignore_mismatched_sizes"):
             missing, unexpected = set(info["missing_keys"]), set(info["unexpected_keys"])
             check_layers(model, missing, unexpected, str(pretrained_model_name_or_path))
