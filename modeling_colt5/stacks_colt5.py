@@ -360,8 +360,6 @@ class CoLT5Encoder(CoLT5Stack):
             ValueError: for both or neither of ids and embeddings, no row or no token, or another shape of anything.
         """
         _refuse_jit_trace()
-        # `generate` hands an encoder what the whole model reads, and Seq2SeqTrainer gives it the labels
-        kwargs.pop("labels", None)
         kwargs = read_arguments(self, kwargs, attention_mask=attention_mask)
         warn_of_missing_attentions(self, kwargs)
         hidden_states = self.dropout(embed(self, input_ids, inputs_embeds))

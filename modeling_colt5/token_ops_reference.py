@@ -1,9 +1,9 @@
 """The memory-bound operations around an encoder layer's two branches, in PyTorch.
 
-They are what runs on CPUs and in float64, and what every kernel of `token_ops_triton.py`, of the same name and
-signature, is tested against. The forward ones are plain differentiable PyTorch; the backward ones write their
-gradients out. `indices`, `valid` and `weights` are a routing's, each `[batch, k]`, as in docs/architecture.md:
-positions ascending over the used slots, which come first.
+They are what runs on CPUs and in float64, and what the kernels of `token_norm_triton.py` and `token_rows_triton.py`,
+of the same names and signatures, are tested against. The forward ones are plain differentiable PyTorch; the backward
+ones write their gradients out. `indices`, `valid` and `weights` are a routing's, each `[batch, k]`, as in
+docs/architecture.md: positions ascending over the used slots, which come first.
 """
 
 import torch
