@@ -27,6 +27,12 @@ class CoLT5CrossRouting(nn.Module):
         self.routers = nn.ModuleList(
             CoLT5Router(config, first_seed + i) for i in range(config.num_decoder_layers * self.num_routers)
         )
+        self.dense_start: torch.Tensor | None = None
+
+    @property
+    def progress(self) -> torch.Tensor | None:
+        """fp32 [], how far a dense start has come in this call; None for the configured budget."""
+        return self.dense_start if self.training else None
 
     def forward(
         self, memory: torch.Tensor, mask: torch.Tensor | None
@@ -42,7 +48,7 @@ class CoLT5CrossRouting(nn.Module):
             and what each layer's routers chose.
         """
         routers: tuple[Any, ...] = tuple(self.routers)
-        plan, budget = RoutingPlan.for_memory(self.config, memory, mask, len(routers))
+        plan, budget = RoutingPlan.for_memory(self.config, memory, mask, len(routers), self.progress)
         weights, scores = router_weights(*routers), None
         if weights is not None:
             # autocast would take the scores' product in half precision
@@ -62,5 +68,6 @@ class CoLT5CrossRouting(nn.Module):
     def used_slots(self, memory: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """Which slots hold a token, bool [batch, slots]: the same in all layers and routers, as used slots come first,
         and known from the memory's mask alone, so that it need not be kept with the cached keys and values."""
-        slots = torch.arange(memory_slots(self.config, memory), device=memory.device)
+        number = memory.shape[1] if self.progress is not None else memory_slots(self.config, memory)
+        slots = torch.arange(number, device=memory.device)
         return slots < real_lengths(memory, mask)[:, None]

@@ -91,7 +91,8 @@ class CoLT5CrossAttention(CoLT5Attention):
             states = project(encoder_hidden_states, self.k, self.v)
             key, value = map(self.split_routers, states)
             if cache is not None:
-                if self.is_routed:
+                # a dense start, which is for training alone, routes more than the budget
+                if self.is_routed and not self.training:
                     self.shorten_static_layer(cache.cross_attention_cache)
                 key, value = cache.cross_attention_cache.update(key, value, self.layer_idx)
                 cache.is_updated[self.layer_idx] = True

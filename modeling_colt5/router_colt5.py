@@ -34,6 +34,25 @@ class RoutingBudget:
     mask: torch.Tensor | None
     soft_budget: torch.Tensor | None = None
 
+    @classmethod
+    def of_dense_start(
+        cls,
+        states: torch.Tensor,
+        mask: torch.Tensor | None,
+        fractions: tuple[float | torch.Tensor, ...],
+        soft_topk_ratio: float,
+        progress: torch.Tensor,
+    ) -> "RoutingBudget":
+        """All real tokens of states [batch, n, d_model], for routers whose own budgets have these fractions: the other
+        arguments are those of `dense_start_budget`."""
+        lengths = real_lengths(states, mask)
+        return cls(
+            lengths.repeat(len(fractions)),
+            (states.shape[1],) * len(fractions),
+            None if mask is None else mask.repeat(len(fractions), 1),
+            dense_start_budget(lengths, fractions, soft_topk_ratio, progress),
+        )
+
     def to(self, device: torch.device, non_blocking: bool = False) -> "RoutingBudget":
         """The same on another device."""
 
@@ -62,14 +81,14 @@ DENSE_SHARE = 0.9
 
 
 def dense_start_budget(
-    lengths: torch.Tensor, fractions: tuple[float, ...], soft_topk_ratio: float, progress: torch.Tensor
+    lengths: torch.Tensor, fractions: tuple[float | torch.Tensor, ...], soft_topk_ratio: float, progress: torch.Tensor
 ) -> torch.Tensor:
     """What the weights of a row sum to during a dense start: from `DENSE_SHARE` of its tokens at progress 0, in equal
     factors, to the soft top-k of the router's own budget at progress 1.
 
     Args:
         lengths: int64 [batch], real tokens of each row.
-        fractions: the budget's fraction of each router.
+        fractions: the budget's fraction of each router; fp32 [batch] where it differs from row to row.
         soft_topk_ratio: size of the soft top-k over the budget.
         progress: fp32 [], from 0 to 1.
 
@@ -168,17 +187,10 @@ class RoutingPlan:
         feed_forward = config.routed_feed_forward_fraction
         if config.routing == "learned" and dense_start is not None:
             plan.dense_start = dense_start
-            lengths = real_lengths(hidden_states, mask)
-
-            def everything(*fractions: float) -> RoutingBudget:
-                return RoutingBudget(
-                    lengths.repeat(len(fractions)),
-                    (length,) * len(fractions),
-                    None if mask is None else mask.repeat(len(fractions), 1),
-                    dense_start_budget(lengths, fractions, config.soft_topk_ratio, dense_start),
-                )
-
-            plan.attention, plan.feed_forward = everything(query, key_value), everything(feed_forward)
+            plan.attention, plan.feed_forward = (
+                RoutingBudget.of_dense_start(hidden_states, mask, fractions, config.soft_topk_ratio, dense_start)
+                for fractions in ((query, key_value), (feed_forward,))
+            )
             return plan
         # routers of one fraction share their budget
         each = dict.fromkeys((query, key_value, feed_forward))
@@ -223,18 +235,30 @@ class RoutingPlan:
 
     @classmethod
     def for_memory(
-        cls, config: CoLT5Config, memory: torch.Tensor, mask: torch.Tensor | None, num_routers: int
+        cls,
+        config: CoLT5Config,
+        memory: torch.Tensor,
+        mask: torch.Tensor | None,
+        num_routers: int,
+        dense_start: torch.Tensor | None = None,
     ) -> tuple["RoutingPlan", RoutingBudget]:
         """The plan and the budget of all routers of routed cross-attention to a memory [batch, n, d_model]: each takes
-        `routed_cross_key_values` of a row's real tokens, or all where the row has no more."""
+        `routed_cross_key_values` of a row's real tokens, or all where the row has no more.
+
+        `dense_start` is fp32 [], how far a dense start has come, in which all are taken; None for the budget.
+        """
         kernel_backend = "triton" if uses_triton(memory, config.kernel_backend) else "torch"
-        slots = memory_slots(config, memory)
-        budget = RoutingBudget(
-            real_lengths(memory, mask).clamp(max=slots).repeat(num_routers),
+        plan = cls(mask, kernel_backend, False, route_settings(config, kernel_backend), dense_start=dense_start)
+        slots, lengths = memory_slots(config, memory), real_lengths(memory, mask)
+        if dense_start is not None:
+            fraction = lengths.clamp(max=slots) / lengths.clamp(min=1)
+            fractions = (fraction,) * num_routers
+            return plan, RoutingBudget.of_dense_start(memory, mask, fractions, config.soft_topk_ratio, dense_start)
+        return plan, RoutingBudget(
+            lengths.clamp(max=slots).repeat(num_routers),
             (slots,) * num_routers,
             None if mask is None else mask.expand(num_routers, -1, -1).flatten(0, 1),
         )
-        return cls(mask, kernel_backend, False, route_settings(config, kernel_backend)), budget
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "RoutingPlan":
         """The same on another device; Accelerate calls it where a device map spreads the blocks."""

@@ -143,7 +143,8 @@ class RouterHealthCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
         """Find the encoder, and wait for the first batch."""
-        self._encoder = next((part for part in model.modules() if hasattr(part, "dense_start")), None)
+        # by name: a model with code of the Hub has classes of its own
+        self._encoder = next((part for part in model.modules() if type(part).__name__ == "CoLT5Encoder"), None)
         if self._encoder is None or not learned_routers(self._encoder):
             return
         # before the dense start's own hook, which cuts the batch

@@ -230,12 +230,13 @@ class CoLT5PreTrainedModel(PreTrainedModel):
             setattr(self.config, name, budget)
 
     def set_dense_start(self, progress: float | None) -> None:
-        """Train the routers of the encoder before they choose: see docs/routers.md.
+        """Train the routers of the encoder, and of the cross-attention, before they choose: see docs/routers.md.
 
         While the model is in training mode, every token takes the heavy branches, and its weight says how much of them
-        it receives. At progress 0 the weights are near 1 and constant. From there to 1 they shrink until they sum to
-        the configured budgets, and the routers have a gradient. In evaluation mode, and after None, routing is the
-        paper's. Nothing of this is saved. `DenseStart` of dense_start.py calls it at every step of a training run.
+        it receives; routed cross-attention reads every token, times its weight. At progress 0 the weights are near 1
+        and constant. From there to 1 they shrink until they sum to the configured budgets, and the routers have a
+        gradient. In evaluation mode, and after None, routing is the paper's. Nothing of this is saved. `DenseStart` of
+        dense_start.py calls it at every step of a training run.
 
         Args:
             progress: from 0 to 1, or None to end the dense start.
@@ -243,22 +244,23 @@ class CoLT5PreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: for a number outside of that, or a model without learned routers in an encoder.
         """
-        encoders = [module for module in self.modules() if isinstance(module, CoLT5Encoder)]
-        if not encoders or self.config.routing != "learned":
+        parts = [module for module in self.modules() if isinstance(module, CoLT5Encoder | CoLT5CrossRouting)]
+        if not any(isinstance(part, CoLT5Encoder) for part in parts) or self.config.routing != "learned":
             raise ValueError(
                 f"{type(self).__name__} with routing={self.config.routing!r} has no learned routers in an encoder; "
                 "a dense start needs them"
             )
         if progress is not None and not 0 <= progress <= 1:
             raise ValueError(f"progress is {progress}; it must be None, or a number from 0 to 1")
-        for encoder in encoders:
+        for part in parts:
+            device = next(part.parameters()).device
             if progress is None:
-                encoder.dense_start = None
-            elif encoder.dense_start is None or encoder.dense_start.device != encoder.device:
-                encoder.dense_start = torch.tensor(float(progress), device=encoder.device)
+                part.dense_start = None
+            elif part.dense_start is None or part.dense_start.device != device:
+                part.dense_start = torch.tensor(float(progress), device=device)
             else:
                 # in place, for whom a captured step reads it
-                encoder.dense_start.fill_(progress)
+                part.dense_start.fill_(progress)
 
     @property
     def dummy_inputs(self) -> dict[str, torch.Tensor]:
