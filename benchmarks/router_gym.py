@@ -4,14 +4,20 @@
     python benchmarks/router_gym.py --tasks facts --seeds 0 1   # of these alone
     python benchmarks/router_gym.py --seconds 0                 # the table and the picture from what is there
 
-A run is one task, arm, length, budget and seed: `CoLT5ForTokenClassification` of three layers, trained on inputs that
-are drawn anew at every step. Its line is added to results/router_gym.jsonl; no run that has a line is done again. On
-a GPU a training step is a CUDA graph, and several runs share the card (`--lanes`).
+A run is one task, arm, length, budget and seed: `CoLT5ForTokenClassification` of three layers, in the task "cross"
+`CoLT5ForConditionalGeneration` with two layers of decoder besides, trained on inputs that are drawn anew at every
+step. Its line is added to results/router_gym.jsonl; no run that has a line is done again. On a GPU a training step is
+a CUDA graph, and several runs share the card (`--lanes`).
 
 Arms: "learned", the paper's routing after a dense start (docs/routers.md); "as_shipped", the same without one; "even"
 and "random", routing that cannot learn; "none", light branches only; "none_wide", the same with a light feed-forward
 so wide that a step costs as many operations as learned routing; "dense", every token in the heavy branches
 throughout.
+
+In the task "cross" the budget of queries is that of `routed_cross_key_values` as well, and an arm's routing is that of
+encoder and cross-attention alike. The encoder's local radius is 0: with more, evenly spaced tokens gather the facts
+around them, and every choice would do. "dense" reads every token in both, and is the ceiling. Without routers
+cross-attention cannot be routed: "none" and "none_wide" would read every token, as "dense" does, and have no run.
 """
 
 import json
@@ -30,7 +36,7 @@ from router_tasks import TASKS, VALUES, Examples, Task
 from torch import Tensor, nn
 from transformers import HfArgumentParser
 
-from modeling_colt5 import CoLT5Config, CoLT5ForTokenClassification
+from modeling_colt5 import CoLT5Config, CoLT5ForConditionalGeneration, CoLT5ForTokenClassification
 from modeling_colt5.dense_start import DenseStart
 from modeling_colt5.encoder_costs import encoder_flops
 from modeling_colt5.parameter_groups import size_scaled_groups
@@ -38,11 +44,13 @@ from modeling_colt5.router_colt5 import CoLT5Router
 
 ARMS = ("learned", "as_shipped", "even", "random", "none", "none_wide", "dense")
 FILE = "router_gym.jsonl"
+DECODER_LAYERS = 2
 # inputs of the dense start, where the task fits into so few tokens; more rows make up for it
 START_LENGTH = 512
 RADIUS = 127
 # what routers do at the very beginning decides what they come to
 EARLY_STEPS = (25, 50, 100, 150)
+Model = CoLT5ForTokenClassification | CoLT5ForConditionalGeneration
 
 
 @dataclass(frozen=True)
@@ -53,7 +61,8 @@ class Run:
         task: its name, of router_tasks.py.
         arm: of `ARMS`.
         length: tokens of an input.
-        query_fraction: of queries and of the feed-forward; keys and values have twice as much.
+        query_fraction: of queries, of the feed-forward and of what cross-attention reads; keys and values have twice
+            as much.
         seed: of weights and inputs.
         steps: of training.
     """
@@ -129,6 +138,11 @@ def make_config(run: Run, settings: Settings) -> CoLT5Config:
         "dropout_rate": 0.0,
         "num_labels": VALUES,
     }
+    if run.task == "cross":
+        budget = None if dense else max(1, round(run.length * query))
+        fields |= {"num_decoder_layers": DECODER_LAYERS, "routed_cross_key_values": budget, "use_cache": False}
+        # local attention would bring facts to whatever token is chosen, so that the choice would not matter
+        fields["local_radius"] = 0
     routing = {"even": "even", "random": "random", "none": "none", "none_wide": "none"}.get(run.arm, "learned")
     config = CoLT5Config(**fields, routing=routing)
     if run.arm == "none_wide":
@@ -180,12 +194,16 @@ class Watched:
     def _note(self, name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
             scores, (indices, _, valid) = args[0], outputs
-            parts = {name: slice(len(scores))}
+            names = [name]
+            # one operation for the routers of a layer's attention, queries first, then keys and values; and one for
+            # those of all decoder layers
             if "query_router" in name:
-                # one operation for the routers of a layer's attention: queries first, then keys and values
-                rows = len(scores) // 2
-                parts = {name: slice(rows), name.replace("query_router", "key_value_router"): slice(rows, None)}
-            for part, own in parts.items():
+                names = [name, name.replace("query_router", "key_value_router")]
+            elif "cross_routing" in name:
+                names = [f"{layer}.cross_router" for layer in range(DECODER_LAYERS)]
+            rows = len(scores) // len(names)
+            for number, part in enumerate(names):
+                own = slice(number * rows, (number + 1) * rows)
                 self.choices[part] = Choice(scores, own, indices[own], valid[own])
 
         return hook
@@ -196,13 +214,13 @@ class Watched:
             hook.remove()
 
 
-def describe_routers(model: CoLT5ForTokenClassification, examples: Examples, vocab_size: int) -> list[dict[str, Any]]:
+def describe_routers(model: Model, examples: Examples, vocab_size: int) -> list[dict[str, Any]]:
     """What the routers choose, and where the loss pulls their scores, under the paper's routing.
 
-    Of every router: the share of needed tokens that it routes; the share of the token types in the input that it never
-    routes; the spread of its scores; and the mean pull on the score of needed tokens that are routed and that are not,
-    in units of the root mean square over all tokens, above 0 where a step would raise the score (None without a
-    gradient, or without such tokens).
+    Of every router: the share of needed tokens that it routes (None where it has to route none); the share of the
+    token types in the input that it never routes; the spread of its scores; and the mean pull on the score of needed
+    tokens that are routed and that are not, in units of the root mean square over all tokens, above 0 where a step
+    would raise the score (None without a gradient, or without such tokens).
 
     Args:
         model: in training mode; it is left so.
@@ -212,7 +230,7 @@ def describe_routers(model: CoLT5ForTokenClassification, examples: Examples, voc
     watched = Watched(model)
     model.eval()
     with autocast(examples.ids.device):
-        loss = model(input_ids=examples.ids, labels=examples.labels).loss
+        loss = model(**examples.inputs()).loss
     model.train()
     watched.close()
     choices = watched.choices
@@ -225,7 +243,11 @@ def describe_routers(model: CoLT5ForTokenClassification, examples: Examples, voc
     for (name, choice), pull in zip(choices.items(), pulls, strict=True):
         own_pull = None if pull is None else pull[choice.own]
         chosen = torch.zeros_like(examples.ids).scatter_add_(1, choice.indices, choice.valid.long()).bool()
-        needed = examples.needed_keys if "key_value" in name else examples.needed_queries
+        needed = examples.needed_queries
+        if "key_value" in name:
+            needed = examples.needed_keys
+        elif "cross" in name:
+            needed = examples.needed_memory
         tried = torch.bincount(examples.ids[chosen], minlength=vocab_size) > 0
 
         def mean_pull(places: Tensor, pull: Tensor | None = own_pull) -> float | None:
@@ -236,7 +258,7 @@ def describe_routers(model: CoLT5ForTokenClassification, examples: Examples, voc
         described.append(
             {
                 "router": ".".join(part for part in name.split(".") if part.isdigit() or "router" in part),
-                "needed_routed": float((chosen & needed).sum() / needed.sum()),
+                "needed_routed": float((chosen & needed).sum() / needed.sum()) if needed.any() else None,
                 "types_never_routed": float((present & ~tried).sum() / present.sum()),
                 "spread": float(choice.scores[choice.own].detach().float().std(-1).mean()),
                 "pull_on_needed_routed": mean_pull(needed & chosen),
@@ -252,33 +274,36 @@ def autocast(device: torch.device) -> torch.autocast:
 
 
 @torch.no_grad()
-def answers(model: CoLT5ForTokenClassification, examples: Examples, batch: int) -> tuple[float, float]:
+def answers(model: Model, examples: Examples, batch: int) -> tuple[float, float]:
     """The share of uses that are answered right, by the paper's routing at the configured budgets, and their loss."""
     model.eval()
     right, losses = [], []
-    for rows in zip(*(part.split(batch) for part in (examples.ids, examples.labels, examples.asked)), strict=True):
-        ids, labels, asked = rows
-        with autocast(ids.device):
-            logits = model(input_ids=ids).logits.float()
+    inputs = examples.inputs()
+    for start in range(0, len(examples.ids), batch):
+        rows = slice(start, start + batch)
+        own = {name: part[rows] for name, part in inputs.items()}
+        labels, asked = own.pop("labels"), examples.asked[rows]
+        with autocast(labels.device):
+            logits = model(**own).logits.float()
         right.append((logits.argmax(-1) == labels)[asked].float().mean())
         losses.append(nn.functional.cross_entropy(logits[asked], labels[asked]))
     model.train()
     return float(torch.stack(right).mean()), float(torch.stack(losses).mean())
 
 
-def without_heavy_branches(model: CoLT5ForTokenClassification) -> list[Any]:
-    """Hooks under which every routed token has weight 0; to be removed."""
+def without_heavy_branches(model: Model) -> list[Any]:
+    """Hooks under which every token that the encoder routes has weight 0; to be removed."""
 
     def silence(module: nn.Module, args: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         indices, weights, valid = outputs
         return indices, torch.zeros_like(weights), valid
 
-    routers = [module for module in model.modules() if isinstance(module, CoLT5Router)]
+    routers = [module for module in model.encoder.modules() if isinstance(module, CoLT5Router)]
     return [router.select.register_forward_hook(silence) for router in routers]
 
 
 def measure_point(
-    model: CoLT5ForTokenClassification, examples: Examples, probe: Examples, settings: Settings, vocab_size: int
+    model: Model, examples: Examples, probe: Examples, settings: Settings, vocab_size: int
 ) -> dict[str, Any]:
     """A point of a run's curve: accuracy and loss on the uses, the loss without heavy branches, and the routers."""
     right, loss = answers(model, examples, settings.batch)
@@ -297,8 +322,9 @@ def train(run: Run, settings: Settings, device: torch.device) -> dict[str, Any]:
     began = time.perf_counter()
     task, config = task_of(run), make_config(run, settings)
     torch.manual_seed(run.seed)
+    model_class = CoLT5ForConditionalGeneration if run.task == "cross" else CoLT5ForTokenClassification
     with device:
-        model = CoLT5ForTokenClassification(config)
+        model: Model = model_class(config)
     model.train()
 
     def loss_of(batch: dict[str, Tensor]) -> Tensor:
@@ -326,7 +352,7 @@ def train(run: Run, settings: Settings, device: torch.device) -> dict[str, Any]:
         rows, n = (settings.start_rows * settings.batch, start_length) if starting else (settings.batch, run.length)
         flops += training_flops(config, config.routing, starting, rows, n)
         examples = task.draw(rows, n, generator)
-        step_of({"input_ids": examples.ids, "labels": examples.labels}, phase=starting)
+        step_of(examples.inputs(), phase=starting)
     return {
         **asdict(run),
         "flops": flops,
@@ -369,6 +395,7 @@ def missing_runs(arguments: Arguments, settings: Settings) -> list[Run]:
         for task in arguments.tasks
         for budget in arguments.budgets
         for arm in arguments.arms
+        if not (task == "cross" and arm in ("none", "none_wide"))
     ]
     return [run for run in runs if tuple(rounded(asdict(run)).values()) not in done]
 

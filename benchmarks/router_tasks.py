@@ -2,7 +2,8 @@
 
 A fact is one token, DEF(j, v): it says that name j has value v. A use is one token, USE(j); its label is v. The other
 tokens are noise. Local attention cannot bring a fact to a use far away, so a use is answered when the heavy branch of
-some layer reads the use as a query and its fact as a key.
+some layer reads the use as a query and its fact as a key. In the task "cross" uses are the decoder's tokens, and the
+facts are the encoder's: a use is answered when the routers of cross-attention choose its fact.
 """
 
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ MARKED_REACH = 100
 SECTION_FACTS = 32
 # links of the two-hop task lead to one of so many names
 LINKS = 8
-TASKS = ("facts", "marked", "two_hops", "cluster")
+TASKS = ("facts", "marked", "two_hops", "cluster", "cross")
 
 
 @dataclass
@@ -30,10 +31,13 @@ class Examples:
 
     Attributes:
         ids: int64 [batch, n], the tokens.
-        labels: int64 [batch, n], the value at every place that is trained, -100 elsewhere.
-        asked: bool [batch, n], the places whose accuracy counts.
+        labels: int64 [batch, n], the value at every place that is trained, -100 elsewhere; with a decoder [batch, m],
+            the token of each value.
+        asked: bool, as many as labels, the places whose accuracy counts.
         needed_queries: bool [batch, n], tokens that have to be queries of some heavy branch.
         needed_keys: bool [batch, n], tokens that have to be its keys.
+        needed_memory: bool [batch, n], tokens that cross-attention has to read.
+        decoder_ids: int64 [batch, m], the decoder's tokens; None without a decoder.
     """
 
     ids: Tensor
@@ -41,6 +45,13 @@ class Examples:
     asked: Tensor
     needed_queries: Tensor
     needed_keys: Tensor
+    needed_memory: Tensor
+    decoder_ids: Tensor | None = None
+
+    def inputs(self) -> dict[str, Tensor]:
+        """A model's keywords."""
+        inputs = {"input_ids": self.ids, "labels": self.labels}
+        return inputs if self.decoder_ids is None else inputs | {"decoder_input_ids": self.decoder_ids}
 
 
 @dataclass(frozen=True)
@@ -51,7 +62,8 @@ class Task:
         name: "facts": facts and uses anywhere. "cluster": all facts within one place of the input. "two_hops": a use
             names a link elsewhere, and the link names the fact; links have labels too, uses alone are counted.
             "marked": inputs are full of facts and uses of the same types that do not count. A mark, up to 100 tokens
-            before, says which do; every name that is asked for has a fact that counts and one that does not.
+            before, says which do; every name that is asked for has a fact that counts and one that does not. "cross":
+            facts anywhere in the encoder's input, uses in the decoder's.
         facts: how many facts an input has, and how many uses.
     """
 
@@ -73,7 +85,7 @@ class Task:
 
     @property
     def vocab_size(self) -> int:
-        """Marks, facts, uses, links, noise."""
+        """Marks, facts, uses, links, the tokens of values, noise."""
         return self._first_noise + NOISE_TYPES
 
     @property
@@ -85,8 +97,12 @@ class Task:
         return self._first_use + self.names
 
     @property
-    def _first_noise(self) -> int:
+    def _first_value(self) -> int:
         return self._first_link + (self.names * LINKS if self.name == "two_hops" else 0)
+
+    @property
+    def _first_noise(self) -> int:
+        return self._first_value + (VALUES if self.name == "cross" else 0)
 
     @property
     def shortest(self) -> int:
@@ -105,6 +121,8 @@ class Task:
         ids = torch.randint(self._first_noise, self.vocab_size, (batch, n), generator=generator, device=device)
         values = torch.randint(0, VALUES, (batch, self.facts), generator=generator, device=device)
         names = torch.arange(self.facts, device=device).expand(batch, -1)
+        if self.name == "cross":
+            return self._across(ids, names, values, generator)
         links = None
         if self.name == "marked":
             facts, uses, values = self._draw_marked(ids, values, generator)
@@ -129,7 +147,18 @@ class Task:
             labels.scatter_(1, links, values)
             queries.scatter_(1, links, True)
             keys.scatter_(1, links, True)
-        return Examples(ids, labels, asked, queries, keys)
+        return Examples(ids, labels, asked, queries, keys, torch.zeros_like(asked))
+
+    def _across(self, ids: Tensor, names: Tensor, values: Tensor, generator: torch.Generator) -> Examples:
+        """The facts go into `ids`, in place; the uses, in random order, are the decoder's tokens."""
+        places = _draw_places(*ids.shape, self.facts, generator)
+        ids.scatter_(1, places, self._fact(names, values))
+        nothing = torch.zeros_like(ids, dtype=torch.bool)
+        order = _draw_places(len(ids), self.facts, self.facts, generator)
+        labels = self._first_value + values.gather(1, order)
+        memory = nothing.scatter(1, places, True)
+        asked = torch.ones_like(labels, dtype=torch.bool)
+        return Examples(ids, labels, asked, nothing, nothing, memory, self._first_use + order)
 
     def _fact(self, names: Tensor, values: Tensor) -> Tensor:
         return FIRST_TYPE + names * VALUES + values

@@ -35,7 +35,7 @@ def counts(task: Task, ids: list[int], place: int) -> bool:
     return task.name != "marked" or MARK in ids[max(0, place - MARKED_REACH) : place]
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", [name for name in TASKS if name != "cross"])
 @pytest.mark.parametrize(("facts", "n"), [(8, 2048), (32, 512)])
 def test_labels_follow_from_the_tokens(name: str, facts: int, n: int) -> None:
     task = Task(name, facts)
@@ -57,6 +57,30 @@ def test_labels_follow_from_the_tokens(name: str, facts: int, n: int) -> None:
                 assert labels[place] == -100 and not asked[place]
             needed = kind == "link" or kind == "fact" and counts(task, ids, place)
             assert bool(examples.needed_keys[row, place]) is needed
+
+
+def test_decoder_asks_for_the_encoders_facts() -> None:
+    task = Task("cross", 8)
+    examples = task.draw(4, 64, torch.Generator().manual_seed(0))
+    assert examples.inputs().keys() == {"input_ids", "labels", "decoder_input_ids"}
+    assert examples.asked.all() and not examples.needed_queries.any() and not examples.needed_keys.any()
+    orders = set()
+    for ids, uses, labels, needed in zip(
+        *(part.tolist() for part in (examples.ids, examples.decoder_ids, examples.labels, examples.needed_memory)),
+        strict=True,
+    ):
+        known = [read(task, token) for token in ids]
+        assert [kind == "fact" for kind, _, _ in known] == needed
+        assert {kind for kind, _, _ in known} == {"fact", "other"}
+        values = {j: v for kind, j, v in known if kind == "fact"}
+        asked = [read(task, token) for token in uses]
+        assert {kind for kind, _, _ in asked} == {"use"} and sorted(j for _, j, _ in asked) == list(range(8))
+        # the tokens of values follow those of uses, and nothing else has them
+        first = FIRST_TYPE + 8 * VALUES + 8
+        assert labels == [first + values[j] for _, j, _ in asked]
+        assert not set(range(first, first + VALUES)) & {*ids, *uses}
+        orders.add(tuple(j for _, j, _ in asked))
+    assert len(orders) == 4
 
 
 def test_marked_task_is_not_solved_by_types() -> None:
@@ -136,6 +160,42 @@ def test_runs_are_kept_and_not_repeated(tmp_path: Path, capsys: pytest.CaptureFi
         assert f"{line['accuracy']:.3f}" in page
     assert (tmp_path / "router_gym.svg").exists()
     json.dumps(lines, allow_nan=False)
+
+
+def test_cross_attentions_routers_are_described(tmp_path: Path) -> None:
+    settings = dataclasses.replace(router_gym.Settings(), batch=2, eval_rows=2, eval_every=2)
+    arguments = ["--tasks", "cross", "--lengths", "128", "--budgets", "16", "--steps", "3", "--seeds", "0"]
+    arms = ["learned", "even", "none", "none_wide", "dense"]
+    router_gym.main([*arguments, "--out", str(tmp_path), "--arms", *arms], settings)
+    lines = router_gym.read_lines(tmp_path)
+    # without routers there is nothing that cross-attention could be told to read
+    assert [line["arm"] for line in lines] == ["learned", "even", "dense"]
+    for line in lines:
+        shares = {router["router"]: router["needed_routed"] for router in line["routers"]}
+        cross = [shares.pop(f"{layer}.cross_router", None) for layer in (0, 1)]
+        assert set(shares.values()) == {None} and len(shares) == 9
+        assert all(share is None if line["arm"] == "dense" else 0 <= share <= 1 for share in cross)
+    # a quarter of the budget, as in the other tasks
+    assert {line["facts"] for line in lines} == {2}
+    json.dumps(lines, allow_nan=False)
+
+
+def test_routed_facts_are_counted_by_hand() -> None:
+    run, settings = router_gym.Run("cross", "as_shipped", 128, 1 / 16, 0), router_gym.Settings()
+    torch.manual_seed(0)
+    model = router_gym.CoLT5ForConditionalGeneration(router_gym.make_config(run, settings)).train()
+    task = router_gym.task_of(run)
+    examples = task.draw(4, 128, torch.Generator().manual_seed(0))
+    described = router_gym.describe_routers(model, examples, task.vocab_size)
+    shares = [router["needed_routed"] for router in described if "cross" in router["router"]]
+    layers = model.eval()(**examples.inputs(), output_routing=True).cross_routing
+    for share, (tokens,) in zip(shares, layers, strict=True):
+        assert tokens.indices.shape == (4, 8)
+        hits = [
+            sum(examples.needed_memory[row, place].item() for place in places)
+            for row, places in enumerate(tokens.indices.tolist())
+        ]
+        assert share == sum(hits) / (4 * task.facts)
 
 
 def test_pull_is_the_losss_derivative() -> None:
