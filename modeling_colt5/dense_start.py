@@ -79,7 +79,7 @@ class DenseStartCosts:
 
     Attributes:
         flops: operations.
-        memory: what is kept for the backward.
+        memory: what is kept for the backward, also of what routed cross-attention reads.
         largest_share: the largest `input_share`, in hundredths, with which `memory` is at most `MEMORY_LIMIT`; None
             where even 0.01 is too much.
     """
@@ -269,6 +269,8 @@ class DenseStartCallback(TrainerCallback):
         schedule, length, config = self.schedule, self.input_length, self._model.config
         share = schedule.input_share
         ends = next(step for step in range(steps + 1) if schedule.progress(step, steps) is None)
+        is_cross_routed = config.is_encoder_decoder and config.routed_cross_key_values is not None
+        keeping = "encoder and routed cross-attention keep" if is_cross_routed else "the encoder keeps"
         weight = next(self._model.parameters())
         costs = DenseStartCosts.of(
             config,
@@ -280,8 +282,8 @@ class DenseStartCallback(TrainerCallback):
         logger.warning(
             f"Dense start: until step {ends} of {steps} every token takes the heavy branches, on the first "
             f"{share:.0%} of every input; from then on routing is the paper's. For inputs of {length:,} tokens a "
-            f"step of it has {costs.flops:.2f} times the encoder's operations of a later step, and the encoder keeps "
-            f"{costs.memory:.2f} times as much for its backward; the run has "
+            f"step of it has {costs.flops:.2f} times the encoder's operations of a later step, and {keeping} "
+            f"{costs.memory:.2f} times as much for the backward; the run has "
             f"{1 + ends / max(1, steps) * (costs.flops - 1):.2f} times the encoder's operations of one without."
         )
         if costs.memory > MEMORY_LIMIT:
@@ -291,8 +293,8 @@ class DenseStartCallback(TrainerCallback):
                 else f"input_share={costs.largest_share} keeps it at {MEMORY_LIMIT}"
             )
             logger.warning(
-                f"input_share is {share}, with which the dense start needs {costs.memory:.2f} times the encoder's "
-                f"memory of later steps; {advice}."
+                f"input_share is {share}, with which {keeping} {costs.memory:.2f} times as much for the backward "
+                f"as in later steps; {advice}."
             )
 
     def on_step_begin(

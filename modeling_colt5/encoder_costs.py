@@ -1,4 +1,5 @@
-"""What an encoder costs, by formula: the operations of its matrix products, and what it keeps for its backward."""
+"""What an encoder costs, by formula: the operations of its matrix products, and what it keeps for its backward, with
+what the decoder reads of it by routed cross-attention."""
 
 from dataclasses import dataclass
 
@@ -71,6 +72,7 @@ def kept_values(
 ) -> int:
     """How many numbers the layers keep of one row's forward pass for its backward: the large tensors, to compare one
     kind of step with another. Dropout's masks and what is copied for a product come on top, up to a third in all.
+    Of a decoder with routed cross-attention they are the rows that it reads, and their keys and values.
 
     Args:
         config: the model's.
@@ -104,7 +106,14 @@ def kept_values(
         layer += blocks * window * (copies * config.num_light_heads * BLOCK_LENGTH + 2 * light)
         # for each pair also its distance, an int64
         layer += routed.queries * routed.keys * (copies * config.num_heavy_heads + 2)
+    cross_rows = cross_keys = 0
+    if config.is_encoder_decoder and config.routed_cross_key_values is not None:
+        slots = config.num_cross_routers * (n if dense else min(n, config.routed_cross_key_values))
+        # without kernels the rows are kept before their weights and after
+        cross_rows = (1 if fused_attention else 2) * slots * d_model
+        cross_keys = 2 * slots * config.num_cross_key_value_heads * config.d_kv
     # the last norm keeps its input
+    kept = n * d_model + config.num_decoder_layers * cross_rows
     if checkpointed:
-        return (config.num_layers + 1) * n * d_model + layer
-    return config.num_layers * layer + n * d_model
+        return kept + config.num_layers * n * d_model + layer + cross_keys
+    return kept + config.num_layers * layer + config.num_decoder_layers * cross_keys

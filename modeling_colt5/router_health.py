@@ -73,26 +73,29 @@ class RouterRecord:
 
     Attributes:
         chosen: bool [batch, n], the last choice; None before the first.
+        has_choice: whether the last budget left any real token out.
         unrouted_since: for each token type of the watched batch the step when it was last routed.
         still: how many measurements in a row found it without a gradient, or with the same choice as before.
         has_lived: whether any did not.
     """
 
     chosen: torch.Tensor | None = None
+    has_choice: bool = True
     unrouted_since: dict[int, int] = field(default_factory=dict)
     still: int = 0
     has_lived: bool = False
 
 
 class RouterHealthCallback(TrainerCallback):
-    """Logs what the encoder's routers do, and warns once of those that do not learn.
+    """Logs what the routers of encoder and cross-attention do, and warns once of those that do not learn.
 
         trainer = Trainer(model, arguments, train_dataset=...)
         trainer.add_callback(RouterHealthCallback(trainer.log))
 
     Every `interval` steps the model reads the first batch of the run once more, without a gradient and with the
     paper's routing, also in a dense start. A forward pass is a third of a step, so at 100 steps this costs a third of
-    a percent; all other steps are as they would be without. Each router gets, under `routers/<layer>/<router>/`:
+    a percent; all other steps are as they would be without. Each router gets, under `routers/<layer>/<router>/`, where
+    a decoder layer's is `cross`, or `cross_0`, `cross_1`, … of several:
 
     - `saturated`: the share of routed tokens whose weight is 1. Saturated weights have no gradient.
     - `score_std`: the spread of the scores of all tokens, in the units of `routing_epsilon`.
@@ -109,7 +112,7 @@ class RouterHealthCallback(TrainerCallback):
         interval: steps between measurements.
         unrouted_steps: see above.
         patience: after how many measurements in a row without a gradient, or with the very same choice, a router is
-            taken for dead. Measurements of a dense start do not count.
+            taken for dead. Measurements of a dense start do not count, nor do those where the budget holds all tokens.
         rows: how many rows of the batch are read.
     """
 
@@ -135,6 +138,7 @@ class RouterHealthCallback(TrainerCallback):
         self._gradients: dict[str, torch.Tensor] = {}
         self._batch: dict[str, Any] | None = None
         self._encoder: Any = None
+        self._cross_routing: Any = None
         # undoes what is there for the first batch alone
         self._first_step = ExitStack()
         self._has_warned = False
@@ -143,8 +147,10 @@ class RouterHealthCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
         """Find the encoder, and wait for the first batch."""
-        # by name: a model with code of the Hub has classes of its own
-        self._encoder = next((part for part in model.modules() if type(part).__name__ == "CoLT5Encoder"), None)
+        # not by class: a model with code of the Hub has classes of its own, and FSDP2 makes others
+        parts = [part for part in model.modules() if hasattr(part, "dense_start")]
+        self._encoder = next((part for part in parts if hasattr(part, "block")), None)
+        self._cross_routing = next((part for part in parts if hasattr(part, "routers")), None)
         if self._encoder is None or not learned_routers(self._encoder):
             return
         # before the dense start's own hook, which cuts the batch
@@ -197,16 +203,21 @@ class RouterHealthCallback(TrainerCallback):
     ) -> None:
         """Let go of the model and the batch."""
         self._first_step.close()
-        self._batch = self._encoder = None
+        self._batch = self._encoder = self._cross_routing = None
 
     def routers(self) -> dict[str, nn.Module]:
-        """The encoder's routers by layer and name, as their layers hold them."""
+        """The routers by layer and name, as their layers hold them: the encoder's, then cross-attention's."""
         named: dict[str, nn.Module] = {}
         for number, block in enumerate(self._encoder.block):
             attention, feed_forward = block.layer
             named[f"{number}/query"] = attention.query_router
             named[f"{number}/key_value"] = attention.key_value_router
             named[f"{number}/feed_forward"] = feed_forward.router
+        if self._cross_routing is not None:
+            each = self._cross_routing.num_routers
+            for number, router in enumerate(self._cross_routing.routers):
+                own = f"_{number % each}" if each > 1 else ""
+                named[f"{number // each}/cross{own}"] = router
         return named
 
     @torch.no_grad()
@@ -225,7 +236,7 @@ class RouterHealthCallback(TrainerCallback):
                 numbers["unrouted_types"] = self._unrouted_types(record, ids, choice.real, chosen, step)
             if name in self._gradients:
                 numbers["gradient_norm"] = self._gradients[name]
-            record.chosen = chosen
+            record.chosen, record.has_choice = chosen, bool((choice.real & ~chosen).any())
             measured |= {f"routers/{name}/{number}": value for number, value in numbers.items()}
         if not measured:
             return {}
@@ -245,12 +256,16 @@ class RouterHealthCallback(TrainerCallback):
         return torch.tensor(float(late), device=ids.device)
 
     def _choices(self, model: nn.Module) -> dict[str, Choice]:
-        """What the encoder's routers choose of the kept batch. They run in order: a layer's queries and keys/values
-        together, then its feed-forward."""
+        """What the routers choose of the kept batch. They run in order: a layer's queries and keys/values together,
+        then its feed-forward; at last the cross-attention's of all decoder layers together."""
+        batch = self._batch or {}
+        rows = len(next(iter(batch.values())))
         calls: list[tuple[tuple[Any, ...], tuple[torch.Tensor, ...]]] = []
         hooks = [
             part.register_forward_hook(lambda module, args, out: calls.append((args, out)))
-            for part in self._encoder.modules()
+            for stack in (self._encoder, self._cross_routing)
+            if stack is not None
+            for part in stack.modules()
             if type(part).__name__ == "CoLT5Routing"
         ]
         was_training = model.training
@@ -258,7 +273,7 @@ class RouterHealthCallback(TrainerCallback):
         try:
             # compiled models know nothing of these hooks; to return what was routed keeps graphs from being replayed
             with torch.compiler.set_stance("force_eager"):
-                model(**(self._batch or {}), output_routing=True)
+                model(**batch, output_routing=True)
         finally:
             model.train(was_training)
             for hook in hooks:
@@ -266,8 +281,7 @@ class RouterHealthCallback(TrainerCallback):
         parts: list[Choice] = []
         for (scores, _, _, mask, _), (indices, weights, valid) in calls:
             real = torch.ones_like(scores, dtype=torch.bool) if mask is None else mask
-            batch = len(scores) // (2 if len(parts) % 3 == 0 else 1)
-            split = zip(*(part.split(batch) for part in (scores, real, indices, weights, valid)), strict=True)
+            split = zip(*(part.split(rows) for part in (scores, real, indices, weights, valid)), strict=True)
             parts += [Choice(*own) for own in split]
         return dict(zip(self.routers(), parts, strict=True))
 
@@ -279,7 +293,9 @@ class RouterHealthCallback(TrainerCallback):
             own = {
                 number: numbers.get(f"routers/{name}/{number}") for number in ("saturated", "overlap", "gradient_norm")
             }
-            is_still = own["gradient_norm"] == 0 or own["overlap"] == 1 or (own["saturated"] or 0) > 0.99
+            is_still = record.has_choice and (
+                own["gradient_norm"] == 0 or own["overlap"] == 1 or (own["saturated"] or 0) > 0.99
+            )
             record.still = record.still + 1 if is_still else 0
             record.has_lived |= not is_still
         dead = {name: record for name, record in self.records.items() if record.still >= self.patience}

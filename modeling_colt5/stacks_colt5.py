@@ -117,6 +117,10 @@ class CoLT5PreTrainedModel(PreTrainedModel):
         model, info = super().from_pretrained(
             pretrained_model_name_or_path, *model_args, config=config, output_loading_info=True, **kwargs
         )
+        new = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
+        if any("router" in name and "decoder.block." not in name for name in new):
+            # some of those that a dense start trains begin at random, whatever the checkpoint says of its own
+            model.config.routers_trained = False
         # without a name there is no checkpoint, but a state dict that is as the caller wants it; and who ignores
         # weights of other sizes wants random ones in their place
         if pretrained_model_name_or_path is not None and not kwargs.get("ignore_mismatched_sizes"):

@@ -1,6 +1,7 @@
 """The dense start of routed cross-attention: the reference's soft top-k, finite differences, caches."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -148,6 +149,22 @@ def test_caches_hold_every_token_that_is_read(static: bool) -> None:
     steps = [model(**inputs, decoder_input_ids=token).logits for token in target.split(1, dim=1)]
     # one token at a time, in another order of sums
     torch.testing.assert_close(torch.cat(steps, 1), whole, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("saved", ["full cross-attention", "routed"])
+def test_routers_that_the_checkpoint_lacks_are_not_trained(saved: str, tmp_path: Path) -> None:
+    """A dense start is for models whose `routers_trained` is False: with new routers it is, whatever was saved."""
+    tiny_model(routers_trained=True, routed_cross_key_values=4 if saved == "routed" else None).save_pretrained(
+        tmp_path
+    )
+    load = CoLT5ForConditionalGeneration.from_pretrained
+    assert load(tmp_path).config.routers_trained
+    assert not load(tmp_path, d_model=64, ignore_mismatched_sizes=True).config.routers_trained
+    # a dense start does nothing for the routers of causal layers
+    if saved == "full cross-attention":
+        assert load(tmp_path, causal_attention="routed").config.routers_trained
+    # another budget needs no other routers
+    assert load(tmp_path, routed_cross_key_values=BUDGET).config.routers_trained is (saved == "routed")
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from modeling_colt5 import CoLT5Config, CoLT5EncoderModel
+from modeling_colt5 import CoLT5Config, CoLT5EncoderModel, CoLT5ForConditionalGeneration, CoLT5PreTrainedModel
 from modeling_colt5.dense_start import MEMORY_LIMIT, DenseStartCosts
 from modeling_colt5.encoder_costs import band_pairs, encoder_flops, kept_values
 
@@ -42,10 +42,10 @@ def test_pairs_within_the_band(n: int, radius: int) -> None:
     assert band_pairs(n, radius) == ((position[:, None] - position[None, :]).abs() <= radius).sum()
 
 
-def kept(model: CoLT5EncoderModel, n: int, dense: bool) -> int:
-    """Bytes that autograd keeps, each memory once and without the weights."""
+def kept(model: CoLT5PreTrainedModel, dense: bool, **inputs: torch.Tensor) -> int:
+    """Bytes that autograd keeps of a call, each memory once and without the weights and the inputs."""
     model.set_dense_start(0.0 if dense else None)
-    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    not_counted = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *inputs.values())}
     storages: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -54,8 +54,8 @@ def kept(model: CoLT5EncoderModel, n: int, dense: bool) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(input_ids=torch.randint(2, 96, (1, n)))
-    return sum(storage.nbytes() for address, storage in storages.items() if address not in weights)
+        model(**inputs)
+    return sum(storage.nbytes() for address, storage in storages.items() if address not in not_counted)
 
 
 @pytest.mark.parametrize(
@@ -72,9 +72,34 @@ def test_memory_of_a_dense_start_is_what_autograd_keeps(n: int, fields: dict[str
     model = encoder(**fields).train()
     fused = fields.get("kernel_backend") == "triton"
     costs = DenseStartCosts.of(model.config, n, 0.25, fused_attention=fused)
-    measured = kept(model, n // 4, True) / kept(model, n, False)
+    ids = torch.randint(2, 96, (1, n))
+    measured = kept(model, True, input_ids=ids[:, : n // 4]) / kept(model, False, input_ids=ids)
     # the formula has the large tensors alone
     assert costs.memory == pytest.approx(measured, rel=0.15)
+
+
+# more routers are the same kernel, which the interpreter takes seconds for
+@pytest.mark.parametrize(("backend", "routers"), [("torch", 1), ("torch", 2), ("triton", 1)])
+def test_memory_of_routed_cross_attention_is_what_autograd_keeps(backend: str, routers: int) -> None:
+    """The difference between one decoder layer and two: of a target of one token, a layer's own tensors are small."""
+    sizes = {}
+    for layers in (1, 2):
+        config = CoLT5Config(
+            vocab_size=96, d_model=96, d_kv=8, d_ff=96, num_layers=1, num_decoder_layers=layers, dropout_rate=0.0,
+            kernel_backend=backend, routed_cross_key_values=256, num_cross_routers=routers,
+            num_cross_key_value_heads=routers, use_cache=False,
+        )  # fmt: skip
+        model = CoLT5ForConditionalGeneration(config).train()
+        # encoded already, as the interpreter takes long for an encoder
+        inputs = {"decoder_input_ids": torch.ones(1, 1, dtype=torch.int64)}
+        for dense, length in ((False, 384), (True, 192)):
+            expected = kept_values(config, length, dense=dense, fused_attention=backend == "triton")
+            inputs["encoder_outputs"] = torch.randn(1, length, 96)
+            sizes[layers, dense] = (kept(model, dense, **inputs), 4 * expected)
+    for dense in (False, True):
+        measured, expected = (more - less for more, less in zip(sizes[2, dense], sizes[1, dense], strict=True))
+        # the formula has the large tensors alone, and so few rows are not much larger than the layer's weights
+        assert expected == pytest.approx(measured, rel=0.3), dense
 
 
 def test_largest_share_is_the_largest_that_the_limit_allows() -> None:

@@ -10,7 +10,7 @@ import torch
 from models import pad, random_ids, tiny_config
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from modeling_colt5 import CoLT5ForTokenClassification
+from modeling_colt5 import CoLT5ForConditionalGeneration, CoLT5ForTokenClassification
 from modeling_colt5.dense_start import DenseStart, DenseStartCallback
 from modeling_colt5.router_health import RouterHealthCallback
 
@@ -138,6 +138,44 @@ def test_numbers_reach_the_logs_of_integrations_beside_the_losses(tmp_path: Path
             assert logs[f"routers/{name}/gradient_norm"] > 0
     # nothing of what Trainer logs itself is lost
     assert [step for step, logs in seen.logs if "loss" in logs] == [2, 4, 6]
+
+
+def seq2seq_model(**fields: Any) -> CoLT5ForConditionalGeneration:
+    torch.manual_seed(0)
+    return CoLT5ForConditionalGeneration(tiny_config(**fields))
+
+
+@pytest.mark.parametrize("routers", [1, 2])
+def test_cross_attentions_routers_are_measured(tmp_path: Path, routers: int) -> None:
+    model = seq2seq_model(routed_cross_key_values=5, num_cross_routers=routers)
+    watcher = RouterHealthCallback(lambda numbers: None)
+    watcher.on_train_begin(None, None, None, model=model)  # type: ignore[arg-type]
+    watcher._first_step.close()
+    batch: dict[str, torch.Tensor] = pad([random_ids(24) % 7 + 3, random_ids(17) % 7 + 3])
+    watcher._batch = batch | {"labels": random_ids(2, 6)}
+    watcher.measure(model, 1)
+    chosen = {name: record.chosen for name, record in watcher.records.items()}
+    layers = model.eval()(**batch, decoder_input_ids=random_ids(2, 6), output_routing=True).cross_routing
+    names = [f"{layer}/cross{own}" for layer in (0, 1, 2) for own in ([""] if routers == 1 else ["_0", "_1"])]
+    assert list(chosen) == [*NAMES, *names]
+    for name, tokens in zip(names, [tokens for layer in layers for tokens in layer], strict=True):
+        for row, places in enumerate(tokens.indices.tolist()):
+            assert chosen[name][row].nonzero()[:, 0].tolist() == places
+    # and in a run their gradients reach the logs
+    seen, _ = run(tmp_path, model, health={"interval": 1}, max_steps=1)
+    assert all(seen.health()[1][f"routers/{name}/gradient_norm"] > 0 for name in names)
+
+
+def test_routers_whose_budget_holds_all_tokens_are_not_dead(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Their weights are all 1, without a gradient, and what they choose does not change: nothing is wrong."""
+    fractions = [f"routed_{name}_fraction" for name in ("query", "key_value", "feed_forward")]
+    everything = {"routed_cross_key_values": 24} | dict.fromkeys(fractions, 1.0)
+    seen, _ = run(tmp_path, seq2seq_model(**everything), health={"interval": 1, "patience": 2}, max_steps=4)
+    numbers = seen.health()[4]
+    for name in [*NAMES, "0/cross"]:
+        assert numbers[f"routers/{name}/overlap"] == numbers[f"routers/{name}/saturated"] == 1
+        assert numbers[f"routers/{name}/gradient_norm"] == 0
+    assert not [message for message in caplog.messages if message.startswith("Routers")]
 
 
 def test_gradient_norms_are_those_of_all_accumulated_batches(tmp_path: Path) -> None:
