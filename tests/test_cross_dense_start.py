@@ -181,3 +181,44 @@ def test_gradient_checkpointing(use_reentrant: bool) -> None:
         gradients.append([parameter.grad.clone() for parameter in model.parameters()])
     for found, expected in zip(*gradients, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow  # a graph compiles for seconds
+def test_compiled_models_compile_once_for_the_dense_start_and_once_after() -> None:
+    model, graphs = training_model(num_layers=1, num_decoder_layers=1), 0
+
+    def count(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        nonlocal graphs
+        graphs += 1
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=count, fullgraph=True)
+    inputs = {**pad([random_ids(20), random_ids(9)]), "labels": random_ids(2, 5)}
+    seen = []
+    for progress in (0.0, 0.3, 0.6, None, None):
+        model.set_dense_start(progress)
+        compiled(**inputs).loss.backward()
+        seen.append(graphs)
+    assert seen == [1, 1, 1, 2, 2]
+
+
+@pytest.mark.gpu
+def test_captured_step_follows_the_dense_start() -> None:
+    """What is recorded once reads how far the dense start has come at every replay."""
+    model = training_model().cuda()
+    memory = torch.randn(2, 30, 32, device="cuda")
+    routing, graph = model.decoder.cross_routing, torch.cuda.CUDAGraph()
+    model.set_dense_start(0.0)
+    with torch.no_grad():
+        # kernels are compiled before anything is recorded
+        routing(memory, None)
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            rows, _ = routing(memory, None)
+        for progress in (0.0, 0.5, 1.0):
+            model.set_dense_start(progress)
+            graph.replay()
+            for found, expected in zip(rows, routing(memory, None)[0], strict=True):
+                # the same kernels on the same numbers
+                torch.testing.assert_close(found, expected)
