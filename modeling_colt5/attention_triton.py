@@ -33,7 +33,8 @@ LARGE_SHARED_MEMORY = 98_304
 @functools.cache
 def _has_large_shared_memory(device: torch.device) -> bool:
     """Whether a program may have `LARGE_SHARED_MEMORY`: not on NVIDIA's cards before Ampere, nor on AMD's."""
-    if INTERPRETED:
+    # without a card launches are recorded at most, as those on one with much of it
+    if INTERPRETED or device.type != "cuda":
         return True
     properties = torch.cuda.get_device_properties(device)
     shared = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)

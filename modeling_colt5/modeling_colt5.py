@@ -66,6 +66,33 @@ class CoLT5GenerationMixin(GenerationMixin):
             kwargs[CACHE] = given
         return super().generate(inputs, *args, **kwargs)
 
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.LongTensor,
+        next_sequence_length: int | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """As of every model that generates, but of tokens that a filled cache has already, only the rest is read.
+
+        Transformers takes those off where it knows a mask of them all. An encoder–decoder's `generate` makes none, so
+        that it would read the whole beginning a second time, behind itself.
+        """
+        cache = kwargs.get(CACHE)
+        is_whole = self.config.is_encoder_decoder and kwargs.get("decoder_attention_mask") is None
+        if is_first_iteration and is_whole and next_sequence_length is None and cache is not None:
+            past = cache.get_seq_length()
+            if 0 < past < input_ids.shape[1]:
+                next_sequence_length = input_ids.shape[1] - past
+        kwargs |= {"next_sequence_length": next_sequence_length, "is_first_iteration": is_first_iteration}
+        # named, as `generate` looks for it in this signature
+        inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
+        # PEFT's prompts and prefixes look for the cache under its older name, under every release
+        if CACHE in inputs:
+            inputs["past_key_values"] = inputs.pop(CACHE)
+        return inputs
+
     @staticmethod
     def create_masks_for_generate(
         config: CoLT5Config, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs: Any

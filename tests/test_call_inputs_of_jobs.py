@@ -4,12 +4,9 @@ import warnings
 
 import pytest
 import torch
-import transformers
 from datasets import Dataset
 from models import pad, random_ids, tiny_model
-from packaging.version import Version
 from transformers import Trainer, TrainingArguments, pipeline
-from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from modeling_colt5 import (
     CoLT5EncoderModel,
@@ -68,8 +65,6 @@ def test_generation_of_every_kind(name):
 @pytest.mark.parametrize("name", ["encoder-decoder", "causal"])
 def test_adapters(name, adapter):
     peft = pytest.importorskip("peft")
-    if adapter != "LoraConfig" and Version(peft.__version__) < Version(MIN_PEFT_VERSION):
-        pytest.skip(f"prompts at generation need peft {MIN_PEFT_VERSION} with transformers {transformers.__version__}")
     model_class, fields = MODELS[name]
     prompts = {"num_virtual_tokens": 3, "num_layers": 3, "token_dim": 32, "num_attention_heads": 4}
     own = {"target_modules": ["q", "v"]} if adapter == "LoraConfig" else prompts
@@ -78,6 +73,30 @@ def test_adapters(name, adapter):
     inputs = batch()
     model(**inputs, labels=inputs["input_ids"]).loss.backward()
     model.eval().generate(**inputs, max_new_tokens=3, num_beams=2)
+
+
+@pytest.mark.parametrize("adapter", ["PromptTuningConfig", "PrefixTuningConfig"])
+@pytest.mark.parametrize("name", ["encoder-decoder", "causal"])
+def test_prompts_and_prefixes_are_read_by_generation(name, adapter):
+    """As by whole passes over the tokens so far, each of which begins with them."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    task = "CAUSAL_LM" if name == "causal" else "SEQ_2_SEQ_LM"
+    prompts = {"num_virtual_tokens": 3, "num_layers": 3, "token_dim": 32, "num_attention_heads": 4}
+    settings = getattr(peft, adapter)(task_type=task, **prompts)
+    ids = random_ids(2, 9)
+    model = peft.get_peft_model(tiny_model(MODELS[name][0]), settings).eval()
+    with torch.no_grad():
+        for parameter in model.prompt_encoder.parameters():
+            parameter.normal_()
+        tokens = ids if name == "causal" else torch.zeros(2, 1, dtype=torch.int64)
+        for _ in range(5):
+            inputs = {"input_ids": tokens} if name == "causal" else {"input_ids": ids, "decoder_input_ids": tokens}
+            logits = model(**inputs, attention_mask=torch.ones_like(inputs["input_ids"])).logits[:, -1]
+            tokens = torch.cat([tokens, logits.argmax(-1, keepdim=True)], 1)
+    mask = torch.ones_like(ids)
+    generated = model.generate(input_ids=ids, attention_mask=mask, min_new_tokens=5, max_new_tokens=5, eos_token_id=96)
+    assert torch.equal(generated, tokens)
 
 
 @pytest.mark.parametrize(
