@@ -1,17 +1,20 @@
-"""Does it learn: held-out loss of CoLT5, its controls and LongT5, equal but for the encoder, against steps and time.
+"""Does it learn: held-out loss of CoLT5, its controls and LongT5, equal but for the encoder, against steps and cost.
 
     python benchmarks/learning.py --prepare folder/with/proposals   # once: tokens of the corpus, one small file
     python benchmarks/learning.py --seconds 420                     # the runs that are not there yet; again: the rest
-    python docs/learning_picture.py                                 # pictures and table from what is there
+    python docs/learning_picture.py                                 # pictures and tables from what is there
 
 `--prepare` takes a folder with train.jsonl.gz and validation.jsonl.gz, rows with a text `document`.
 
-A run is one variant and one seed. Each device takes the next run that no other has, so that no two share a card. A run
-that is complete is never done again; one that the budget cuts off leaves nothing, and begins anew.
+A run is one variant and one seed. Cost is counted in operations, by formula, so that several runs may share a card
+(`--lanes`); only where seconds are compared, as with LongT5, each needs a card for itself (`--lanes 1`). A run that is
+complete is never done again; one that is broken off leaves nothing, and begins anew.
 """
 
+import gc
 import gzip
 import json
+import math
 import sys
 import time
 from contextlib import AbstractContextManager
@@ -23,14 +26,14 @@ from typing import Any
 import numpy as np
 import torch
 from captured_step import TrainingStep
-from measure import RESULTS, describe_device
-from torch import nn
+from measure import RESULTS, describe_commit, describe_device
 from transformers import HfArgumentParser, LongT5Config, LongT5ForConditionalGeneration, PreTrainedModel
 
 from modeling_colt5 import CoLT5Config, CoLT5ForConditionalGeneration, CoLT5Tokenizer
 from modeling_colt5.denoising import DataCollatorForDenoising, SpanCorruption, chunk_documents
+from modeling_colt5.dense_start import DenseStart, ShortenDenoising
+from modeling_colt5.encoder_costs import encoder_flops
 from modeling_colt5.parameter_groups import size_scaled_groups
-from modeling_colt5.router_colt5 import CoLT5Router
 
 ROOT = Path(__file__).resolve().parents[1]
 # with T5's own vocabulary, such small models would be embeddings more than layers, and the head most of their time
@@ -39,29 +42,59 @@ VOCABULARY = ROOT / "tokenization/python_stdlib"
 NUM_SENTINELS = 256
 VOCAB_SIZE = 8320
 
-# what a variant changes
-COLT5 = {
-    "colt5-learned": {"routing": "learned"},
-    "colt5-random": {"routing": "random"},
-    "colt5-even": {"routing": "even"},
-    "colt5-none": {"routing": "none"},
+
+@dataclass(frozen=True)
+class Variant:
+    """What sets a variant of CoLT5 apart.
+
+    Attributes:
+        routing: the configuration's.
+        budget: one query, and one token of the feed-forward, among so many tokens; keys and values are twice as many.
+        parts: how many parts of each input the dense start reads, each as an input of its own: 1 is the beginning
+            alone, as the training scripts do, 4 the whole input; 0 for no dense start.
+        cross: whether the decoder reads the encoder's output through routed cross-attention.
+        fields: more of the configuration.
+    """
+
+    routing: str = "learned"
+    budget: int = 16
+    parts: int = 0
+    cross: bool = False
+    fields: dict[str, Any] = field(default_factory=dict)
+
+
+START = DenseStart()
+# the budget of cross-attention's routers at the full length: room for the 228 sentinels that an input has
+CROSS_BUDGET = 16
+STUDY = {
+    "colt5-learned-64": Variant(budget=64, parts=1),
+    "colt5-even-16": Variant("even"),
+    "colt5-learned-16": Variant(parts=1),
+    "colt5-even-64": Variant("even", budget=64),
+    "colt5-none": Variant("none"),
 }
-LONGT5 = {"longt5-local": "local", "longt5-transient-global": "transient-global"}
-# in the order of work
-VARIANTS = (*COLT5, *LONGT5)
-# further learned models that tell choice, strength and training of the routers apart
-DIAGNOSIS = {
-    # another choice at every step, with weights that learned routers start with
-    "colt5-random-soft": {"routing": "learned"},
-    # the choice of router vectors that stay as they were drawn, with the controls' weights of 1
-    "colt5-untrained": {"routing": "learned"},
-    "colt5-epsilon": {"routing": "learned", "routing_epsilon": 0.1},
-    "colt5-router-rate": {"routing": "learned"},
+CROSS = {
+    "colt5-learned-16-cross": Variant(parts=1, cross=True),
+    "colt5-even-16-cross": Variant("even", cross=True),
+}
+# what the dense start is worth, and what reading more of the inputs in it
+STARTS = {
+    "colt5-learned-64-whole": Variant(budget=64, parts=4),
+    "colt5-learned-16-whole": Variant(parts=4),
+    "colt5-as-shipped-64": Variant(budget=64),
+    "colt5-as-shipped-16": Variant(),
+}
+OTHERS = {
+    "colt5-random-16": Variant("random"),
+    "colt5-epsilon-16": Variant(fields={"routing_epsilon": 0.1}),
     # AdamW as it is, at one learning rate for all parameters
-    "colt5-one-rate": {"routing": "learned"},
-    "colt5-descent": {"routing": "learned", "soft_topk_solver": "coordinate_descent", "num_soft_topk_iterations": 50},
+    "colt5-one-rate-16": Variant(),
+    "colt5-descent-16": Variant(fields={"soft_topk_solver": "coordinate_descent", "num_soft_topk_iterations": 50}),
 }
-ROUTER_RATE = 10.0
+COLT5 = STUDY | CROSS | STARTS | OTHERS
+LONGT5 = {"longt5-local": "local", "longt5-transient-global": "transient-global"}
+# in the order of work: all seeds of one group come before the next group
+GROUPS = (STUDY, CROSS, STARTS, OTHERS, LONGT5)
 ONE_RATE = 2e-3
 
 
@@ -76,7 +109,9 @@ class Settings:
     length: int = field(default=4096, metadata={"help": "tokens of every input"})
     batch: int = field(default=4, metadata={"help": "inputs in a step"})
     steps: int = field(default=2400, metadata={"help": "steps of a run, at most"})
-    most_seconds: float = field(default=75.0, metadata={"help": "seconds of training of a run, at most"})
+    most_seconds: float | None = field(
+        default=None, metadata={"help": "seconds of training of a run, at most, where seconds are compared"}
+    )
     warmup_steps: int = field(default=200, metadata={"help": "steps of rising learning rate; then as 1 / √step"})
     learning_rate: float = field(default=2e-2, metadata={"help": "the highest, relative to each parameter's size"})
     eval_every: int = field(default=200, metadata={"help": "steps between evaluations"})
@@ -92,12 +127,13 @@ class Arguments:
         default=ROOT / "build/learning_tokens.npz", metadata={"help": "the tokens that --prepare makes"}
     )
     out: Path = field(default=RESULTS / "learning", metadata={"help": "folder of the results, one file a run"})
-    seconds: float = field(default=float("inf"), metadata={"help": "budget of this invocation, start included"})
-    seeds: list[int] = field(default_factory=lambda: [0, 1], metadata={"help": "all variants with each in turn"})
+    seconds: float = field(default=float("inf"), metadata={"help": "begin no further run after these"})
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2, 3], metadata={"help": "all variants with each in turn"})
     variants: list[str] = field(
-        default_factory=lambda: list(VARIANTS), metadata={"help": " ".join((*VARIANTS, *DIAGNOSIS))}
+        default_factory=lambda: [*STUDY, *CROSS, *STARTS], metadata={"help": " ".join((*COLT5, *LONGT5))}
     )
     devices: list[str] | None = field(default=None, metadata={"help": "such as cuda:0 cuda:1; default: all there are"})
+    lanes: int = field(default=4, metadata={"help": "runs at a time on each GPU; on a CPU one"})
 
 
 def prepare(folder: Path, out: Path) -> None:
@@ -113,12 +149,18 @@ def prepare(folder: Path, out: Path) -> None:
     np.savez_compressed(out, **{split: tokens.astype(np.uint16) for split, tokens in streams.items()})
 
 
+@lru_cache(maxsize=1)
 def load_tokenizer() -> CoLT5Tokenizer:
     """The vocabulary with more sentinels, which come after all other tokens."""
     tokenizer = CoLT5Tokenizer.from_pretrained(VOCABULARY)
     sentinels = [f"<extra_id_{number}>" for number in range(NUM_SENTINELS)]
     tokenizer.add_tokens(sentinels, special_tokens=True)
     return tokenizer
+
+
+def sentinel_ids() -> tuple[int, ...]:
+    """The ids of the sentinels, from <extra_id_0> on."""
+    return tuple(load_tokenizer().convert_tokens_to_ids([f"<extra_id_{number}>" for number in range(NUM_SENTINELS)]))
 
 
 def corrupted(tokens: np.ndarray, rows: int, settings: Settings, seed: int, repeat: bool) -> dict[str, torch.Tensor]:
@@ -145,34 +187,34 @@ def load_examples(
     return first, second
 
 
-class RandomScores(nn.Module):
-    """A router's routing operation, with normal scores for its own: in evaluation the same at every call."""
+def in_parts(inputs: dict[str, torch.Tensor], parts: int) -> dict[str, torch.Tensor]:
+    """What a step of a dense start reads: the first `parts` stretches of every input, each as a row of its own.
 
-    def __init__(self, routing: nn.Module):
-        super().__init__()
-        self.routing = routing
+    Args:
+        inputs: `input_ids` [batch, n] and `labels` [batch, m], nothing padded.
+        parts: how many stretches of ceil(`START.input_share` · n) tokens.
 
-    def forward(self, scores: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """As the operation's."""
-        generator = None if self.training else torch.Generator(scores.device).manual_seed(0)
-        random = torch.empty_like(scores).normal_(generator=generator)
-        return self.routing(random, *arguments)
-
-
-class FullWeights(nn.Module):
-    """A router's routing operation, with weights of 1 for what it chooses: nothing trains the scores."""
-
-    def __init__(self, routing: nn.Module):
-        super().__init__()
-        self.routing = routing
-
-    def forward(self, scores: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """As the operation's."""
-        indices, weights, valid = self.routing(scores, *arguments)
-        return indices, valid.to(weights.dtype), valid
-
-
-ROUTING_OF = {"colt5-random-soft": RandomScores, "colt5-untrained": FullWeights}
+    Returns:
+        `input_ids` [parts · batch, ceil(share · n)], and `labels` [parts · batch, ceil(2 · share · m)] with the spans
+        of each stretch's own sentinels and -100 behind them. Of more than twice the average, the last are cut.
+    """
+    ids, labels = inputs["input_ids"], inputs["labels"]
+    share, sentinels = START.input_share, sentinel_ids()
+    shorten, known = ShortenDenoising(sentinels), torch.tensor(sentinels, device=ids.device)
+    stretch, places = math.ceil(share * ids.shape[1]), torch.arange(labels.shape[1], device=ids.device)
+    is_sentinel, opens = torch.isin(ids, known), torch.isin(labels, known).cumsum(1)
+    rows = []
+    for start in range(0, parts * stretch, stretch):
+        # where the target's first span lies whose sentinel is in this stretch
+        before = is_sentinel[:, :start].sum(1, keepdim=True)
+        own = places + (opens <= before).sum(1, keepdim=True)
+        moved = labels.gather(1, own.clamp(max=labels.shape[1] - 1)).masked_fill(own >= labels.shape[1], -100)
+        rows.append(shorten({"input_ids": ids.roll(-start, 1), "labels": moved}, share))
+    width = math.ceil(2 * share * labels.shape[1])
+    return {
+        "input_ids": torch.cat([row["input_ids"] for row in rows]),
+        "labels": torch.cat([row["labels"][:, :width] for row in rows]),
+    }
 
 
 def make_model(variant: str, settings: Settings) -> PreTrainedModel:
@@ -193,22 +235,65 @@ def make_model(variant: str, settings: Settings) -> PreTrainedModel:
         "scale_decoder_outputs": True,
         "decoder_start_token_id": 0,
     }
-    if variant not in LONGT5:
-        light = max(heads // 3, 1)
-        branches = {
-            "num_light_heads": light,
-            "num_heavy_heads": heads - light,
-            "light_d_ff": d_ff // 2,
-            "heavy_d_ff": 4 * d_ff,
-        }
-        own = (COLT5 | DIAGNOSIS)[variant]
-        model = CoLT5ForConditionalGeneration(CoLT5Config(**shared, **branches, **own))
-        if variant in ROUTING_OF:
-            for module in model.modules():
-                if isinstance(module, CoLT5Router):
-                    module.select = ROUTING_OF[variant](module.select)
-        return model
-    return LongT5ForConditionalGeneration(LongT5Config(**shared, encoder_attention_type=LONGT5[variant]))
+    if variant in LONGT5:
+        return LongT5ForConditionalGeneration(LongT5Config(**shared, encoder_attention_type=LONGT5[variant]))
+    own, light = COLT5[variant], max(heads // 3, 1)
+    fields: dict[str, Any] = {
+        "routing": own.routing,
+        "num_light_heads": light,
+        "num_heavy_heads": heads - light,
+        "light_d_ff": d_ff // 2,
+        "heavy_d_ff": 4 * d_ff,
+        "routed_query_fraction": 1 / own.budget,
+        "routed_key_value_fraction": 2 / own.budget,
+        "routed_feed_forward_fraction": 1 / own.budget,
+        "routed_cross_key_values": settings.length // CROSS_BUDGET if own.cross else None,
+    }
+    return CoLT5ForConditionalGeneration(CoLT5Config(**shared | fields | own.fields))
+
+
+def begin(variant: str, seed: int, settings: Settings, device: torch.device) -> PreTrainedModel:
+    """A model at the start of a seed's run: all variants of CoLT5 have the same weights, as far as they have them."""
+    torch.manual_seed(seed)
+    with device:
+        model = make_model(variant, settings)
+        if variant in COLT5:
+            torch.manual_seed(seed)
+            # it has all the weights that any of them has
+            model.load_state_dict(make_model("colt5-learned-16-cross", settings).state_dict(), strict=False)
+    return model
+
+
+def step_flops(config: CoLT5Config, rows: int, n: int, m: int, dense: bool) -> int:
+    """FLOP of the matrix products of a training step: a forward pass, and a backward of twice as many.
+
+    Args:
+        config: the model's.
+        rows: inputs.
+        n: tokens of each.
+        m: tokens of each target; the decoder's attention to itself is counted without regard to what is masked.
+        dense: whether all tokens take the heavy branches.
+    """
+    width, inner, matrices = config.d_model, config.num_heads * config.d_kv, 3 if config.is_gated_act else 2
+    read, scored = n, 0
+    if config.routed_cross_key_values is not None:
+        read, scored = min(n, config.routed_cross_key_values), n * config.num_cross_routers
+    multiplications = (
+        # queries, keys, values and output; then scores and the weighted sum of values
+        4 * m * width * inner
+        + 2 * m * m * inner
+        + 2 * m * width * inner
+        + 2 * read * width * config.num_cross_key_value_heads * config.d_kv
+        + 2 * m * read * inner
+        + scored * width
+        + matrices * m * width * config.d_ff
+    )
+    decoder = 2 * (config.num_decoder_layers * multiplications + m * width * config.vocab_size)
+    if config.routing == "none":
+        # a heavy branch of one token instead of none
+        fractions = ("routed_query_fraction", "routed_key_value_fraction", "routed_feed_forward_fraction")
+        config = CoLT5Config.from_dict(config.to_dict() | dict.fromkeys(fractions, 1e-9))
+    return 3 * rows * (encoder_flops(config, n, dense=dense) + decoder)
 
 
 def rows_of(data: dict[str, torch.Tensor], rows: slice) -> dict[str, torch.Tensor]:
@@ -249,16 +334,19 @@ def describe_routing(model: PreTrainedModel, data: dict[str, torch.Tensor], batc
     if not isinstance(model, CoLT5ForConditionalGeneration) or model.config.routing == "none":
         return {}
     inputs = rows_of(data, slice(batch))
-    tokenizer = load_tokenizer()
-    ids = tokenizer.convert_tokens_to_ids([f"<extra_id_{number}>" for number in range(NUM_SENTINELS)])
-    sentinels = torch.isin(inputs["input_ids"], torch.tensor(ids, device=inputs["input_ids"].device))
+    sentinels = torch.isin(inputs["input_ids"], torch.tensor(sentinel_ids(), device=inputs["input_ids"].device))
     model.eval()
     with autocast(inputs["input_ids"].device):
-        layers = model.encoder(inputs["input_ids"], output_routing=True).routing
+        outputs = model(**inputs, use_cache=False, output_routing=True)
     model.train()
+    choices = {
+        name: [getattr(layer, name) for layer in outputs.encoder_routing]
+        for name in ("query", "key_value", "feed_forward")
+    }
+    if outputs.cross_routing is not None:
+        choices["cross"] = [routed for layer in outputs.cross_routing for routed in layer]
     description: dict[str, Any] = {}
-    for name in ("query", "key_value", "feed_forward"):
-        routed = [getattr(layer, name) for layer in layers]
+    for name, routed in choices.items():
         description[name] = {
             "weight": [float(tokens.weights.mean()) for tokens in routed],
             "saturated": [float((tokens.weights >= 1).float().mean()) for tokens in routed],
@@ -272,26 +360,52 @@ def describe_routing(model: PreTrainedModel, data: dict[str, torch.Tensor], batc
     return description
 
 
-def make_step(variant: str, model: PreTrainedModel, settings: Settings) -> TrainingStep:
-    """A variant's training step: a plain loop's, for Trainer's clock would hold the evaluations."""
+class Training:
+    """A run's model and its steps: a plain loop's, for Trainer's clock would hold the evaluations."""
 
-    def loss_of(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        with autocast(batch["labels"].device):
-            return model(**batch, use_cache=False).loss
+    def __init__(self, variant: str, seed: int, settings: Settings, device: torch.device):
+        self.settings = settings
+        self.model = begin(variant, seed, settings, device)
+        self.parts = COLT5[variant].parts if variant in COLT5 else 0
+        groups = size_scaled_groups(self.model, settings.learning_rate)
+        if variant == "colt5-one-rate-16":
+            groups = [{"params": list(self.model.parameters()), "lr": ONE_RATE}]
+        model = self.model
 
-    def factor(name: str) -> float:
-        return ROUTER_RATE if variant == "colt5-router-rate" and name.endswith("router.weight") else 1.0
+        def loss_of(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+            with autocast(device):
+                return model(**batch, use_cache=False).loss
 
-    groups = size_scaled_groups(model, settings.learning_rate, factor)
-    if variant == "colt5-one-rate":
-        groups = [{"params": list(model.parameters()), "lr": ONE_RATE}]
-    return TrainingStep(model, loss_of, groups, settings.warmup_steps)
+        self.step = TrainingStep(model, loss_of, groups, settings.warmup_steps)
+        self.flops = 0
+
+    def progress(self, done: int) -> float | None:
+        """How far the dense start has come before a step; None without one and behind it."""
+        return START.progress(done, self.settings.steps) if self.parts else None
+
+    def __call__(self, batch: dict[str, torch.Tensor], progress: float | None) -> torch.Tensor:
+        """Do a step, and give its loss; its operations are added where the model is CoLT5."""
+        is_dense = progress is not None
+        if self.parts:
+            self.model.set_dense_start(progress)
+        if is_dense:
+            batch = in_parts(batch, self.parts)
+        if isinstance(self.model, CoLT5ForConditionalGeneration):
+            (rows, n), m = batch["input_ids"].shape, batch["labels"].shape[1]
+            self.flops += step_flops(self.model.config, rows, n, m, is_dense)
+        return self.step(batch, phase=is_dense)
 
 
-def run(
-    variant: str, seed: int, settings: Settings, tokens: Path, device: torch.device, deadline: float
-) -> dict[str, Any] | None:
-    """One run: its curve, with the seconds of training alone; `None` where the deadline came first."""
+def free_memory() -> None:
+    """Give back what is no longer used, for other lanes; and no graph may be destroyed while another is captured."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def run(variant: str, seed: int, settings: Settings, tokens: Path, device: torch.device) -> dict[str, Any]:
+    """One run: its curve, with the operations so far and the seconds of training alone."""
+    free_memory()
     train, held_out = load_examples(tokens, settings, seed, device)
     # each held-out target with another's input: what the decoder knows without the encoder
     swapped = held_out | {"input_ids": held_out["input_ids"].roll(1, 0)}
@@ -300,41 +414,46 @@ def run(
         return rows_of(train, slice(done * settings.batch, (done + 1) * settings.batch))
 
     # kernels are compiled and chosen before the clock starts, on a model that is thrown away
-    with device:
-        model = make_model(variant, settings)
-    step = make_step(variant, model, settings)
-    for done in range(min(5, settings.steps)):
-        step(batch_of(done))
-    held_out_loss(model, held_out, settings.batch)
-    describe_routing(model, held_out, settings.batch)
-    del model, step
+    training = Training(variant, seed, settings, device)
+    for progress in (0.0, None) if training.parts else (None,):
+        for done in range(min(5, settings.steps)):
+            training(batch_of(done), progress)
+    held_out_loss(training.model, held_out, settings.batch)
+    describe_routing(training.model, held_out, settings.batch)
+    del training
+    free_memory()
 
-    torch.manual_seed(seed)
-    with device:
-        model = make_model(variant, settings)
-    step = make_step(variant, model, settings)
+    training = Training(variant, seed, settings, device)
+    model = training.model
     curve, seconds, loss = [], 0.0, None
     started = time.perf_counter()
     for done in range(settings.steps + 1):
         if done % settings.eval_every == 0 or done == settings.steps:
             synchronize(device)
             seconds += time.perf_counter() - started
-            if time.time() > deadline:
-                return None
             point: dict[str, Any] = {"step": done, "seconds": seconds}
+            if variant in COLT5:
+                point["flops"] = training.flops
             if loss is not None:
                 point["training_loss"] = float(loss)
             point["loss"] = held_out_loss(model, held_out, settings.batch)
             point["swapped_loss"] = held_out_loss(model, swapped, settings.batch)
             point["routing"] = describe_routing(model, held_out, settings.batch)
             curve.append(point)
-            if seconds > settings.most_seconds:
+            if settings.most_seconds is not None and seconds > settings.most_seconds:
                 break
             synchronize(device)
             started = time.perf_counter()
         if done < settings.steps:
-            loss = step(batch_of(done))
-    return {"parameters": model.num_parameters(), "captured": step.captured, "curve": curve}
+            loss = training(batch_of(done), training.progress(done))
+    # the first step with the paper's routing
+    start_ends = next(done for done in range(settings.steps + 1) if training.progress(done) is None)
+    return {
+        "parameters": model.num_parameters(),
+        "captured": training.step.captured,
+        "start_ends": start_ends,
+        "curve": curve,
+    }
 
 
 def rounded(value: Any) -> Any:
@@ -347,11 +466,11 @@ def rounded(value: Any) -> Any:
 
 
 def work(
-    rank: int, devices: list[str], runs: list[tuple[str, int]], taken: Any, settings: Settings, arguments: Arguments,
+    lane: int, devices: list[str], runs: list[tuple[str, int]], taken: Any, settings: Settings, arguments: Arguments,
     deadline: float,
 ) -> None:  # fmt: skip
-    """One device's process: take the next run until there is none, or no time."""
-    device = torch.device(devices[rank])
+    """One lane's process: take the next run until there is none, or no time."""
+    device = torch.device(devices[lane % len(devices)])
     if device.type == "cuda":
         torch.cuda.set_device(device)
     while time.time() < deadline:
@@ -362,13 +481,13 @@ def work(
             return
         variant, seed = runs[number]
         started = time.perf_counter()
-        result = run(variant, seed, settings, arguments.tokens, device, deadline)
-        if result is None:
-            print(f"{variant}, seed {seed}: no time left", flush=True)
-            return
-        heading = {"variant": variant, "seed": seed, "settings": asdict(settings)} | describe_device()
-        text = json.dumps(rounded(heading | result))
-        (arguments.out / f"{variant}-{seed}.json").write_text(text.replace('{"step"', '\n{"step"') + "\n")
+        result = run(variant, seed, settings, arguments.tokens, device)
+        heading = {"variant": variant, "seed": seed, "settings": asdict(settings), "lanes": arguments.lanes}
+        text = json.dumps(rounded(heading | describe_device() | {"commit": describe_commit()} | result))
+        # whole or not at all, also where the process is killed
+        unfinished = arguments.out / f"{variant}-{seed}.tmp"
+        unfinished.write_text(text.replace('{"step"', '\n{"step"') + "\n")
+        unfinished.replace(unfinished.with_suffix(".json"))
         last = result["curve"][-1]
         how = "captured" if result["captured"] else "eager"
         print(
@@ -393,25 +512,29 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.prepare is not None:
         prepare(arguments.prepare, arguments.tokens)
         return
-    if unknown := set(arguments.variants) - {*VARIANTS, *DIAGNOSIS}:
-        known = ", ".join((*VARIANTS, *DIAGNOSIS))
+    if unknown := set(arguments.variants) - {*COLT5, *LONGT5}:
+        known = ", ".join((*COLT5, *LONGT5))
         raise ValueError(f"variants has {', '.join(sorted(unknown))}; there are {known}")
+    if arguments.lanes < 1:
+        raise ValueError(f"lanes is {arguments.lanes}; it must be at least 1")
     if not arguments.tokens.exists():
         raise ValueError(f"tokens is {arguments.tokens}, which is not there; --prepare makes it")
     arguments.out.mkdir(parents=True, exist_ok=True)
     runs = [
         (variant, seed)
+        for group in GROUPS
         for seed in arguments.seeds
-        for variant in arguments.variants
-        if not is_complete(arguments.out / f"{variant}-{seed}.json", settings)
+        for variant in group
+        if variant in arguments.variants and not is_complete(arguments.out / f"{variant}-{seed}.json", settings)
     ]
     devices = arguments.devices or [f"cuda:{n}" for n in range(torch.cuda.device_count())] or ["cpu"]
+    lanes = len(devices) * (1 if devices == ["cpu"] else arguments.lanes)
     taken = torch.multiprocessing.get_context("spawn").Value("i", 0)
     shared = (devices, runs, taken, settings, arguments, deadline)
-    if len(devices) == 1:
+    if lanes == 1:
         work(0, *shared)
     else:
-        torch.multiprocessing.spawn(work, shared, nprocs=len(devices))
+        torch.multiprocessing.spawn(work, shared, nprocs=min(lanes, max(1, len(runs))))
 
 
 if __name__ == "__main__":

@@ -2,13 +2,11 @@
 
 import copy
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from transformers import get_inverse_sqrt_schedule
@@ -20,7 +18,6 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import causal_learning  # noqa: E402
 import dense  # noqa: E402
-import learning  # noqa: E402
 import measure  # noqa: E402
 import multi_gpu  # noqa: E402
 import peers  # noqa: E402
@@ -203,28 +200,6 @@ def test_causal_learning_is_drawn_from_its_runs(tmp_path: Path) -> None:
     assert f"{loss:.4f}" in page.read_text() and page.with_suffix(".svg").exists()
 
 
-def test_learning_is_drawn_from_the_runs_there_are(tmp_path: Path) -> None:
-    tokens, runs, page = tmp_path / "tokens.npz", tmp_path / "runs", tmp_path / "learning.md"
-    random = np.random.default_rng(0)
-    np.savez(tokens, **{split: random.integers(3, 7000, 2000, np.uint16) for split in ("train", "validation")})
-    sizes = "--d_model 32 --d_kv 16 --num_layers 1 --num_decoder_layers 1 --length 128 --batch 2 --steps 2"
-    arguments = (
-        f"{sizes} --eval_every 1 --eval_rows 2 --seeds 0 --tokens {tokens} --out {runs} --devices cpu --variants"
-    )
-    learning.main([*arguments.split(), *learning.VARIANTS[:1], *learning.DIAGNOSIS])
-    page.write_text((ROOT / "docs/learning.md").read_text(encoding="utf-8"), encoding="utf-8")
-    draw = [sys.executable, str(ROOT / "docs/learning_picture.py"), "--page", str(page)]
-    subprocess.run([*draw, "--results", str(runs), "--small", str(runs)], check=True)
-    drawn = page.read_text(encoding="utf-8")
-    loss = json.loads((runs / "colt5-learned-0.json").read_text())["curve"][-1]["loss"]
-    assert f"{loss:.3f}" in drawn and f"{loss:.4f}" in drawn
-    # links to the pictures that were drawn, and to no other
-    links = set(re.findall(r"\((learning_\w+\.svg)\)", drawn))
-    assert links == {path.name for path in tmp_path.glob("*.svg")} and len(links) == 4
-    subprocess.run([*draw, "--results", str(tmp_path / "nothing")], check=True)
-    assert "learning_diagnosis.svg" not in page.read_text(encoding="utf-8")
-
-
 def test_a_training_step_is_adamw_at_each_parameters_own_rate() -> None:
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Embedding(7, 4), torch.nn.Linear(4, 7, bias=False))
@@ -266,21 +241,3 @@ def test_a_cooldown_falls_to_zero_after_the_last_step() -> None:
         step({})
         rates.append(float(step.optimizer.param_groups[0]["lr"]) * (len(rates) + 1) ** 0.5)
     torch.testing.assert_close(torch.tensor(rates), torch.tensor([1, 1, 1, 1, 1, 0.75, 0.5, 0.25]))
-
-
-def test_diagnosis_changes_choice_or_weights() -> None:
-    sizes = {"d_model": 32, "d_kv": 16, "num_layers": 1, "num_decoder_layers": 1}
-    settings = learning.Settings(**sizes)
-    inputs = torch.randint(3, 7000, (2, 256))
-    routing = {}
-    for variant in ("colt5-learned", "colt5-random-soft", "colt5-untrained"):
-        torch.manual_seed(0)
-        model = learning.make_model(variant, settings)
-        with torch.no_grad():
-            twice = [model.encoder(inputs, output_routing=True).routing[0].query for _ in range(2)]
-        routing[variant] = twice[0]
-        # only random scores are new at each training step
-        assert torch.equal(twice[0].indices, twice[1].indices) == (variant != "colt5-random-soft")
-    learned, soft, untrained = routing.values()
-    assert torch.equal(learned.indices, untrained.indices) and (untrained.weights == 1).all()
-    assert not torch.equal(learned.indices, soft.indices) and (soft.weights < 1).any()
