@@ -77,7 +77,7 @@ CROSS = {
     "colt5-learned-16-cross": Variant(parts=1, cross=True),
     "colt5-even-16-cross": Variant("even", cross=True),
 }
-# what the dense start is worth, and what reading more of the inputs in it
+# what the dense start is worth, and reading whole inputs in it
 STARTS = {
     "colt5-learned-64-whole": Variant(budget=64, parts=4),
     "colt5-learned-16-whole": Variant(parts=4),
@@ -272,12 +272,12 @@ def step_flops(config: CoLT5Config, rows: int, n: int, m: int, dense: bool) -> i
         rows: inputs.
         n: tokens of each.
         m: tokens of each target; the decoder's attention to itself is counted without regard to what is masked.
-        dense: whether all tokens take the heavy branches.
+        dense: whether all tokens take the heavy branches, and routed cross-attention reads them all.
     """
     width, inner, matrices = config.d_model, config.num_heads * config.d_kv, 3 if config.is_gated_act else 2
     read, scored = n, 0
     if config.routed_cross_key_values is not None:
-        read, scored = min(n, config.routed_cross_key_values), n * config.num_cross_routers
+        read, scored = n if dense else min(n, config.routed_cross_key_values), n * config.num_cross_routers
     multiplications = (
         # queries, keys, values and output; then scores and the weighted sum of values
         4 * m * width * inner

@@ -74,20 +74,30 @@ def test_one_part_is_what_the_training_scripts_read(batch: dict[str, torch.Tenso
     assert torch.equal(part["labels"], short["labels"][:, :width]) and (short["labels"][:, width:] == -100).all()
 
 
-@pytest.mark.parametrize("variant", ["colt5-even-16", "colt5-learned-16-cross", "colt5-none"])
+@pytest.mark.parametrize(
+    ("variant", "dense"),
+    [
+        ("colt5-even-16", False),
+        ("colt5-learned-16-cross", False),
+        ("colt5-learned-16-cross", True),
+        ("colt5-none", False),
+    ],
+)
 @pytest.mark.parametrize("rows", [1, 3])
-def test_operations_of_the_decoder_are_those_that_pytorch_counts(variant: str, rows: int) -> None:
-    model = learning.begin(variant, 0, learning.Settings(**TINY | {"num_decoder_layers": 2}), CPU)
+def test_operations_of_the_decoder_are_those_that_pytorch_counts(variant: str, dense: bool, rows: int) -> None:
+    model = learning.begin(variant, 0, learning.Settings(**TINY | {"num_decoder_layers": 2}), CPU).train()
+    if dense:
+        model.set_dense_start(0.0)
     memory, n, m = torch.randn(rows, 128, 32), 128, 24
     # PyTorch does not count the CPU's fused attention
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(encoder_outputs=(memory,), labels=torch.randint(3, 99, (rows, m)), use_cache=False)
     config = model.config
     # a heavy branch of one token stands for none
-    with_encoder = learning.step_flops(config, rows, n, m, dense=False) / 3
+    with_encoder = learning.step_flops(config, rows, n, m, dense) / 3
     for name in ("routed_query_fraction", "routed_key_value_fraction", "routed_feed_forward_fraction"):
         setattr(config, name, 1e-9 if variant == "colt5-none" else getattr(config, name))
-    assert with_encoder - rows * encoder_flops(config, n) == counter.get_total_flops()
+    assert with_encoder - rows * encoder_flops(config, n, dense=dense) == counter.get_total_flops()
 
 
 def test_variants_of_a_seed_begin_with_the_same_weights() -> None:
