@@ -93,7 +93,10 @@ def epsilon_schedule(
     epsilon: float, num_iterations: int, epsilon_init: float | None, epsilon_decay: float
 ) -> list[float]:
     """ε of every coordinate-descent iteration, then that of the weights: from `epsilon_init` down to `epsilon`."""
-    current = max(epsilon if epsilon_init is None else epsilon_init, epsilon)
+    if epsilon_init is None:
+        # one number, which a tracer that keeps numbers as symbols need not compute step by step
+        return [epsilon] * (num_iterations + 1)
+    current = max(epsilon_init, epsilon)
     schedule = [current]
     for _ in range(num_iterations):
         current = max(current * epsilon_decay, epsilon)
