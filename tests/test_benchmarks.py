@@ -182,6 +182,8 @@ def test_picture_shows_lengths_and_crosses(tmp_path: Path) -> None:
     assert all(f">{text}<" in drawing for text in ("16k", "64k", "out of memory", "LongT5 local"))
 
 
+# four seconds, some in a process of its own
+@pytest.mark.slow
 def test_causal_learning_is_drawn_from_its_runs(tmp_path: Path) -> None:
     runs, page = tmp_path / "runs", tmp_path / "causal_routing.md"
     arguments = ["--tiny", "--seeds", "0", "--out", str(runs)]

@@ -105,12 +105,19 @@ def test_every_branch_takes_part() -> None:
             heavy.weight.copy_(kept)
 
 
-# a second each, and the slow ones' windows begin and end in the others' continuations too
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
+QUICK = {(1, "static"), (WINDOW, "dynamic"), (3 * WINDOW, "static")}
+
+
+# half a second each, and the slow ones' windows begin and end in the others' continuations too
 @pytest.mark.parametrize(
-    "prompt", [1, WINDOW, 3 * WINDOW, *(pytest.param(n, marks=pytest.mark.slow) for n in (WINDOW - 1, WINDOW + 1))]
+    ("prompt", "cache"),
+    [
+        pytest.param(prompt, cache, marks=[] if (prompt, cache) in QUICK else pytest.mark.slow)
+        for prompt in (1, WINDOW - 1, WINDOW, WINDOW + 1, 3 * WINDOW)
+        for cache in ("dynamic", "static")
+    ],
 )
-def test_token_by_token_is_the_parallel_forward(model: CoLT5ForCausalLM, cache: str, prompt: int) -> None:
+def test_token_by_token_is_the_parallel_forward(model: CoLT5ForCausalLM, prompt: int, cache: str) -> None:
     ids = random_ids(2, 5 * WINDOW + 3)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     rest = ids.shape[1] - prompt
@@ -166,12 +173,29 @@ def recomputed(
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("options", [{}, {"do_sample": True, "top_k": 20}], ids=["greedy", "sample"])
-def test_generation(model: CoLT5ForCausalLM, cache: str, side: str, options: dict[str, Any]) -> None:
+# each two of the settings meet in `make test`, all three in the slow tests
+@pytest.mark.parametrize(
+    ("cache", "side", "choice"),
+    [
+        ("dynamic", "left", "greedy"),
+        ("dynamic", "right", "sample"),
+        ("static", "left", "sample"),
+        ("static", "right", "greedy"),
+        *(
+            pytest.param(*settings, marks=pytest.mark.slow)
+            for settings in (
+                ("dynamic", "left", "sample"),
+                ("dynamic", "right", "greedy"),
+                ("static", "left", "greedy"),
+                ("static", "right", "sample"),
+            )
+        ),
+    ],
+)
+def test_generation(model: CoLT5ForCausalLM, cache: str, side: str, choice: str) -> None:
     if side == "right" and model.config.causal_attention == "full":
         pytest.skip("full attention counts positions, and a decoder-only prompt has to be padded on the left")
+    options = {"do_sample": True, "top_k": 20} if choice == "sample" else {}
     prompts = [random_ids(n) for n in (21, 9, 2)]
     output = generate(model, pad(prompts, side), cache_implementation=cache, disable_compile=True, **options)
     logits = torch.stack(output.logits, 1)

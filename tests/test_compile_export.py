@@ -15,13 +15,22 @@ SHORTEST = 256
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kernel_backend", ["torch", pytest.param("triton", marks=pytest.mark.slow)])
-def test_encoder_compiles_without_a_break(kernel_backend):
+@pytest.mark.parametrize(
+    ("kernel_backend", "backend", "lengths"),
+    [
+        ("torch", "eager", (133, 300)),
+        # one block of 128 in the light attention is a graph of its own
+        pytest.param("torch", "aot_eager", (70, 133), marks=pytest.mark.slow),
+        pytest.param("triton", "aot_eager", (70, 133), marks=pytest.mark.slow),
+    ],
+)
+def test_encoder_compiles_without_a_break(kernel_backend, backend, lengths):
     """On the "triton" backend too, whose operators are opaque to the compiler: in interpreter mode on the CPU."""
     model = tiny_model(CoLT5EncoderModel, num_layers=1, kernel_backend=kernel_backend)
-    # the tracer's work is what can break; Inductor is PyTorch's own
-    compiled = torch.compile(model.encoder, fullgraph=True, dynamic=True, backend="aot_eager")
-    for length in (70, 133):
+    # Dynamo's tracing is what a change can break most easily; with "aot_eager" AOTAutograd's too, which takes longer.
+    # Inductor is PyTorch's own.
+    compiled = torch.compile(model.encoder, fullgraph=True, dynamic=True, backend=backend)
+    for length in lengths:
         batch = pad([random_ids(length), random_ids(length // 2)])
         expected = model.encoder(**batch).last_hidden_state
         torch.testing.assert_close(compiled(**batch).last_hidden_state, expected, rtol=1e-5, atol=1e-5)

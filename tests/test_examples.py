@@ -76,9 +76,20 @@ def test_summarisation_and_questions(tmp_path, lora):
         AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out")
 
 
-@pytest.mark.parametrize("script", TASKS, ids=lambda script: script.__name__)
-# three runs each, of which Trainer's part is the same with adapters
-@pytest.mark.parametrize("lora", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["full", "lora"])
+# three runs each, of which Trainer's part is the same in every script and with adapters
+@pytest.mark.parametrize(
+    ("script", "lora"),
+    [
+        pytest.param(
+            script,
+            lora,
+            id=f"{script.__name__}-{'lora' if lora else 'full'}",
+            marks=[] if script is finetune_seq2seq and not lora else pytest.mark.slow,
+        )
+        for script in TASKS
+        for lora in (False, True)
+    ],
+)
 def test_fine_tuning_resumes_to_the_same_weights(script, lora, tmp_path):
     """From a named checkpoint, and from the newest of the folder."""
     weights = "adapter_model.safetensors" if lora else "model.safetensors"

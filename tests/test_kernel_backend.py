@@ -1,8 +1,6 @@
 """The choice between Triton and PyTorch, and operators of several copies of the code in one process."""
 
-import os
-import subprocess
-import sys
+import importlib.util
 from itertools import count
 
 import pytest
@@ -49,12 +47,17 @@ def test_copies_of_two_versions_have_an_operator_each(name: str) -> None:
 
 
 @pytest.mark.parametrize("forced", ["torch", None])
-def test_the_environment_is_read_when_the_code_is_imported(forced: str | None) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != ENVIRONMENT_VARIABLE}
-    environment |= {ENVIRONMENT_VARIABLE: forced} if forced else {}
-    code = "from modeling_colt5.kernel_backend import FORCED_BACKEND; print(FORCED_BACKEND)"
-    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == str(forced)
+def test_the_environment_is_read_when_the_code_is_imported(
+    forced: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(ENVIRONMENT_VARIABLE, raising=False)
+    if forced:
+        monkeypatch.setenv(ENVIRONMENT_VARIABLE, forced)
+    # another copy of the file, as beside code from the Hub
+    spec = importlib.util.spec_from_file_location("kernel_backend_once_more", kernel_backend.__file__)
+    imported = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(imported)
+    assert forced == imported.FORCED_BACKEND
 
 
 def test_the_environment_has_the_last_word(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,6 +45,8 @@ def run_compiled(*command: str) -> str:
     return done.stdout
 
 
+# a process of its own, and 52 launches of five kernels: seven seconds
+@pytest.mark.slow
 def test_new_lengths_are_no_new_kernels():
     """Whatever lengths, strides and budgets are, a kernel a power of two: from 2,048 tokens up, and 256 slots."""
     counts = json.loads(run_compiled("-c", COUNT))

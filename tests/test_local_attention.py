@@ -58,6 +58,8 @@ def test_values_and_gradients_are_those_of_dense_attention(
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-11)
 
 
+# PyTorch traces it in symbols twice, forward and backward: 20 seconds
+@pytest.mark.slow
 def test_gradients_compile_for_any_number_of_blocks():
     """One block of 128 first, then more; heads split off a projection, as in the model."""
     # with a gradient, as in training: PyTorch then takes attention whose gradients lie in the order of its inputs

@@ -115,6 +115,7 @@ def test_every_block_has_a_language_that_is_checked(page):
 
 
 # README's block makes, saves and loads the base size as it stands: 15 seconds and 3 GiB
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if any(b.language == "python" for b in blocks(page))])
 def test_the_pages_python_runs(page, tmp_path):
     """All blocks in order in one namespace, as a reader would type them, in an empty folder."""
