@@ -166,6 +166,7 @@ def test_the_prediction_is_judged_by_its_rule(above: tuple[float, ...], said: st
 
 
 # seven runs of two steps: ten seconds, most of them for the head over the vocabulary
+@pytest.mark.slow
 def test_learning_is_drawn_from_the_runs_there_are(tokens: Path, tmp_path: Path) -> None:
     runs, page = tmp_path / "runs", tmp_path / "learning.md"
     sizes = " ".join(f"--{name} {value}" for name, value in TINY.items())
