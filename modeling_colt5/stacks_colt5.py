@@ -1,4 +1,4 @@
-"""The two stacks, encoder and decoder, and what every CoLT5 model inherits: initialisation, tying, budgets."""
+"""The two stacks, encoder and decoder, and what every CoLT5 model inherits: initialisation, loading, budgets."""
 
 import weakref
 from collections.abc import Callable
@@ -73,7 +73,7 @@ def _refuse_tensor_parallelism(
 
 
 class CoLT5PreTrainedModel(PreTrainedModel):
-    """What all CoLT5 models share: initialisation, tying, loading, and the budgets of a loaded model."""
+    """What all CoLT5 models share: initialisation, loading, and the budgets of a loaded model."""
 
     config: CoLT5Config
     base_model_prefix = "model"
