@@ -51,7 +51,7 @@ class Variant:
         routing: the configuration's.
         budget: one query, and one token of the feed-forward, among so many tokens; keys and values are twice as many.
         parts: how many parts of each input the dense start reads, each as an input of its own: 1 is the beginning
-            alone, as the training scripts do, 4 the whole input; 0 for no dense start.
+            alone, 4 the whole input; 0 for no dense start.
         cross: whether the decoder reads the encoder's output through routed cross-attention.
         fields: more of the configuration.
     """
@@ -199,17 +199,12 @@ def in_parts(inputs: dict[str, torch.Tensor], parts: int) -> dict[str, torch.Ten
         of each stretch's own sentinels and -100 behind them. Of more than twice the average, the last are cut.
     """
     ids, labels = inputs["input_ids"], inputs["labels"]
-    share, sentinels = START.input_share, sentinel_ids()
-    shorten, known = ShortenDenoising(sentinels), torch.tensor(sentinels, device=ids.device)
-    stretch, places = math.ceil(share * ids.shape[1]), torch.arange(labels.shape[1], device=ids.device)
-    is_sentinel, opens = torch.isin(ids, known), torch.isin(labels, known).cumsum(1)
-    rows = []
-    for start in range(0, parts * stretch, stretch):
-        # where the target's first span lies whose sentinel is in this stretch
-        before = is_sentinel[:, :start].sum(1, keepdim=True)
-        own = places + (opens <= before).sum(1, keepdim=True)
-        moved = labels.gather(1, own.clamp(max=labels.shape[1] - 1)).masked_fill(own >= labels.shape[1], -100)
-        rows.append(shorten({"input_ids": ids.roll(-start, 1), "labels": moved}, share))
+    share = START.input_share
+    shorten, stretch = ShortenDenoising(sentinel_ids()), math.ceil(share * ids.shape[1])
+    rows = [
+        shorten.stretch(inputs, share, torch.full((len(ids),), start, device=ids.device))
+        for start in range(0, parts * stretch, stretch)
+    ]
     width = math.ceil(2 * share * labels.shape[1])
     return {
         "input_ids": torch.cat([row["input_ids"] for row in rows]),

@@ -59,7 +59,7 @@ class RouterArguments:
     )
     dense_start_input_share: float = field(
         default=DenseStart.input_share,
-        metadata={"help": "the share of every input that both read, from its beginning"},
+        metadata={"help": "the share of every input that both read: its beginning, in pre-training a random stretch"},
     )
     router_health_steps: int = field(
         default=100,

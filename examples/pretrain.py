@@ -155,7 +155,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         data_collator=collator,
         processing_class=tokenizer,
     )
-    watch_routers(trainer, routers, corpus.input_length, ShortenDenoising(collator.sentinels))
+    watch_routers(trainer, routers, corpus.input_length, ShortenDenoising(collator.sentinels, collator.mode_ids))
     data = corpus.dataset_name or f"{len(corpus.train_files)} files"
     return run(
         trainer,

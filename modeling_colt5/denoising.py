@@ -226,6 +226,7 @@ class DataCollatorForDenoising:
         self._mode_ids = {}
         if any(part.mode is not None for part in self.denoisers):
             self._mode_ids = tokenizer.get_mode_token_ids()
+        self.mode_ids = tuple(self._mode_ids.values())
 
         self.plans = [self._longest_plan(part, target_length) for part in self.denoisers]
         for part, plan in zip(self.denoisers, self.plans, strict=True):

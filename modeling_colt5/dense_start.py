@@ -39,7 +39,8 @@ class DenseStart:
     Attributes:
         closed: the first part's share of all steps.
         opening: the second part's share.
-        input_share: the share of an input that the first two parts read, from its beginning; 1 for all of it.
+        input_share: the share of an input that the first two parts read; 1 for all of it. What part that is, is for
+            the callback's `shorten` to say: the beginning, or for span corruption a random stretch.
 
     Raises:
         ValueError: for a share out of its range, or first parts that leave nothing to the third.
@@ -175,29 +176,84 @@ def shorten_documents(inputs: Inputs, share: float) -> Inputs:
 
 @dataclass(frozen=True)
 class ShortenDenoising:
-    """`shorten` for span corruption: of the target, only the spans whose sentinels are still in the input stay.
+    """A random stretch of every row of span corruption, and of its target the spans whose sentinels stand there.
+
+    Text is all that such a run learns from, and whatever lies behind a row's beginning would never be read: with the
+    beginnings alone the loss stays far above that of runs that read everything (docs/learning.md).
 
     Attributes:
         sentinels: the ids of the sentinels, from <extra_id_0> on.
+        openings: the ids of mode tokens; where one opens a row, it opens the stretch as well.
     """
 
     sentinels: tuple[int, ...]
+    openings: tuple[int, ...] = ()
 
     def __call__(self, inputs: Inputs, share: float) -> Inputs:
-        """The batch cut as by `shorten`; `labels` [batch, m] become -100 from the first sentinel on that the cut input
-        lacks. A row whose cut input has no sentinel keeps the same share of its target."""
-        short = shorten_documents(inputs, share)
-        ids, labels = short["input_ids"], short["labels"]
-        sentinels = torch.tensor(self.sentinels, device=ids.device)
+        """`stretch` from a place that is drawn for each row by PyTorch's generator, whose state `Trainer` saves."""
+        ids = inputs["input_ids"]
+        spare = (_real_tokens(inputs) - math.ceil(share * ids.shape[1])).clamp(min=0)
+        return self.stretch(inputs, share, (torch.rand(len(ids), device=ids.device) * (spare + 1)).long())
+
+    def stretch(self, inputs: Inputs, share: float, starts: torch.Tensor) -> Inputs:
+        """The stretch of every row that begins at a given place.
+
+        Args:
+            inputs: `input_ids` [batch, n], `labels` [batch, m], and what else the model takes.
+            share: how much of n a stretch has, rounded up.
+            starts: int64 [batch], real tokens of each row before its stretch; a stretch that would end behind the
+                row's last one begins earlier.
+
+        Returns:
+            The keywords with [batch, ceil(share · n)] in place of [batch, n]. `labels` [batch, m] begin with the first
+            span whose sentinel is in the stretch, and are -100 behind the last such span. A row whose stretch has no
+            sentinel keeps `share` of the rest of its target.
+        """
+        ids, labels, mask = inputs["input_ids"], inputs["labels"], inputs.get("attention_mask")
+        (batch, length), device = ids.shape, ids.device
+        places = torch.arange(length, device=device)
+        rows = torch.arange(batch, device=device)[:, None]
+        first = torch.zeros(batch, 1, dtype=torch.int64, device=device)
+        if mask is not None:
+            first = mask.ne(0).int().argmax(1, keepdim=True)
+        spare = (_real_tokens(inputs) - math.ceil(share * length)).clamp(min=0)
+        offset = first + torch.minimum(starts, spare)[:, None]
+        turned = {
+            name: value[rows, (places + offset) % length] if name in ("input_ids", "attention_mask") else value
+            for name, value in inputs.items()
+        }
+        short = shorten_documents(turned, share)
+        if self.openings:
+            opening = ids.gather(1, first)
+            is_mode = torch.isin(opening, torch.tensor(self.openings, device=device))
+            own = short["input_ids"]
+            short["input_ids"] = torch.where(is_mode & (torch.arange(own.shape[1], device=device) == 0), opening, own)
         # [batch, sentinels], [batch, m, sentinels] would be large: ranks instead
-        rank = torch.full((int(max(self.sentinels)) + 2,), -1, device=ids.device)
-        rank[sentinels] = torch.arange(len(self.sentinels), device=ids.device)
-        last = rank[ids.clamp(max=len(rank) - 1)].amax(1, keepdim=True)
-        label_rank = rank[labels.clamp(0, len(rank) - 1)]
-        beyond = (label_rank > last).cumsum(1) > 0
-        kept = (labels.ne(-100).sum(1, keepdim=True) * share).ceil()
-        too_far = torch.arange(labels.shape[1], device=labels.device) >= kept
-        return short | {"labels": labels.masked_fill(torch.where(last >= 0, beyond, too_far), -100)}
+        rank = torch.full((int(max(self.sentinels)) + 2,), -1, device=device)
+        rank[torch.tensor(self.sentinels, device=device)] = torch.arange(len(self.sentinels), device=device)
+
+        def rank_of(tokens: torch.Tensor) -> torch.Tensor:
+            return rank[tokens.clamp(0, len(rank) - 1)]
+
+        # the spans before the stretch: as many as sentinels before it
+        before = ((rank_of(ids) >= 0) & (places < offset)).sum(1, keepdim=True)
+        spans = (rank_of(labels) >= 0).cumsum(1)
+        begins = torch.where(spans[:, -1:] > before, (spans <= before).sum(1, keepdim=True), 0)
+        slots = torch.arange(labels.shape[1], device=device)
+        own_labels = labels.gather(1, (slots + begins).clamp(max=labels.shape[1] - 1))
+        own_labels = own_labels.masked_fill(slots + begins >= labels.shape[1], -100)
+        last = rank_of(short["input_ids"]).amax(1, keepdim=True)
+        beyond = (rank_of(own_labels) > last).cumsum(1) > 0
+        kept = (own_labels.ne(-100).sum(1, keepdim=True) * share).ceil()
+        return short | {"labels": own_labels.masked_fill(torch.where(last >= 0, beyond, slots >= kept), -100)}
+
+
+def _real_tokens(inputs: Inputs) -> torch.Tensor:
+    """How many tokens of each row are not padding, int64 [batch]."""
+    ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+    if mask is None:
+        return torch.full((len(ids),), ids.shape[1], device=ids.device)
+    return mask.ne(0).sum(1)
 
 
 def _with_fewer_labels(whole: Inputs, short: Inputs, share: float) -> Inputs:
@@ -216,7 +272,8 @@ class DenseStartCallback(TrainerCallback):
 
     The model's configuration, what is saved, and every evaluation have the final budgets throughout. When the dense
     start is over, `routers_trained` of the configuration says so, and a later run leaves the routers as they are. What
-    a step does depends on its number alone, so that a resumed run goes on where it was.
+    a step does depends on its number and on the random state that `Trainer` saves: a resumed run goes on where
+    it was.
 
     Args:
         schedule: the parts of the run.
@@ -280,7 +337,7 @@ class DenseStartCallback(TrainerCallback):
             checkpointed=any(getattr(part, "gradient_checkpointing", False) for part in self._model.modules()),
         )
         logger.warning(
-            f"Dense start: until step {ends} of {steps} every token takes the heavy branches, on the first "
+            f"Dense start: until step {ends} of {steps} every token takes the heavy branches, on "
             f"{share:.0%} of every input; from then on routing is the paper's. For inputs of {length:,} tokens a "
             f"step of it has {costs.flops:.2f} times the encoder's operations of a later step, and {keeping} "
             f"{costs.memory:.2f} times as much for the backward; the run has "

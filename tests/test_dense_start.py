@@ -282,23 +282,82 @@ def test_targets_of_documents_stay_whole() -> None:
     assert short["labels"] is batch["labels"] and short["decoder_input_ids"] is batch["decoder_input_ids"]
 
 
-def test_shorter_denoising_asks_for_no_span_that_the_input_lacks() -> None:
+@pytest.fixture
+def denoising() -> tuple[dict[str, torch.Tensor], ShortenDenoising]:
+    """Three rows of span corruption of running text, and what shortens them."""
     tokenizer = CoLT5Tokenizer.from_pretrained(ROOT / "tokenization/python_stdlib")
     collator = DataCollatorForDenoising(tokenizer, 256, denoiser=SpanCorruption(), seed=0)
     tokens = torch.randint(100, 4000, (2000,)).numpy()
-    batch = collator(
-        [chunk for _, chunk in zip(range(3), chunk_documents([{"input_ids": tokens}], collator), strict=False)]
+    rows = [chunk for _, chunk in zip(range(3), chunk_documents([{"input_ids": tokens}], collator), strict=False)]
+    return dict(collator(rows)), ShortenDenoising(collator.sentinels)
+
+
+def spans(tokens: list[int], sentinels: tuple[int, ...]) -> dict[int, list[int]]:
+    """A target's spans by their sentinels; what comes before the first is left out."""
+    found: dict[int, list[int]] = {}
+    for token in tokens:
+        if token in sentinels:
+            found[token] = current = []
+        elif found and token >= 0:
+            current.append(token)
+    return found
+
+
+@pytest.mark.parametrize("padded", ["no", "right", "left"])
+def test_shorter_denoising_reads_a_stretch_and_asks_for_its_spans(
+    denoising: tuple[dict[str, torch.Tensor], ShortenDenoising], padded: str
+) -> None:
+    batch, shorten = denoising
+    batch = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
+    if padded != "no":
+        empty = {"input_ids": torch.zeros(3, 64, dtype=torch.int64), "attention_mask": torch.zeros(3, 64).long()}
+        for name, part in empty.items():
+            whole = (batch[name], part) if padded == "right" else (part, batch[name])
+            batch[name] = torch.cat(whole, 1)
+    share = 64 / batch["input_ids"].shape[1]
+    firsts = set()
+    for _ in range(6):
+        short = shorten(batch, share)
+        assert short["input_ids"].shape == (3, 64) and short["attention_mask"].all()
+        for row in range(3):
+            ids, whole = short["input_ids"][row].tolist(), batch["input_ids"][row].tolist()
+            firsts.add(next(at for at in range(len(whole)) if whole[at : at + 64] == ids))
+            seen = [token for token in ids if token in shorten.sentinels]
+            asked = spans(short["labels"][row].tolist(), shorten.sentinels)
+            all_asked = spans(batch["labels"][row].tolist(), shorten.sentinels)
+            assert seen and list(asked) == seen
+            assert asked == {sentinel: all_asked[sentinel] for sentinel in seen}
+            # the target begins with the stretch's first span
+            assert short["labels"][row, 0] == seen[0]
+    # 18 draws of 193 places
+    assert len(firsts) > 9
+
+
+def test_every_place_of_a_row_is_read(denoising: tuple[dict[str, torch.Tensor], ShortenDenoising]) -> None:
+    batch, shorten = denoising
+    starts = {
+        int((shorten(batch, 250 / 256)["input_ids"][0, 0] == batch["input_ids"][0, :7]).int().argmax())
+        for _ in range(200)
+    }
+    assert starts == set(range(7))
+
+
+def test_a_stretch_behind_a_row_begins_earlier(
+    denoising: tuple[dict[str, torch.Tensor], ShortenDenoising],
+) -> None:
+    batch, shorten = denoising
+    short = shorten.stretch(batch, 1 / 4, torch.full((3,), 1000))
+    assert torch.equal(short["input_ids"], batch["input_ids"][:, -64:])
+
+
+def test_a_mode_token_opens_the_stretch_as_well() -> None:
+    ids = torch.arange(10, 50).expand(2, -1).clone()
+    ids[0, 0] = 7
+    labels = torch.tensor([[90, 5, 91, 6, 1], [90, 5, 91, 6, 1]])
+    short = ShortenDenoising((90, 91), openings=(7, 8)).stretch(
+        {"input_ids": ids, "labels": labels}, 1 / 4, torch.tensor([20, 20])
     )
-    sentinels = tokenizer.convert_tokens_to_ids([f"<extra_id_{i}>" for i in range(100)])
-    short = ShortenDenoising(tuple(sentinels))(dict(batch), 1 / 4)
-    assert short["input_ids"].shape[1] == 64
-    for ids, labels, whole in zip(short["input_ids"], short["labels"], batch["labels"], strict=True):
-        seen = [token for token in ids.tolist() if token in sentinels]
-        kept = labels[labels >= 0].tolist()
-        asked = [token for token in kept if token in sentinels]
-        assert seen and asked == seen
-        # what is kept is the target's beginning, with the last span whole
-        assert kept == whole[: len(kept)].tolist() and whole[len(kept)].item() in sentinels
+    assert short["input_ids"].tolist() == [[7, *range(31, 40)], [*range(30, 40)]]
 
 
 def test_denoising_without_a_sentinel_asks_for_less() -> None:

@@ -12,7 +12,6 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from modeling_colt5.dense_start import ShortenDenoising
 from modeling_colt5.encoder_costs import encoder_flops
 
 ROOT = Path(__file__).parent.parent
@@ -64,14 +63,6 @@ def test_the_parts_of_an_input_ask_for_all_of_its_spans_once(batch: dict[str, to
             assert [span[0] for span in found] == [
                 token for token in parts["input_ids"][part].tolist() if token in sentinels
             ]
-
-
-def test_one_part_is_what_the_training_scripts_read(batch: dict[str, torch.Tensor]) -> None:
-    part = learning.in_parts(batch, 1)
-    short = ShortenDenoising(learning.sentinel_ids())(batch, learning.START.input_share)
-    assert torch.equal(part["input_ids"], short["input_ids"])
-    width = part["labels"].shape[1]
-    assert torch.equal(part["labels"], short["labels"][:, :width]) and (short["labels"][:, width:] == -100).all()
 
 
 @pytest.mark.parametrize(
