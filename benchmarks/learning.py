@@ -31,7 +31,7 @@ from transformers import HfArgumentParser, LongT5Config, LongT5ForConditionalGen
 
 from modeling_colt5 import CoLT5Config, CoLT5ForConditionalGeneration, CoLT5Tokenizer
 from modeling_colt5.denoising import DataCollatorForDenoising, SpanCorruption, chunk_documents
-from modeling_colt5.dense_start import DenseStart, ShortenDenoising
+from modeling_colt5.dense_start import DenseStart, ShortenDenoising, learned_routers
 from modeling_colt5.encoder_costs import encoder_flops
 from modeling_colt5.parameter_groups import size_scaled_groups
 
@@ -52,6 +52,9 @@ class Variant:
         budget: one query, and one token of the feed-forward, among so many tokens; keys and values are twice as many.
         parts: how many parts of each input the dense start reads, each as an input of its own: 1 is the beginning
             alone, 4 the whole input; 0 for no dense start.
+        drawn: whether the one part is a random stretch of each input, as in pre-training.
+        after: the routing after the dense start, where it is another one: a control that has had the same start, but
+            that nothing opens, as it has no choice to learn.
         cross: whether the decoder reads the encoder's output through routed cross-attention.
         fields: more of the configuration.
     """
@@ -59,6 +62,8 @@ class Variant:
     routing: str = "learned"
     budget: int = 16
     parts: int = 0
+    drawn: bool = False
+    after: str | None = None
     cross: bool = False
     fields: dict[str, Any] = field(default_factory=dict)
 
@@ -81,6 +86,10 @@ CROSS = {
 STARTS = {
     "colt5-learned-64-whole": Variant(budget=64, parts=4),
     "colt5-learned-16-whole": Variant(parts=4),
+    "colt5-even-64-whole": Variant(budget=64, parts=4, after="even"),
+    "colt5-even-16-whole": Variant(parts=4, after="even"),
+    "colt5-learned-64-drawn": Variant(budget=64, parts=1, drawn=True),
+    "colt5-learned-16-drawn": Variant(parts=1, drawn=True),
     "colt5-as-shipped-64": Variant(budget=64),
     "colt5-as-shipped-16": Variant(),
 }
@@ -187,12 +196,13 @@ def load_examples(
     return first, second
 
 
-def in_parts(inputs: dict[str, torch.Tensor], parts: int) -> dict[str, torch.Tensor]:
+def in_parts(inputs: dict[str, torch.Tensor], parts: int, drawn: bool = False) -> dict[str, torch.Tensor]:
     """What a step of a dense start reads: the first `parts` stretches of every input, each as a row of its own.
 
     Args:
         inputs: `input_ids` [batch, n] and `labels` [batch, m], nothing padded.
         parts: how many stretches of ceil(`START.input_share` · n) tokens.
+        drawn: whether they are random stretches.
 
     Returns:
         `input_ids` [parts · batch, ceil(share · n)], and `labels` [parts · batch, ceil(2 · share · m)] with the spans
@@ -202,7 +212,9 @@ def in_parts(inputs: dict[str, torch.Tensor], parts: int) -> dict[str, torch.Ten
     share = START.input_share
     shorten, stretch = ShortenDenoising(sentinel_ids()), math.ceil(share * ids.shape[1])
     rows = [
-        shorten.stretch(inputs, share, torch.full((len(ids),), start, device=ids.device))
+        shorten(inputs, share)
+        if drawn
+        else shorten.stretch(inputs, share, torch.full((len(ids),), start, device=ids.device))
         for start in range(0, parts * stretch, stretch)
     ]
     width = math.ceil(2 * share * labels.shape[1])
@@ -361,7 +373,7 @@ class Training:
     def __init__(self, variant: str, seed: int, settings: Settings, device: torch.device):
         self.settings = settings
         self.model = begin(variant, seed, settings, device)
-        self.parts = COLT5[variant].parts if variant in COLT5 else 0
+        self.own = COLT5.get(variant, Variant())
         groups = size_scaled_groups(self.model, settings.learning_rate)
         if variant == "colt5-one-rate-16":
             groups = [{"params": list(self.model.parameters()), "lr": ONE_RATE}]
@@ -376,15 +388,19 @@ class Training:
 
     def progress(self, done: int) -> float | None:
         """How far the dense start has come before a step; None without one and behind it."""
-        return START.progress(done, self.settings.steps) if self.parts else None
+        progress = START.progress(done, self.settings.steps) if self.own.parts else None
+        return 0.0 if progress is not None and self.own.after else progress
 
     def __call__(self, batch: dict[str, torch.Tensor], progress: float | None) -> torch.Tensor:
         """Do a step, and give its loss; its operations are added where the model is CoLT5."""
         is_dense = progress is not None
-        if self.parts:
+        if self.own.parts:
             self.model.set_dense_start(progress)
         if is_dense:
-            batch = in_parts(batch, self.parts)
+            batch = in_parts(batch, self.own.parts, self.own.drawn)
+        elif self.own.after:
+            for router in learned_routers(self.model):
+                router.routing = self.own.after
         if isinstance(self.model, CoLT5ForConditionalGeneration):
             (rows, n), m = batch["input_ids"].shape, batch["labels"].shape[1]
             self.flops += step_flops(self.model.config, rows, n, m, is_dense)
@@ -410,7 +426,7 @@ def run(variant: str, seed: int, settings: Settings, tokens: Path, device: torch
 
     # kernels are compiled and chosen before the clock starts, on a model that is thrown away
     training = Training(variant, seed, settings, device)
-    for progress in (0.0, None) if training.parts else (None,):
+    for progress in (0.0, None) if training.own.parts else (None,):
         for done in range(min(5, settings.steps)):
             training(batch_of(done), progress)
     held_out_loss(training.model, held_out, settings.batch)

@@ -30,6 +30,10 @@ NAMES = {
     "colt5-even-16-cross": "even, 1/16, routed cross-attention",
     "colt5-learned-16-whole": "learned, 1/16, dense start on whole inputs",
     "colt5-learned-64-whole": "learned, 1/64, dense start on whole inputs",
+    "colt5-even-16-whole": "even, 1/16, after a dense start on whole inputs",
+    "colt5-even-64-whole": "even, 1/64, after a dense start on whole inputs",
+    "colt5-learned-16-drawn": "learned, 1/16, dense start on random stretches",
+    "colt5-learned-64-drawn": "learned, 1/64, dense start on random stretches",
     "colt5-as-shipped-16": "learned, 1/16, no dense start",
     "colt5-as-shipped-64": "learned, 1/64, no dense start",
     "colt5-random-16": "random, 1/16",
@@ -66,6 +70,11 @@ START_PAIRS = (
     ("colt5-learned-64-whole", "colt5-learned-64"),
     ("colt5-learned-16-whole", "colt5-even-16"),
     ("colt5-learned-64-whole", "colt5-even-16"),
+    ("colt5-learned-16-whole", "colt5-even-16-whole"),
+    ("colt5-learned-64-whole", "colt5-even-64-whole"),
+    ("colt5-learned-64-whole", "colt5-even-16-whole"),
+    ("colt5-learned-16-drawn", "colt5-learned-16"),
+    ("colt5-learned-64-drawn", "colt5-learned-64"),
 )
 STUDY = tuple(dict.fromkeys(variant for pair in PAIRS for variant in pair))
 EXACT, DESCENT, ONE_RATE = "colt5-as-shipped-16", "colt5-descent-16", "colt5-one-rate-16"

@@ -1,6 +1,7 @@
 """The study of docs/learning.md: what its runs read, what they cost, and how they are compared."""
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -63,6 +64,20 @@ def test_the_parts_of_an_input_ask_for_all_of_its_spans_once(batch: dict[str, to
             assert [span[0] for span in found] == [
                 token for token in parts["input_ids"][part].tolist() if token in sentinels
             ]
+
+
+def test_a_control_after_a_dense_start_routes_as_the_control_does(batch: dict[str, torch.Tensor]) -> None:
+    settings = learning.Settings(**TINY | {"length": 512})
+    training = learning.Training("colt5-even-16-whole", 0, settings, CPU)
+    # nothing opens: there is no choice to learn
+    assert [training.progress(done) for done in range(settings.steps)].count(0.0) == math.ceil(0.6 * settings.steps)
+    training(batch, 0.0)
+    training(batch, None)
+    even = learning.make_model("colt5-even-16", settings)
+    assert not even.load_state_dict(training.model.state_dict(), strict=False).missing_keys
+    with torch.no_grad():
+        losses = [model.eval()(**batch).loss for model in (training.model, even)]
+    torch.testing.assert_close(*losses)
 
 
 @pytest.mark.parametrize(
