@@ -1,6 +1,6 @@
 """torch.compile without a graph break, and torch.export of one program for every length, batch and padding.
 
-Tracing in symbols takes ten to twenty seconds a model: `make test` compiles and exports the encoder, and one training
+Tracing in symbols takes ten to thirty seconds a model: `make test` traces and exports the encoder, and one training
 step of the whole model; the rest is slow.
 """
 
