@@ -1,0 +1,156 @@
+"""How many types are right: exact match, the baseline that copies by name, and the interval of a difference.
+
+A type is right if it is the hidden one after `as_type`: spaces and quotes do not count, all else does.
+"""
+
+from bisect import bisect_right
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from python_types.holes import Hole
+
+FAR = 1016
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One hidden type and what was given for it.
+
+    `is_far` says whether the nearest hole of the same name and type that can be seen is more than 1,016 tokens away;
+    None if there is none.
+    """
+
+    module: str
+    key: str
+    hidden: str
+    given: str | None
+    is_far: bool | None
+
+    @property
+    def is_right(self) -> bool:
+        """Exact match."""
+        return self.given == self.hidden
+
+
+@dataclass(frozen=True)
+class Share:
+    """So many of so many."""
+
+    right: int
+    all: int
+
+    @property
+    def percent(self) -> float:
+        """In percent; not a number if there were none."""
+        return 100 * self.right / self.all if self.all else float("nan")
+
+
+def far_holes(
+    chosen: Sequence[Hole], holes: Sequence[Hole], token_starts: Sequence[int], far: int = FAR
+) -> list[bool | None]:
+    """Whether each hidden hole's nearest visible one of the same name and type is more than `far` tokens away.
+
+    Args:
+        chosen: the hidden holes.
+        holes: all of the module.
+        token_starts: the character of the module's text at which each token begins, in order.
+        far: tokens.
+
+    Returns:
+        One for each of `chosen`; None where no visible hole has its name and type.
+    """
+    hidden = {hole.start for hole in chosen}
+    visible: dict[tuple[str, str | None], list[int]] = defaultdict(list)
+    for hole in holes:
+        if hole.start not in hidden and hole.annotation is not None:
+            visible[hole.key, hole.annotation].append(bisect_right(token_starts, hole.start))
+    distances = (
+        min(
+            (abs(at - bisect_right(token_starts, hole.start)) for at in visible[hole.key, hole.annotation]),
+            default=None,
+        )
+        for hole in chosen
+    )
+    return [None if distance is None else distance > far for distance in distances]
+
+
+def commonest(holes: Iterable[Hole]) -> tuple[dict[str, str], list[str]]:
+    """What the training split knows: each name's commonest type, and the 100 commonest types of all.
+
+    Of equally common ones the first in the alphabet counts, so the order of the modules does not.
+    """
+    by_name: dict[str, Counter[str]] = defaultdict(Counter)
+    overall: Counter[str] = Counter()
+    for hole in holes:
+        if hole.annotation is not None:
+            by_name[hole.key][hole.annotation] += 1
+            overall[hole.annotation] += 1
+    table = {key: _most(counts) for key, counts in by_name.items()}
+    return table, sorted(overall, key=lambda given: (-overall[given], given))[:100]
+
+
+def _most(counts: Counter[str]) -> str:
+    return min(counts, key=lambda given: (-counts[given], given))
+
+
+def copied_by_name(chosen: Sequence[Hole], holes: Sequence[Hole], table: Mapping[str, str]) -> list[str | None]:
+    """The baseline: the commonest type of the same name in what is visible of the module, else the table's for it.
+
+    Args:
+        chosen: the hidden holes.
+        holes: all of the module.
+        table: of `commonest`, made of other packages.
+    """
+    hidden = {hole.start for hole in chosen}
+    visible, _ = commonest(hole for hole in holes if hole.start not in hidden)
+    return [visible.get(hole.key, table.get(hole.key)) for hole in chosen]
+
+
+def score(answers: Sequence[Answer], common: Iterable[str]) -> dict[str, Share]:
+    """Exact match: of all, of types outside the commonest, and of far and near holes.
+
+    Args:
+        answers: of any number of modules.
+        common: the commonest types of the training split, of `commonest`.
+    """
+    common = set(common)
+    parts = {
+        "all": answers,
+        "rare": [answer for answer in answers if answer.hidden not in common],
+        "far": [answer for answer in answers if answer.is_far],
+        "near": [answer for answer in answers if answer.is_far is False],
+    }
+    return {name: Share(sum(answer.is_right for answer in part), len(part)) for name, part in parts.items()}
+
+
+def paired_bootstrap(
+    ours: Sequence[Answer], theirs: Sequence[Answer], samples: int = 10_000, seed: int = 0
+) -> tuple[float, float, float]:
+    """How many points of exact match `ours` is above `theirs`, and the 95 % interval of that over modules.
+
+    Modules are drawn with replacement, each with all its holes and both its answers.
+
+    Args:
+        ours: answers.
+        theirs: other answers to the same holes in the same order.
+        samples: drawn sets of modules.
+        seed: of the draws.
+
+    Raises:
+        ValueError: if there are no answers, or not the same holes.
+    """
+    if not ours or [(a.module, a.key, a.hidden) for a in ours] != [(a.module, a.key, a.hidden) for a in theirs]:
+        raise ValueError("the two must answer the same holes in the same order, at least one")
+    modules = {name: row for row, name in enumerate(dict.fromkeys(answer.module for answer in ours))}
+    gains, counts = np.zeros(len(modules)), np.zeros(len(modules))
+    for mine, other in zip(ours, theirs, strict=True):
+        gains[modules[mine.module]] += mine.is_right - other.is_right
+        counts[modules[mine.module]] += 1
+    generator = np.random.default_rng(seed)
+    # how often each module is drawn; a row at a time, for many modules would not fit
+    drawn = (generator.multinomial(len(modules), np.full(len(modules), 1 / len(modules))) for _ in range(samples))
+    differences = [100 * (times @ gains) / (times @ counts) for times in drawn]
+    low, high = np.percentile(differences, [2.5, 97.5])
+    return 100 * gains.sum() / counts.sum(), float(low), float(high)
