@@ -24,7 +24,7 @@ from python_types.holes import (
     passes,
     types_in,
 )
-from python_types.score import Answer, commonest, copied_by_name, far_holes, paired_bootstrap
+from python_types.score import Answer, commonest, copied_by_name, copied_from_nearest, far_holes, paired_bootstrap
 from python_types.source import SourceError, lines_of, read_source, unified_diff, write_source
 
 # « » stand around each annotation, and are alone where one is missing; the text without them is the module
@@ -86,7 +86,7 @@ if sys.version_info >= (3, 11):
     CASES["star annotation"] = "def f(*a: «*Ts») -> «int»: pass\n"
 if sys.version_info >= (3, 12):
     CASES["type parameters"] = (
-        "def f[T: (int, ')->:'], **P](a: «T») -> «T»: pass\nclass A[T]:\n  def m(self, a: «T»)«»: pass\n"
+        "def f[T: (int, ')->:'), **P](a: «T») -> «T»: pass\nclass A[T]:\n  def m(self, a: «T»)«»: pass\n"
     )
     CASES["new f-strings"] = "def f(a«» = f'{x['(']}')«»: pass\n"
 
@@ -216,10 +216,12 @@ def test_the_choice_is_seeded():
 def test_only_types_are_written():
     for given in (
         "int", "a.b.C", "None", "int|None", "Dict[str,int]", "Callable[..., 'A']", "Callable[[int], str]", "Tuple[()]",
-        "Literal[-1, 'a b', b'c', True]", "'A'", "'A[int] | None'", "Tuple[int, *Ts]", "Float[Tensor, 'b c']",
+        "Literal[-1, 'a b', b'c', True]", "'A'", "'A[int] | None'", "Float[Tensor, 'b c']",
         "Annotated[int, 5]", "Optional[\n int ]",
     ):  # fmt: skip
         assert as_type(as_type(given)) == as_type(given) is not None
+    # Python 3.10 does not know it
+    assert as_type("Tuple[int, *Ts]") == ("Tuple[int, *Ts]" if sys.version_info >= (3, 11) else None)
     for given in (
         "", " ", "int,", "(int, str)", "[int]", "f()", "lambda: 1", "x := 1", "a = 1", "a if b else c", "a and b",
         "not a", "a < b", "a + b", "5", "...", "True", "a[1:2]", "{'a': 1}", "f'{a}'", "[a for a in b]", "await a",
@@ -362,6 +364,22 @@ def test_scores_are_counted():
     assert table == {"a": "A", "d": "X", "e": "W"} and common == ["A", "X", "B", "W", "Y"]
     # of str and bytes, equally common here, the first in the alphabet
     assert copied_by_name(chosen, found, table) == ["X", "int", "bytes"]
+    # the nearest b of all is that of g
+    assert copied_from_nearest(chosen, found, table) == ["X", "int", "bytes"]
+    returns = holes_of(
+        "def f() -> A: ...\nclass B:\n  def f(self, x: int) -> A: ...\ndef g() -> C: ...\ndef h() -> C: ...\n"
+        "def f(x: str) -> B: ...\n"
+    )
+    table, _ = commonest(holes_of("def g() -> D: ...\ndef k() -> E: ...\ndef m() -> E: ...\n"))
+    assert table == {"return": "E", "g()": "D", "k()": "E", "m()": "E"}
+    last = [hole for hole in returns if hole.line >= 4]
+    assert [hole.key for hole in last] == ["g()", "h()", "x", "f()"]
+    assert copied_by_name(last, returns, table) == ["A", "A", "int", "A"]
+    assert copied_from_nearest(last, returns, table) == ["D", "A", "int", "A"]
+    assert copied_from_nearest(last[-1:], returns, table) == ["A"] and copied_by_name(last[-1:], returns, {}) == ["A"]
+    assert copied_by_name(returns, returns, {}) == [None] * len(returns)
+    assert copied_from_nearest(returns[:1], returns[:1], table) == ["E"]
+    table, _ = commonest(other)
     # a token for each character: far is counted in tokens between the holes
     distance = chosen[2].start - found[1].start
     starts = range(len(text))

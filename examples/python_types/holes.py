@@ -33,8 +33,8 @@ class Hole:
 
     `text[start:end]` is the annotation with the parentheses around it; where there is none, it is what has to give
     way, which is empty or a default's `=`. `text[anchor:end]` goes when the function is to have no annotation here. An
-    annotation stands between `before` and `after`. `key` is what baselines take for its name: a parameter's own, a
-    return's with `()` after it. `annotation` is normalised (see `as_type`), or None where the module has none.
+    annotation stands between `before` and `after`. `key` is what baselines take for its name: a parameter's own, for a
+    return its function's and `()`. `annotation` is normalised (see `as_type`), or None where the module has none.
     """
 
     key: str

@@ -1,4 +1,4 @@
-"""How many types are right: exact match, the baseline that copies by name, and the interval of a difference.
+"""How many types are right: exact match, two baselines that copy by name, and the interval of a difference.
 
 A type is right if it is the hidden one after `as_type`: spaces and quotes do not count, all else does.
 """
@@ -12,6 +12,8 @@ import numpy as np
 from python_types.holes import Hole
 
 FAR = 1016
+# no parameter has this name
+RETURN = "return"
 
 
 @dataclass(frozen=True)
@@ -61,11 +63,9 @@ def far_holes(
     Returns:
         One for each of `chosen`; None where no visible hole has its name and type.
     """
-    hidden = {hole.start for hole in chosen}
     visible: dict[tuple[str, str | None], list[int]] = defaultdict(list)
-    for hole in holes:
-        if hole.start not in hidden and hole.annotation is not None:
-            visible[hole.key, hole.annotation].append(bisect_right(token_starts, hole.start))
+    for hole in _visible(chosen, holes):
+        visible[hole.key, hole.annotation].append(bisect_right(token_starts, hole.start))
     distances = (
         min(
             (abs(at - bisect_right(token_starts, hole.start)) for at in visible[hole.key, hole.annotation]),
@@ -79,6 +79,8 @@ def far_holes(
 def commonest(holes: Iterable[Hole]) -> tuple[dict[str, str], list[str]]:
     """What the training split knows: each name's commonest type, and the 100 commonest types of all.
 
+    The name "return" has that of the returns of all functions, beside each function's own.
+
     Of equally common ones the first in the alphabet counts, so the order of the modules does not.
     """
     by_name: dict[str, Counter[str]] = defaultdict(Counter)
@@ -86,6 +88,8 @@ def commonest(holes: Iterable[Hole]) -> tuple[dict[str, str], list[str]]:
     for hole in holes:
         if hole.annotation is not None:
             by_name[hole.key][hole.annotation] += 1
+            if hole.is_return:
+                by_name[RETURN][hole.annotation] += 1
             overall[hole.annotation] += 1
     table = {key: _most(counts) for key, counts in by_name.items()}
     return table, sorted(overall, key=lambda given: (-overall[given], given))[:100]
@@ -96,16 +100,48 @@ def _most(counts: Counter[str]) -> str:
 
 
 def copied_by_name(chosen: Sequence[Hole], holes: Sequence[Hole], table: Mapping[str, str]) -> list[str | None]:
-    """The baseline: the commonest type of the same name in what is visible of the module, else the table's for it.
+    """The plain baseline: the commonest type of the same name in what is visible of the module, else the table's.
+
+    All returns have one name.
 
     Args:
         chosen: the hidden holes.
         holes: all of the module.
         table: of `commonest`, made of other packages.
     """
+    known = {**table, **commonest(_visible(chosen, holes))[0]}
+    return [known.get(RETURN if hole.is_return else hole.key) for hole in chosen]
+
+
+def copied_from_nearest(chosen: Sequence[Hole], holes: Sequence[Hole], table: Mapping[str, str]) -> list[str | None]:
+    """The stronger baseline: the type of the nearest visible hole of the same name, else the table's for that name.
+
+    A return has its function's name; where neither knows it, it gets what most returns of the module have, else what
+    most returns of the table have.
+
+    Args:
+        chosen: the hidden holes.
+        holes: all of the module.
+        table: of `commonest`, made of other packages.
+    """
+    visible: dict[str, list[Hole]] = defaultdict(list)
+    for hole in _visible(chosen, holes):
+        visible[hole.key].append(hole)
+    of_module, _ = commonest(_visible(chosen, holes))
+    answers = []
+    for hole in chosen:
+        nearest = min(visible[hole.key], key=lambda other: abs(other.start - hole.start), default=None)
+        answer = table.get(hole.key) if nearest is None else nearest.annotation
+        if answer is None and hole.is_return:
+            answer = of_module.get(RETURN, table.get(RETURN))
+        answers.append(answer)
+    return answers
+
+
+def _visible(chosen: Sequence[Hole], holes: Sequence[Hole]) -> list[Hole]:
+    """The annotations that are left when the chosen ones are hidden."""
     hidden = {hole.start for hole in chosen}
-    visible, _ = commonest(hole for hole in holes if hole.start not in hidden)
-    return [visible.get(hole.key, table.get(hole.key)) for hole in chosen]
+    return [hole for hole in holes if hole.start not in hidden and hole.annotation is not None]
 
 
 def score(answers: Sequence[Answer], common: Iterable[str]) -> dict[str, Share]:
@@ -153,4 +189,4 @@ def paired_bootstrap(
     drawn = (generator.multinomial(len(modules), np.full(len(modules), 1 / len(modules))) for _ in range(samples))
     differences = [100 * (times @ gains) / (times @ counts) for times in drawn]
     low, high = np.percentile(differences, [2.5, 97.5])
-    return 100 * gains.sum() / counts.sum(), float(low), float(high)
+    return float(100 * gains.sum() / counts.sum()), float(low), float(high)
