@@ -189,6 +189,8 @@ def test_sentinels_are_in_t5s_form():
         "str",
         None,
     ]
+    ended = "<pad><extra_id_0> int<extra_id_1> List[int]</s><pad><extra_id_2>int"
+    assert types_in(ended, 3) == ["int", "List[int]", None]
     many = "".join(f"def f{k}(a: int) -> str: ...\n" for k in range(120))
     with pytest.raises(ValueError, match="240 holes.*at most 100"):
         hide(many, holes_of(many))
@@ -227,6 +229,7 @@ def test_only_types_are_written():
         "not a", "a < b", "a + b", "5", "...", "True", "a[1:2]", "{'a': 1}", "f'{a}'", "[a for a in b]", "await a",
         "*a", "'a b'", "A[f()]", "A[b + c]", "f().a", "int): pass\ndef g(x", "int\nint", "A[", "\x00",
         "'\ud800'", "\ud800", "(" * 1000, "a." * 50_000 + "b", "A[-'x']", "<extra_id_0>",
+        "Literal['<extra_id_0>']", "Literal['</s>']",
     ):  # fmt: skip
         assert as_type(given) is None, given
     text = "def f(a): ...\n"
@@ -331,6 +334,10 @@ def test_a_file_is_not_left_half_written(tmp_path, monkeypatch):
         with pytest.raises(OSError, match="full"):
             write_source(read, "x = 1\n")
     assert path.read_bytes() == read.data
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda *_: False)
+        with pytest.raises(SourceError, match="must not be written"):
+            write_source(read, "x = 1\n")
     path.write_bytes(b"new = 1\n")
     with pytest.raises(SourceError, match="has changed since"):
         write_source(read, "x = 1\n")

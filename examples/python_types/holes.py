@@ -334,9 +334,10 @@ def passes(text: str, chosen: Sequence[Hole], most: int = MOST_SENTINELS) -> Ite
 def types_in(target: str, count: int) -> list[str | None]:
     """The types of a model's answer, one for each of `count` sentinels, normalised; None where `as_type` refuses it.
 
-    Of several answers to a sentinel the first counts, and one to a sentinel that was not asked for is dropped.
+    Of several answers to a sentinel the first counts, and one to a sentinel that was not asked for is dropped. The
+    answer is decoded with its special tokens, for sentinels are some: it may begin with `<pad>`, and ends at `</s>`.
     """
-    pieces = SENTINEL.split(target)
+    pieces = SENTINEL.split(target.partition("</s>")[0])
     answers: dict[int, str] = {}
     for number, answer in zip(pieces[1::2], pieces[2::2], strict=True):
         answers.setdefault(int(number), answer)
@@ -376,8 +377,11 @@ def as_type(text: str) -> str | None:
     `ast.unparse` settles spaces, line breaks and the kind of quotes, and nothing else: `Optional[int]` and
     `int | None` are two types, and so are `Tensor` and `"Tensor"`. A type is a name, an attribute of one, None, either
     with brackets, several joined by `|`, or a string of these. Brackets may also hold constants, `...`, lists, tuples,
-    negative numbers and `*Ts`. Calls, lambdas, comparisons, conditions and all else are none.
+    negative numbers and `*Ts`. Calls, lambdas, comparisons, conditions and all else are none, nor is what has a
+    sentinel or `</s>` in a string.
     """
+    if SENTINEL.search(text) or "</s>" in text:
+        return None
     try:
         tree = ast.parse(text.strip(), mode="eval")
         return ast.unparse(tree) if _is_type(tree.body) else None

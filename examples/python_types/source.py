@@ -95,7 +95,7 @@ def write_source(source: Source, text: str) -> None:
     """Replace a file's text in one step: at no time is there half a file under its name. Mode bits and links stay.
 
     Raises:
-        SourceError: if the encoding lacks a character of the text, or the file has changed since it was read.
+        SourceError: if the encoding lacks a character of the text, the file is read-only, or it is not what was read.
     """
     try:
         data = text.encode(source.encoding)
@@ -106,6 +106,9 @@ def write_source(source: Source, text: str) -> None:
         ) from None
     # a link's target is replaced, not the link
     path = source.path.resolve()
+    # a rename would not ask
+    if not os.access(path, os.W_OK):
+        raise SourceError(f"{source.path}: must not be written; make it writable first")
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
     try:
         with os.fdopen(handle, "wb") as file:
