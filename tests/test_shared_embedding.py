@@ -18,6 +18,9 @@ from modeling_colt5 import (
     CoLT5ForSequenceClassification,
 )
 
+# PEFT says so of every adapter on an embedding that is saved, whatever the model
+pytestmark = pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
+
 ALL = [CoLT5ForConditionalGeneration, CoLT5ForCausalLM, CoLT5ForSequenceClassification, CoLT5EncoderModel]
 
 
