@@ -52,7 +52,7 @@ class Variant:
         budget: one query, and one token of the feed-forward, among so many tokens; keys and values are twice as many.
         parts: how many parts of each input the dense start reads, each as an input of its own: 1 is the beginning
             alone, 4 the whole input; 0 for no dense start.
-        drawn: whether the one part is a random stretch of each input, as in pre-training.
+        drawn: whether the one part lies anywhere in the input, as in pre-training.
         after: the routing after the dense start, where it is another one: a control that has had the same start, but
             that nothing opens, as it has no choice to learn.
         cross: whether the decoder reads the encoder's output through routed cross-attention.
@@ -202,7 +202,7 @@ def in_parts(inputs: dict[str, torch.Tensor], parts: int, drawn: bool = False) -
     Args:
         inputs: `input_ids` [batch, n] and `labels` [batch, m], nothing padded.
         parts: how many stretches of ceil(`START.input_share` · n) tokens.
-        drawn: whether they are random stretches.
+        drawn: whether they lie anywhere.
 
     Returns:
         `input_ids` [parts · batch, ceil(share · n)], and `labels` [parts · batch, ceil(2 · share · m)] with the spans

@@ -59,7 +59,9 @@ class RouterArguments:
     )
     dense_start_input_share: float = field(
         default=DenseStart.input_share,
-        metadata={"help": "the share of every input that both read: its beginning, in pre-training a random stretch"},
+        metadata={
+            "help": "the share of every input that both read: its beginning, in pre-training a stretch anywhere"
+        },
     )
     router_health_steps: int = field(
         default=100,

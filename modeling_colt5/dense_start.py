@@ -40,7 +40,7 @@ class DenseStart:
         closed: the first part's share of all steps.
         opening: the second part's share.
         input_share: the share of an input that the first two parts read; 1 for all of it. What part that is, is for
-            the callback's `shorten` to say: the beginning, or for span corruption a random stretch.
+            the callback's `shorten` to say: the beginning, or for span corruption a stretch that may lie anywhere.
 
     Raises:
         ValueError: for a share out of its range, or first parts that leave nothing to the third.
@@ -176,10 +176,12 @@ def shorten_documents(inputs: Inputs, share: float) -> Inputs:
 
 @dataclass(frozen=True)
 class ShortenDenoising:
-    """A random stretch of every row of span corruption, and of its target the spans whose sentinels stand there.
+    """A stretch of every row of span corruption, and of its target the spans whose sentinels stand there.
 
     Text is all that such a run learns from, and whatever lies behind a row's beginning would never be read: with the
-    beginnings alone the loss stays far above that of runs that read everything (docs/learning.md).
+    beginnings alone the loss stays far above that of runs that read everything (docs/learning.md). So the stretch lies
+    anywhere. Where, the row's own tokens decide, as they do what the collator masks: neither the number of processes
+    nor a resumed run changes it, and in another epoch, whose rows begin elsewhere, it is another one.
 
     Attributes:
         sentinels: the ids of the sentinels, from <extra_id_0> on.
@@ -190,10 +192,14 @@ class ShortenDenoising:
     openings: tuple[int, ...] = ()
 
     def __call__(self, inputs: Inputs, share: float) -> Inputs:
-        """`stretch` from a place that is drawn for each row by PyTorch's generator, whose state `Trainer` saves."""
-        ids = inputs["input_ids"]
-        spare = (_real_tokens(inputs) - math.ceil(share * ids.shape[1])).clamp(min=0)
-        return self.stretch(inputs, share, (torch.rand(len(ids), device=ids.device) * (spare + 1)).long())
+        """`stretch` from a place that each row's tokens decide."""
+        ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+        mask = torch.ones_like(ids) if mask is None else mask.ne(0).long()
+        # a sum of products with the multiples of a prime, by the place among the real tokens (Knuth)
+        factors = (mask.cumsum(1) * 2654435761) % 2**31
+        mixed = ((ids + 1) * factors % 2**31 * mask).sum(1) * 2246822519 % 2**32 >> 8
+        spare = (mask.sum(1) - math.ceil(share * ids.shape[1])).clamp(min=0)
+        return self.stretch(inputs, share, mixed % (spare + 1))
 
     def stretch(self, inputs: Inputs, share: float, starts: torch.Tensor) -> Inputs:
         """The stretch of every row that begins at a given place.
@@ -214,9 +220,10 @@ class ShortenDenoising:
         places = torch.arange(length, device=device)
         rows = torch.arange(batch, device=device)[:, None]
         first = torch.zeros(batch, 1, dtype=torch.int64, device=device)
+        real = torch.full_like(starts, length)
         if mask is not None:
-            first = mask.ne(0).int().argmax(1, keepdim=True)
-        spare = (_real_tokens(inputs) - math.ceil(share * length)).clamp(min=0)
+            first, real = mask.ne(0).int().argmax(1, keepdim=True), mask.ne(0).sum(1)
+        spare = (real - math.ceil(share * length)).clamp(min=0)
         offset = first + torch.minimum(starts, spare)[:, None]
         turned = {
             name: value[rows, (places + offset) % length] if name in ("input_ids", "attention_mask") else value
@@ -246,14 +253,6 @@ class ShortenDenoising:
         beyond = (rank_of(own_labels) > last).cumsum(1) > 0
         kept = (own_labels.ne(-100).sum(1, keepdim=True) * share).ceil()
         return short | {"labels": own_labels.masked_fill(torch.where(last >= 0, beyond, slots >= kept), -100)}
-
-
-def _real_tokens(inputs: Inputs) -> torch.Tensor:
-    """How many tokens of each row are not padding, int64 [batch]."""
-    ids, mask = inputs["input_ids"], inputs.get("attention_mask")
-    if mask is None:
-        return torch.full((len(ids),), ids.shape[1], device=ids.device)
-    return mask.ne(0).sum(1)
 
 
 def _with_fewer_labels(whole: Inputs, short: Inputs, share: float) -> Inputs:
