@@ -241,7 +241,7 @@ def measure_generation(table: Table, config: CoLT5Config, tiny: bool, deadline: 
                 steps = clock.times[min(SKIPPED, tokens - 2) :]
                 times.append(1e3 * (steps[-1] - steps[0]) / (len(steps) - 1))
             row["ms/token"] = statistics.median(times[1:])
-            layers = output.past_key_values.layers
+            layers = output.cache.layers
             tensors = [
                 tensor
                 for part in layers

@@ -94,7 +94,7 @@ def verify_choice(decoder: CoLT5Decoder, memory: torch.Tensor) -> None:
 def step_call(decoder: CoLT5Decoder, memory: torch.Tensor, tiny: bool) -> tuple[Call, float]:
     """A call that decodes one more token with static caches, and the size of the cross-attention caches in MiB."""
     caches = [StaticCache(config=decoder.config, max_cache_len=length) for length in (STEPS, memory.shape[1])]
-    inputs = {"encoder_hidden_states": memory, "past_key_values": EncoderDecoderCache(*caches)}
+    inputs = {"encoder_hidden_states": memory, "cache": EncoderDecoderCache(*caches)}
     decoder(random_ids(1, 16, tiny), **inputs)
     held = sum(part.nbytes for layer in caches[1].layers for part in (layer.keys, layer.values))
     ids = random_ids(1, 1, tiny)

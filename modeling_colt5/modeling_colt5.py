@@ -30,7 +30,7 @@ from .outputs_colt5 import (
     CoLT5SequenceClassifierOutput,
     CoLT5TokenClassifierOutput,
 )
-from .release_colt5 import CACHE, one_cache
+from .release_colt5 import CACHE, cache_of_forward, is_called_by_peft, one_cache
 
 # not used here: a saved copy of a user's code imports from this file what it imported from the package
 from .routing import soft_topk  # noqa: F401
@@ -89,7 +89,7 @@ class CoLT5GenerationMixin(GenerationMixin):
         # named, as `generate` looks for it in this signature
         inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
         # PEFT's prompts and prefixes look for the cache under its older name, under every release
-        if CACHE in inputs:
+        if CACHE in inputs and is_called_by_peft():
             inputs["past_key_values"] = inputs.pop(CACHE)
         return inputs
 
@@ -234,7 +234,7 @@ class CoLT5Model(CoLT5Seq2SeqPreTrainedModel):
             decoder_attention_mask=decoder_attention_mask,
             decoder_inputs_embeds=decoder_inputs_embeds,
             encoder_outputs=encoder_outputs,
-            cache=one_cache(cache, past_key_values),
+            cache=cache_of_forward(cache, past_key_values),
             use_cache=use_cache,
             **kwargs,
         )
@@ -295,7 +295,7 @@ class CoLT5ForConditionalGeneration(CoLT5Seq2SeqPreTrainedModel, CoLT5Generation
                 decoder_attention_mask=decoder_attention_mask,
                 decoder_inputs_embeds=decoder_inputs_embeds,
                 encoder_outputs=encoder_outputs,
-                cache=one_cache(cache, past_key_values),
+                cache=cache_of_forward(cache, past_key_values),
                 use_cache=use_cache,
                 **kwargs,
             )
@@ -384,7 +384,7 @@ class CoLT5ForCausalLM(CoLT5EmbeddingModel, CoLT5GenerationMixin):
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 inputs_embeds=inputs_embeds,
-                cache=one_cache(cache, past_key_values),
+                cache=cache_of_forward(cache, past_key_values),
                 use_cache=use_cache,
                 return_dict=True,
                 **kwargs,

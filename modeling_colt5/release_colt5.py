@@ -1,8 +1,12 @@
 """What differs between the releases of Transformers that this code runs under."""
 
+import sys
+import warnings
 from dataclasses import fields
+from types import FrameType
 from typing import Any
 
+import torch
 import transformers
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import Seq2SeqLMOutput
@@ -37,6 +41,32 @@ def one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | Non
     if cache is not None and past_key_values is not None:
         raise TypeError("cache and past_key_values are both given; they are two names of one argument")
     return past_key_values if cache is None else cache
+
+
+def is_called_by_peft() -> bool:
+    """Whether a call comes through PEFT, whose prompts and prefixes know the cache by its older name alone."""
+    frame: FrameType | None = sys._getframe() if "peft" in sys.modules else None
+    while frame is not None:
+        if frame.f_globals.get("__name__", "").partition(".")[0] == "peft":
+            return True
+        frame = frame.f_back
+    return False
+
+
+def cache_of_forward(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
+    """As `one_cache`, for the arguments of a model's forward; a cache under the older name is warned of where
+    Transformers' own models warn of it.
+
+    Transformers' decorator for that would take one of two caches without an error, and would warn of None and of
+    what PEFT hands over, which the user cannot change.
+    """
+    given = one_cache(cache, past_key_values)
+    is_deprecated = CACHE == "cache" and past_key_values is not None
+    if is_deprecated and not torch.compiler.is_compiling() and not is_called_by_peft():
+        message = "`past_key_values` is deprecated, as in Transformers' own models from 5.24 on; use `cache`."
+        # a FutureWarning of who calls the forward, as Transformers' own
+        warnings.warn(message, FutureWarning, stacklevel=3)
+    return given
 
 
 class NamesOfTheCache:

@@ -38,7 +38,7 @@ from .kernel_backend import is_hooked, runs_eagerly, uses_triton
 from .layers_colt5 import CoLT5Attention, CoLT5DenseActDense, CoLT5LayerNorm
 from .outputs_colt5 import CoLT5DecoderOutput, CoLT5EncoderOutput
 from .relative_position import CoLT5RelativePositionBias, bias_of_sequence
-from .release_colt5 import CACHE, one_cache
+from .release_colt5 import CACHE, cache_of_forward
 from .router_colt5 import CoLT5Router, RoutingPlan
 from .routing import RoutedTokens
 
@@ -495,7 +495,7 @@ class CoLT5Decoder(CoLT5Stack):
                 shape of anything.
             TypeError: for a cache that does not fit a causally routed decoder, or one under both names.
         """
-        cache = one_cache(cache, past_key_values)
+        cache = cache_of_forward(cache, past_key_values)
         _refuse_jit_trace()
         kwargs = read_arguments(self, kwargs, attention_mask=attention_mask)
         warn_of_missing_attentions(self, kwargs)

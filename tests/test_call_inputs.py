@@ -114,9 +114,9 @@ def test_a_mask_covers_the_cached_tokens_too(causal, kind):
     model = tiny_model(**CAUSAL[causal])
     inputs = inputs_of(CoLT5ForConditionalGeneration)
     ids, inputs["decoder_input_ids"] = random_ids(2, 1), random_ids(2, 4)
-    inputs["past_key_values"] = caches_of(model.config, kind, 2)
+    inputs["cache"] = caches_of(model.config, kind, 2)
     output = model(**inputs)
-    inputs |= {"past_key_values": output.past_key_values, "decoder_input_ids": ids}
+    inputs |= {"cache": output.cache, "decoder_input_ids": ids}
     for columns in (3, 4, 6):
         with pytest.raises(ValueError, match="decoder_attention_mask has shape"):
             model(**inputs, decoder_attention_mask=ones(2, columns))
@@ -130,8 +130,8 @@ def test_a_mask_covers_the_cached_tokens_too(causal, kind):
 def test_a_cache_of_other_rows_is_refused(causal):
     model = tiny_model(**CAUSAL[causal])
     one, two = inputs_of(CoLT5ForConditionalGeneration, rows=1), inputs_of(CoLT5ForConditionalGeneration)
-    with pytest.raises(ValueError, match="past_key_values"):
-        model(**two, past_key_values=model(**one).past_key_values)
+    with pytest.raises(ValueError, match=r"cache \(or past_key_values\)"):
+        model(**two, cache=model(**one).cache)
 
 
 @pytest.mark.parametrize("causal", CAUSAL)

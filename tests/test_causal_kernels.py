@@ -284,7 +284,7 @@ def test_decoding_by_kernels_is_the_parallel_forward_in_pytorch(device: torch.de
     cache, logits, start = DynamicCache(config=config), [], 0
     for chunk in (6, 1, 1, 1, 7, 1):
         end = start + chunk
-        outputs = model(ids[:, start:end], attention_mask=mask[:, :end], past_key_values=cache, use_cache=True)
+        outputs = model(ids[:, start:end], attention_mask=mask[:, :end], cache=cache, use_cache=True)
         logits.append(outputs.logits)
         start = end
     real = mask.bool()

@@ -67,7 +67,7 @@ def decode(
     logits, start = [], 0
     for chunk in chunks:
         ids, mask = batch["input_ids"][:, start : start + chunk], batch["attention_mask"][:, : start + chunk]
-        logits.append(model(ids, attention_mask=mask, past_key_values=cache, use_cache=True).logits)
+        logits.append(model(ids, attention_mask=mask, cache=cache, use_cache=True).logits)
         start += chunk
     return torch.cat(logits, 1)
 
@@ -277,17 +277,17 @@ def test_cropped_cache_goes_on_as_if_nothing_had_been(length: int) -> None:
         cache = make_cache(model, "dynamic", 0)
         kept = length - removed
         wrong = torch.cat([ids[:, :kept], others[:, kept:]], 1)
-        model(wrong, past_key_values=cache, use_cache=True)
+        model(wrong, cache=cache, use_cache=True)
         cache.crop(-removed)
         assert cache.get_seq_length() == kept
-        logits = model(ids[:, kept:], past_key_values=cache, use_cache=True).logits
+        logits = model(ids[:, kept:], cache=cache, use_cache=True).logits
         torch.testing.assert_close(logits, expected[:, kept:], rtol=0, atol=TOLERANCE)
     if reach < length:
-        model(ids[:, :length], past_key_values=(cache := make_cache(model, "dynamic", 0)), use_cache=True)
+        model(ids[:, :length], cache=(cache := make_cache(model, "dynamic", 0)), use_cache=True)
         with pytest.raises(ValueError, match=rf"at most {reach} tokens"):
             cache.crop(-(reach + 1))
         # and an error changes nothing
-        logits = model(ids[:, length:], past_key_values=cache, use_cache=True).logits
+        logits = model(ids[:, length:], cache=cache, use_cache=True).logits
         torch.testing.assert_close(logits, expected[:, length:], rtol=0, atol=TOLERANCE)
 
 
@@ -303,7 +303,7 @@ def test_crop_again_and_again() -> None:
         right = min(draw, ids.shape[1] - start)
         wrong = int(torch.randint(0, WINDOW - 1, (), generator=generator))
         chunk = torch.cat([ids[:, start : start + right], random_ids(1, wrong)], 1)
-        logits = model(chunk, past_key_values=cache, use_cache=True).logits
+        logits = model(chunk, cache=cache, use_cache=True).logits
         torch.testing.assert_close(logits[:, :right], expected[:, start : start + right], rtol=0, atol=TOLERANCE)
         cache.crop(-wrong)
         start += right
@@ -325,7 +325,7 @@ def test_rows_of_the_cache_move() -> None:
         decode(model, batch, [11, *[1] * 10], cache)
         getattr(cache, name)(argument)
         after = more[: len(rows)]
-        logits = model(after, past_key_values=cache, use_cache=True).logits
+        logits = model(after, cache=cache, use_cache=True).logits
         expected = model(torch.cat([ids[rows], after], 1)).logits[:, ids.shape[1] :]
         torch.testing.assert_close(logits, expected, rtol=0, atol=TOLERANCE)
 
@@ -350,7 +350,7 @@ def test_size_of_the_cache_does_not_grow() -> None:
 
     def size(length: int) -> int:
         cache = make_cache(model, "dynamic", 0)
-        model(random_ids(1, length), past_key_values=cache, use_cache=True)
+        model(random_ids(1, length), cache=cache, use_cache=True)
         layers = [[*layer.rings.values(), *layer.carried.values(), *layer.counters.values()] for layer in cache.layers]
         return sum(tensor.numel() for tensors in layers for tensor in tensors)
 
@@ -360,7 +360,7 @@ def test_size_of_the_cache_does_not_grow() -> None:
 def test_cache_of_another_model_is_refused() -> None:
     model = make_model()
     with pytest.raises(TypeError, match=r"DynamicCache\(config=model.config\)"):
-        model(random_ids(1, 3), past_key_values=DynamicCache(), use_cache=True)
+        model(random_ids(1, 3), cache=DynamicCache(), use_cache=True)
     with pytest.raises(ValueError, match=r"attention_mask has shape \(1, 2\)"):
         model(random_ids(1, 3), attention_mask=torch.ones(1, 2))
 

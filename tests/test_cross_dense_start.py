@@ -145,7 +145,7 @@ def test_caches_hold_every_token_that_is_read(static: bool) -> None:
         else [DynamicCache(), DynamicCache()]
     )
     cache = EncoderDecoderCache(*made)
-    inputs["past_key_values"] = cache
+    inputs["cache"] = cache
     steps = [model(**inputs, decoder_input_ids=token).logits for token in target.split(1, dim=1)]
     # one token at a time, in another order of sums
     torch.testing.assert_close(torch.cat(steps, 1), whole, rtol=1e-4, atol=1e-4)

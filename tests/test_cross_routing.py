@@ -203,7 +203,7 @@ def test_routing_is_returned_on_request():
             largest = scores.argsort(descending=True, stable=True)[:8].sort().values
             assert torch.equal(tokens.indices[0], largest)
     # keys and values of the cache were routed earlier
-    inputs |= {"decoder_input_ids": random_ids(2, 1), "past_key_values": output.past_key_values}
+    inputs |= {"decoder_input_ids": random_ids(2, 1), "cache": output.cache}
     assert model(**inputs, output_routing=True).cross_routing is None
     assert tiny_model()(**inputs_of(9), output_routing=True).cross_routing is None
 
@@ -284,7 +284,7 @@ def test_greedy(cache: str, side: str) -> None:
     output = generate(model, input_ids=ids, attention_mask=mask, cache_implementation=cache)
     expected = recomputed_logits(model, ids, mask, output.sequences)
     assert_close(torch.stack(output.logits, dim=1), expected)
-    assert_cache_is_short(output.past_key_values, len(LENGTHS))
+    assert_cache_is_short(output.cache, len(LENGTHS))
     assert len({tuple(row.tolist()) for row in output.sequences}) == len(LENGTHS)
 
 
@@ -295,7 +295,7 @@ def test_beam_search(cache: str) -> None:
     options = {"num_beams": 4, "num_return_sequences": 2}
     output = generate(model, input_ids=ids, attention_mask=mask, cache_implementation=cache, **options)
     check_beams(model, ids, mask, output, per_row=2)
-    assert_cache_is_short(output.past_key_values, 4 * len(LENGTHS))
+    assert_cache_is_short(output.cache, 4 * len(LENGTHS))
     assert (output.beam_indices[:, 1:NEW_TOKENS] != output.beam_indices[:, : NEW_TOKENS - 1]).any()
 
 
@@ -315,12 +315,10 @@ def test_reordered_rows_of_a_cache() -> None:
     inputs = inputs_of(40, 23, 4)
     output = model(**inputs, use_cache=True)
     order = torch.tensor([2, 2, 0, 1])
-    output.past_key_values.reorder_cache(order)
+    output.cache.reorder_cache(order)
     prefix, last, mask = inputs["decoder_input_ids"][order], random_ids(4, 1), inputs["attention_mask"][order]
     memory = (output.encoder_last_hidden_state[order],)
-    actual = model(
-        attention_mask=mask, encoder_outputs=memory, decoder_input_ids=last, past_key_values=output.past_key_values
-    ).logits
+    actual = model(attention_mask=mask, encoder_outputs=memory, decoder_input_ids=last, cache=output.cache).logits
     expected = model(
         attention_mask=mask, encoder_outputs=memory, decoder_input_ids=torch.cat([prefix, last], 1), use_cache=False
     ).logits[:, -1:]
@@ -344,8 +342,8 @@ def test_static_cache_longer_than_the_memory(initialised: bool, masked: bool) ->
         if masked:
             memory["encoder_attention_mask"] = torch.arange(length) < torch.tensor([[length], [9]])
         expected = model.decoder(ids, **memory, use_cache=False)[0]
-        first = model.decoder(ids[:, :4], **memory, past_key_values=cache)[0]
-        rest = [model.decoder(ids[:, i : i + 1], **memory, past_key_values=cache)[0] for i in (4, 5)]
+        first = model.decoder(ids[:, :4], **memory, cache=cache)[0]
+        rest = [model.decoder(ids[:, i : i + 1], **memory, cache=cache)[0] for i in (4, 5)]
         assert_close(torch.cat([first, *rest], 1), expected)
         assert cross_cache.layers[0].keys.shape[2] == (64 if initialised else 30)
 
@@ -358,7 +356,7 @@ def test_step_with_static_caches_compiles_without_a_break() -> None:
     ids = random_ids(2, 7)
     cache = EncoderDecoderCache(*(StaticCache(config=model.config, max_cache_len=length) for length in (10, 40)))
     expected = model.decoder(ids, **memory, use_cache=False)[0]
-    model.decoder(ids[:, :4], **memory, past_key_values=cache)
+    model.decoder(ids[:, :4], **memory, cache=cache)
     graphs = []
 
     def backend(graph: torch.fx.GraphModule, _: list) -> torch.fx.GraphModule:
@@ -367,7 +365,7 @@ def test_step_with_static_caches_compiles_without_a_break() -> None:
 
     step = torch.compile(model.decoder, fullgraph=True, dynamic=False, backend=backend)
     for i in (4, 5, 6):
-        assert_close(step(ids[:, i : i + 1], **memory, past_key_values=cache)[0], expected[:, i : i + 1])
+        assert_close(step(ids[:, i : i + 1], **memory, cache=cache)[0], expected[:, i : i + 1])
     # one program for all steps, and it does not route
     assert len(graphs) == 1
     assert "route" not in graphs[0].code
@@ -419,7 +417,7 @@ def test_a_million_tokens_of_memory() -> None:
     with NewTensors() as new:
         output = model.decoder(random_ids(1, 3), encoder_hidden_states=memory, use_cache=True, output_routing=True)
     assert torch.equal(output.cross_routing[0][0].indices[0], wanted)
-    assert output.past_key_values.cross_attention_cache.layers[0].keys.shape[2] == budget
+    assert output.cache.cross_attention_cache.layers[0].keys.shape[2] == budget
     assert new.largest == n
 
 
@@ -525,4 +523,4 @@ def test_default_is_the_papers_decoder() -> None:
     attention = model.decoder.block[0].layer[1].EncDecAttention
     assert isinstance(attention, CoLT5CrossAttention) and attention.num_routers == 1
     assert tiny_config().routed_cross_key_values is None
-    assert isinstance(model(**inputs_of(9), use_cache=True).past_key_values.cross_attention_cache, DynamicCache)
+    assert isinstance(model(**inputs_of(9), use_cache=True).cache.cross_attention_cache, DynamicCache)

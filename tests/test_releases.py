@@ -1,12 +1,17 @@
 """One code base under every release of Transformers: the cache by both its names, all caches, all ways to generate."""
 
+import contextlib
 import importlib.util
+import warnings
+from collections.abc import Iterator
+from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from models import checkpoint_activations, random_ids, tiny_model
-from transformers import DynamicCache, EncoderDecoderCache, StaticCache, cache_utils
+from transformers import DynamicCache, EncoderDecoderCache, StaticCache, T5ForConditionalGeneration, cache_utils
 
 from modeling_colt5 import (
     CoLT5ForCausalLM,
@@ -27,6 +32,21 @@ def cache_of(output: Any, name: str) -> Any:
     return output[name]
 
 
+@contextlib.contextmanager
+def says_what_t5_says(name: str) -> Iterator[None]:
+    """Of a cache given under the older name, every forward warns where T5's warns; otherwise nobody does."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        yield
+    is_deprecated = name == "past_key_values" and "cache" in signature(T5ForConditionalGeneration.forward).parameters
+    expected = [FutureWarning] if is_deprecated else []
+    assert [warning.category for warning in said] == expected, list(map(str, said))
+    for warning in said:
+        assert "`past_key_values` is deprecated" in str(warning.message)
+        # who looks for his own mistakes by module is not pointed to ours
+        assert "modeling_colt5" not in Path(warning.filename).parts[-2:]
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("model_class", [CoLT5Model, CoLT5ForConditionalGeneration])
 @torch.no_grad()
@@ -37,7 +57,8 @@ def test_encoder_decoder_goes_on_with_a_cache_under_either_name(model_class: Any
     encoded = (output.encoder_last_hidden_state,)
     for inputs in ({"input_ids": ids}, {"encoder_outputs": encoded}):
         cache = cache_of(model(input_ids=ids, decoder_input_ids=first, use_cache=True), name)
-        step = model(**inputs, decoder_input_ids=second, **{name: cache})[0]
+        with says_what_t5_says(name):
+            step = model(**inputs, decoder_input_ids=second, **{name: cache})[0]
         whole = model(input_ids=ids, decoder_input_ids=torch.cat([first, second], 1))[0][:, -1:]
         # the same sums in another order
         torch.testing.assert_close(step, whole, rtol=1e-4, atol=1e-5)
@@ -51,7 +72,8 @@ def test_causal_model_and_its_stack_go_on_likewise(fields: dict[str, str], name:
     first, second = random_ids(2, 9), random_ids(2, 1)
     for part in (model, model.decoder):
         cache = cache_of(part(first, use_cache=True), name)
-        step = part(second, **{name: cache})[0]
+        with says_what_t5_says(name):
+            step = part(second, **{name: cache})[0]
         whole = part(torch.cat([first, second], 1))[0][:, -1:]
         torch.testing.assert_close(step, whole, rtol=1e-4, atol=1e-5)
 
@@ -63,7 +85,8 @@ def test_both_names_at_once_are_refused() -> None:
         cache = DynamicCache(config=part.config.get_text_config(decoder=True))
         with pytest.raises(TypeError, match="cache and past_key_values are both given"):
             part(**inputs, cache=cache, past_key_values=cache)
-        part(**inputs, cache=None, past_key_values=None)
+        with says_what_t5_says("cache"):
+            part(**inputs, cache=None, past_key_values=None)
 
 
 def test_no_step_of_evaluation_keeps_the_cache() -> None:
@@ -128,7 +151,7 @@ def test_static_cache_of_a_routed_decoder_cannot_be_cropped() -> None:
     config = model.config.get_text_config(decoder=True)
     cache = StaticCache(config=config, max_cache_len=32)
     with torch.no_grad():
-        model(random_ids(1, 9), past_key_values=cache)
+        model(random_ids(1, 9), cache=cache)
     assert not cache.layers[0].is_croppable
     with pytest.raises(ValueError, match="tokens_to_remove is -2"):
         cache.layers[0].crop(-2)
@@ -152,7 +175,7 @@ def test_caches_of_the_users_own_are_filled_and_read() -> None:
     ):
         cache = make()
         model(input_ids=ids, decoder_input_ids=first, cache=cache)
-        step = model(input_ids=ids, decoder_input_ids=second, past_key_values=cache).logits
+        step = model(input_ids=ids, decoder_input_ids=second, cache=cache).logits
         torch.testing.assert_close(step, whole, rtol=1e-4, atol=1e-5)
 
 
