@@ -61,6 +61,8 @@ def _launch_options(
     if dtype == torch.float32:
         # without tensor cores a product's operands live in registers: smaller tiles and more warps, or they spill
         block_q, block_k, warps, stages = 32, 32, 8, 1
+        if block_d > 64 and kernel != "forward" and not has_large_shared_memory:
+            block_q, block_k, warps = 16, 16, 4
     elif block_d > 64 and not has_large_shared_memory:
         block_q, block_k, warps, stages = 32, 32, 4, 1
     elif block_d > 64:
