@@ -100,23 +100,14 @@ class CoLT5CrossAttention(CoLT5Attention):
             # a static cache of the caller's may be longer
             key, value = (states[:, :, : encoder_mask.shape[1]] for states in (key, value))
 
-        # no bias and no causality here: the heads that share a key/value head are just more queries for it
-        groups = key.shape[1]
-        query = rearrange(self.split_heads(self.q(hidden_states)), "b n (g h) d -> b g (h n) d", g=groups)
+        query = self.split_heads(self.q(hidden_states)).transpose(1, 2)
         mask = None if encoder_mask is None else encoder_mask[:, None, None, :]
-        weights: torch.Tensor | None = None
         if hidden_states.shape[1] == 1 and self.config._attn_implementation == "sdpa" and not self.training:
             # one token's few queries: the kernels behind "sdpa" would walk along all keys with one processor a row
-            output, _ = eager_attention_forward(self, query, key, value, mask)
+            output, weights = eager_attention_forward(self, query, key, value, mask)[0], None
         else:
             output, weights = self.attend(query, key, value, None, mask)
-        if weights is not None:
-            # what is returned is what the output is made of, so that the loss has a gradient for it
-            weights = rearrange(weights, "b g (h n) k -> b (g h) n k", n=hidden_states.shape[1])
-            by_group = rearrange(weights, "b (g h) n k -> b g (h n) k", g=groups)
-            output = torch.matmul(by_group, value).transpose(1, 2)
-        output = rearrange(output, "b (h n) g d -> b n (g h d)", n=hidden_states.shape[1])
-        return self.o(output), weights
+        return self.o(output.flatten(-2)), weights
 
     def shorten_static_layer(self, cache: Cache) -> None:
         """Make a static cache's layer, which is sized for all of the encoder's output, no longer than the budget."""

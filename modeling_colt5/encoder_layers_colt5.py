@@ -14,6 +14,7 @@ from .layers_colt5 import (
     CoLT5LayerNorm,
     as_rows,
     clamp_half,
+    eager_attention_forward,
     product_dtype,
     project,
 )
@@ -105,7 +106,8 @@ class CoLT5LocalAttention(CoLT5Attention):
         inputs = (query, key, value, bias_table, self.radius, plan.mask)
         if plan.fused_attention:
             return self.o(local_attention(*inputs, self.dropout if self.training else 0.0).flatten(-2)), None
-        output, weights = local_attention_reference(*inputs, self.attend)
+        weigh = self.weigh if self.attention_interface is eager_attention_forward else None
+        output, weights = local_attention_reference(*inputs, self.attend, weigh)
         return self.o(output.flatten(-2)), weights
 
 

@@ -1,8 +1,10 @@
 """What encoder and decoder layers are made of: norm, attention's projections, feed-forward."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import nn
 from transformers.activations import ACT2FN
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -11,6 +13,38 @@ from .configuration_colt5 import CoLT5Config
 from .kernel_backend import is_hooked, runs_eagerly
 from .symbolic_sizes import is_free
 from .token_ops import gated_gelu, recomputed_in_backward, rms_norm_scores
+
+
+def product_by_heads(states: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+    """[batch, heads, n, x] times [batch, key/value heads, x, y] → [batch, heads, n, y]."""
+    heads, groups = states.shape[1], factors.shape[1]
+    if heads == groups:
+        return torch.matmul(states, factors)
+    # heads that share a key/value head are just more rows for it
+    rows = rearrange(states, "b (g h) n x -> b g (h n) x", g=groups)
+    return rearrange(torch.matmul(rows, factors), "b g (h n) y -> b (g h) n y", h=heads // groups)
+
+
+def attention_weights(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float = 1.0,
+    position_bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The weights of attention written out, [batch, heads, queries, keys]; arguments as of
+    `eager_attention_forward`."""
+    scores = product_by_heads(query, key.transpose(2, 3)) * scaling
+    scores = scores if scores.dtype == torch.float64 else scores.float()
+    if position_bias is not None:
+        scores = scores + position_bias
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    elif attention_mask is not None:
+        scores = scores + attention_mask
+    return nn.functional.dropout(scores.softmax(-1).to(query.dtype), dropout, module.training)
 
 
 def eager_attention_forward(
@@ -29,25 +63,17 @@ def eager_attention_forward(
     Args:
         module: the attention module, whose mode decides about dropout.
         query: [batch, heads, queries, d_kv].
-        key, value: [batch, heads, keys, d_kv].
+        key, value: [batch, key/value heads, keys, d_kv]; the number of heads is a multiple of theirs.
         attention_mask: bool (True = attend) or additive, broadcastable to [batch, heads, queries, keys].
         dropout: probability of dropping an attention weight.
         scaling: factor on the scores; T5's is 1.
         position_bias: added to the scores, broadcastable to them.
 
     Returns:
-        The output [batch, queries, heads, d_kv] and the weights [batch, heads, queries, keys].
+        The output [batch, queries, heads, d_kv] and the weights [batch, heads, queries, keys] that it is made of.
     """
-    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
-    scores = scores if scores.dtype == torch.float64 else scores.float()
-    if position_bias is not None:
-        scores = scores + position_bias
-    if attention_mask is not None and attention_mask.dtype == torch.bool:
-        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
-    elif attention_mask is not None:
-        scores = scores + attention_mask
-    weights = nn.functional.dropout(scores.softmax(-1).to(query.dtype), dropout, module.training)
-    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+    weights = attention_weights(module, query, key, attention_mask, dropout, scaling, position_bias)
+    return product_by_heads(weights, value).transpose(1, 2).contiguous(), weights
 
 
 def clamp_half(hidden_states: torch.Tensor) -> torch.Tensor:
@@ -163,6 +189,11 @@ class CoLT5Attention(nn.Module):
         batch, length, width = states.shape
         return states.view(batch, length, width // self.d_kv, self.d_kv)
 
+    @property
+    def attention_interface(self) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
+        """The implementation of dense attention that the configuration names."""
+        return ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+
     def attend(
         self,
         query: torch.Tensor,
@@ -171,26 +202,35 @@ class CoLT5Attention(nn.Module):
         bias: torch.Tensor | None,
         mask: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Dense attention by the implementation that the configuration names; shapes as in `Attend`.
+        """Dense attention by the implementation that the configuration names; shapes as in `Attend`, and where there
+        are fewer key/value heads than heads, no bias and a mask that all queries share.
 
         Written out, whatever that is, in exported programs whose number of queries is free: "sdpa" asks if it is 1.
         """
+        dropout = self.dropout if self.training else 0.0
+        bias = None if bias is None else bias.to(query.dtype)
+        interface = self.attention_interface
         if not self.is_causal and is_free(query.shape[2]):
-            dropout = self.dropout if self.training else 0.0
+            interface = eager_attention_forward
+        if interface is eager_attention_forward:
             return eager_attention_forward(self, query, key, value, mask, dropout, position_bias=bias)
-        attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        return attention_interface(
-            self,
-            query,
-            key,
-            value,
-            mask,
-            dropout=self.dropout if self.training else 0.0,
-            scaling=1.0,
-            position_bias=None if bias is None else bias.to(query.dtype),
-        )
+        heads, groups = query.shape[1], key.shape[1]
+        if heads > groups:
+            # heads that share a key/value head are just more queries for it
+            query = rearrange(query, "b (g h) n d -> b g (h n) d", g=groups)
+        output, weights = interface(self, query, key, value, mask, dropout=dropout, scaling=1.0, position_bias=bias)
+        if heads > groups:
+            output = rearrange(output, "b (h n) g d -> b n (g h) d", h=heads // groups)
+            if weights is not None:
+                weights = rearrange(weights, "b g (h n) k -> b (g h) n k", h=heads // groups)
+        return output, weights
+
+    def weigh(
+        self, query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The weights of `attend` written out, [N, heads, queries, keys]."""
+        dropout = self.dropout if self.training else 0.0
+        return attention_weights(self, query, key, mask, dropout, position_bias=bias.to(query.dtype))
 
 
 class CoLT5DenseActDense(nn.Module):

@@ -17,6 +17,8 @@ Attend = Callable[
     [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None],
     tuple[torch.Tensor, torch.Tensor | None],
 ]
+# the same, without values: the weights alone
+Weigh = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 
 def sdpa_attend(
@@ -40,6 +42,7 @@ def local_attention_reference(
     radius: int,
     mask: torch.Tensor | None = None,
     attend: Attend = sdpa_attend,
+    weigh: Weigh | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Each token attends to the real tokens at most `radius` positions away (Ainslie et al. 2023, light attention).
 
@@ -51,9 +54,11 @@ def local_attention_reference(
         mask: bool [batch, length], True for real tokens; None for all. A token with no real token in its band gets
             some finite output.
         attend: the dense attention that each block goes through.
+        weigh: gives a block's weights, instead of `attend`, for an output made of the weights that are returned: the
+            loss then has a gradient for these.
 
     Returns:
-        The output [batch, length, heads, d_kv] in the query's dtype and, where `attend` gives weights, the weights
+        The output [batch, length, heads, d_kv] in the query's dtype and, where there are weights, these
         [batch, heads, length, 2 * r + 1] with r = min(radius, length - 1): entry r + d is for the token d away.
     """
     batch, length, heads = query.shape[:3]
@@ -90,17 +95,19 @@ def local_attention_reference(
     real = real.clone(memory_format=torch.contiguous_format)
     block_mask = rearrange(real, "b n w -> (b n) 1 1 w") & in_band
 
-    output, weights = attend(query, key, value, bias, block_mask)
+    if weigh is None:
+        output, weights = attend(query, key, value, bias, block_mask)
+    else:
+        weights = weigh(query, key, bias, block_mask)
     if weights is not None:
-        # what is returned is what the output is made of, so that the loss has a gradient for it: the weights of the
-        # band, put back among those of the window
+        # those of the band alone
         band = torch.arange(BLOCK_LENGTH, device=query.device)[:, None]
         band = band + torch.arange(2 * radius + 1, device=query.device)
         band = band.expand(*weights.shape[:2], -1, -1)
-        by_block = rearrange(weights.gather(-1, band), "(b n) h l w -> b h (n l) w", b=batch)
-        weights = by_block[:, :, :length]
-        by_block = rearrange(F.pad(weights, (0, 0, 0, pad)), "b h (n l) w -> (b n) h l w", l=BLOCK_LENGTH)
-        by_window = by_block.new_zeros(*by_block.shape[:-1], window).scatter(-1, band, by_block)
-        output = torch.matmul(by_window, value).transpose(1, 2)
+        weights = rearrange(weights.gather(-1, band), "(b n) h l w -> b h (n l) w", b=batch)[:, :, :length]
+        if weigh is not None:
+            by_block = rearrange(F.pad(weights, (0, 0, 0, pad)), "b h (n l) w -> (b n) h l w", l=BLOCK_LENGTH)
+            by_window = by_block.new_zeros(*by_block.shape[:-1], window).scatter(-1, band, by_block)
+            output = torch.matmul(by_window, value).transpose(1, 2)
     output = rearrange(output, "(b n) l h d -> b (n l) h d", b=batch)[:, :length]
     return output, weights
