@@ -1,7 +1,7 @@
 """Times of the attention kernels against FlexAttention, SDPA and the PyTorch references; verifies before it times.
 
 python benchmarks/attention.py            the table
-python benchmarks/attention.py --sweep    tile sizes, best first: what attention_triton.BLOCKS is chosen from
+python benchmarks/attention.py --sweep    tile sizes, best first: what op_attention_triton.BLOCKS is chosen from
 """
 
 import argparse
@@ -18,10 +18,10 @@ from peers import DEVICE, DTYPE
 from results import Table
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from modeling_colt5 import attention_triton
-from modeling_colt5.attention_ops import local_attention, routed_attention
-from modeling_colt5.local_attention_reference import local_attention_reference
-from modeling_colt5.routed_attention_reference import routed_attention_reference
+from modeling_colt5 import op_attention_triton
+from modeling_colt5.op_attention import local_attention, routed_attention
+from modeling_colt5.op_local_attention_reference import local_attention_reference
+from modeling_colt5.op_routed_attention_reference import routed_attention_reference
 
 # the base size
 LIGHT_HEADS, HEAVY_HEADS, HEAD_SIZE, RADIUS, MAX_DISTANCE = 4, 8, 64, 127, 128
@@ -204,16 +204,16 @@ def sweep_call(kernel: str, routed: bool, length: int) -> Callable[[], object]:
         query_positions = key_positions = mask = None
     rest = (table, RADIUS, query_positions, key_positions, mask, 0.0, None)
     if kernel == "forward":
-        return lambda: attention_triton.attention_forward(query, key, value, *rest)
-    results = attention_triton.attention_forward(query, key, value, *rest)
+        return lambda: op_attention_triton.attention_forward(query, key, value, *rest)
+    results = op_attention_triton.attention_forward(query, key, value, *rest)
     cotangent = torch.randn_like(results[0])
-    return lambda: attention_triton.attention_backward(cotangent, *results, query, key, value, *rest, True)
+    return lambda: op_attention_triton.attention_backward(cotangent, *results, query, key, value, *rest, True)
 
 
 def compile_candidate(candidate: tuple[str, bool, tuple[int, int, int, int]]) -> None:
     """Run a candidate once, so that its binary is in Triton's cache on disk."""
     kernel, routed, blocks = candidate
-    attention_triton.BLOCKS[kernel, routed] = blocks
+    op_attention_triton.BLOCKS[kernel, routed] = blocks
     try:
         sweep_call(kernel, routed, 1024)()
         torch.cuda.synchronize()
@@ -227,14 +227,14 @@ def sweep(lengths: Iterable[int]) -> None:
     with ProcessPoolExecutor(10, get_context("spawn")) as pool:
         list(pool.map(compile_candidate, candidates))
     for ((kernel, routed), choices), length in itertools.product(CANDIDATES.items(), lengths):
-        default, times = attention_triton.BLOCKS[kernel, routed], []
+        default, times = op_attention_triton.BLOCKS[kernel, routed], []
         for blocks in choices:
-            attention_triton.BLOCKS[kernel, routed] = blocks
+            op_attention_triton.BLOCKS[kernel, routed] = blocks
             try:
                 times.append((gpu_ms(sweep_call(kernel, routed, length)), blocks))
             except triton.runtime.errors.OutOfResources:
                 continue
-        attention_triton.BLOCKS[kernel, routed] = default
+        op_attention_triton.BLOCKS[kernel, routed] = default
         ranking = ", ".join(f"{blocks} {1e3 * time:.1f}" for time, blocks in sorted(times))
         print(f"{kernel}, {'routed' if routed else 'band'}, n = {length}, µs: {ranking}", flush=True)
 

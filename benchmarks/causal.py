@@ -24,9 +24,9 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from modeling_colt5 import CoLT5Config, CoLT5ForCausalLM
-from modeling_colt5.causal_layers_colt5 import CoLT5LayerCausalAttention
-from modeling_colt5.causal_plan_colt5 import CausalPlan
-from modeling_colt5.layers_colt5 import CoLT5LayerNorm
+from modeling_colt5.model_causal import CoLT5LayerCausalAttention
+from modeling_colt5.model_layers import CoLT5LayerNorm
+from modeling_colt5.run_causal_plan import CausalPlan
 
 ATTENTION_TITLE = (
     "Causal attention of one layer (norm and projections included), base size, batch 1, forward and backward: "

@@ -14,7 +14,7 @@ from peers import DEVICE, DTYPE, colt5_config, random_ids, scaled_length
 from results import Row, Table
 from transformers.cache_utils import EncoderDecoderCache, StaticCache
 
-from modeling_colt5.stacks_colt5 import CoLT5Decoder
+from modeling_colt5.model_decoder import CoLT5Decoder
 
 LENGTHS = (16_384, 131_072, 1_048_576)
 BUDGET, TARGET = 4096, 512

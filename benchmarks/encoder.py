@@ -16,7 +16,7 @@ from measure import Call, captured, gpu_ms, make_parser, matrix_rate, median_ms,
 from peers import COLT5, DEVICE, DTYPE, GLOBAL, LOCAL, colt5_config, make_encoder, random_ids, scaled_length
 from results import Row, Table
 
-from modeling_colt5 import CoLT5EncoderModel, router_colt5
+from modeling_colt5 import CoLT5EncoderModel, model_router
 from modeling_colt5.encoder_costs import encoder_flops
 
 EAGER, REPLAYED = "eager", "eager, use_cuda_graphs=True"
@@ -199,7 +199,7 @@ def routing_row(model: torch.nn.Module, tiny: bool) -> Row:
     n = scaled_length(16_384, tiny)
     ids = random_ids(1, n, tiny)
     calls: list[Call] = []
-    route = router_colt5.route
+    route = model_router.route
 
     def recording(*args: object, **kwargs: object) -> object:
         calls.append(lambda: route(*args, **kwargs))
@@ -208,9 +208,9 @@ def routing_row(model: torch.nn.Module, tiny: bool) -> Row:
     # a replay would not call it
     model.config.use_cuda_graphs = False
     forward = forward_call(model, ids, torch.ones_like(ids))
-    with mock.patch.object(router_colt5, "route", recording):
+    with mock.patch.object(model_router, "route", recording):
         forward()
-    assert len(calls) >= model.config.num_layers, "the encoder does not route through router_colt5.route any more"
+    assert len(calls) >= model.config.num_layers, "the encoder does not route through model_router.route any more"
     with torch.no_grad():
         routing = gpu_ms(lambda: [call() for call in calls], tiny=tiny)
     return {

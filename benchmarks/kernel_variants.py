@@ -29,19 +29,19 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from modeling_colt5 import (
-    attention_triton,
-    causal_gates_triton,
-    causal_pools_triton,
-    gated_gelu_triton,
-    kernel_launch_triton,
-    routing_triton,
-    token_norm_triton,
-    token_rows_triton,
+    op_attention_triton,
+    op_gates_triton,
+    op_gelu_triton,
+    op_norm_triton,
+    op_pools_triton,
+    op_routing_triton,
+    op_rows_triton,
+    run_launch_triton,
 )
 
 WRAPPERS = (
-    attention_triton, causal_gates_triton, causal_pools_triton, gated_gelu_triton, routing_triton, token_norm_triton,
-    token_rows_triton,
+    op_attention_triton, op_gates_triton, op_pools_triton, op_gelu_triton, op_routing_triton, op_norm_triton,
+    op_rows_triton,
 )  # fmt: skip
 
 
@@ -109,10 +109,10 @@ def recorded(variants: set[Variant], capability: int = 90) -> Iterator[None]:
         for module in WRAPPERS:
             undo.callback(setattr, module, "launch", module.launch)
             module.launch = note
-        large = GENERATIONS[capability].program >= attention_triton.LARGE_SHARED_MEMORY
+        large = GENERATIONS[capability].program >= op_attention_triton.LARGE_SHARED_MEMORY
         answers = {
-            (routing_triton, "_multiprocessors"): 132,
-            (attention_triton, "_has_large_shared_memory"): large,
+            (op_routing_triton, "_multiprocessors"): 132,
+            (op_attention_triton, "_has_large_shared_memory"): large,
         }
         for (module, question), answer in answers.items():
             undo.callback(setattr, module, question, getattr(module, question))
@@ -147,9 +147,9 @@ def attention_jobs(capability: int, quick: bool) -> None:
         positions = torch.arange(n).expand(2, n)
         for places in ((None, None),) if quick else ((None, None), (positions, positions)):
             rest = (table, 127, *places, mask, dropout, seed)
-            output, log_sum_exp = attention_triton.attention_forward(query, key, key, *rest)
+            output, log_sum_exp = op_attention_triton.attention_forward(query, key, key, *rest)
             for wanted in (True,) if quick else (True, False):
-                attention_triton.attention_backward(output, output, log_sum_exp, query, key, key, *rest, wanted)
+                op_attention_triton.attention_backward(output, output, log_sum_exp, query, key, key, *rest, wanted)
 
 
 def routing_jobs(quick: bool) -> None:
@@ -161,13 +161,15 @@ def routing_jobs(quick: bool) -> None:
             mask, lengths_ = torch.empty(3, n, dtype=torch.bool), torch.empty(3, dtype=torch.int64)
             for masks in ((mask, None),) if quick else ((None, None), (mask, None), (None, lengths_)):
                 for solver in ("exact", "coordinate_descent"):
-                    if not routing_triton.kernels_take(n, solver, scores.device):
+                    if not op_routing_triton.kernels_take(n, solver, scores.device):
                         continue
                     for soft in (torch.empty(3),) if quick else (None, torch.empty(3)):
                         budget, capacity = torch.empty(3, dtype=torch.int64), max(1, n // 8)
                         settings = (solver, 1.0, 50, 1.0, 1.0)
-                        routed = routing_triton.route_forward(scores, budget, soft, *masks, capacity, 9 / 8, *settings)
-                        routing_triton.route_backward(routed[0], scores, soft, *masks, *routed, *settings)
+                        routed = op_routing_triton.route_forward(
+                            scores, budget, soft, *masks, capacity, 9 / 8, *settings
+                        )
+                        op_routing_triton.route_backward(routed[0], scores, soft, *masks, *routed, *settings)
 
 
 def causal_jobs(quick: bool) -> None:
@@ -177,26 +179,26 @@ def causal_jobs(quick: bool) -> None:
             scores = torch.empty(2, 3, window, dtype=dtype)
             total, handed = torch.empty(2, dtype=torch.int64), torch.empty(2, 2)
             for past in ((total, handed),) if quick else ((total, handed), (None, None)):
-                gates = causal_gates_triton.causal_gates(
+                gates = op_gates_triton.causal_gates(
                     scores, past[0], total, past[1], window // 16, window // 12, 5.0, 1.0, True
                 )
-                causal_gates_triton.causal_gates_backward(
+                op_gates_triton.causal_gates_backward(
                     gates[0], gates[4], scores, gates[0], gates[1], gates[2], window // 12, 1.0
                 )
     for window, size in ((4096, 4096),) if quick else ((128, 128), (512, 1024), (4096, 4096)):
         scores, initial = torch.empty(2, 3 * window), torch.empty(2, size)
         given = (initial, torch.empty(2, size, dtype=torch.bool))
         for known in (given,) if quick else (given, (None, None)):
-            pooled = causal_pools_triton.pool_candidates(scores, *known, window, size)
-            causal_pools_triton.pool_candidates_backward(pooled[0], *pooled[1:], window, size)
+            pooled = op_pools_triton.pool_candidates(scores, *known, window, size)
+            op_pools_triton.pool_candidates_backward(pooled[0], *pooled[1:], window, size)
     for heads, d_kv in ((16, 128),) if quick else ((1, 64), (12, 64), (16, 128), (4, 16)):
         for dtype in (torch.float32,) if quick else (torch.bfloat16, torch.float32):
             states = torch.empty(2, 96, heads, d_kv, dtype=dtype)
             indices, weights = torch.empty(2, 4, 16, dtype=torch.int64), torch.empty(2, 4, 16)
             valid, following = weights.bool(), torch.empty(2, 4, 48, dtype=torch.int32)
             rest = (indices, weights, valid, following, 0)
-            keys, values = causal_pools_triton.pool_gather(states, states, *rest)
-            causal_pools_triton.pool_gather_backward(keys, values, states, states, *rest)
+            keys, values = op_pools_triton.pool_gather(states, states, *rest)
+            op_pools_triton.pool_gather_backward(keys, values, states, states, *rest)
 
 
 def token_jobs(quick: bool) -> None:
@@ -210,18 +212,18 @@ def token_jobs(quick: bool) -> None:
             for routers in (3,) if quick else (0, 1, 2, 3):
                 vectors = torch.empty(routers, d) if routers else None
                 for branches in ((states, slots, *routing),) if quick else ((None,) * 5, (states, slots, *routing)):
-                    normed = token_norm_triton.combine_norm(states, *branches, norm, vectors, 1e-6, None)
+                    normed = op_norm_triton.combine_norm(states, *branches, norm, vectors, 1e-6, None)
                     scores = normed[3] if routers else None
                     for gradient in (states,) if quick else (states, None):
-                        token_norm_triton.norm_backward(gradient, states, scores, states, normed[2], norm, vectors)
+                        op_norm_triton.norm_backward(gradient, states, scores, states, normed[2], norm, vectors)
             for base, light in ((states, states),) if quick else ((states, states), (states, None), (None, None)):
                 for second in ((slots, *routing),) if quick else ((None,) * 4, (slots, *routing)):
-                    token_rows_triton.combine(base, light, slots, *routing, *second, 96)
+                    op_rows_triton.combine(base, light, slots, *routing, *second, 96)
             for second in (routing,) if quick else ((None,) * 3, routing):
-                token_rows_triton.gather(states, *routing, *second)
-            token_rows_triton.gather_dot(states, slots, *routing)
-            gated_gelu_triton.gated_gelu(states, states)
-            gated_gelu_triton.gated_gelu_backward(states, states, states)
+                op_rows_triton.gather(states, *routing, *second)
+            op_rows_triton.gather_dot(states, slots, *routing)
+            op_gelu_triton.gated_gelu(states, states)
+            op_gelu_triton.gated_gelu_backward(states, states, states)
 
 
 class Cost(NamedTuple):
@@ -244,7 +246,7 @@ def compile_variant(variant: Variant, capability: int) -> Cost:
                 attributes[(place,)] = [["tt.divisibility", 16]]
     options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
     if variant.together:
-        options |= kernel_launch_triton.options_together(variant.num_warps, variant.together)
+        options |= run_launch_triton.options_together(variant.num_warps, variant.together)
     source = ASTSource(kernel, signature, constants, attributes)
     try:
         compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)

@@ -21,7 +21,7 @@ from measure import captured, gpu_ms, make_parser, parse, peak_mib, synchronize
 from peers import DEVICE
 from results import Row, Table, render
 
-from modeling_colt5.routing import route
+from modeling_colt5.op_routing import route
 
 # those that targets name stand first
 ROWS = (

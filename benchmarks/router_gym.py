@@ -39,8 +39,8 @@ from transformers import HfArgumentParser
 from modeling_colt5 import CoLT5Config, CoLT5ForConditionalGeneration, CoLT5ForTokenClassification
 from modeling_colt5.dense_start import DenseStart
 from modeling_colt5.encoder_costs import encoder_flops
+from modeling_colt5.model_router import CoLT5Router
 from modeling_colt5.parameter_groups import size_scaled_groups
-from modeling_colt5.router_colt5 import CoLT5Router
 
 ARMS = ("learned", "as_shipped", "even", "random", "none", "none_wide", "dense")
 FILE = "router_gym.jsonl"

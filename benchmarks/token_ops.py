@@ -15,7 +15,7 @@ from peers import DEVICE
 from results import Table
 from torch import Tensor
 
-from modeling_colt5.token_ops import (
+from modeling_colt5.op_tokens import (
     combine_branches,
     combine_norm_scores,
     gated_gelu,

@@ -13,6 +13,7 @@ from transformers import (
 )
 
 from .configuration_colt5 import CoLT5Config
+from .model_base import CoLT5PreTrainedModel
 from .modeling_colt5 import (
     CoLT5EncoderModel,
     CoLT5ForCausalLM,
@@ -22,8 +23,7 @@ from .modeling_colt5 import (
     CoLT5ForTokenClassification,
     CoLT5Model,
 )
-from .routing import soft_topk
-from .stacks_colt5 import CoLT5PreTrainedModel
+from .op_routing import soft_topk
 from .tokenization_colt5 import CoLT5Tokenizer
 
 __version__ = "0.1.0"

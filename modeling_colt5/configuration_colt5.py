@@ -16,10 +16,10 @@ from transformers.activations import ACT2FN
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-from .causal_cache_colt5 import LAYER_TYPE
-from .checkpoints_colt5 import OWN_FILES, code_file, import_copies
-from .kernel_backend import KERNEL_BACKENDS
-from .release_colt5 import CACHE_NAMES
+from .model_checkpoints import OWN_FILES, code_file, import_copies
+from .run_backend import KERNEL_BACKENDS
+from .run_causal_cache import LAYER_TYPE
+from .run_release import CACHE_NAMES
 
 if TYPE_CHECKING:
     # never run: a configuration is saved and loaded with the files that its text imports, and the models' have to be

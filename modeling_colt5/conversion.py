@@ -8,9 +8,9 @@ import torch
 from transformers import LongT5ForConditionalGeneration, PreTrainedModel, T5ForConditionalGeneration
 
 from .configuration_colt5 import CoLT5Config
-from .layers_colt5 import CoLT5Attention, CoLT5DenseActDense
+from .model_layers import CoLT5Attention, CoLT5DenseActDense
+from .model_position import relative_position_bucket
 from .modeling_colt5 import CoLT5ForConditionalGeneration
-from .relative_position import relative_position_bucket
 
 # one batch of a text sample, as a tokenizer makes it: input_ids and attention_mask
 Batch = dict[str, torch.Tensor]

@@ -12,16 +12,12 @@ from transformers.loss.loss_utils import fixed_cross_entropy
 from transformers.masking_utils import create_masks_for_generate
 from transformers.utils import can_return_tuple
 
-from .call_inputs_colt5 import (
-    as_encoder_output,
-    check_class_labels,
-    check_document,
-    check_labels,
-    padding_mask,
-    read_arguments,
-)
 from .configuration_colt5 import CoLT5Config, check_config
-from .outputs_colt5 import (
+from .model_base import CoLT5ClassificationHead, CoLT5PreTrainedModel
+from .model_decoder import CoLT5Decoder
+from .model_embedding import CoLT5EmbeddingModel
+from .model_encoder import CoLT5Encoder
+from .model_outputs import (
     CoLT5CausalLMOutput,
     CoLT5EncoderOutput,
     CoLT5QuestionAnsweringOutput,
@@ -30,12 +26,18 @@ from .outputs_colt5 import (
     CoLT5SequenceClassifierOutput,
     CoLT5TokenClassifierOutput,
 )
-from .release_colt5 import CACHE, cache_of_forward, is_called_by_peft, one_cache
 
 # not used here: a saved copy of a user's code imports from this file what it imported from the package
-from .routing import soft_topk  # noqa: F401
-from .shared_embedding_colt5 import CoLT5EmbeddingModel
-from .stacks_colt5 import CoLT5ClassificationHead, CoLT5Decoder, CoLT5Encoder, CoLT5PreTrainedModel
+from .op_routing import soft_topk  # noqa: F401
+from .run_inputs import (
+    as_encoder_output,
+    check_class_labels,
+    check_document,
+    check_labels,
+    padding_mask,
+    read_arguments,
+)
+from .run_release import CACHE, cache_of_forward, is_called_by_peft, one_cache
 
 # not used here either: a saved model takes along the files that this one imports, and the tokenizer's has to be among
 # them

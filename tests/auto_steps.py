@@ -30,7 +30,7 @@ from modeling_colt5 import (
     CoLT5Config,
     CoLT5EncoderModel,
 )
-from modeling_colt5.layers_colt5 import CoLT5LayerNorm
+from modeling_colt5.model_layers import CoLT5LayerNorm
 from torch import nn
 
 from .scale_of_a_user import SCALE

@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 
 from modeling_colt5 import CoLT5Config, CoLT5EncoderModel, CoLT5ForConditionalGeneration
-from modeling_colt5 import inference_graphs as graphs
+from modeling_colt5 import run_graphs as graphs
 
 ON_GPU = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if ON_GPU else ("cpu", torch.float32)

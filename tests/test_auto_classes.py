@@ -106,7 +106,7 @@ def test_users_class_that_is_registered_here_is_the_one_that_loads(checkpoints):
 def test_saved_copy_of_a_users_code_imports_the_copies(checkpoints):
     folder = checkpoints / "ScoreModel/model"
     code = (folder / "head_of_a_user.py").read_text(encoding="utf-8")
-    assert "from .modeling_colt5 import (" in code and "from .layers_colt5 import" in code
+    assert "from .modeling_colt5 import (" in code and "from .model_layers import" in code
     assert (checkpoints / "code_of_a_user/head_of_a_user.py").read_text(encoding="utf-8") == auto_steps.USERS_CODE
     # what a user's code may import from the package, the file of that name has
     models = importlib.import_module("modeling_colt5.modeling_colt5")

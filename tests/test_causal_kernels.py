@@ -10,13 +10,13 @@ from test_causal_routing import make_pools
 from transformers import DynamicCache
 
 from modeling_colt5 import CoLT5ForCausalLM
-from modeling_colt5 import causal_routing as operators
-from modeling_colt5 import causal_routing_reference as reference
-from modeling_colt5.causal_layers_colt5 import CoLT5LayerCausalAttention, CoLT5LayerCausalFF
-from modeling_colt5.causal_plan_colt5 import CausalPlan
+from modeling_colt5 import op_causal_routing as operators
+from modeling_colt5 import op_causal_routing_reference as reference
+from modeling_colt5.model_causal import CoLT5LayerCausalAttention, CoLT5LayerCausalFF
+from modeling_colt5.run_causal_plan import CausalPlan
 
-kernels = pytest.importorskip("modeling_colt5.causal_pools_triton")
-gates = pytest.importorskip("modeling_colt5.causal_gates_triton")
+kernels = pytest.importorskip("modeling_colt5.op_pools_triton")
+gates = pytest.importorskip("modeling_colt5.op_gates_triton")
 
 # fp32 sums of at most 32 terms of size 1 in another order, and their logarithm
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}

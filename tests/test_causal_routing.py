@@ -8,11 +8,11 @@ from dense_attention import dense_attention
 from models import tiny_config
 
 from modeling_colt5 import CoLT5Config, CoLT5ForCausalLM
-from modeling_colt5.causal_layers_colt5 import CoLT5LayerCausalAttention, CoLT5LayerCausalFF
-from modeling_colt5.causal_plan_colt5 import CausalPlan
-from modeling_colt5.causal_routing import Gates, Pools, causal_gates, gather_pools
-from modeling_colt5.causal_routing_reference import NO_TOKEN, links, pool_candidates, prefix_top, window_thresholds
-from modeling_colt5.routing import RoutedTokens
+from modeling_colt5.model_causal import CoLT5LayerCausalAttention, CoLT5LayerCausalFF
+from modeling_colt5.op_causal_routing import Gates, Pools, causal_gates, gather_pools
+from modeling_colt5.op_causal_routing_reference import NO_TOKEN, links, pool_candidates, prefix_top, window_thresholds
+from modeling_colt5.op_routing import RoutedTokens
+from modeling_colt5.run_causal_plan import CausalPlan
 
 # what bisection leaves, and float64 sums in another order, over outputs of size 1
 TOLERANCE = 1e-9

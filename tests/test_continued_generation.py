@@ -7,7 +7,7 @@ from transformers import EncoderDecoderCache, StaticCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from modeling_colt5 import CoLT5ForConditionalGeneration
-from modeling_colt5.release_colt5 import CACHE
+from modeling_colt5.run_release import CACHE
 
 KINDS = {
     "full": {},

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache, StaticCache
 
 from modeling_colt5 import CoLT5ForConditionalGeneration, soft_topk
-from modeling_colt5.decoder_layers_colt5 import CoLT5CrossAttention
+from modeling_colt5.model_decoder import CoLT5CrossAttention
 
 # fp32 sums taken in another order over logits of size 1
 TOLERANCE = 1e-5

@@ -24,7 +24,8 @@ from modeling_colt5.dense_start import (
     shorten,
     shorten_documents,
 )
-from modeling_colt5.router_colt5 import DENSE_SHARE, CoLT5Router, dense_start_budget, dense_start_weights
+from modeling_colt5.model_router import CoLT5Router, dense_start_weights
+from modeling_colt5.run_plan import DENSE_SHARE, dense_start_budget
 
 ROOT = Path(__file__).resolve().parents[1]
 

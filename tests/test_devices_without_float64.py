@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from modeling_colt5 import CoLT5EncoderModel, CoLT5ForCausalLM, CoLT5ForConditionalGeneration, CoLT5Model
-from modeling_colt5.routing import route, routed_budget, routed_capacity, soft_topk
+from modeling_colt5.op_routing import route, routed_budget, routed_capacity, soft_topk
 from tests.models import ENCODER_HEADS, random_ids, tiny_model
 
 CAUSAL = {

@@ -17,7 +17,7 @@ from modeling_colt5 import (
     CoLT5ForTokenClassification,
     CoLT5Model,
 )
-from modeling_colt5.stacks_colt5 import CoLT5Encoder
+from modeling_colt5.model_encoder import CoLT5Encoder
 
 ENCODER_MODELS = [CoLT5EncoderModel, *ENCODER_HEADS]
 ALL_MODELS = [CoLT5Model, CoLT5ForConditionalGeneration, *ENCODER_MODELS]

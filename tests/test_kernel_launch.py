@@ -11,8 +11,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from modeling_colt5 import kernel_launch_triton  # noqa: E402
-from modeling_colt5.kernel_launch_triton import launch  # noqa: E402
+from modeling_colt5 import run_launch_triton  # noqa: E402
+from modeling_colt5.run_launch_triton import launch  # noqa: E402
 
 STREAM = 7
 
@@ -61,7 +61,7 @@ def tensor(address: int = 4096, dtype: torch.dtype = torch.float32, device: int 
 
 @pytest.fixture(autouse=True)
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernel_launch_triton, "INTERPRETED", False)
+    monkeypatch.setattr(run_launch_triton, "INTERPRETED", False)
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: STREAM, raising=False)
 
@@ -125,7 +125,7 @@ def test_unaligned_tensors_and_other_devices_are_left_to_triton(other: Any) -> N
 
 def test_a_profiler_that_listens_hears_of_launches() -> None:
     kernel = Kernel()
-    chain = kernel_launch_triton.triton.knobs.runtime.launch_enter_hook
+    chain = run_launch_triton.triton.knobs.runtime.launch_enter_hook
     launch(kernel, (3,), tensor(), None, 32, 128)
     chain.add(print)
     try:

@@ -8,8 +8,8 @@ from rounding import assert_same_but_for_rounding
 from transformers.utils import is_kernels_available
 from transformers.utils.import_utils import KERNELS_MAX_VERSION, KERNELS_MIN_VERSION
 
-from modeling_colt5 import CoLT5EncoderModel, routing
-from modeling_colt5.router_colt5 import CoLT5Routing, CoLT5RoutingTriton, TritonLayers
+from modeling_colt5 import CoLT5EncoderModel, op_routing
+from modeling_colt5.model_router import CoLT5Routing, CoLT5RoutingTriton, TritonLayers
 
 needs_kernels = pytest.mark.skipif(
     not is_kernels_available(),
@@ -27,20 +27,20 @@ def forwards(model: torch.nn.Module) -> set[object]:
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
     """The shapes that Triton's routing kernels were called with."""
     shapes = []
-    kernel = routing.route_forward
+    kernel = op_routing.route_forward
 
     def counted(scores, *arguments):
         shapes.append(scores.shape)
         return kernel(scores, *arguments)
 
-    monkeypatch.setattr(routing, "route_forward", counted)
+    monkeypatch.setattr(op_routing, "route_forward", counted)
     return shapes
 
 
 def test_the_layer_is_the_operation() -> None:
     scores, budget = torch.randn(2, 30), torch.tensor([3, 5])
     indices, weights, valid = CoLT5Routing()(scores, budget, 6, scores > -1, {"epsilon": 0.5})
-    expected = routing.route(scores, budget, 6, mask=scores > -1, epsilon=0.5)
+    expected = op_routing.route(scores, budget, 6, mask=scores > -1, epsilon=0.5)
     assert torch.equal(indices, expected.indices)
     assert_same_but_for_rounding(weights, expected.weights)
     assert torch.equal(valid, expected.valid)

@@ -18,7 +18,7 @@ import collections, json, sys
 sys.path.insert(0, "benchmarks")
 import torch
 from kernel_variants import recorded
-from modeling_colt5 import routing_triton, token_rows_triton
+from modeling_colt5 import op_routing_triton, op_rows_triton
 
 variants = set()
 settings = ("exact", 1.0, 50, 1.0, 1.0)
@@ -29,10 +29,10 @@ with recorded(variants):
             scores, mask = torch.zeros(rows, 2, n)[:, 0], torch.ones(rows, n + 7, dtype=torch.bool)[:, :n]
             capacity = max(1, n // 16)
             budget = torch.full((rows,), capacity)
-            routed = routing_triton.route_forward(scores, budget, None, mask, None, capacity, 9 / 8, *settings)
-            routing_triton.route_backward(routed[0], scores, None, mask, None, *routed, *settings)
+            routed = op_routing_triton.route_forward(scores, budget, None, mask, None, capacity, 9 / 8, *settings)
+            op_routing_triton.route_backward(routed[0], scores, None, mask, None, *routed, *settings)
             routing = (*routed[1:3], routed[0])
-            token_rows_triton.gather(torch.zeros(rows, n, 32), *routing, *routing)
+            op_rows_triton.gather(torch.zeros(rows, n, 32), *routing, *routing)
 print(json.dumps(collections.Counter(variant.kernel for variant in variants)))
 """
 

@@ -12,11 +12,11 @@ from transformers import T5Config, T5EncoderModel, T5ForConditionalGeneration
 from transformers.models.t5.modeling_t5 import T5Attention, T5LayerNorm
 
 from modeling_colt5 import CoLT5EncoderModel, CoLT5ForConditionalGeneration
-from modeling_colt5.decoder_layers_colt5 import CoLT5CrossAttention, CoLT5SelfAttention
-from modeling_colt5.encoder_layers_colt5 import CoLT5LayerConditionalFF, CoLT5LocalAttention, CoLT5RoutedAttention
-from modeling_colt5.layers_colt5 import CoLT5Attention, CoLT5LayerNorm, clamp_half, product_dtype
-from modeling_colt5.router_colt5 import CoLT5Router
-from modeling_colt5.routing import routed_budget, routed_capacity
+from modeling_colt5.model_decoder import CoLT5CrossAttention, CoLT5SelfAttention
+from modeling_colt5.model_encoder import CoLT5LayerConditionalFF, CoLT5LocalAttention, CoLT5RoutedAttention
+from modeling_colt5.model_layers import CoLT5Attention, CoLT5LayerNorm, clamp_half, product_dtype
+from modeling_colt5.model_router import CoLT5Router
+from modeling_colt5.op_routing import routed_budget, routed_capacity
 
 
 def brute_budget(n: int, fraction: float, minimum: int = 1) -> int:

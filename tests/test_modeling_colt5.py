@@ -18,9 +18,9 @@ from modeling_colt5 import (
     CoLT5ForSequenceClassification,
     CoLT5ForTokenClassification,
 )
-from modeling_colt5.encoder_layers_colt5 import Branches, CoLT5EncoderBlock, CoLT5LocalAttention
-from modeling_colt5.layers_colt5 import CoLT5DenseActDense
-from modeling_colt5.router_colt5 import RoutingPlan
+from modeling_colt5.model_encoder import Branches, CoLT5EncoderBlock, CoLT5LocalAttention
+from modeling_colt5.model_layers import CoLT5DenseActDense
+from modeling_colt5.run_plan import RoutingPlan
 
 
 @torch.no_grad()

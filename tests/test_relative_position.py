@@ -7,7 +7,7 @@ from transformers import T5Config
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from modeling_colt5 import CoLT5EncoderModel
-from modeling_colt5.relative_position import (
+from modeling_colt5.model_position import (
     CoLT5RelativePositionBias,
     bias_by_position,
     bias_of_sequence,

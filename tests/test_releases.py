@@ -17,10 +17,10 @@ from modeling_colt5 import (
     CoLT5ForCausalLM,
     CoLT5ForConditionalGeneration,
     CoLT5Model,
-    causal_cache_colt5,
-    release_colt5,
+    run_causal_cache,
+    run_release,
 )
-from modeling_colt5.release_colt5 import CACHE
+from modeling_colt5.run_release import CACHE
 
 ROUTED = {"causal_attention": "routed", "causal_feed_forward": "routed"}
 NAMES = ("cache", "past_key_values")
@@ -181,13 +181,13 @@ def test_caches_of_the_users_own_are_filled_and_read() -> None:
 
 def test_release_newer_than_tested_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    monkeypatch.setattr(release_colt5.logger, "warning_once", said.append)
-    major, minor = release_colt5.NEWEST_TESTED
+    monkeypatch.setattr(run_release.logger, "warning_once", said.append)
+    major, minor = run_release.NEWEST_TESTED
     tested, newer = (f"{major}.{minor}.3", f"{major}.17.0"), (f"{major}.{minor + 1}.0.dev0", f"{major + 1}.0.0")
     for version, warns in [(version, False) for version in tested] + [(version, True) for version in newer]:
         said.clear()
-        monkeypatch.setattr(release_colt5.transformers, "__version__", version)
-        release_colt5.warn_of_untested_release()
+        monkeypatch.setattr(run_release.transformers, "__version__", version)
+        run_release.warn_of_untested_release()
         assert bool(said) is warns, version
         if warns:
             assert f"5.17 to {major}.{minor}" in said[0] and version in said[0]
@@ -201,10 +201,10 @@ def test_caches_of_another_copy_of_the_code_are_read(monkeypatch: pytest.MonkeyP
     expected = model.generate(ids, max_new_tokens=4, do_sample=False)
     for mapping in (cache_utils.DYNAMIC_LAYER_TYPE_MAPPING, cache_utils.STATIC_LAYER_TYPE_MAPPING):
         # to be put back afterwards
-        monkeypatch.setitem(mapping, causal_cache_colt5.LAYER_TYPE, mapping[causal_cache_colt5.LAYER_TYPE])
-    spec = importlib.util.spec_from_file_location("another_copy", causal_cache_colt5.__file__)
+        monkeypatch.setitem(mapping, run_causal_cache.LAYER_TYPE, mapping[run_causal_cache.LAYER_TYPE])
+    spec = importlib.util.spec_from_file_location("another_copy", run_causal_cache.__file__)
     assert spec is not None and spec.loader is not None
     spec.loader.exec_module(importlib.util.module_from_spec(spec))
     layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
-    assert not isinstance(layers[0], causal_cache_colt5.CoLT5DynamicRoutedLayer)
+    assert not isinstance(layers[0], run_causal_cache.CoLT5DynamicRoutedLayer)
     assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False), expected)

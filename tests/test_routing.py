@@ -13,9 +13,9 @@ import torch
 from rounding import assert_all_same_but_for_rounding, assert_same_but_for_rounding
 
 import modeling_colt5
-from modeling_colt5 import routing, routing_forward_triton, routing_triton
-from modeling_colt5.kernel_backend import INTERPRETED
-from modeling_colt5.routing import RoutedTokens, route, routed_budget, routed_capacity, soft_topk
+from modeling_colt5 import op_routing, op_routing_forward_triton, op_routing_triton
+from modeling_colt5.op_routing import RoutedTokens, route, routed_budget, routed_capacity, soft_topk
+from modeling_colt5.run_backend import INTERPRETED
 
 # weights: 2 ulp of exp, and the exponent's own rounding, below 2.4e-7 for exponents to 4; sums over 1e4 terms
 WEIGHT_TOLERANCE = 2e-6
@@ -65,8 +65,8 @@ def check_against_reference(
 def kernels(request, monkeypatch):
     """Both forms of the kernel; on the CPU a shared row's program shares it with itself alone."""
     if request.param == "shared rows":
-        monkeypatch.setattr(routing_triton, "LONGEST_ROW", 0)
-        monkeypatch.setattr(routing_triton, "PARTS", ((1 << 20, 128),))
+        monkeypatch.setattr(op_routing_triton, "LONGEST_ROW", 0)
+        monkeypatch.setattr(op_routing_triton, "PARTS", ((1 << 20, 128),))
     return request.param
 
 
@@ -205,7 +205,7 @@ def test_search_finds_any_rank_of_any_scores(kernels, device, kind):
 @pytest.mark.parametrize("part", (512, 4096))
 @pytest.mark.parametrize("epsilon", (1.0, 0.05))
 def test_programs_that_share_a_row_agree_with_the_reference(device, monkeypatch, part, epsilon):
-    monkeypatch.setattr(routing_triton, "PARTS", ((1 << 20, part),))
+    monkeypatch.setattr(op_routing_triton, "PARTS", ((1 << 20, part),))
     lengths = torch.tensor([70_001, 0, 1, 33_333, 70_001, 4_097, 50_000], device=device)
     scores = torch.randn(7, 70_001, device=device)
     # rows that differ in passes, ties among them
@@ -223,10 +223,10 @@ def test_programs_that_share_a_row_may_run_in_any_order(monkeypatch, seed):
     """Two groups of three programs, in turn on five rows; on a GPU the order cannot be chosen."""
     from programs_together import run_together
 
-    monkeypatch.setattr(routing_triton, "LONGEST_ROW", 0)
-    monkeypatch.setattr(routing_triton, "_parts", lambda n, device: (32, 8, 2))
-    monkeypatch.setattr(routing_triton, "_multiprocessors", lambda device: 3)
-    run_together(monkeypatch, routing_forward_triton.route_kernel, seed)
+    monkeypatch.setattr(op_routing_triton, "LONGEST_ROW", 0)
+    monkeypatch.setattr(op_routing_triton, "_parts", lambda n, device: (32, 8, 2))
+    monkeypatch.setattr(op_routing_triton, "_multiprocessors", lambda device: 3)
+    run_together(monkeypatch, op_routing_forward_triton.route_kernel, seed)
     scores = torch.randn(5, 90)
     scores[1] = scores[1].round()
     scores[2] *= 50
@@ -236,9 +236,9 @@ def test_programs_that_share_a_row_may_run_in_any_order(monkeypatch, seed):
 
 def test_counts_of_the_longest_part_fit(device, monkeypatch):
     """Two counts to an integer, of which each may be of all the program's tokens."""
-    n = routing_triton.LONGEST_PART
-    monkeypatch.setattr(routing_triton, "LONGEST_ROW", 0)
-    monkeypatch.setattr(routing_triton, "_parts", lambda n, device: (n, 16, 1))
+    n = op_routing_triton.LONGEST_PART
+    monkeypatch.setattr(op_routing_triton, "LONGEST_ROW", 0)
+    monkeypatch.setattr(op_routing_triton, "_parts", lambda n, device: (n, 16, 1))
     scores = torch.zeros(3, n, device=device)
     # equal scores are taken from the left: without some larger ones on the right, taking too many would not show
     scores[0, -100:] = 1
@@ -346,7 +346,7 @@ def test_gradient_of_a_soft_budget_comes_in_its_dtype(kernels, device, dtype):
 
 def test_gradient_with_more_slots_than_one_part(device, monkeypatch):
     """The backward then sums over parts, and finds the slots of a block by search."""
-    monkeypatch.setattr(routing_triton, "SLOTS_OF_A_PART", 256)
+    monkeypatch.setattr(op_routing_triton, "SLOTS_OF_A_PART", 256)
     check_against_reference(torch.randn(2, 700, device=device).round(), 0.7)
 
 
@@ -402,10 +402,10 @@ def test_scores_that_are_no_numbers_stay_in_bounds(kernels, device, backend):
 
 def test_rows_that_no_kernel_holds_go_to_the_reference(device):
     """n alone is looked at, so that no such row need exist here."""
-    longest = routing_triton.LONGEST_PART * routing_triton._multiprocessors(device)
-    assert routing_triton.kernels_take(longest, "exact", device)
-    assert not routing_triton.kernels_take(longest + 1, "exact", device)
-    assert not routing_triton.kernels_take(routing_triton.LONGEST_ROW + 1, "coordinate_descent", device)
+    longest = op_routing_triton.LONGEST_PART * op_routing_triton._multiprocessors(device)
+    assert op_routing_triton.kernels_take(longest, "exact", device)
+    assert not op_routing_triton.kernels_take(longest + 1, "exact", device)
+    assert not op_routing_triton.kernels_take(op_routing_triton.LONGEST_ROW + 1, "coordinate_descent", device)
 
 
 def test_same_bits_every_time(kernels, device):
@@ -426,7 +426,7 @@ def test_same_bits_every_time(kernels, device):
 def test_operator_passes_opcheck(device, solver, runs_kernel, monkeypatch):
     if not runs_kernel:
         # as for rows that no kernel holds
-        monkeypatch.setattr(routing, "kernels_take", lambda *_: False)
+        monkeypatch.setattr(op_routing, "kernels_take", lambda *_: False)
     scores = torch.randn(2, 30, device=device, requires_grad=True)
     budget = torch.tensor([3, 4], device=device)
     soft_budget = torch.tensor([3.5, 4.5], device=device, requires_grad=True)
@@ -483,7 +483,7 @@ def test_two_copies_of_the_code_share_a_process():
     package.__path__ = [str(folder)]
     sys.modules["second_copy"] = package
     try:
-        copy = importlib.import_module("second_copy.routing")
+        copy = importlib.import_module("second_copy.op_routing")
         assert copy.route is not route
         scores, budget = torch.randn(2, 50), torch.tensor([3, 4])
         routed, expected = copy.route(scores, budget, 4), route(scores, budget, 4)

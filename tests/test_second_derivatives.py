@@ -16,10 +16,10 @@ from modeling_colt5 import (
     CoLT5ForSequenceClassification,
     soft_topk,
 )
-from modeling_colt5.attention_ops import local_attention, routed_attention
-from modeling_colt5.causal_routing import causal_gates, gather_pools, routed_pools
-from modeling_colt5.routing import route
-from modeling_colt5.token_ops import (
+from modeling_colt5.op_attention import local_attention, routed_attention
+from modeling_colt5.op_causal_routing import causal_gates, gather_pools, routed_pools
+from modeling_colt5.op_routing import route
+from modeling_colt5.op_tokens import (
     combine_branches,
     combine_norm_scores,
     gated_gelu,

@@ -24,7 +24,8 @@ from modeling_colt5 import (
     CoLT5ForTokenClassification,
     CoLT5Tokenizer,
 )
-from modeling_colt5.stacks_colt5 import CoLT5Decoder, CoLT5Encoder
+from modeling_colt5.model_decoder import CoLT5Decoder
+from modeling_colt5.model_encoder import CoLT5Encoder
 
 OTHERS = {"t5": T5Config, "longt5": LongT5Config}
 TINY = {"vocab_size": 12, "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}

@@ -11,9 +11,10 @@ from rounding import assert_all_same_but_for_rounding, assert_same_but_for_round
 from torch import Tensor, nn
 from torch.library import opcheck
 
-from modeling_colt5 import token_norm_triton, token_ops
-from modeling_colt5.token_norm_triton import BACKWARD_TILE, GRADIENT_PROGRAMS, norm_backward
-from modeling_colt5.token_ops import (
+from modeling_colt5 import op_norm_triton, op_tokens
+from modeling_colt5.op_norm_triton import BACKWARD_TILE, GRADIENT_PROGRAMS, norm_backward
+from modeling_colt5.op_rows_triton import tile_shape
+from modeling_colt5.op_tokens import (
     combine_branches,
     combine_norm_scores,
     gated_gelu,
@@ -24,7 +25,6 @@ from modeling_colt5.token_ops import (
     scatter_add_tokens,
     share_and_gather,
 )
-from modeling_colt5.token_rows_triton import tile_shape
 
 # relative to the norm of the float64 result: a few roundings of fp32 sums, or of a result rounded once and what enters
 # it rounded once or twice. Triton's interpreter truncates to bf16 where GPUs round, which doubles bf16's error.
@@ -309,7 +309,7 @@ def test_weight_gradients_are_summed_in_one_order(
 ) -> None:
     """More row blocks than programs, so that partial sums form. They are added in one order and not as they come: two
     runs on one device give the same bits, and the float64 sum."""
-    monkeypatch.setattr(token_norm_triton, "GRADIENT_PROGRAMS", programs)
+    monkeypatch.setattr(op_norm_triton, "GRADIENT_PROGRAMS", programs)
     d = 1024
     rows = tile_shape(d, BACKWARD_TILE)[0]
     # an odd number of blocks: the programs' shares differ in size
@@ -400,7 +400,7 @@ def test_router_scores_of_a_part_at_a_time(
     at_once: int, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Values and gradients against float64, whatever the parts: 37 positions of two rows, 1, 5 or all at once."""
-    monkeypatch.setattr(token_ops, "_SCORED_AT_ONCE", at_once)
+    monkeypatch.setattr(op_tokens, "_SCORED_AT_ONCE", at_once)
     exact = leaves(dtype, device, (BATCH, LENGTH, 20), (3, 20))
     expected = torch.einsum("bnd,rd->brn", *exact)
     inputs = cast(exact, dtype)

@@ -131,7 +131,14 @@ def test_upload_to_the_hub_and_the_cards_own_lines(hub_environment, finished_run
     assert "uploaded to" in python(str(REPOSITORY / "examples" / "upload.py"), str(run), repository, "--private")
     listing = f"import huggingface_hub as h; print(*h.list_repo_files({repository!r}), sep='\\n')"
     files = set(python("-c", listing).split())
-    assert {"README.md", "model.safetensors", "tokenizer.json", "run.json", "modeling_colt5.py", "routing.py"} <= files
+    assert {
+        "README.md",
+        "model.safetensors",
+        "tokenizer.json",
+        "run.json",
+        "modeling_colt5.py",
+        "op_routing.py",
+    } <= files
     assert not [file for file in files if file.startswith("checkpoint-") or file == "training_args.bin"]
     # as somebody without the package
     hidden = f"import sys; sys.path.insert(0, {str(REPOSITORY / 'tests')!r})\n"

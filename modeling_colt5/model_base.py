@@ -1,0 +1,286 @@
+"""What every CoLT5 model and stack inherits: initialisation, loading, budgets, the dense start's switch."""
+
+import weakref
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+from .configuration_colt5 import CoLT5Config, check_config
+from .model_causal import CoLT5LayerCausalAttention
+from .model_checkpoints import OWN_FILES, check_layers, code_file
+from .model_layers import CoLT5Attention, CoLT5DenseActDense, CoLT5LayerNorm
+from .model_position import CoLT5RelativePositionBias
+from .model_router import CoLT5Router
+
+
+class CoLT5ClassificationHead(nn.Module):
+    """T5's head for sequences: dense, tanh, projection to the labels."""
+
+    def __init__(self, config: CoLT5Config):
+        super().__init__()
+        self.dense = nn.Linear(config.d_model, config.d_model)
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.out_proj = nn.Linear(config.d_model, config.num_labels)
+
+    def forward(self, pooled: torch.Tensor) -> torch.Tensor:
+        """[batch, d_model] → [batch, num_labels]."""
+        return self.out_proj(self.dropout(torch.tanh(self.dense(self.dropout(pooled)))))
+
+
+def _refuse_tensor_parallelism(
+    tp_plan: Any = None, tp_size: int | None = None, distributed_config: Any = None, **kwargs: Any
+) -> None:
+    asked = {"tp_plan": tp_plan, "tp_size": tp_size}
+    for name, value in asked.items():
+        inner = distributed_config.get(name) if isinstance(distributed_config, dict) else None
+        given = value if value is not None else getattr(distributed_config, name, inner)
+        # one process is no tensor parallelism
+        if given is not None and given != 1:
+            raise ValueError(
+                f"{name} is {given!r}; it must be None, as CoLT5 has no plan for tensor parallelism and would stay "
+                "whole on each device. FSDP2 shards it, and device_map spreads its layers"
+            )
+
+
+class CoLT5PreTrainedModel(PreTrainedModel):
+    """What all CoLT5 models share: initialisation, loading, and the budgets of a loaded model."""
+
+    config: CoLT5Config
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["CoLT5EncoderBlock", "CoLT5DecoderBlock", "CoLT5CrossRouting"]
+    _keep_in_fp32_modules = ["wo"]
+    _supports_sdpa = True
+    _supports_flash_attn = False
+    _supports_flex_attn = False
+    _can_compile_fullgraph = True
+
+    def __init__(self, config: CoLT5Config, *args: Any, **kwargs: Any):
+        check_config(config)
+        super().__init__(config, *args, **kwargs)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: Any,
+        *model_args: Any,
+        config: Any = None,
+        output_loading_info: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Transformers' `from_pretrained`, which never begins with random layers.
+
+        An Auto class gives the class that the checkpoint names for it: a class of a user's code, which needs
+        `trust_remote_code=True`, and for `AutoModel` the encoder where there is no decoder.
+
+        Raises:
+            ValueError: where the checkpoint lacks a stack of the model, or holds one with layers of other kinds; where
+                it names a class of a user's code and `trust_remote_code` is not True; for tensor parallelism.
+        """
+        _refuse_tensor_parallelism(**kwargs)
+        # an Auto class always gives both, and nothing else tells its calls from others
+        if isinstance(config, PreTrainedConfig) and "adapter_kwargs" in kwargs:
+            saved_class = cls._saved_class(pretrained_model_name_or_path, config, **kwargs)
+            if saved_class is not cls:
+                kwargs |= {"config": config, "output_loading_info": output_loading_info}
+                return saved_class.from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *model_args, config=config, output_loading_info=True, **kwargs
+        )
+        new = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
+        if any("router" in name and "decoder.block." not in name for name in new):
+            # some of those that a dense start trains begin at random, whatever the checkpoint says of its own
+            model.config.routers_trained = False
+        # without a name there is no checkpoint, but a state dict that is as the caller wants it; and who ignores
+        # weights of other sizes wants random ones in their place
+        if pretrained_model_name_or_path is not None and not kwargs.get("ignore_mismatched_sizes"):
+            missing, unexpected = set(info["missing_keys"]), set(info["unexpected_keys"])
+            check_layers(model, missing, unexpected, str(pretrained_model_name_or_path))
+        return (model, info) if output_loading_info else model
+
+    @classmethod
+    def _saved_class(cls, where: Any, config: CoLT5Config, **kwargs: Any) -> Any:
+        """The class that a checkpoint's configuration names for the Auto class that loads this one."""
+        reference = (getattr(config, "auto_map", None) or {}).get(cls._auto_class)
+        is_own = cls.__module__.rpartition(".")[2] in OWN_FILES
+        if reference is None or not is_own or code_file(reference) in OWN_FILES:
+            return cls._class_of_kind(config)
+        if not kwargs.get("trust_remote_code"):
+            raise ValueError(
+                f"{where} names {reference} for {cls._auto_class}, a class of its own code and not {cls.__name__}; "
+                "give trust_remote_code=True to run that code, or load it with the class itself"
+            )
+        return get_class_from_dynamic_module(reference, where, **kwargs)
+
+    @classmethod
+    def _class_of_kind(cls, config: CoLT5Config) -> Any:
+        """The class that an Auto class gives for a configuration."""
+        return cls
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """T5's initialisation; the standard deviations are times `initializer_factor`.
+
+        embeddings 1; q (d_model · d_kv)^-½; k, v, wi, biases by distance, routers and heads d_model^-½;
+        o (heads · d_kv)^-½; wo (hidden size)^-½; norms 1, biases 0. An untied lm_head starts as in T5 1.1's original
+        code, d_model^-½, which gives the logits of T5 1.0 with its scaled and tied one.
+        """
+        factor = self.config.initializer_factor
+        d_model = self.config.d_model**-0.5
+
+        def normal(linear: nn.Linear, std: float) -> None:
+            init.normal_(linear.weight, mean=0.0, std=factor * std)
+            if linear.bias is not None:
+                init.zeros_(linear.bias)
+
+        if isinstance(module, CoLT5LayerNorm):
+            init.constant_(module.weight, factor)
+        elif isinstance(module, CoLT5RelativePositionBias):
+            init.normal_(module.weight, mean=0.0, std=factor * d_model)
+        elif isinstance(module, CoLT5Router):
+            if hasattr(module, "weight"):
+                init.normal_(module.weight, mean=0.0, std=factor * d_model)
+        elif isinstance(module, CoLT5Attention):
+            normal(module.q, d_model * self.config.d_kv**-0.5)
+            normal(module.k, d_model)
+            normal(module.v, d_model)
+            normal(module.o, module.o.in_features**-0.5)
+        elif isinstance(module, CoLT5DenseActDense):
+            for name in ("wi_0", "wi_1") if self.config.is_gated_act else ("wi",):
+                normal(getattr(module, name), d_model)
+            normal(module.wo, module.wo.in_features**-0.5)
+        elif isinstance(module, CoLT5LayerCausalAttention):
+            if hasattr(module, "unrouted"):
+                init.zeros_(module.unrouted)
+        elif isinstance(module, CoLT5ClassificationHead):
+            normal(module.dense, d_model)
+            normal(module.out_proj, d_model)
+        elif isinstance(module, CoLT5PreTrainedModel):
+            for name in ("lm_head", "classifier", "qa_outputs"):
+                if isinstance(getattr(module, name, None), nn.Linear):
+                    normal(getattr(module, name), d_model)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight, mean=0.0, std=factor)
+
+    def _initialize_weights(self, module: nn.Module, *args: Any, **kwargs: Any) -> None:
+        # Transformers takes a module of custom code that holds no parameter of its own for initialised, and would
+        # leave the layers here to the generic initialisation; the second argument says that this is not such code
+        super()._initialize_weights(module, False)
+
+    def set_routing_budget(
+        self,
+        feed_forward: float | None = None,
+        query: float | None = None,
+        key_value: float | None = None,
+        cross_key_values: int | None = None,
+    ) -> None:
+        """Change how many tokens a loaded model routes: quality against speed, without retraining.
+
+        Args:
+            feed_forward: new `routed_feed_forward_fraction`; None leaves it as it is.
+            query: new `routed_query_fraction`.
+            key_value: new `routed_key_value_fraction`.
+            cross_key_values: new `routed_cross_key_values`.
+
+        Raises:
+            StrictDataclassError: for a fraction outside of (0, 1], or a number of tokens below 1; nothing is changed
+                then.
+            ValueError: for `cross_key_values` where the model's cross-attention has no routers.
+        """
+        if cross_key_values is not None and self.config.routed_cross_key_values is None:
+            raise ValueError(
+                f"cross_key_values is {cross_key_values}; it must be None where the configuration's "
+                "routed_cross_key_values is, as the model then has no routers for its cross-attention"
+            )
+        budgets = {
+            "routed_feed_forward_fraction": feed_forward,
+            "routed_query_fraction": query,
+            "routed_key_value_fraction": key_value,
+            "routed_cross_key_values": cross_key_values,
+        }
+        given = {name: budget for name, budget in budgets.items() if budget is not None}
+        type(self.config)(**given)
+        for name, budget in given.items():
+            setattr(self.config, name, budget)
+
+    def set_dense_start(self, progress: float | None) -> None:
+        """Train the routers of the encoder, and of the cross-attention, before they choose: see docs/routers.md.
+
+        While the model is in training mode, every token takes the heavy branches, and its weight says how much of them
+        it receives; routed cross-attention reads every token, times its weight. At progress 0 the weights are near 1
+        and constant. From there to 1 they shrink until they sum to the configured budgets, and the routers have a
+        gradient. In evaluation mode, and after None, routing is the paper's. Nothing of this is saved. `DenseStart` of
+        dense_start.py calls it at every step of a training run.
+
+        Args:
+            progress: from 0 to 1, or None to end the dense start.
+
+        Raises:
+            ValueError: for a number outside of that, or a model without learned routers in an encoder.
+        """
+        parts = [module for module in self.modules() if "dense_start" in vars(module)]
+        if not any(isinstance(part, CoLT5Stack) for part in parts) or self.config.routing != "learned":
+            raise ValueError(
+                f"{type(self).__name__} with routing={self.config.routing!r} has no learned routers in an encoder; "
+                "a dense start needs them"
+            )
+        if progress is not None and not 0 <= progress <= 1:
+            raise ValueError(f"progress is {progress}; it must be None, or a number from 0 to 1")
+        for part in parts:
+            device = next(part.parameters()).device
+            if progress is None:
+                part.dense_start = None
+            elif part.dense_start is None or part.dense_start.device != device:
+                part.dense_start = torch.tensor(float(progress), device=device)
+            else:
+                # in place, for whom a captured step reads it
+                part.dense_start.fill_(progress)
+
+    @property
+    def dummy_inputs(self) -> dict[str, torch.Tensor]:
+        """A batch of two short rows."""
+        ids = torch.tensor([[7, 6, 3, 2, 1], [2, 3, 1, 0, 0]], device=self.device)
+        inputs = {"input_ids": ids, "attention_mask": ids.ne(0).long()}
+        return inputs | {"decoder_input_ids": ids} if self.config.is_encoder_decoder else inputs
+
+
+def refuse_jit_trace() -> None:
+    """Refuse `torch.jit.trace`, which would keep its example's length.
+
+    Raises:
+        RuntimeError: while it traces.
+    """
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]
+        raise RuntimeError(
+            "torch.jit.trace would keep its example's length, and with it how many tokens are routed; use "
+            "torch.export.export, whose programs take any length, and for ONNX torch.onnx.export(..., dynamo=True)"
+        )
+
+
+class CoLT5Stack(CoLT5PreTrainedModel):
+    """What encoder and decoder share: the embedding, which in a whole model is the one of all its stacks."""
+
+    def __init__(self, config: CoLT5Config):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
+
+    def share_embedding_with(self, model: Any) -> None:
+        """Take the embedding `shared` of a whole model, and give that model whichever replaces it here."""
+        # weak: a model that its own stacks held would stay in memory until Python looks for such circles
+        self.__dict__["_model"] = weakref.ref(model)
+        if self.embed_tokens is not model.shared:
+            self.embed_tokens = model.shared
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        model = self.__dict__.get("_model", lambda: None)() if name == "embed_tokens" else None
+        if model is not None and model.shared is not value:
+            model.shared = value
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a copy belongs to the copied model, which says so itself
+        return {name: value for name, value in self.__dict__.items() if name != "_model"}

@@ -1,0 +1,74 @@
+"""Routed cross-attention: what every decoder layer reads of the encoder's output, or of any long memory."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.utils.generic import maybe_autocast
+
+from .configuration_colt5 import CoLT5Config
+from .model_router import CoLT5Router, router_weights, run_routers
+from .op_routing import RoutedTokens
+from .op_tokens import router_scores, share_and_gather
+from .run_plan import RoutingPlan, memory_slots, real_lengths
+
+
+class CoLT5CrossRouting(nn.Module):
+    """The routers of all decoder layers, which score and route the memory together: it is the same for all of them.
+
+    One pass over the memory gives all scores, and its gradient comes back in a chain, not in a tensor for each layer.
+    The layers get routed rows alone, whatever devices they are on.
+    """
+
+    def __init__(self, config: CoLT5Config):
+        super().__init__()
+        self.config = config
+        self.num_routers = config.num_cross_routers
+        first_seed = 3 * config.num_layers
+        self.routers = nn.ModuleList(
+            CoLT5Router(config, first_seed + i) for i in range(config.num_decoder_layers * self.num_routers)
+        )
+        self.dense_start: torch.Tensor | None = None
+
+    @property
+    def progress(self) -> torch.Tensor | None:
+        """fp32 [], how far a dense start has come in this call; None for the configured budget."""
+        return self.dense_start if self.training else None
+
+    def forward(
+        self, memory: torch.Tensor, mask: torch.Tensor | None
+    ) -> tuple[list[torch.Tensor], tuple[tuple[RoutedTokens, ...], ...]]:
+        """Choose what each layer's cross-attention reads: w ⊙ M[routed], as in the encoder's heavy attention.
+
+        Args:
+            memory: M, [batch, n, d_model], normalised.
+            mask: bool [batch, n], True for real tokens; None for all.
+
+        Returns:
+            Each layer's rows [batch, routers * slots, d_model], one router's after another's, zeros at unused slots;
+            and what each layer's routers chose.
+        """
+        routers: tuple[Any, ...] = tuple(self.routers)
+        plan, budget = RoutingPlan.for_memory(self.config, memory, mask, len(routers), self.progress)
+        weights, scores = router_weights(*routers), None
+        if weights is not None:
+            # autocast would take the scores' product in half precision
+            with maybe_autocast(memory.device.type, enabled=False):
+                scores = router_scores(memory, weights.view(len(routers), -1), plan.kernel_backend)
+        routed = run_routers(routers, memory, scores, plan, budget)
+
+        rows: list[torch.Tensor] = []
+        for first in range(0, len(routed), 2):
+            pair = [(tokens.indices, tokens.valid, tokens.weights) for tokens in routed[first : first + 2]]
+            memory, *gathered = share_and_gather(memory, *pair, kernel_backend=plan.kernel_backend)
+            rows += gathered
+        layers = [slice(first, first + self.num_routers) for first in range(0, len(routed), self.num_routers)]
+        states = [torch.cat(rows[layer], 1) if self.num_routers > 1 else rows[layer.start] for layer in layers]
+        return states, tuple(tuple(routed[layer]) for layer in layers)
+
+    def used_slots(self, memory: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """Which slots hold a token, bool [batch, slots]: the same in all layers and routers, as used slots come first,
+        and known from the memory's mask alone, so that it need not be kept with the cached keys and values."""
+        number = memory.shape[1] if self.progress is not None else memory_slots(self.config, memory)
+        slots = torch.arange(number, device=memory.device)
+        return slots < real_lengths(memory, mask)[:, None]

@@ -1,0 +1,135 @@
+"""The embedding that encoder, decoder and head share: one module under several names, tied, adapted and saved."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from .configuration_colt5 import CoLT5Config
+from .model_base import CoLT5PreTrainedModel, CoLT5Stack
+from .run_backend import runs_eagerly
+
+
+def _tie_assigned_head(model: "CoLT5EmbeddingModel", incompatible_keys: Any) -> None:
+    """After `load_state_dict(..., assign=True)`, which puts other parameters in place: a tied head, whose weight
+    checkpoints lack, takes the new one of `shared`."""
+    head = getattr(model, "lm_head", None)
+    if (
+        head is not None
+        and model.config.tie_word_embeddings
+        and type(model.shared) is nn.Embedding
+        and head.weight is not model.shared.weight
+        and any(f".{key}".endswith(".lm_head.weight") for key in incompatible_keys.missing_keys)
+    ):
+        head.weight = model.shared.weight
+
+
+class CoLT5EmbeddingModel(CoLT5PreTrainedModel):
+    """What all models but the stacks share: the embedding, one module that is `shared` here and `embed_tokens` in each
+    stack.
+
+    One module, not several that share a weight: FSDP2 takes a weight for one group of modules only, and a hook
+    (NEFTune's) then sees the calls of all stacks. Whoever replaces it under one of its names, as adapters do, replaces
+    it under all of them.
+    """
+
+    all_tied_weights_keys: dict[str, str]
+
+    def __init__(self, config: CoLT5Config):
+        super().__init__(config)
+        # adapters put other modules in its place
+        self.shared: nn.Module = nn.Embedding(config.vocab_size, config.d_model)
+        self.register_load_state_dict_post_hook(_tie_assigned_head)
+
+    def stacks(self) -> dict[str, CoLT5Stack]:
+        """Encoder and decoder by name, those that there are."""
+        return {name: stack for name, stack in self.named_children() if isinstance(stack, CoLT5Stack)}
+
+    def share_embedding(self) -> None:
+        """Make `shared` the embedding of all stacks, now and whenever one of them gets another."""
+        for stack in self.stacks().values():
+            stack.share_embedding_with(self)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "shared":
+            self.share_embedding()
+        if name in ("shared", "lm_head"):
+            self._part_from_adapted()
+
+    def _part_from_adapted(self) -> None:
+        """Give a tied head a weight of its own while it or the embedding is an adapter, and the common one again once
+        neither is and they are still equal. Merging adds to a weight in place: in a common one, to both."""
+        head = getattr(self, "lm_head", None)
+        if head is None or not self.config.tie_word_embeddings:
+            return
+        if type(self.shared) is nn.Embedding and type(head) is nn.Linear:
+            one, other = self.shared.weight, head.weight
+            has_data = runs_eagerly() and not (one.is_meta or other.is_meta)
+            if one is not other and has_data and one.shape == other.shape and torch.equal(one, other):
+                head.weight = one
+            return
+        inner = next((part for part in head.modules() if type(part) is nn.Linear), None)
+        if inner is not None and any(inner.weight is weight for weight in self.shared.parameters()):
+            inner.weight = nn.Parameter(inner.weight.detach().clone(), inner.weight.requires_grad)
+
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """PyTorch's, and the embedding under its names in the stacks too, by which adapters may look for it."""
+        memo = set() if memo is None else memo
+        is_new = self not in memo
+        yield from super().named_modules(memo, prefix, remove_duplicate)
+        if remove_duplicate and is_new:
+            for name in self.stacks():
+                yield f"{prefix}{'.' if prefix else ''}{name}.embed_tokens", self.shared
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.share_embedding()
+
+    @property
+    def _tied_weights_keys(self) -> dict[str, str] | None:
+        if not (hasattr(self, "lm_head") and self.config.tie_word_embeddings):
+            return None
+        # a pattern for the stacks' names: PEFT would tie modules that it finds by name, and these are `shared` itself
+        return {"lm_head.weight": "shared.weight", r"(en|de)coder\.embed_tokens\.weight": "shared.weight"}
+
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
+        """The names of `shared.weight` beside this one: the stacks' always, the head's where it is tied."""
+        names = [f"{name}.embed_tokens.weight" for name in self.stacks()]
+        if self._tied_weights_keys:
+            names.append("lm_head.weight")
+        return dict.fromkeys(names, "shared.weight")
+
+    def mark_tied_weights_as_initialized(self, loading_info: Any) -> None:
+        """As in Transformers, for the head alone: a mark on a stack's embedding would be one on `shared`, and where a
+        checkpoint has no embedding, nobody would make one."""
+        tied = self.all_tied_weights_keys
+        self.all_tied_weights_keys = {name: source for name, source in tied.items() if "embed_tokens" not in name}
+        super().mark_tied_weights_as_initialized(loading_info)
+        self.all_tied_weights_keys = tied
+
+    @property
+    def _keys_to_ignore_on_save(self) -> set[str]:
+        """The other names of `shared.weight`. A checkpoint that lacks exactly these lacks nothing, as `Trainer` sees
+        it; and a state dict that FSDP2 gathers has copies in place of one tensor under several names."""
+        names = {f"{name}.embed_tokens.weight" for name in self.stacks()}
+        head = getattr(self, "lm_head", None)
+        if head is not None and getattr(head, "weight", None) is getattr(self.shared, "weight", self.shared):
+            names.add("lm_head.weight")
+        return names
+
+    @_keys_to_ignore_on_save.setter
+    def _keys_to_ignore_on_save(self, names: Any) -> None:
+        # Transformers sets what it has just read; the names depend on what is tied when they are asked for
+        pass
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The embedding of all stacks."""
+        return self.shared
+
+    def set_input_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Replace the embedding in all stacks."""
+        self.shared = new_embeddings

@@ -1,0 +1,399 @@
+"""The encoder, and its layer: conditional attention and conditional feed-forward, light and heavy branches."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules import module as torch_module
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .configuration_colt5 import CoLT5Config
+from .model_base import CoLT5Stack, refuse_jit_trace
+from .model_layers import (
+    CoLT5Attention,
+    CoLT5DenseActDense,
+    CoLT5LayerNorm,
+    as_rows,
+    clamp_half,
+    eager_attention_forward,
+    product_dtype,
+    project,
+)
+from .model_outputs import CoLT5EncoderOutput, CoLT5LayerRouting
+from .model_position import CoLT5RelativePositionBias
+from .model_router import CoLT5Router, router_weights, run_routers
+from .op_attention import local_attention, routed_attention
+from .op_local_attention_reference import local_attention_reference
+from .op_routed_attention_reference import routed_attention_reference
+from .op_routing import RoutedTokens
+from .op_tokens import combine_branches, combine_norm_scores, scatter_add_tokens, share_and_gather
+from .run_backend import is_hooked, runs_eagerly, uses_triton
+from .run_graphs import replayed
+from .run_inputs import embed, padding_mask, read_arguments, warn_of_missing_attentions
+from .run_plan import RoutingPlan
+
+
+@dataclass
+class Branches:
+    """A sublayer's residual and branches, not yet summed: whoever needs the sum takes it together with its norm.
+
+    Args:
+        residual, light: [batch, n, d_model].
+        heavy: [batch, slots, d_model] at the routed positions; None with `routing="none"`.
+        routed: where the heavy rows belong, and their weights.
+        dropout: of the sublayer, on what is added to the residual.
+    """
+
+    residual: torch.Tensor
+    light: torch.Tensor
+    heavy: torch.Tensor | None
+    routed: RoutedTokens | None
+    dropout: nn.Dropout
+
+    def drops(self) -> bool:
+        """Whether dropout comes between the branches' sum and the residual."""
+        return self.dropout.training and self.dropout.p > 0
+
+    def take(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, RoutedTokens | None]:
+        """Residual, light, heavy and routed, once: callers further up hold this, and their memory is wanted back."""
+        parts = self.residual, self.light, self.heavy, self.routed
+        del self.residual, self.light, self.heavy
+        return parts
+
+    def merge(self, kernel_backend: str) -> torch.Tensor:
+        """residual + dropout(light + weights ⊙ heavy), [batch, n, d_model]; takes the parts."""
+        residual, light, heavy, tokens = self.take()
+        if heavy is None or tokens is None:
+            return clamp_half(residual + self.dropout(light))
+        routed = (tokens.indices, tokens.valid, tokens.weights)
+        if self.drops():
+            update = scatter_add_tokens(light, heavy, *routed, kernel_backend)
+            return clamp_half(residual + self.dropout(update))
+        return clamp_half(combine_branches(residual, light, heavy, *routed, kernel_backend))
+
+
+class CoLT5MergingLayerNorm(CoLT5LayerNorm):
+    """An encoder's norm: of states, or of branches, whose sum it takes on the way."""
+
+    def forward(  # type: ignore[override]
+        self,
+        states: torch.Tensor | Branches,
+        router_weights: torch.Tensor | None = None,
+        kernel_backend: str | None = None,
+        for_products: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """Norm and router scores as `CoLT5LayerNorm` gives them, then the states [batch, n, d_model] themselves.
+
+        All in one pass where nothing comes between sum and norm.
+        """
+        backend = kernel_backend or self.config.kernel_backend
+        if isinstance(states, Branches):
+            has_heavy, is_half = states.heavy is not None, states.residual.dtype == torch.float16
+            if has_heavy and not (is_half or states.drops()):
+                residual, light, heavy, routed = states.take()
+                assert heavy is not None and routed is not None
+                hidden_states, normed, scores = combine_norm_scores(
+                    residual, light, heavy, routed.indices, routed.valid, routed.weights,
+                    self.weight, as_rows(router_weights), self.eps, backend,
+                    product_dtype(residual) if for_products else None,
+                )  # fmt: skip
+                return normed, scores, hidden_states
+            states = states.merge(backend)
+        return *super().forward(states, router_weights, backend, for_products), states
+
+
+class CoLT5LocalAttention(CoLT5Attention):
+    """The light branch: every token attends to its neighbours."""
+
+    def forward(
+        self, hidden_states: torch.Tensor, bias_table: torch.Tensor, plan: RoutingPlan
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[batch, n, d_model] → the same shape, and the weights where the implementation gives them."""
+        query, key, value = project(hidden_states, self.q, self.k, self.v, head_size=self.d_kv)
+        inputs = (query, key, value, bias_table, self.radius, plan.mask)
+        if plan.fused_attention:
+            return self.o(local_attention(*inputs, self.dropout if self.training else 0.0).flatten(-2)), None
+        weigh = self.weigh if self.attention_interface is eager_attention_forward else None
+        output, weights = local_attention_reference(*inputs, self.attend, weigh)
+        return self.o(output.flatten(-2)), weights
+
+
+class CoLT5RoutedAttention(CoLT5Attention):
+    """The heavy branch: routed queries attend to routed keys and values."""
+
+    def forward(
+        self,
+        query_states: torch.Tensor,
+        key_value_states: torch.Tensor,
+        bias_table: torch.Tensor,
+        queries: RoutedTokens,
+        keys: RoutedTokens,
+        plan: RoutingPlan,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[batch, query slots, d_model], [batch, key/value slots, d_model] → [batch, query slots, d_model], and the
+        weights where the implementation gives them."""
+        query = self.split_heads(self.q(query_states))
+        key, value = project(key_value_states, self.k, self.v, head_size=self.d_kv)
+        inputs = (query, key, value, bias_table, queries.indices, keys.indices, keys.valid)
+        if plan.fused_attention:
+            return self.o(routed_attention(*inputs, self.dropout if self.training else 0.0).flatten(-2)), None
+        output, weights = routed_attention_reference(*inputs, self.attend)
+        return self.o(output.flatten(-2)), weights
+
+
+class CoLT5LayerConditionalAttention(nn.Module):
+    """Local attention for every token, and attention among routed tokens for the few important ones."""
+
+    def __init__(self, config: CoLT5Config, layer_idx: int):
+        super().__init__()
+        self.layer_norm = CoLT5MergingLayerNorm(config)
+        self.light_attention = CoLT5LocalAttention(config, config.num_light_heads)
+        if config.routing != "none":
+            self.query_router = CoLT5Router(config, seed=3 * layer_idx)
+            self.key_value_router = CoLT5Router(config, seed=3 * layer_idx + 1)
+            self.heavy_attention = CoLT5RoutedAttention(config, config.num_heavy_heads)
+        self.dropout = nn.Dropout(config.dropout_rate)
+
+    def forward(
+        self,
+        states: torch.Tensor | Branches,
+        light_bias_table: torch.Tensor,
+        heavy_bias_table: torch.Tensor | None,
+        plan: RoutingPlan,
+    ) -> tuple[Branches, torch.Tensor | None, torch.Tensor | None, RoutedTokens | None]:
+        """X + LightAttn(X) + s̃ᵩ · HeavyAttn(X, s̃ᵏᵛ ⊙ X) (Ainslie et al. 2023, eq. of conditional attention).
+
+        Args:
+            states: X, [batch, n, d_model], or its parts from the layer before.
+            light_bias_table, heavy_bias_table: [heads, 2 * max_distance + 1] of each branch.
+            plan: the batch's mask and budgets.
+
+        Returns:
+            The sum's parts, light and heavy attention weights (where the implementation gives them), and the routed
+            keys/values; the routed queries are the parts' `routed`.
+        """
+        if plan.attention is None or heavy_bias_table is None:
+            normed, _, hidden_states = self.layer_norm(states, None, plan.kernel_backend, for_products=True)
+            light, light_weights = self.light_attention(normed, light_bias_table, plan)
+            return Branches(hidden_states, light, None, None, self.dropout), light_weights, None, None
+
+        routers = (self.query_router, self.key_value_router)
+        weights = router_weights(*routers)
+        normed, scores, hidden_states = self.layer_norm(states, weights, plan.kernel_backend, for_products=True)
+        with plan.heavy():
+            queries, keys = run_routers(routers, normed, scores, plan, plan.attention)
+            normed, query_states, key_value_states = share_and_gather(
+                normed,
+                (queries.indices, queries.valid, None),
+                (keys.indices, keys.valid, keys.weights),
+                kernel_backend=plan.kernel_backend,
+            )
+            heavy, heavy_weights = self.heavy_attention(
+                query_states, key_value_states, heavy_bias_table, queries, keys, plan
+            )
+        light, light_weights = self.light_attention(normed, light_bias_table, plan)
+        plan.join()
+        return Branches(hidden_states, light, heavy, queries, self.dropout), light_weights, heavy_weights, keys
+
+
+class CoLT5LayerConditionalFF(nn.Module):
+    """A small feed-forward for every token, and a large one for the few important ones."""
+
+    def __init__(self, config: CoLT5Config, layer_idx: int):
+        super().__init__()
+        self.layer_norm = CoLT5MergingLayerNorm(config)
+        self.light_feed_forward = CoLT5DenseActDense(config, config.light_d_ff)
+        if config.routing != "none":
+            self.router = CoLT5Router(config, seed=3 * layer_idx + 2)
+            self.heavy_feed_forward = CoLT5DenseActDense(config, config.heavy_d_ff)
+        self.dropout = nn.Dropout(config.dropout_rate)
+
+    def forward(self, branches: Branches, plan: RoutingPlan) -> tuple[torch.Tensor | Branches, RoutedTokens | None]:
+        """X + LightFF(X) + s̃ · HeavyFF(X) (Ainslie et al. 2023, eq. of the conditional feed-forward).
+
+        Args:
+            branches: the parts of X, from the attention.
+            plan: the batch's mask and budgets.
+
+        Returns:
+            The new hidden states [batch, n, d_model], in parts with `plan.merges_late`, and the routed tokens.
+        """
+        backend = plan.kernel_backend
+        if plan.feed_forward is None:
+            normed, _, hidden_states = self.layer_norm(branches, None, backend, for_products=True)
+            light = self.light_feed_forward(normed, backend)
+            return self.sum_of(Branches(hidden_states, light, None, None, self.dropout), plan), None
+
+        weights = router_weights(self.router)
+        normed, scores, hidden_states = self.layer_norm(branches, weights, backend, for_products=True)
+        with plan.heavy():
+            (tokens,) = run_routers((self.router,), normed, scores, plan, plan.feed_forward)
+            normed, routed_states = share_and_gather(
+                normed, (tokens.indices, tokens.valid, None), kernel_backend=backend
+            )
+            heavy = self.heavy_feed_forward(routed_states, backend)
+        light = self.light_feed_forward(normed, backend)
+        plan.join()
+        return self.sum_of(Branches(hidden_states, light, heavy, tokens, self.dropout), plan), tokens
+
+    @staticmethod
+    def sum_of(branches: Branches, plan: RoutingPlan) -> torch.Tensor | Branches:
+        """The sum, or the parts as they are where the next norm takes it."""
+        return branches if plan.merges_late else branches.merge(plan.kernel_backend)
+
+
+class CoLT5EncoderBlock(GradientCheckpointingLayer):
+    """One encoder layer: conditional attention, conditional feed-forward."""
+
+    def __init__(self, config: CoLT5Config, layer_idx: int):
+        super().__init__()
+        self.layer = nn.ModuleList(
+            [CoLT5LayerConditionalAttention(config, layer_idx), CoLT5LayerConditionalFF(config, layer_idx)]
+        )
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor | Branches,
+        light_bias_table: torch.Tensor,
+        heavy_bias_table: torch.Tensor | None,
+        plan: RoutingPlan,
+    ) -> tuple[torch.Tensor | Branches, torch.Tensor | None, torch.Tensor | None, CoLT5LayerRouting | None]:
+        """The new hidden states [batch, n, d_model], light and heavy attention weights, and what was routed.
+
+        With `plan.merges_late` the hidden states alone, in parts, as they come from the block before.
+        """
+        branches, light_weights, heavy_weights, keys = self.layer[0](
+            hidden_states, light_bias_table, heavy_bias_table, plan
+        )
+        queries = branches.routed
+        hidden_states, tokens = self.layer[1](branches, plan)
+        if plan.merges_late:
+            return hidden_states, None, None, None
+        routing = CoLT5LayerRouting(query=queries, key_value=keys, feed_forward=tokens)
+        return hidden_states, light_weights, heavy_weights, routing
+
+
+def _heavy_attentions_too(forward: Callable) -> Callable:
+    """`output_attentions` asks for the heavy branch's weights as well as the light branch's."""
+
+    @wraps(forward)
+    def wrapper(self: "CoLT5Encoder", *args: Any, **kwargs: Any) -> Any:
+        asked = kwargs.get("output_attentions", self.config.output_attentions)
+        return forward(self, *args, output_heavy_attentions=asked, **kwargs)
+
+    return wrapper
+
+
+class CoLT5Encoder(CoLT5Stack):
+    """The encoder: conditional layers over the whole input (Ainslie et al. 2023)."""
+
+    _can_record_outputs = {
+        "hidden_states": OutputRecorder(CoLT5EncoderBlock, index=0),
+        "attentions": OutputRecorder(CoLT5EncoderBlock, index=1),
+        "heavy_attentions": OutputRecorder(CoLT5EncoderBlock, index=2),
+        "routing": OutputRecorder(CoLT5EncoderBlock, index=3),
+    }
+
+    def __init__(self, config: CoLT5Config):
+        super().__init__(config)
+        buckets, distance = config.relative_attention_num_buckets, config.relative_attention_max_distance
+        self.light_relative_attention_bias = CoLT5RelativePositionBias(config.num_light_heads, buckets, distance, True)
+        if config.routing != "none":
+            self.heavy_relative_attention_bias = CoLT5RelativePositionBias(
+                config.num_heavy_heads, buckets, distance, True
+            )
+        self.block = nn.ModuleList([CoLT5EncoderBlock(config, layer_idx) for layer_idx in range(config.num_layers)])
+        self.final_layer_norm = CoLT5MergingLayerNorm(config)
+        self.dropout = nn.Dropout(config.dropout_rate)
+        self.gradient_checkpointing = False
+        self.has_looked_for_padding = False
+        self.dense_start: torch.Tensor | None = None
+        self.post_init()
+
+    @merge_with_config_defaults
+    @_heavy_attentions_too
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> CoLT5EncoderOutput:
+        """Encode a batch of documents.
+
+        Args:
+            input_ids: int64 [batch, n].
+            attention_mask: [batch, n], 1 for real tokens, 0 for padding on either side; None where there is none.
+            inputs_embeds: [batch, n, d_model], instead of `input_ids`.
+            kwargs: `output_hidden_states`, `output_attentions`, `output_routing` and `return_dict`.
+
+        Raises:
+            ValueError: for both or neither of ids and embeddings, no row or no token, or another shape of anything.
+        """
+        refuse_jit_trace()
+        kwargs = read_arguments(self, kwargs, attention_mask=attention_mask)
+        warn_of_missing_attentions(self, kwargs)
+        hidden_states = self.dropout(embed(self, input_ids, inputs_embeds))
+        if input_ids is not None and attention_mask is None:
+            self.warn_of_padding(input_ids)
+        mask = padding_mask("attention_mask", attention_mask, hidden_states)
+        records_blocks = self.records_blocks(kwargs)
+        if not records_blocks and self.replays(hidden_states):
+            hidden_states = replayed(self, repr(vars(self.config)), self.run_blocks, hidden_states, mask)
+        else:
+            hidden_states = self.run_blocks(hidden_states, mask, records_blocks)
+        return CoLT5EncoderOutput(last_hidden_state=self.dropout(hidden_states))
+
+    def warn_of_padding(self, input_ids: torch.Tensor) -> None:
+        """Transformers' warning of ids that look padded and come without a mask.
+
+        To look is to wait for the device: on CUDA the first such call does, and none whose kernels are captured."""
+        if input_ids.is_cuda:
+            if self.has_looked_for_padding or not runs_eagerly() or torch.cuda.is_current_stream_capturing():
+                return
+            self.has_looked_for_padding = True
+        self.warn_if_padding_and_no_attention_mask(input_ids, None)
+
+    def records_blocks(self, flags: dict[str, Any]) -> bool:
+        """Whether something of the layers is to be returned."""
+        names = (f"output_{name}" for name in self._can_record_outputs)
+        return any(flags.get(name, getattr(self.config, name, False)) for name in names)
+
+    def replays(self, hidden_states: torch.Tensor) -> bool:
+        """Whether this call may be a replayed graph: wanted, and fused."""
+        config = self.config
+        if self.training and self.dense_start is not None:
+            return False
+        return runs_eagerly() and config.use_cuda_graphs and uses_triton(hidden_states, config.kernel_backend)
+
+    def run_blocks(
+        self, hidden_states: torch.Tensor, mask: torch.Tensor | None, records_blocks: bool = False
+    ) -> torch.Tensor:
+        """All layers and the last norm: [batch, n, d_model] and a bool mask [batch, n] → [batch, n, d_model].
+
+        `records_blocks` says that somebody reads what the blocks return.
+        """
+        plan = RoutingPlan.make(self.config, hidden_states, mask, self.dense_start if self.training else None)
+        # for inference only: a block's output in parts is more to keep for its gradient or for checkpointing
+        plan.merges_late = (
+            not (records_blocks or torch.is_grad_enabled())
+            and runs_eagerly()
+            and not torch_module._has_any_global_hook()
+            and not any(is_hooked(part) for block in self.block for part in (block, *block.layer))  # type: ignore[misc]
+            and not is_hooked(self.final_layer_norm)
+        )
+        light_bias_table = self.light_relative_attention_bias()
+        heavy_bias_table = None if self.config.routing == "none" else self.heavy_relative_attention_bias()
+        try:
+            for block in self.block:
+                hidden_states = block(hidden_states, light_bias_table, heavy_bias_table, plan)[0]
+        finally:
+            # the recording of a CUDA graph that an error breaks off can end only with all of its streams joined
+            plan.join()
+        return self.final_layer_norm(hidden_states, None, plan.kernel_backend)[0]

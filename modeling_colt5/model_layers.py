@@ -1,0 +1,278 @@
+"""What encoder and decoder layers are made of: norm, attention's projections, feed-forward."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .configuration_colt5 import CoLT5Config
+from .op_tokens import gated_gelu, recomputed_in_backward, rms_norm_scores
+from .run_backend import is_hooked, runs_eagerly
+from .run_sizes import is_free
+
+
+def product_by_heads(states: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+    """[batch, heads, n, x] times [batch, key/value heads, x, y] → [batch, heads, n, y]."""
+    heads, groups = states.shape[1], factors.shape[1]
+    if heads == groups:
+        return torch.matmul(states, factors)
+    # heads that share a key/value head are just more rows for it
+    rows = rearrange(states, "b (g h) n x -> b g (h n) x", g=groups)
+    return rearrange(torch.matmul(rows, factors), "b g (h n) y -> b (g h) n y", h=heads // groups)
+
+
+def attention_weights(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float = 1.0,
+    position_bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The weights of attention written out, [batch, heads, queries, keys]; arguments as of
+    `eager_attention_forward`."""
+    scores = product_by_heads(query, key.transpose(2, 3)) * scaling
+    scores = scores if scores.dtype == torch.float64 else scores.float()
+    if position_bias is not None:
+        scores = scores + position_bias
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    elif attention_mask is not None:
+        scores = scores + attention_mask
+    return nn.functional.dropout(scores.softmax(-1).to(query.dtype), dropout, module.training)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float = 1.0,
+    position_bias: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention written out, for `attn_implementation="eager"`; the softmax is taken in fp32.
+
+    Args:
+        module: the attention module, whose mode decides about dropout.
+        query: [batch, heads, queries, d_kv].
+        key, value: [batch, key/value heads, keys, d_kv]; the number of heads is a multiple of theirs.
+        attention_mask: bool (True = attend) or additive, broadcastable to [batch, heads, queries, keys].
+        dropout: probability of dropping an attention weight.
+        scaling: factor on the scores; T5's is 1.
+        position_bias: added to the scores, broadcastable to them.
+
+    Returns:
+        The output [batch, queries, heads, d_kv] and the weights [batch, heads, queries, keys] that it is made of.
+    """
+    weights = attention_weights(module, query, key, attention_mask, dropout, scaling, position_bias)
+    return product_by_heads(weights, value).transpose(1, 2).contiguous(), weights
+
+
+def clamp_half(hidden_states: torch.Tensor) -> torch.Tensor:
+    """T5's remedy for the narrow range of fp16: infinities become the largest number, less a margin."""
+    if hidden_states.dtype != torch.float16:
+        return hidden_states
+    limit = torch.finfo(torch.float16).max - 1000
+    return hidden_states.clamp(-limit, limit)
+
+
+def _is_autocast(states: torch.Tensor) -> bool:
+    # PyTorch has no answer for tensors without data
+    return not states.is_meta and torch.is_autocast_enabled(states.device.type)
+
+
+def product_dtype(states: torch.Tensor) -> torch.dtype | None:
+    """The dtype that autocast will take a product of fp32 states in; None where it would leave them.
+
+    Who makes such states can round them to it at once, which saves each product a copy of its own, and its gradient
+    another.
+    """
+    if states.dtype == torch.float32 and _is_autocast(states):
+        return torch.get_autocast_dtype(states.device.type)
+    return None
+
+
+def project(states: torch.Tensor, *projections: nn.Linear, head_size: int | None = None) -> tuple[torch.Tensor, ...]:
+    """Several projections of the same states [batch, n, d], as one matrix product where that pays.
+
+    It does for eager calls with at least twice as many states as results each, because it copies the weights together.
+    Compilers decide for themselves; adapters, quantised weights and hooks are called as the modules they are.
+
+    Args:
+        states: [batch, n, d].
+        projections: without bias.
+        head_size: where the results are to be seen as heads.
+
+    Returns:
+        Each projection's [batch, n, width], or [batch, n, width / head_size, head_size].
+    """
+    widths = [linear.out_features for linear in projections] if all(map(_is_plain, projections)) else None
+    # a tracer comes before the length: it must not meet a choice by a length that it keeps open
+    if not widths or not runs_eagerly() or states.numel() < 2 * states.shape[-1] * sum(widths):
+        projected = tuple(linear(states) for linear in projections)
+        if head_size is None:
+            return projected
+        return tuple(part.view(*part.shape[:-1], part.shape[-1] // head_size, head_size) for part in projected)
+    joined = nn.functional.linear(states, torch.cat([linear.weight for linear in projections]))
+    # past Tensor.split, which inspects its arguments first
+    if head_size is None:
+        return joined.split_with_sizes(widths, -1)
+    heads = [width // head_size for width in widths]
+    return joined.view(*joined.shape[:-1], sum(heads), head_size).split_with_sizes(heads, -2)
+
+
+def _is_plain(linear: nn.Module) -> bool:
+    """Whether a call of the module is no more than a product with its weight: not with adapters, hooks, or a weight
+    that is quantised, which is another class's or not a plain parameter. All others are called as modules."""
+    return type(linear) is nn.Linear and type(linear.weight) is nn.Parameter and not is_hooked(linear)
+
+
+def as_rows(router_weights: torch.Tensor | None) -> torch.Tensor | None:
+    """Router vectors as [routers, d_model], where there is only one [d_model]."""
+    return router_weights[None] if router_weights is not None and router_weights.dim() == 1 else router_weights
+
+
+class CoLT5LayerNorm(nn.Module):
+    """T5's norm: root mean square, no bias; on the way it takes the router scores of the normalised states."""
+
+    def __init__(self, config: CoLT5Config):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(config.d_model))
+        self.eps = config.layer_norm_epsilon
+        self.config = config
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        router_weights: torch.Tensor | None = None,
+        kernel_backend: str | None = None,
+        for_products: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Normalise [batch, n, d_model]; with router vectors [routers, d_model], or one [d_model], also their scores,
+        see `rms_norm_scores`. Without a `kernel_backend` the configuration's. `for_products` says that the normalised
+        states go into matrix products alone."""
+        backend = kernel_backend or self.config.kernel_backend
+        dtype = product_dtype(hidden_states) if for_products else None
+        # not by the caller: PyTorch's module hooks (FlopCounterMode) take no view that was made without gradients
+        vectors = as_rows(router_weights)
+        return rms_norm_scores(hidden_states, self.weight, vectors, self.eps, backend, dtype)
+
+
+class CoLT5Attention(nn.Module):
+    """T5's projections for a number of heads; the kinds of attention derive from it."""
+
+    is_causal = False
+
+    def __init__(self, config: CoLT5Config, num_heads: int, num_key_value_heads: int | None = None):
+        super().__init__()
+        self.config = config
+        self.num_heads = num_heads
+        self.num_key_value_heads = num_key_value_heads or num_heads
+        self.d_kv = config.d_kv
+        self.radius = config.local_radius
+        self.dropout = config.dropout_rate
+        self.q = nn.Linear(config.d_model, num_heads * config.d_kv, bias=False)
+        self.k = nn.Linear(config.d_model, self.num_key_value_heads * config.d_kv, bias=False)
+        self.v = nn.Linear(config.d_model, self.num_key_value_heads * config.d_kv, bias=False)
+        self.o = nn.Linear(num_heads * config.d_kv, config.d_model, bias=False)
+
+    def split_heads(self, states: torch.Tensor) -> torch.Tensor:
+        """[batch, n, heads * d_kv] → [batch, n, heads, d_kv]."""
+        batch, length, width = states.shape
+        return states.view(batch, length, width // self.d_kv, self.d_kv)
+
+    @property
+    def attention_interface(self) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
+        """The implementation of dense attention that the configuration names."""
+        return ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        bias: torch.Tensor | None,
+        mask: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Dense attention by the implementation that the configuration names; shapes as in `Attend`, and where there
+        are fewer key/value heads than heads, no bias and a mask that all queries share.
+
+        Written out, whatever that is, in exported programs whose number of queries is free: "sdpa" asks if it is 1.
+        """
+        dropout = self.dropout if self.training else 0.0
+        bias = None if bias is None else bias.to(query.dtype)
+        interface = self.attention_interface
+        if not self.is_causal and is_free(query.shape[2]):
+            interface = eager_attention_forward
+        if interface is eager_attention_forward:
+            return eager_attention_forward(self, query, key, value, mask, dropout, position_bias=bias)
+        heads, groups = query.shape[1], key.shape[1]
+        if heads > groups:
+            # heads that share a key/value head are just more queries for it
+            query = rearrange(query, "b (g h) n d -> b g (h n) d", g=groups)
+        output, weights = interface(self, query, key, value, mask, dropout=dropout, scaling=1.0, position_bias=bias)
+        if heads > groups:
+            output = rearrange(output, "b (h n) g d -> b n (g h) d", h=heads // groups)
+            if weights is not None:
+                weights = rearrange(weights, "b g (h n) k -> b (g h) n k", h=heads // groups)
+        return output, weights
+
+    def weigh(
+        self, query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The weights of `attend` written out, [N, heads, queries, keys]."""
+        dropout = self.dropout if self.training else 0.0
+        return attention_weights(self, query, key, mask, dropout, position_bias=bias.to(query.dtype))
+
+
+class CoLT5DenseActDense(nn.Module):
+    """T5's feed-forward of a given hidden size, gated or not."""
+
+    def __init__(self, config: CoLT5Config, d_ff: int):
+        super().__init__()
+        self.config = config
+        self.is_gated_act = config.is_gated_act
+        if self.is_gated_act:
+            self.wi_0 = nn.Linear(config.d_model, d_ff, bias=False)
+            self.wi_1 = nn.Linear(config.d_model, d_ff, bias=False)
+        else:
+            self.wi = nn.Linear(config.d_model, d_ff, bias=False)
+        self.wo = nn.Linear(d_ff, config.d_model, bias=False)
+        self.dropout = nn.Dropout(config.dropout_rate)
+        self.act = ACT2FN[config.dense_act_fn]
+        # the fused kernel is of this activation alone
+        self.has_gated_gelu = self.is_gated_act and config.dense_act_fn == "gelu_new"
+
+    def forward(self, hidden_states: torch.Tensor, kernel_backend: str | None = None) -> torch.Tensor:
+        """[..., d_model] → the same shape, in the dtype of `wo`. Without a `kernel_backend` the configuration's."""
+        if not self.is_gated_act:
+            return self.project_out(self.dropout(self.act(self.wi(hidden_states))))
+        gate, up = project(hidden_states, self.wi_0, self.wi_1)
+        if not self.has_gated_gelu:
+            return self.project_out(self.dropout(self.act(gate) * up))
+        backend = kernel_backend or self.config.kernel_backend
+        activated = gated_gelu(gate, up, backend)
+        if self.training and self.dropout.p > 0:
+            activated = self.dropout(activated)
+        elif torch.is_grad_enabled():
+            # cheap to compute again, and with gate and up the largest of what a layer would keep for its backward
+            with recomputed_in_backward(activated, lambda: gated_gelu(gate, up, backend)):
+                return self.project_out(activated)
+        return self.project_out(activated)
+
+    def project_out(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[..., d_ff] → [..., d_model]."""
+        # `wo` stays in fp32 in an fp16 model; a quantised weight may be no float, or no tensor at all
+        weight = self.wo.weight
+        is_float = isinstance(weight, torch.Tensor) and weight.is_floating_point()
+        if is_float and weight.dtype != hidden_states.dtype and not _is_autocast(hidden_states):
+            hidden_states = hidden_states.to(weight.dtype)
+        return self.wo(hidden_states)

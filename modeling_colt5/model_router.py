@@ -1,0 +1,203 @@
+"""The routers of a layer: what scores its tokens, and one operation that routes for all that read the same states."""
+
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.integrations import use_kernel_forward_from_hub
+from transformers.utils import is_kernels_available
+
+from .configuration_colt5 import CoLT5Config
+from .op_routing import RoutedTokens, route
+from .run_backend import runs_eagerly, triton_is_available
+from .run_plan import RoutingBudget, RoutingPlan
+from .run_sizes import larger
+
+
+def dense_start_weights(
+    weights: torch.Tensor, scores: torch.Tensor, epsilon: float, progress: torch.Tensor
+) -> torch.Tensor:
+    """The soft top-k's weights, with the gradient that they have during a dense start.
+
+    Each weight follows its own score alone, with the slope weight / ε, as if the threshold were constant; a saturated
+    weight does so too. So a token whose heavy branch helps rises, whatever the others do, and none is pushed down
+    because another is chosen. At progress 0 the weights are constants: the heavy branches learn first.
+
+    Args:
+        weights: fp32 [rows, slots], the soft top-k's weights, without a gradient.
+        scores: [rows, slots], the scores of the same tokens.
+        epsilon: the soft top-k's temperature.
+        progress: fp32 [], from 0 to 1.
+
+    Returns:
+        fp32 [rows, slots], equal to `weights`.
+    """
+    scores = scores.float()
+    slope = weights / epsilon * (progress > 0)
+    return weights + slope * (scores - scores.detach())
+
+
+@use_kernel_forward_from_hub("CoLT5Routing")
+class CoLT5Routing(nn.Module):
+    """The routing operation as a layer without weights, for whom `kernels` can put another forward in its place."""
+
+    def forward(
+        self,
+        scores: torch.Tensor,
+        budget: torch.Tensor,
+        capacity: int,
+        mask: torch.Tensor | None,
+        settings: dict[str, Any],
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Indices, weights and valid [rows, capacity] of the routed tokens; arguments and results are `route`'s,
+        `settings` its other keywords."""
+        routed = route(scores, budget, capacity, mask=mask, **settings)
+        return routed.indices, routed.weights, routed.valid
+
+
+class CoLT5RoutingTriton(nn.Module):
+    """What takes that forward's place: the Triton kernels, also where the configuration says "torch"."""
+
+    has_backward = True
+    can_torch_compile = True
+
+    def forward(
+        self,
+        scores: torch.Tensor,
+        budget: torch.Tensor,
+        capacity: int,
+        mask: torch.Tensor | None,
+        settings: dict[str, Any],
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """As `CoLT5Routing.forward`."""
+        routed = route(scores, budget, capacity, mask=mask, **settings | {"kernel_backend": "triton"})
+        return routed.indices, routed.weights, routed.valid
+
+
+class TritonLayers:
+    """A repository of layers as `kernels` understands it, in this file instead of on the Hub."""
+
+    def load(self) -> type[nn.Module]:
+        """The layer."""
+        return CoLT5RoutingTriton
+
+
+if is_kernels_available() and triton_is_available():
+    # `is_kernels_available` is Transformers' word on whether this version of kernels is one that it uses
+    try:
+        from kernels import register_kernel_mapping
+
+        register_kernel_mapping({"CoLT5Routing": {"cuda": TritonLayers()}})
+    except ImportError:
+        pass
+
+
+class CoLT5Router(nn.Module):
+    """What scores the tokens of one heavy branch: a learned vector (Ainslie et al. 2023), or a control without one."""
+
+    def __init__(self, config: CoLT5Config, seed: int):
+        super().__init__()
+        self.routing = config.routing
+        self.seed = seed
+        self.select = CoLT5Routing()
+        if self.routing == "learned":
+            self.weight = nn.Parameter(torch.empty(config.d_model))
+
+    def forward(self) -> torch.Tensor | None:
+        """The learned vector [d_model], None for controls: to call it is what lets a hook bring an offloaded one."""
+        return self.weight if self.routing == "learned" else None
+
+    def control_scores(
+        self, hidden_states: torch.Tensor, mask: torch.Tensor | None, budget: torch.Tensor
+    ) -> torch.Tensor:
+        """Scores whose largest are evenly spaced, or random: anew at each training step, and by a fixed order of
+        positions in evaluation.
+
+        Args:
+            hidden_states: [batch, n, d_model], for its shape and device.
+            mask: bool [batch, n], True for real tokens; None for all.
+            budget: int64 [batch].
+
+        Returns:
+            fp32 [batch, n].
+        """
+        batch, length = hidden_states.shape[:2]
+        device = hidden_states.device
+        if self.routing == "random" and self.training:
+            return torch.rand(batch, length, device=device)
+        # by rank among the real tokens, so that padding changes nothing
+        if mask is None:
+            rank = torch.arange(length, device=device).expand(batch, length)
+            real = torch.full((batch, 1), length, device=device)
+        else:
+            rank, real = mask.cumsum(-1) - 1, mask.sum(-1, keepdim=True).clamp(min=1)
+        if self.routing == "even":
+            budget = budget[:, None]
+            return ((rank + 1) * budget // real > rank * budget // real).float()
+        # multiplicative hashing (Knuth), twice with a shift between to mix the high bits down
+        hashed = (rank + 1 + self.seed * 7919) * 2654435761 % 2**32
+        hashed = (hashed ^ (hashed >> 15)) * 2246822519 % 2**32
+        # the upper 24 bits, which fp32 holds exactly
+        return (hashed >> 8).float()
+
+
+def router_weights(*routers: CoLT5Router) -> torch.Tensor | None:
+    """The routers' vectors [routers, d_model], [d_model] of a single one; None for controls."""
+    if routers[0].routing != "learned":
+        return None
+    vectors = [router() for router in routers]
+    return torch.cat(vectors).view(len(vectors), -1) if len(vectors) > 1 else vectors[0]
+
+
+def run_routers(
+    routers: tuple[CoLT5Router, ...],
+    hidden_states: torch.Tensor,
+    scores: torch.Tensor | None,
+    plan: RoutingPlan,
+    budget: RoutingBudget,
+) -> list[RoutedTokens]:
+    """Route for all routers that read the same states, in one operation.
+
+    Args:
+        routers: the routers.
+        hidden_states: [batch, n, d_model], for the controls' shape and device.
+        scores: ⟨normalised states, each router's vector⟩ in fp32, [batch, routers, n]; None for controls.
+        plan: the batch's mask and backend.
+        budget: these routers' budgets.
+
+    Returns:
+        Each router's tokens, in rows [batch]; the controls' weights are 1.
+    """
+    learned = scores is not None
+    if scores is None:
+        budgets = budget.budget.view(len(routers), -1)
+        kinds = zip(routers, budgets, strict=True)
+        scores = torch.stack([router.control_scores(hidden_states, plan.mask, b) for router, b in kinds], 1)
+    slots, select = reduce(larger, budget.capacities), routers[0].select
+    if len(routers) > 1 and plan.kernel_backend == "triton" and runs_eagerly():
+        # so that each router's part begins where kernels may read 16 bytes at once, and is launched without inspection
+        slots += -slots % 16
+    rows = scores.transpose(0, 1).flatten(0, 1)
+    if plan.dense_start is None:
+        indices, weights, valid = select(rows, budget.budget, slots, budget.mask, plan.settings)
+    else:
+        settings = plan.settings | {"soft_budget": budget.soft_budget}
+        indices, weights, valid = select(rows.detach(), budget.budget, slots, budget.mask, settings)
+        own_scores = rows.gather(1, indices).masked_fill(~valid, 0)
+        weights = dense_start_weights(weights, own_scores, settings["epsilon"], plan.dense_start)
+    if not learned:
+        weights = valid.to(weights.dtype)
+    if len(routers) == 1:
+        return [RoutedTokens(indices, weights, valid)]
+    sizes = [hidden_states.shape[0]] * len(routers)
+    tokens = []
+    for capacity, *own in zip(
+        budget.capacities, *(part.split_with_sizes(sizes) for part in (indices, weights, valid)), strict=True
+    ):
+        if not isinstance(capacity, int) or capacity != slots:
+            # used slots come first, so that a router with fewer than the largest has all of its own at the front;
+            # side by side, as kernels read them, once for all that do
+            own = [part.narrow(1, 0, capacity).contiguous() for part in own]
+        tokens.append(RoutedTokens(*own))
+    return tokens

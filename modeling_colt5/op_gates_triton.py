@@ -1,0 +1,231 @@
+"""Triton kernels of strictly causal gates: a program a window, and another for its gradient."""
+
+import torch
+from torch import Tensor
+
+from .op_routing_steps_triton import HIGHEST_KEY, LOWEST_KEY, key_to_score, load_keys
+from .run_launch_triton import launch, next_power_of_2
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError as error:
+    raise ImportError("op_gates_triton needs triton; use kernel_backend='torch' without it") from error
+
+# a program compares all pairs of a window's tokens, so many at a time
+CHUNK = 16
+# tokens of the longest window whose program stays within its registers
+LONGEST_WINDOW = 4096
+
+
+@triton.jit
+def window_keys(scores, row, start, positions, window, row_stride, stride):
+    """Integer keys of a window's scores, in their order; the lowest beyond its end."""
+    first = scores + row * row_stride + start * stride
+    return load_keys(first, first, first, row * 0, positions, window, 0, stride, 0, 0, False, False)
+
+
+@triton.jit
+def handed_on(
+    scores, row, start, window, row_stride, stride, target, soft_target, epsilon,
+    BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """`window_thresholds` of a window, in closed form from all pairs of its tokens.
+
+    A token is saturated if its rank and the tail, the sum over itself and all below it of exp((s_j - s_i) / ε), are at
+    most k together (docs/soft_topk.md). The first that is not says what t is.
+    """
+    positions = tl.arange(0, BLOCK)
+    keys = window_keys(scores, row, start, positions, window, row_stride, stride)
+    inside = positions < window
+    score = tl.where(inside, key_to_score(keys), 0.0)
+    rank = tl.zeros([BLOCK], dtype=tl.int32)
+    tail = tl.zeros([BLOCK], dtype=tl.float32)
+    for chunk in range(0, window, CHUNK):
+        others = chunk + tl.arange(0, CHUNK)
+        other_keys = window_keys(scores, row, start, others, window, row_stride, stride)
+        tie_before = (other_keys[None, :] == keys[:, None]) & (others[None, :] < positions[:, None])
+        above = (other_keys[None, :] > keys[:, None]) | tie_before
+        rank += tl.sum(above.to(tl.int32), 1)
+        other_score = tl.where(others < window, key_to_score(other_keys), 0.0)
+        gap = (other_score[None, :] - score[:, None]) / epsilon
+        tail += tl.sum(tl.where(above | (others >= window)[None, :], 0.0, tl.exp(gap)), 1)
+    least = key_to_score(tl.max(tl.where(inside & (rank == target - 1), keys, LOWEST_KEY)))
+    saturated = tl.sum((inside & (rank.to(tl.float32) + tail <= soft_target)).to(tl.int32))
+    saturated = tl.minimum(saturated, tl.ceil(soft_target).to(tl.int32) - 1)
+    first = inside & (rank == saturated)
+    all_saturated = soft_target >= window
+    mass = tl.where(all_saturated, 1.0, tl.sum(tl.where(first, tail, 0.0)))
+    threshold = tl.sum(tl.where(first, score, 0.0)) + epsilon * tl.log(mass / (soft_target - saturated))
+    threshold = tl.where(all_saturated, float("-inf"), threshold)
+    # NaN is the highest key
+    return least, tl.where(tl.max(keys) == HIGHEST_KEY, float("nan"), threshold)
+
+
+@triton.jit(do_not_specialize=["batch_stride", "stride", "windows", "window", "target", "capacity"])
+def gates_kernel(
+    scores, past, total, carried, weights, routed, thresholds, indices, slot_weights, valid,
+    batch_stride, stride, windows, window, target, capacity, soft_target, epsilon,
+    FILL_FIRST: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Program (row, v): what window v - 1 hands on, and the gates of window v with it."""
+    row = (tl.program_id(0) // (windows + 1)).to(tl.int64)
+    number = tl.program_id(0) % (windows + 1)
+    if number > 0:
+        start = (number - 1) * window
+        least, soft = handed_on(
+            scores, row, start, window, batch_stride, stride, target, soft_target, epsilon, BLOCK, CHUNK
+        )
+    elif carried is not None:
+        least = tl.load(carried + row * 2).to(tl.float32)
+        soft = tl.load(carried + row * 2 + 1).to(tl.float32)
+    else:
+        least = 0.0
+        soft = 0.0
+    thresholds += (row * (windows + 1) + number) * 2
+    tl.store(thresholds, least)
+    tl.store(thresholds + 1, soft)
+    if number < windows:
+        before = 0
+        if past is not None:
+            before = tl.load(past + row).to(tl.int32)
+        slot = tl.arange(0, BLOCK)
+        inside = slot < window
+        rank = (before // window + number) * window + slot
+        score = tl.load(scores + row * batch_stride + (number * window + slot) * stride, mask=inside, other=0.0).to(
+            tl.float32
+        )
+        is_first = rank < window
+        evenly = slot < 0
+        if FILL_FIRST:
+            evenly = (slot + 1) * target // window > slot * target // window
+        reach = tl.where(is_first, evenly, score >= least) & inside & (rank < tl.load(total + row))
+        # earlier tokens count for the capacity
+        chosen = reach & (tl.cumsum(reach.to(tl.int32), 0) <= capacity) & (rank >= before)
+        gap = (score - soft) / epsilon
+        # a comparison instead of a minimum keeps NaN
+        weight = tl.where(is_first | (gap > 0), 1.0, tl.exp(gap))
+        weight = tl.where(chosen, weight, 0.0)
+
+        own = (row * windows + number).to(tl.int64)
+        tl.store(weights + own * window + slot, weight, mask=inside)
+        tl.store(routed + own * window + slot, chosen, mask=inside)
+        place = tl.cumsum(chosen.to(tl.int32), 0) - 1
+        count = tl.sum(chosen.to(tl.int32))
+        slots = tl.arange(0, SLOTS)
+        unused = (slots >= count) & (slots < capacity)
+        tl.store(indices + own * capacity + place, slot.to(tl.int64), mask=chosen)
+        tl.store(indices + own * capacity + slots, slots.to(tl.int64) * 0 + window - 1, mask=unused)
+        tl.store(slot_weights + own * capacity + place, weight, mask=chosen)
+        tl.store(slot_weights + own * capacity + slots, slots.to(tl.float32) * 0, mask=unused)
+        tl.store(valid + own * capacity + slots, slots < count, mask=slots < capacity)
+
+
+@triton.jit
+def falling_gradient(
+    grad_weights, grad_slots, weights, routed, window_row, window, capacity, epsilon, BLOCK: tl.constexpr
+):
+    """What a window's weights below 1 give on: to their own scores, and their sum, negated, to t."""
+    slot = tl.arange(0, BLOCK)
+    inside = slot < window
+    weight = tl.load(weights + window_row * window + slot, mask=inside, other=0.0)
+    grad = tl.zeros([BLOCK], dtype=tl.float32)
+    if grad_weights is not None:
+        grad += tl.load(grad_weights + window_row * window + slot, mask=inside, other=0.0)
+    if grad_slots is not None:
+        chosen = tl.load(routed + window_row * window + slot, mask=inside, other=0).to(tl.int32)
+        place = tl.cumsum(chosen, 0) - 1
+        grad += tl.load(grad_slots + window_row * capacity + place, mask=chosen != 0, other=0.0)
+    return tl.where(weight < 1.0, grad * weight / epsilon, 0.0)
+
+
+@triton.jit(do_not_specialize=["batch_stride", "stride", "windows", "window", "capacity"])
+def gates_backward_kernel(
+    grad_weights, grad_slots, scores, weights, routed, thresholds, grad_scores,
+    batch_stride, stride, windows, window, capacity, epsilon, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Program (row, v): the gradient of window v's scores, by its own gates and, through t, by those of the next."""
+    row = (tl.program_id(0) // windows).to(tl.int64)
+    number = tl.program_id(0) % windows
+    own = row * windows + number
+    slot = tl.arange(0, BLOCK)
+    inside = slot < window
+    grad = falling_gradient(grad_weights, grad_slots, weights, routed, own, window, capacity, epsilon, BLOCK)
+    if number + 1 < windows:
+        handed = falling_gradient(grad_weights, grad_slots, weights, routed, own + 1, window, capacity, epsilon, BLOCK)
+        soft = tl.load(thresholds + (row * (windows + 1) + number + 1) * 2 + 1)
+        score = tl.load(scores + row * batch_stride + (number * window + slot) * stride, mask=inside, other=0.0).to(
+            tl.float32
+        )
+        free = tl.exp((score - soft) / epsilon)
+        free = tl.where(inside & (free < 1.0), free, 0.0)
+        mass = tl.sum(free)
+        grad -= free * (tl.sum(handed) / tl.where(mass == 0.0, 1.0, mass))
+    tl.store(grad_scores + own * window + slot, grad.to(grad_scores.dtype.element_ty), mask=inside)
+
+
+def causal_gates(
+    scores: Tensor,
+    past: Tensor | None,
+    total: Tensor,
+    carried: Tensor | None,
+    target: int,
+    capacity: int,
+    soft_target: float,
+    epsilon: float,
+    fill_first: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`op_causal_routing_reference.causal_gates` as one launch."""
+    batch, windows, window = scores.shape
+    scores = _evenly_spaced(scores)
+    past = None if past is None else past.contiguous()
+    carried = None if carried is None else carried.contiguous()
+    new = scores.new_empty
+    weights = new((batch, windows, window), dtype=torch.float32)
+    routed = new((batch, windows, window), dtype=torch.bool)
+    thresholds = new((batch, windows + 1, 2), dtype=torch.float32)
+    indices = new((batch * windows, capacity), dtype=torch.int64)
+    slot_weights = new((batch * windows, capacity), dtype=torch.float32)
+    valid = new((batch * windows, capacity), dtype=torch.bool)
+    launch(
+        gates_kernel, (batch * (windows + 1),),
+        scores, past, total.contiguous(), carried, weights, routed, thresholds, indices, slot_weights, valid,
+        scores.stride(0), scores.stride(2),
+        windows, window, target, capacity, soft_target, epsilon,
+        fill_first, max(16, next_power_of_2(window)), next_power_of_2(capacity), CHUNK,
+        num_warps=_warps(window),
+    )  # fmt: skip
+    return weights, routed, thresholds, indices, slot_weights, valid
+
+
+def causal_gates_backward(
+    grad_weights: Tensor | None,
+    grad_slots: Tensor | None,
+    scores: Tensor,
+    weights: Tensor,
+    routed: Tensor,
+    thresholds: Tensor,
+    capacity: int,
+    epsilon: float,
+) -> Tensor:
+    """`op_causal_routing_reference.causal_gates_backward` as one launch."""
+    batch, windows, window = scores.shape
+    scores = _evenly_spaced(scores)
+    grad_scores = scores.new_empty((batch, windows, window))
+    launch(
+        gates_backward_kernel, (batch * windows,),
+        None if grad_weights is None else grad_weights.contiguous(),
+        None if grad_slots is None else grad_slots.contiguous(),
+        scores, weights, routed, thresholds, grad_scores, scores.stride(0), scores.stride(2),
+        windows, window, capacity, epsilon, max(16, next_power_of_2(window)), num_warps=_warps(window),
+    )  # fmt: skip
+    return grad_scores
+
+
+def _evenly_spaced(scores: Tensor) -> Tensor:
+    """Scores [batch, windows, window] whose windows follow each other in memory, at any distance."""
+    return scores if scores.stride(1) == scores.shape[2] * scores.stride(2) else scores.contiguous()
+
+
+def _warps(window: int) -> int:
+    return max(1, min(8, next_power_of_2(window) // 64))

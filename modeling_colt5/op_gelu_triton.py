@@ -1,0 +1,115 @@
+"""Triton kernels of T5's gated GELU and of its gradient."""
+
+import torch
+from torch import Tensor
+
+from .run_launch_triton import cdiv, launch, next_power_of_2
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError as error:
+    raise ImportError("op_gelu_triton needs triton; use kernel_backend='torch' without it") from error
+
+
+@triton.jit
+def gelu_parts(gate):
+    """The tanh form's ½·(1 + tanh u) and du/dgate."""
+    inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
+    # ½·(1 + tanh u) is the sigmoid of 2u, which needs no tanh of the device's library
+    return tl.sigmoid(2.0 * inner), 0.7978845608028654 * (1.0 + 0.134145 * gate * gate)
+
+
+@triton.jit
+def gated_gelu_kernel(gate_ptr, up_ptr, out_ptr, gate_stride, up_stride, width, BLOCK: tl.constexpr):
+    """gelu(gate) · up, one block of one row a program."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = columns < width
+    gate = tl.load(gate_ptr + row * gate_stride + columns, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + row * up_stride + columns, mask=mask, other=0.0).to(tl.float32)
+    share, _ = gelu_parts(gate)
+    tl.store(out_ptr + row * width + columns, (gate * share * up).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def gated_gelu_backward_kernel(
+    grad_ptr,
+    gate_ptr,
+    up_ptr,
+    grad_gate_ptr,
+    grad_up_ptr,
+    gate_stride,
+    up_stride,
+    width,
+    BLOCK: tl.constexpr,
+):
+    """∂gate and ∂up from ∂out, everything else recomputed."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = columns < width
+    grad = tl.load(grad_ptr + row * width + columns, mask=mask, other=0.0).to(tl.float32)
+    gate = tl.load(gate_ptr + row * gate_stride + columns, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + row * up_stride + columns, mask=mask, other=0.0).to(tl.float32)
+    share, slope = gelu_parts(gate)
+    # d(½·(1 + tanh u))/du = ½·(1 − tanh² u) = 2·s·(1 − s)
+    grad_gate = grad * up * (share + gate * 2.0 * share * (1.0 - share) * slope)
+    tl.store(grad_gate_ptr + row * width + columns, grad_gate.to(grad_gate_ptr.dtype.element_ty), mask=mask)
+    tl.store(grad_up_ptr + row * width + columns, (grad * gate * share).to(grad_up_ptr.dtype.element_ty), mask=mask)
+
+
+def rows_of(states: Tensor) -> tuple[Tensor, int]:
+    """`[..., width]` as rows of adjacent features, and how far they lie apart; halves of a projection stay."""
+    strides, shape = states.stride(), states.shape
+    if len(shape) == 3 and strides[2] == 1 and (shape[0] == 1 or strides[0] == shape[1] * strides[1]):
+        return states, strides[1]
+    rows = states.reshape(-1, shape[-1])
+    rows = rows if rows.stride(-1) == 1 else rows.contiguous()
+    return rows, rows.stride(0)
+
+
+def gated_gelu(gate: Tensor, up: Tensor) -> Tensor:
+    """`op_tokens_reference.gated_gelu` as one launch."""
+    (gate_rows, gate_stride), (up_rows, up_stride) = rows_of(gate), rows_of(up)
+    width = gate.shape[-1]
+    rows = gate.numel() // width
+    out = torch.empty(gate.shape, device=gate.device, dtype=gate.dtype)
+    block = min(1024, next_power_of_2(width))
+    launch(
+        gated_gelu_kernel,
+        (rows, cdiv(width, block)),
+        gate_rows,
+        up_rows,
+        out,
+        gate_stride,
+        up_stride,
+        width,
+        block,
+        num_warps=4,
+    )
+    return out
+
+
+def gated_gelu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """`op_tokens_reference.gated_gelu_backward` as one launch."""
+    (gate_rows, gate_stride), (up_rows, up_stride) = rows_of(gate), rows_of(up)
+    width = gate.shape[-1]
+    rows = gate.numel() // width
+    grad_gate = torch.empty(gate.shape, device=gate.device, dtype=gate.dtype)
+    grad_up = torch.empty(up.shape, device=up.device, dtype=up.dtype)
+    block = min(1024, next_power_of_2(width))
+    launch(
+        gated_gelu_backward_kernel,
+        (rows, cdiv(width, block)),
+        grad.contiguous(),
+        gate_rows,
+        up_rows,
+        grad_gate,
+        grad_up,
+        gate_stride,
+        up_stride,
+        width,
+        block,
+        num_warps=4,
+    )
+    return grad_gate, grad_up

@@ -1,0 +1,309 @@
+"""Triton kernels of T5's RMSNorm with router scores, after a combination or not, and of its gradient.
+
+A program holds whole rows of `d` features in registers, so the mean square, the scores and the products all come out
+of one read. The weights' gradients are summed per program and then over the programs in a fixed order, not by atomics.
+"""
+
+import torch
+from torch import Tensor
+
+from .op_rows_triton import routed_rows, tile_shape
+from .op_tokens_reference import normed_dtype
+from .run_launch_triton import cdiv, launch, next_power_of_2
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError as error:
+    raise ImportError("op_norm_triton needs triton; use kernel_backend='torch' without it") from error
+
+# a constant, not the device's number of processors: the order of the weights' gradient sums is then the same on
+# every device
+GRADIENT_PROGRAMS = 512
+# the backward keeps more of each element than the forward, and smaller programs let four share a processor
+BACKWARD_TILE, BACKWARD_WARP = 2048, 512
+
+
+@triton.jit
+def norm_rows(rows, rstd, norm_weight, weight_type: tl.constexpr, hidden_type: tl.constexpr):
+    """T5's RMSNorm of fp32 rows, rounded to a half-precision weight's dtype before and after the product."""
+    normed = (rows * rstd[:, None]).to(weight_type).to(tl.float32)
+    normed = (normed * norm_weight[None, :]).to(weight_type)
+    if weight_type == tl.float32:
+        normed = normed.to(hidden_type)
+    return normed
+
+
+@triton.jit(do_not_specialize=["n", "capacity"])
+def combine_norm_kernel(
+    residual_ptr,
+    light_ptr,
+    heavy_ptr,
+    indices_ptr,
+    valid_ptr,
+    weights_ptr,
+    capacity,
+    norm_weight_ptr,
+    router_ptr,
+    hidden_ptr,
+    normed_ptr,
+    rstd_ptr,
+    scores_ptr,
+    n,
+    eps,
+    d: tl.constexpr,
+    ROUTERS: tl.constexpr,
+    ROUTER_BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The combined rows (where there is a light branch), their norm and their router scores, in one read."""
+    blocks = tl.cdiv(n, ROWS)
+    batch = (tl.program_id(0) // blocks).to(tl.int64)
+    positions = (tl.program_id(0) % blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    position_mask = positions < n
+    columns = tl.arange(0, BLOCK)
+    column_mask = columns < d
+    mask = position_mask[:, None] & column_mask[None, :]
+    offsets = (batch * n + positions)[:, None] * d + columns[None, :]
+    rows = tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    if light_ptr is not None:
+        rows += tl.load(light_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        rows += routed_rows(
+            positions, batch, columns, column_mask, heavy_ptr, indices_ptr, valid_ptr, weights_ptr, capacity, d, ROWS
+        )
+        combined = rows.to(hidden_ptr.dtype.element_ty)
+        tl.store(hidden_ptr + offsets, combined, mask=mask)
+        rows = combined.to(tl.float32)
+    rstd = tl.rsqrt(tl.sum(rows * rows, axis=1) / d + eps)
+    tl.store(rstd_ptr + batch * n + positions, rstd, mask=position_mask)
+    norm_weight = tl.load(norm_weight_ptr + columns, mask=column_mask, other=0.0).to(tl.float32)
+    normed = norm_rows(rows, rstd, norm_weight, norm_weight_ptr.dtype.element_ty, residual_ptr.dtype.element_ty)
+    tl.store(normed_ptr + offsets, normed.to(normed_ptr.dtype.element_ty), mask=mask)
+    if ROUTERS > 0:
+        routers = tl.arange(0, ROUTER_BLOCK)
+        vectors = tl.load(
+            router_ptr + routers[:, None] * d + columns[None, :],
+            mask=(routers < ROUTERS)[:, None] & column_mask[None, :],
+            other=0.0,
+        ).to(tl.float32)
+        scores = tl.sum(normed.to(tl.float32)[None, :, :] * vectors[:, None, :], axis=2)
+        tl.store(
+            scores_ptr + (batch * ROUTERS + routers)[:, None] * n + positions[None, :],
+            scores,
+            mask=(routers < ROUTERS)[:, None] & position_mask[None, :],
+        )
+
+
+@triton.jit(do_not_specialize=["n", "total_blocks"])
+def norm_backward_kernel(
+    grad_hidden_ptr,
+    grad_normed_ptr,
+    grad_scores_ptr,
+    hidden_ptr,
+    rstd_ptr,
+    norm_weight_ptr,
+    router_ptr,
+    grad_rows_ptr,
+    partials_ptr,
+    n,
+    total_blocks,
+    d: tl.constexpr,
+    ROUTERS: tl.constexpr,
+    ROUTER_BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The rows' gradients, and this program's share `[1 + routers, d]` of the norm's and the routers' gradients.
+
+    With x̂ = x · rstd and g = weight ⊙ (∂normed + Σ ∂score · router):
+    ∂x = rstd · (g − x̂ · mean(g ⊙ x̂)) + ∂hidden, ∂weight = Σ (g / weight) ⊙ x̂, ∂router = Σ ∂score · normed.
+    """
+    columns = tl.arange(0, BLOCK)
+    column_mask = columns < d
+    routers = tl.arange(0, ROUTER_BLOCK)
+    router_mask = (routers < ROUTERS)[:, None] & column_mask[None, :]
+    norm_weight = tl.load(norm_weight_ptr + columns, mask=column_mask, other=0.0).to(tl.float32)
+    vectors = tl.zeros([ROUTER_BLOCK, BLOCK], dtype=tl.float32)
+    if ROUTERS > 0:
+        vectors = tl.load(router_ptr + routers[:, None] * d + columns[None, :], mask=router_mask, other=0.0).to(
+            tl.float32
+        )
+    weight_sum = tl.zeros([BLOCK], dtype=tl.float32)
+    router_sum = tl.zeros([ROUTER_BLOCK, BLOCK], dtype=tl.float32)
+    blocks = tl.cdiv(n, ROWS)
+    for block in range(tl.program_id(0), total_blocks, tl.num_programs(0)):
+        batch = (block // blocks).to(tl.int64)
+        positions = (block % blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+        position_mask = positions < n
+        mask = position_mask[:, None] & column_mask[None, :]
+        offsets = (batch * n + positions)[:, None] * d + columns[None, :]
+        rows = tl.load(hidden_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        rstd = tl.load(rstd_ptr + batch * n + positions, mask=position_mask, other=0.0)
+        grad_normed = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
+        if grad_normed_ptr is not None:
+            grad_normed += tl.load(grad_normed_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        if grad_scores_ptr is not None:
+            grad_scores = tl.load(
+                grad_scores_ptr + (batch * ROUTERS + routers)[:, None] * n + positions[None, :],
+                mask=(routers < ROUTERS)[:, None] & position_mask[None, :],
+                other=0.0,
+            )
+            grad_normed += tl.sum(grad_scores[:, :, None] * vectors[:, None, :], axis=0)
+            normed = norm_rows(rows, rstd, norm_weight, norm_weight_ptr.dtype.element_ty, hidden_ptr.dtype.element_ty)
+            router_sum += tl.sum(grad_scores[:, :, None] * normed.to(tl.float32)[None, :, :], axis=1)
+        unit_rows = rows * rstd[:, None]
+        weight_sum += tl.sum(grad_normed * unit_rows, axis=0)
+        grad_unit = grad_normed * norm_weight[None, :]
+        mean = tl.sum(grad_unit * unit_rows, axis=1) / d
+        grad_rows = rstd[:, None] * (grad_unit - unit_rows * mean[:, None])
+        if grad_hidden_ptr is not None:
+            grad_rows += tl.load(grad_hidden_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        tl.store(grad_rows_ptr + offsets, grad_rows.to(grad_rows_ptr.dtype.element_ty), mask=mask)
+    share = partials_ptr + tl.program_id(0) * (1 + ROUTERS) * d
+    tl.store(share + columns, weight_sum, mask=column_mask)
+    if ROUTERS > 0:
+        tl.store(share + (1 + routers)[:, None] * d + columns[None, :], router_sum, mask=router_mask)
+
+
+@triton.jit(do_not_specialize=["programs"])
+def sum_partials_kernel(
+    partials_ptr,
+    grad_norm_weight_ptr,
+    grad_router_ptr,
+    programs,
+    d: tl.constexpr,
+    ROUTERS: tl.constexpr,
+    PROGRAM_BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The programs' shares summed in order: the norm weight's gradient (row 0) or a router's (rows 1 and up)."""
+    row = tl.program_id(1)
+    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    column_mask = columns < d
+    total = tl.zeros([PROGRAM_BLOCK, BLOCK], dtype=tl.float32)
+    for first in range(0, programs, PROGRAM_BLOCK):
+        program = first + tl.arange(0, PROGRAM_BLOCK)
+        total += tl.load(
+            partials_ptr + (program * (1 + ROUTERS) + row)[:, None] * d + columns[None, :],
+            mask=(program < programs)[:, None] & column_mask[None, :],
+            other=0.0,
+        )
+    column_sums = tl.sum(total, axis=0)
+    if row == 0:
+        tl.store(
+            grad_norm_weight_ptr + columns, column_sums.to(grad_norm_weight_ptr.dtype.element_ty), mask=column_mask
+        )
+    elif ROUTERS > 0:
+        tl.store(
+            grad_router_ptr + (row - 1) * d + columns,
+            column_sums.to(grad_router_ptr.dtype.element_ty),
+            mask=column_mask,
+        )
+
+
+def combine_norm(
+    residual: Tensor,
+    light: Tensor | None,
+    heavy: Tensor | None,
+    indices: Tensor | None,
+    valid: Tensor | None,
+    weights: Tensor | None,
+    norm_weight: Tensor,
+    router_weights: Tensor | None,
+    eps: float,
+    wanted_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`op_tokens_reference.combine_norm` as one launch."""
+    batch, n, d = residual.shape
+    routers = 0 if router_weights is None else router_weights.shape[0]
+    hidden = torch.empty(0 if light is None else residual.shape, device=residual.device, dtype=residual.dtype)
+    dtype = normed_dtype(residual.dtype, norm_weight.dtype, wanted_dtype)
+    normed = torch.empty(residual.shape, device=residual.device, dtype=dtype)
+    rstd = torch.empty(batch, n, device=residual.device, dtype=torch.float32)
+    scores = torch.empty((batch, routers, n) if routers else 0, device=residual.device, dtype=torch.float32)
+    rows, block, warps = tile_shape(d)
+    launch(
+        combine_norm_kernel,
+        (batch * cdiv(n, rows),),
+        residual.contiguous(),
+        None if light is None else light.contiguous(),
+        None if heavy is None else heavy.contiguous(),
+        None if indices is None else indices.contiguous(),
+        None if valid is None else valid.contiguous(),
+        None if weights is None else weights.contiguous(),
+        0 if heavy is None else heavy.shape[1],
+        norm_weight.contiguous(),
+        None if router_weights is None else router_weights.contiguous(),
+        hidden,
+        normed,
+        rstd,
+        scores,
+        n,
+        eps,
+        d,
+        routers,
+        next_power_of_2(max(routers, 1)),
+        rows,
+        block,
+        num_warps=warps,
+    )
+    return hidden, normed, rstd, scores
+
+
+def norm_backward(
+    grad_hidden: Tensor | None,
+    grad_normed: Tensor | None,
+    grad_scores: Tensor | None,
+    hidden_states: Tensor,
+    rstd: Tensor,
+    norm_weight: Tensor,
+    router_weights: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`op_tokens_reference.norm_backward` as two launches: rows and partial sums, then the sums of the partials."""
+    batch, n, d = hidden_states.shape
+    routers = 0 if router_weights is None else router_weights.shape[0]
+    rows, block, warps = tile_shape(d, BACKWARD_TILE, BACKWARD_WARP)
+    total_blocks = batch * cdiv(n, rows)
+    programs = min(GRADIENT_PROGRAMS, total_blocks)
+    grad_rows = torch.empty(hidden_states.shape, device=hidden_states.device, dtype=hidden_states.dtype)
+    grad_norm_weight = torch.empty(d, device=hidden_states.device, dtype=norm_weight.dtype)
+    grad_router = norm_weight.new_empty(0)
+    if router_weights is not None:
+        grad_router = router_weights.new_empty(router_weights.shape)
+    partials = torch.empty(programs, 1 + routers, d, device=hidden_states.device, dtype=torch.float32)
+    launch(
+        norm_backward_kernel,
+        (programs,),
+        None if grad_hidden is None else grad_hidden.contiguous(),
+        None if grad_normed is None else grad_normed.contiguous(),
+        None if grad_scores is None else grad_scores.contiguous(),
+        hidden_states.contiguous(),
+        rstd,
+        norm_weight.contiguous(),
+        None if router_weights is None else router_weights.contiguous(),
+        grad_rows,
+        partials,
+        n,
+        total_blocks,
+        d,
+        routers,
+        next_power_of_2(max(routers, 1)),
+        rows,
+        block,
+        num_warps=warps,
+    )
+    launch(
+        sum_partials_kernel,
+        (cdiv(d, 32), 1 + routers),
+        partials,
+        grad_norm_weight,
+        grad_router,
+        programs,
+        d,
+        routers,
+        128,
+        32,
+        num_warps=8,
+    )
+    return grad_rows, grad_norm_weight, grad_router

@@ -1,0 +1,389 @@
+"""Triton kernels of the pools of a causal decoder: the candidates of every pool, and the pools' keys and values.
+
+A token's key is one 64-bit integer, its score's integer image above its position's complement: larger is better, ties
+go to the earlier token, no two are equal. A token that leaves a pool never comes back, so that a token's places in the
+pools are a chain: `following` holds its links, and a gradient is summed along it, in order and without atomics.
+"""
+
+import torch
+from torch import Tensor
+
+from .op_routing_steps_triton import load_keys
+from .run_launch_triton import cdiv, launch, next_power_of_2
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError as error:
+    raise ImportError("op_pools_triton needs triton; use kernel_backend='torch' without it") from error
+
+# lists that are merged at once
+RADIX = 8
+# a program compares all pairs of its keys, so many at a time
+CHUNK = 16
+# keys of a window or a pool: Triton's tensors have at most 2**20 entries, and lists are a power of two long
+LONGEST_LIST = 2**20 // CHUNK
+NO_TOKEN = tl.constexpr(2**31 - 1)
+NO_KEY = tl.constexpr(-(2**63))
+
+
+@triton.jit
+def token_keys(scores, row, row_stride, first, slots, count, position):
+    """64-bit keys of the `count` scores from `first` on, whose positions begin at `position`."""
+    pointer = scores + row * row_stride + first
+    keys = load_keys(pointer, pointer, pointer, row * 0, slots, count, 0, 1, 0, 0, False, False)
+    keys = (keys.to(tl.int64) << 32) | ((position + slots) ^ NO_TOKEN).to(tl.int64)
+    return tl.where(slots < count, keys, NO_KEY)
+
+
+@triton.jit(do_not_specialize=["row_stride", "initial_stride", "windows", "window", "size", "base"])
+def tops_kernel(
+    scores, initial, initial_valid, tops,
+    row_stride, initial_stride, windows, window, size, base,
+    BLOCK: tl.constexpr, CHUNK: tl.constexpr, LIST: tl.constexpr,
+):  # fmt: skip
+    """Program (row, j): the `LIST` largest keys of window j - 1, or of the initial pool for j = 0; falling."""
+    row = (tl.program_id(0) // windows).to(tl.int64)
+    number = tl.program_id(0) % windows
+    slots = tl.arange(0, BLOCK)
+    out = tops + tl.program_id(0).to(tl.int64) * LIST
+    first = (number - 1) * window
+    count = 0
+    rank = slots * 0
+    keys = slots.to(tl.int64) * 0 + NO_KEY
+    if number > 0:
+        count = window
+        keys = token_keys(scores, row, row_stride, first, slots, count, base + first)
+        for chunk in range(0, count, CHUNK):
+            others = chunk + tl.arange(0, CHUNK)
+            other_keys = token_keys(scores, row, row_stride, first, others, count, base + first)
+            rank += tl.sum((other_keys[None, :] > keys[:, None]).to(tl.int32), 1)
+    elif initial is not None:
+        # used slots come first
+        count = tl.sum(tl.load(initial_valid + row * size + slots, mask=slots < size, other=0).to(tl.int32))
+        keys = token_keys(initial, row, initial_stride, 0, slots, count, 0)
+        for chunk in range(0, count, CHUNK):
+            others = chunk + tl.arange(0, CHUNK)
+            other_keys = token_keys(initial, row, initial_stride, 0, others, count, 0)
+            rank += tl.sum((other_keys[None, :] > keys[:, None]).to(tl.int32), 1)
+    tl.store(out + rank, keys, mask=(slots < count) & (rank < LIST))
+    tl.store(out + slots, keys * 0 + NO_KEY, mask=(slots >= count) & (slots < LIST))
+
+
+@triton.jit(do_not_specialize=["windows", "step"])
+def merge_kernel(tops, merged, windows, step, RADIX: tl.constexpr, LIST: tl.constexpr):
+    """Program (row, j, r): the list of entry j - r · step, put into its places in the merged lists of j, j - step, …
+
+    A key's place is its number in its own list and how many keys of each other list are larger.
+    """
+    entry = tl.program_id(0).to(tl.int64)
+    own = tl.program_id(1)
+    lists = tl.minimum((tl.program_id(0) % windows) // step + 1, RADIX)
+    if own < lists:
+        slots = tl.arange(0, LIST)
+        keys = tl.load(tops + (entry - own * step) * LIST + slots)
+        place = slots
+        for other in range(0, lists):
+            if other != own:
+                list_ptr = tops + (entry - other * step) * LIST
+                larger = slots * 0
+                jump = LIST
+                while jump > 0:
+                    probe = larger + jump
+                    inside = probe <= LIST
+                    found = tl.load(list_ptr + probe - 1, mask=inside, other=NO_KEY)
+                    larger = tl.where(inside & (found > keys), probe, larger)
+                    jump = jump // 2
+                place += larger
+        tl.store(merged + entry * LIST + place, keys, mask=place < LIST)
+
+
+@triton.jit(do_not_specialize=["row_stride", "initial_stride", "windows", "window", "size", "base"])
+def candidates_kernel(
+    scores, initial, tops, candidate_scores, candidates, present,
+    row_stride, initial_stride, windows, window, size, base,
+    LIST: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Program (row, j): the pool before pool j, in order of position, and the window before it."""
+    row = (tl.program_id(0) // (windows + 1)).to(tl.int64)
+    number = tl.program_id(0) % (windows + 1)
+    out = tl.program_id(0).to(tl.int64) * (size + window)
+    slots = tl.arange(0, LIST)
+    position = slots * 0 + NO_TOKEN
+    place = slots
+    if number > 0:
+        list_ptr = tops + (row * windows + number - 1) * LIST
+        position = positions_of(tl.load(list_ptr + slots, mask=slots < size, other=NO_KEY))
+        # what is missing stands last in both orders
+        place = tl.where(position == NO_TOKEN, slots, 0)
+        for chunk in range(0, size, CHUNK):
+            others = chunk + tl.arange(0, CHUNK)
+            other = positions_of(tl.load(list_ptr + others, mask=others < size, other=NO_KEY))
+            before = (other[None, :] < position[:, None]) & (position != NO_TOKEN)[:, None]
+            place += tl.sum(before.to(tl.int32), 1)
+    real = position != NO_TOKEN
+    score = tl.load(scores + row * row_stride + position - base, mask=real & (position >= base), other=0.0)
+    if initial is not None:
+        old = tl.load(initial + row * initial_stride + position, mask=real & (position < base), other=0.0)
+        score = tl.where(position < base, old, score)
+    tl.store(candidate_scores + out + place, score, mask=slots < size)
+    tl.store(candidates + out + place, position.to(tl.int64), mask=slots < size)
+    tl.store(present + out + place, real, mask=slots < size)
+
+    out += size
+    first = tl.maximum(number - 1, 0) * window
+    for start in range(0, window, BLOCK):
+        tokens = start + tl.arange(0, BLOCK)
+        inside = tokens < window
+        new = tl.load(scores + row * row_stride + first + tokens, mask=inside, other=0.0)
+        tl.store(candidate_scores + out + tokens, new, mask=inside)
+        tl.store(candidates + out + tokens, (base + first + tokens).to(tl.int64), mask=inside)
+        tl.store(present + out + tokens, inside & (number > 0), mask=inside)
+
+
+@triton.jit
+def positions_of(keys):
+    return tl.where(keys == NO_KEY, NO_TOKEN, (keys & NO_TOKEN).to(tl.int32) ^ NO_TOKEN)
+
+
+@triton.jit(do_not_specialize=["windows", "window", "size"])
+def links_kernel(candidates, following, windows, window, size, BLOCK: tl.constexpr):
+    """Program (row, j): where the candidates of pool j stand in it, read off the candidates of pool j + 1."""
+    number = tl.program_id(0) % (windows + 1)
+    width = size + window
+    own = tl.program_id(0).to(tl.int64) * width
+    for start in range(0, width, BLOCK):
+        slots = start + tl.arange(0, BLOCK)
+        inside = slots < width
+        place = slots * 0 - 1
+        if number < windows:
+            position = tl.load(candidates + own + slots, mask=inside, other=NO_TOKEN)
+            low = slots * 0
+            high = low + size
+            steps = size
+            while steps > 0:
+                middle = (low + high) // 2
+                open_ = low < high
+                right = tl.load(candidates + own + width + middle, mask=open_, other=0) < position
+                high = tl.where(open_ & (right == 0), middle, high)
+                low = tl.where(open_ & right, middle + 1, low)
+                steps = steps // 2
+            found = tl.load(candidates + own + width + low, mask=low < size, other=-1)
+            place = tl.where((found == position) & (position != NO_TOKEN), low, -1)
+        tl.store(following + own + slots, place, mask=inside)
+
+
+@triton.jit(do_not_specialize=["windows", "window", "size"])
+def candidates_backward_kernel(grad, following, grad_scores, windows, window, size, BLOCK: tl.constexpr):
+    """Program (row, v, block): sums along the chains of a window's tokens."""
+    blocks = tl.cdiv(window, BLOCK)
+    row = (tl.program_id(0) // (windows * blocks)).to(tl.int64)
+    number = (tl.program_id(0) // blocks) % windows
+    slots = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    inside = slots < window
+    width = size + window
+    pool = (row * (windows + 1) + number + 1) * width
+    place = tl.where(inside, size + slots, -1)
+    total = tl.zeros([BLOCK], dtype=tl.float32)
+    while tl.max(place) >= 0:
+        total += tl.load(grad + pool + place, mask=place >= 0, other=0.0).to(tl.float32)
+        # the last pool has no links
+        place = tl.load(following + pool + place, mask=place >= 0, other=-1)
+        pool += width
+    tl.store(
+        grad_scores + (row * windows + number) * window + slots, total.to(grad_scores.dtype.element_ty), mask=inside
+    )
+
+
+@triton.jit
+def state_columns(head_stride, d: tl.constexpr, BLOCK: tl.constexpr):
+    """Where a token's states [heads, d] lie behind its first, in their order."""
+    columns = tl.arange(0, BLOCK)
+    return columns, (columns // d).to(tl.int64) * head_stride + columns % d
+
+
+@triton.jit(do_not_specialize=["windows", "size"])
+def gather_kernel(
+    key, value, indices, weights, valid, keys, values,
+    key_batch_stride, key_stride, key_head_stride, value_batch_stride, value_stride, value_head_stride,
+    windows, size, width, d: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A slot of a pool a program: its token's key and value, scaled; zeros where unused."""
+    out = tl.program_id(0).to(tl.int64)
+    row = out // (windows * size)
+    # every row has one more pool, which nobody reads here
+    slot = out + row * size
+    used = tl.load(valid + slot).to(tl.int32)
+    weight = tl.load(weights + slot)
+    token = tl.load(indices + slot)
+    columns, offsets = state_columns(key_head_stride, d, BLOCK)
+    states = tl.load(
+        key + row * key_batch_stride + token * key_stride + offsets, mask=columns < used * width, other=0.0
+    )
+    states = states.to(tl.float32) * weight
+    tl.store(keys + out * width + columns, states.to(keys.dtype.element_ty), mask=columns < width)
+    columns, offsets = state_columns(value_head_stride, d, BLOCK)
+    states = tl.load(
+        value + row * value_batch_stride + token * value_stride + offsets, mask=columns < used * width, other=0.0
+    )
+    states = states.to(tl.float32) * weight
+    tl.store(values + out * width + columns, states.to(values.dtype.element_ty), mask=columns < width)
+
+
+@triton.jit(do_not_specialize=["tokens", "windows", "window", "size", "base"])
+def gather_backward_kernel(
+    grad_keys, grad_values, key, value, weights, valid, following, grad_key, grad_value, grad_weights,
+    key_batch_stride, key_stride, key_head_stride, value_batch_stride, value_stride, value_head_stride,
+    tokens, windows, window, size, base, width, d: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A token a program: the sums along its chain of slots, and each slot's product with the token's states."""
+    out = tl.program_id(0).to(tl.int64)
+    row = out // tokens
+    token = out % tokens
+    columns, offsets = state_columns(key_head_stride, d, BLOCK)
+    inside = columns < width
+    key_states = tl.load(key + row * key_batch_stride + token * key_stride + offsets, mask=inside, other=0.0).to(
+        tl.float32
+    )
+    columns, offsets = state_columns(value_head_stride, d, BLOCK)
+    value_states = tl.load(
+        value + row * value_batch_stride + token * value_stride + offsets, mask=inside, other=0.0
+    ).to(tl.float32)
+
+    new = tl.maximum(token - base, 0)
+    pool = tl.where(token < base, 0, new // window + 1)
+    link = following + (row * (windows + 1) + pool) * (size + window)
+    place = tl.load(link + size + new % window)
+    if token < base:
+        place = tl.where(tl.load(valid + row * (windows + 1) * size + token).to(tl.int32) != 0, token.to(tl.int32), -1)
+    key_sum = tl.zeros([BLOCK], dtype=tl.float32)
+    value_sum = tl.zeros([BLOCK], dtype=tl.float32)
+    while place >= 0:
+        slot = (row * windows + pool) * size + place
+        key_grad = tl.load(grad_keys + slot * width + columns, mask=inside, other=0.0).to(tl.float32)
+        value_grad = tl.load(grad_values + slot * width + columns, mask=inside, other=0.0).to(tl.float32)
+        # every row has one more pool
+        weight = tl.load(weights + slot + row * size)
+        key_sum += key_grad * weight
+        value_sum += value_grad * weight
+        tl.store(grad_weights + slot + row * size, tl.sum(key_grad * key_states + value_grad * value_states))
+        # the last pool, which was not gathered, has no links
+        link += size + window
+        pool += 1
+        place = tl.load(link + place)
+    tl.store(grad_key + out * width + columns, key_sum.to(grad_key.dtype.element_ty), mask=inside)
+    tl.store(grad_value + out * width + columns, value_sum.to(grad_value.dtype.element_ty), mask=inside)
+
+
+def pool_candidates(
+    scores: Tensor, initial: Tensor | None, initial_valid: Tensor | None, window: int, size: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`op_causal_routing_reference.pool_candidates` by kernels, for fp32 scores."""
+    rows, length = scores.shape
+    windows = length // window
+    if scores.stride(1) != 1:
+        scores = scores.contiguous()
+    base, initial_stride = 0, 0
+    if initial is not None and initial_valid is not None:
+        initial, initial_valid = initial.contiguous(), initial_valid.contiguous()
+        base, initial_stride = size, size
+    list_size = max(16, next_power_of_2(size))
+    new = scores.new_empty
+    tops, merged = (new((rows, windows, list_size), dtype=torch.int64) for _ in range(2))
+    launch(
+        tops_kernel, (rows * windows,),
+        scores, initial, initial_valid, tops, scores.stride(0), initial_stride, windows, window, size, base,
+        max(list_size, next_power_of_2(window)), CHUNK, list_size, num_warps=8,
+    )  # fmt: skip
+    step = 1
+    while step < windows:
+        launch(merge_kernel, (rows * windows, RADIX), tops, merged, windows, step, RADIX, list_size, num_warps=4)
+        tops, merged = merged, tops
+        step *= RADIX
+
+    shape = (rows, windows + 1, size + window)
+    candidate_scores = new(shape)
+    candidates = new(shape, dtype=torch.int64)
+    present = new(shape, dtype=torch.bool)
+    following = new(shape, dtype=torch.int32)
+    launch(
+        candidates_kernel, (rows * (windows + 1),),
+        scores, initial, tops, candidate_scores, candidates, present,
+        scores.stride(0), initial_stride, windows, window, size, base,
+        list_size, min(1024, next_power_of_2(window)), CHUNK, num_warps=8,
+    )  # fmt: skip
+    launch(
+        links_kernel, (rows * (windows + 1),),
+        candidates, following, windows, window, size, min(1024, next_power_of_2(size + window)), num_warps=8,
+    )  # fmt: skip
+    return candidate_scores, candidates, present, following
+
+
+def pool_candidates_backward(
+    grad: Tensor, candidates: Tensor, present: Tensor, following: Tensor, window: int, base: int
+) -> Tensor:
+    """`op_causal_routing_reference.pool_candidates_backward` as one launch, each sum in a fixed order."""
+    rows, pools, width = candidates.shape
+    windows = pools - 1
+    grad_scores = grad.new_empty((rows, windows * window))
+    block = min(128, next_power_of_2(window))
+    launch(
+        candidates_backward_kernel, (rows * windows * cdiv(window, block),),
+        grad.contiguous(), following, grad_scores, windows, window, width - window, block, num_warps=4,
+    )  # fmt: skip
+    return grad_scores
+
+
+def _readable(states: Tensor) -> Tensor:
+    """States [batch, n, heads, d_kv] that may lie at any distance, each head's side by side."""
+    return states if states.stride(3) == 1 else states.contiguous()
+
+
+def pool_gather(
+    key: Tensor, value: Tensor, indices: Tensor, weights: Tensor, valid: Tensor, following: Tensor, base: int
+) -> tuple[Tensor, Tensor]:
+    """`op_causal_routing_reference.pool_gather` as one launch."""
+    batch, _, heads, d_kv = key.shape
+    _, pools, size = indices.shape
+    key, value = _readable(key), _readable(value)
+    keys, values = (key.new_empty((batch, pools - 1, size, heads, d_kv)) for _ in range(2))
+    width = heads * d_kv
+    block = next_power_of_2(width)
+    launch(
+        gather_kernel, (batch * (pools - 1) * size,),
+        key, value, indices.contiguous(), weights.contiguous(), valid.contiguous(), keys, values,
+        *key.stride()[:3], *value.stride()[:3], pools - 1, size, width, d_kv, block,
+        num_warps=max(1, min(8, block // 256)),
+    )  # fmt: skip
+    return keys, values
+
+
+def pool_gather_backward(
+    grad_keys: Tensor,
+    grad_values: Tensor,
+    key: Tensor,
+    value: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    valid: Tensor,
+    following: Tensor,
+    base: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`op_causal_routing_reference.pool_gather_backward` as one launch, each sum in a fixed order."""
+    batch, tokens, heads, d_kv = key.shape
+    _, pools, size = indices.shape
+    key, value = _readable(key), _readable(value)
+    grad_key, grad_value = (states.new_empty(states.shape) for states in (key, value))
+    # what is not used has no token to write its gradient
+    grad_weights = torch.zeros_like(weights, memory_format=torch.contiguous_format)
+    width = heads * d_kv
+    block = next_power_of_2(width)
+    launch(
+        gather_backward_kernel, (batch * tokens,),
+        grad_keys.contiguous(), grad_values.contiguous(), key, value,
+        weights.contiguous(), valid.contiguous(), following.contiguous(), grad_key, grad_value, grad_weights,
+        *key.stride()[:3], *value.stride()[:3],
+        tokens, pools - 1, following.shape[2] - size, size, base, width, d_kv, block,
+        num_warps=max(1, min(8, block // 128)),
+    )  # fmt: skip
+    return grad_key, grad_value, grad_weights

@@ -1,0 +1,134 @@
+"""What the routing kernels share: scores as integer keys, budgets, and the steps towards the threshold.
+
+"key" is a score's image in int32 of the same order, "z" is (score - centre) / ε. The mathematics: docs/soft_topk.md.
+"""
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError as error:
+    raise ImportError("op_routing_steps_triton needs triton; use kernel_backend='torch' without it") from error
+
+LOWEST_KEY = tl.constexpr(-(2**31))
+
+HIGHEST_KEY = tl.constexpr(2**31 - 1)
+
+SIGN_SHIFT = tl.constexpr(31)
+
+# of the negative of the largest finite score
+LOWEST_FINITE_KEY = tl.constexpr(-0x7F800000)
+
+LARGEST_SCORE = tl.constexpr(3.4028234663852886e38)
+
+
+@triton.jit
+def load_keys(
+    scores, mask, lengths, row, positions, n,
+    score_row_stride, score_stride, mask_row_stride, mask_stride,
+    HAS_MASK: tl.constexpr, HAS_LENGTHS: tl.constexpr,
+):  # fmt: skip
+    """int32 keys of a row's scores at `positions`: NaN the highest, what is masked the lowest, as no real one is."""
+    real = positions < n
+    score = tl.load(scores + row * score_row_stride + positions.to(tl.int64) * score_stride, mask=real, other=0.0)
+    if HAS_MASK:
+        unmasked = tl.load(mask + row * mask_row_stride + positions.to(tl.int64) * mask_stride, mask=real, other=0)
+        real = real & (unmasked != 0)
+    if HAS_LENGTHS:
+        real = real & (positions < tl.load(lengths + row))
+    score = score.to(tl.float32)
+    is_nan = score != score
+    score = tl.where(score > LARGEST_SCORE, LARGEST_SCORE, tl.where(score < -LARGEST_SCORE, -LARGEST_SCORE, score))
+    # both zeros are one score
+    key = tl.where(is_nan, HIGHEST_KEY, score_to_key(tl.where(score == 0.0, 0.0, score)))
+    return tl.where(real, key, LOWEST_KEY)
+
+
+@triton.jit
+def score_to_key(score):
+    """The int32 key of an fp32 score."""
+    bits = score.to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> SIGN_SHIFT) & HIGHEST_KEY)
+
+
+@triton.jit
+def key_to_score(key):
+    """The fp32 score of a key; -inf of what is masked."""
+    bits = key ^ ((key >> SIGN_SHIFT) & HIGHEST_KEY)
+    return tl.where(key == LOWEST_KEY, float("-inf"), bits.to(tl.float32, bitcast=True))
+
+
+@triton.jit
+def row_budgets(budgets, soft_budgets, row, real_tokens, capacity, soft_topk_ratio, HAS_SOFT_BUDGET: tl.constexpr):
+    """The row's hard budget (int32), soft budget k (fp32), and the rank of the centre (int32, from 1): ceil(k)."""
+    budget = tl.minimum(tl.load(budgets + row), tl.minimum(real_tokens, capacity).to(tl.int64)).to(tl.int32)
+    budget = tl.maximum(budget, 0)
+    if HAS_SOFT_BUDGET:
+        k = tl.load(soft_budgets + row).to(tl.float32)
+    else:
+        k = soft_topk_ratio * budget.to(tl.float32)
+    k = tl.maximum(k, 1e-30)
+    rank = tl.maximum(tl.ceil(tl.minimum(k, real_tokens.to(tl.float32))).to(tl.int32), 1)
+    return budget, k, rank
+
+
+@triton.jit
+def newton_step(threshold, low, high, saturated, free, k):
+    """One log-Newton step on log F(threshold) = log k, halving the bracket where it would leave it.
+
+    F - k is formed as (saturated - k) + free, which is exact where saturated and k are large and free is small.
+    """
+    residual = (saturated - k) + free
+    low = tl.where(residual >= 0, threshold, low)
+    high = tl.where(residual <= 0, threshold, high)
+    ratio = residual / k
+    series = ratio * (1.0 - ratio * (0.5 - ratio * (0.33333334 - ratio * 0.25)))
+    log_ratio = tl.where(tl.abs(ratio) < 1e-2, series, tl.log(1.0 + ratio))
+    stepped = threshold + log_ratio * ((saturated + free) / free)
+    inside = (stepped >= low) & (stepped <= high)
+    return tl.where(inside, stepped, 0.5 * (low + high)), low, high
+
+
+@triton.jit
+def sum_three(first, second, third):
+    """Three sums in one reduction."""
+    third = tl.join(third, tl.zeros_like(third))
+    lower, upper = tl.split(tl.sum(tl.join(tl.join(first, second), third), 0))
+    first, second = tl.split(lower)
+    third, _ = tl.split(upper)
+    return first, second, third
+
+
+@triton.jit
+def is_settled(saturated, free, k):
+    """Whether the solver is done."""
+    # the last step makes up for what is left, as long as it does not change the saturated set; NaN is settled
+    return (tl.abs((saturated - k) + free) > 2e-6 * free) == 0
+
+
+@triton.jit
+def last_step(threshold, saturated, free, k):
+    """The threshold that is exact for this saturated set, and the sum of the free weights."""
+    rest = k - saturated
+    proper = (rest > 0) & (free > 0)
+    return tl.where(proper, threshold + tl.log(free / rest), threshold), tl.where(proper, rest, free)
+
+
+@triton.jit
+def weigh(z, threshold):
+    """The soft top-k weight min(1, exp(z - threshold))."""
+    # a comparison instead of a minimum keeps NaN
+    weight = tl.exp(z - threshold)
+    return tl.where(weight > 1.0, 1.0, weight)
+
+
+@triton.jit
+def descent_epsilon(iteration, epsilon, epsilon_init, log2_decay):
+    """ε of an iteration of coordinate descent, counted from 0."""
+    return tl.maximum(epsilon_init * tl.exp2(iteration * log2_decay), epsilon)
+
+
+@triton.jit
+def sum_of_blocks(partials, blocks, BLOCKS: tl.constexpr):
+    """The sum of the first `blocks` of fp32 partial sums, `BLOCKS` a power of two from there up."""
+    index = tl.arange(0, BLOCKS)
+    return tl.sum(tl.load(partials + index, mask=index < blocks, other=0.0))

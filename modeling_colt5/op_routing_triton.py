@@ -1,0 +1,190 @@
+"""The routing operation by Triton: which kernels a row's length asks for, their buffers and launches.
+
+Rows of up to `LONGEST_ROW` tokens are one program each, longer ones are shared by programs that wait for each other.
+"""
+
+import functools
+import math
+
+import torch
+
+from .op_routing_forward_triton import route_kernel
+from .op_routing_gradient_triton import descent_backward_kernel, route_backward_kernel, slot_sums_kernel
+from .op_routing_sharing_triton import COUNTER_STRIDE, PLACES
+from .run_backend import INTERPRETED
+from .run_launch_triton import cdiv, launch, next_power_of_2
+
+# of a row that is one program's; below 32,768, so that two counts in one integer never reach its sign
+LONGEST_ROW = 16384
+# tokens of a program that has a row to itself at least, so that all short rows share one compiled kernel
+SHORTEST_BLOCK = 2048
+# tokens of a program of the backward, and slots of any program that it takes at once
+GRADIENT_BLOCK = 2048
+SLOTS_AT_ONCE = 1024
+# of a program that shares a row of up to so many tokens
+PARTS = ((65536, 2048), (1 << 20, 4096))
+# of a program at most: its counts must fit 16 bits
+LONGEST_PART = 32768
+# slots that one program of the backward sums by itself
+SLOTS_OF_A_PART = 4096
+
+
+def _row_block(n: int) -> int:
+    return max(SHORTEST_BLOCK, next_power_of_2(n))
+
+
+def _row_warps(block: int) -> int:
+    return min(max(block // 512, 4), 16)
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    # the interpreter runs one program after the other, so that one is all there is at the same time
+    return 1 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _parts(n: int, device: torch.device) -> tuple[int, int, int]:
+    """How a long row is shared: tokens of a program, its warps, and how many programs a multiprocessor holds.
+
+    Eight warps and their registers fit twice, sixteen once. The row's length alone decides, not the number of rows: so
+    each row has the bits that it would have alone.
+    """
+    most = _multiprocessors(device)
+    # the interpreter's one program has to take the whole row
+    for longest, part in () if INTERPRETED else PARTS:
+        if n <= min(longest, 2 * most * part):
+            return part, 8, 2
+    return next_power_of_2(cdiv(n, most)), 16, 1
+
+
+def kernels_take(n: int, solver: str, device: torch.device) -> bool:
+    """Whether there is a kernel for rows of `n` tokens: all programs of a row must be on the device at once, which
+    AMD's backend has no option for, and coordinate descent has one for rows of one program alone."""
+    shares = solver == "exact" and torch.version.hip is None
+    return n <= LONGEST_ROW or (shares and _parts(n, device)[0] <= LONGEST_PART)
+
+
+def _adjacent(rows: torch.Tensor | None) -> torch.Tensor | None:
+    """Numbers of rows as the kernels read them."""
+    return None if rows is None else rows.contiguous()
+
+
+def _readable(rows: torch.Tensor) -> torch.Tensor:
+    """Rows [rows, n] as the kernels read them: at any distance, each one's numbers side by side."""
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def route_forward(
+    scores: torch.Tensor,
+    budget: torch.Tensor,
+    soft_budget: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    lengths: torch.Tensor | None,
+    capacity: int,
+    soft_topk_ratio: float,
+    solver: str,
+    epsilon: float,
+    num_iterations: int,
+    epsilon_init: float,
+    epsilon_decay: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`route_reference` of op_routing_reference.py by kernels; for fp16, bf16 and fp32 scores.
+
+    Returns:
+        weights, indices, valid [rows, capacity] and, for `route_backward`, a state [rows, 3 or iterations].
+    """
+    rows, n = scores.shape
+    exact = solver == "exact"
+    weights = scores.new_empty((rows, capacity), dtype=torch.float32)
+    indices = weights.new_empty((rows, capacity), dtype=torch.int64)
+    valid = weights.new_empty((rows, capacity), dtype=torch.bool)
+    state = weights.new_empty((rows, 3 if exact else num_iterations))
+    if rows == 0:
+        return weights, indices, valid, state
+    scores = _readable(scores)
+    mask = None if mask is None else _readable(mask)
+    inputs = (scores, budget.contiguous(), _adjacent(soft_budget), mask, _adjacent(lengths))
+    strides = (scores.stride(0), 0 if mask is None else mask.stride(0))
+    # constants by position, which costs the host less than by name
+    given = (soft_budget is not None, mask is not None, lengths is not None)
+    schedule = (soft_topk_ratio, epsilon, max(epsilon, epsilon_init), math.log2(epsilon_decay), num_iterations)
+    if n <= LONGEST_ROW:
+        block = _row_block(n)
+        launch(
+            route_kernel, (rows,),
+            *inputs, weights, indices, valid, state, None, None, *strides, n, capacity,
+            *schedule, 1, 1, 1, *given, exact, False, 1, block, SLOTS_AT_ONCE, num_warps=_row_warps(block),
+        )  # fmt: skip
+        return weights, indices, valid, state
+
+    block, num_warps, together = _parts(n, scores.device)
+    programs = cdiv(n, block)
+    groups = min(rows, together * _multiprocessors(scores.device) // programs)
+    numbers = indices.new_empty((rows, 2 * PLACES.value * programs), dtype=torch.int32)
+    arrived = indices.new_zeros((rows, COUNTER_STRIDE.value), dtype=torch.int32)
+    # a power of two of at least 16, so that fewer lengths compile anew
+    columns = max(16, next_power_of_2(programs))
+    launch(
+        route_kernel, (groups * programs,),
+        *inputs, weights, indices, valid, state, numbers, arrived, *strides, n, capacity,
+        *schedule, rows, groups, programs, *given, exact, True, columns, block, 1,
+        num_warps=num_warps, together=together,
+    )  # fmt: skip
+    return weights, indices, valid, state
+
+
+def route_backward(
+    grad_weights: torch.Tensor,
+    scores: torch.Tensor,
+    soft_budget: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    lengths: torch.Tensor | None,
+    weights: torch.Tensor,
+    indices: torch.Tensor,
+    valid: torch.Tensor,
+    state: torch.Tensor,
+    solver: str,
+    epsilon: float,
+    num_iterations: int,
+    epsilon_init: float,
+    epsilon_decay: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradient of `route_forward`, by kernels: with respect to scores [rows, n] and soft budget [rows]."""
+    rows, n = scores.shape
+    capacity = weights.shape[1]
+    grad_scores = scores.new_empty((rows, n))
+    grad_budget = state.new_empty(rows)
+    if rows == 0:
+        return grad_scores, grad_budget
+    grad_weights, scores = _readable(grad_weights), _readable(scores)
+    mask = None if mask is None else _readable(mask)
+    slots = (grad_weights, weights, indices, valid, scores, mask, _adjacent(lengths))
+    strides = (grad_weights.stride(0), scores.stride(0), 0 if mask is None else mask.stride(0))
+    given = (mask is not None, lengths is not None)
+    if solver != "exact":
+        block = _row_block(n)
+        launch(
+            descent_backward_kernel, (rows,),
+            *slots, _adjacent(soft_budget), state, grad_scores, grad_budget, *strides, n, capacity,
+            epsilon, max(epsilon, epsilon_init), math.log2(epsilon_decay), num_iterations,
+            soft_budget is not None, *given, block, SLOTS_AT_ONCE, num_warps=_row_warps(block),
+        )  # fmt: skip
+        return grad_scores, grad_budget
+
+    one_part = capacity <= SLOTS_OF_A_PART
+    parts = cdiv(capacity, SLOTS_OF_A_PART)
+    sums = grad_budget
+    if not one_part:
+        sums = state.new_empty((rows, parts))
+        launch(
+            slot_sums_kernel, (rows * parts,),
+            grad_weights, weights, sums, grad_weights.stride(0), capacity, parts, SLOTS_OF_A_PART, num_warps=8,
+        )  # fmt: skip
+    blocks = cdiv(n, GRADIENT_BLOCK)
+    launch(
+        route_backward_kernel, (rows * blocks,),
+        *slots, state, sums, grad_scores, grad_budget, *strides, n, capacity, epsilon, blocks, parts,
+        *given, one_part, next_power_of_2(parts), 2 if capacity <= 2**20 else 3,
+        max(256, next_power_of_2(capacity)) if one_part else SLOTS_AT_ONCE, GRADIENT_BLOCK, num_warps=4,
+    )  # fmt: skip
+    return grad_scores, grad_budget

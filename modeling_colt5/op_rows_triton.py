@@ -1,0 +1,308 @@
+"""Triton kernels that move routed tokens: gather their rows, and combine their updates with the states.
+
+A program holds whole rows of `d` features in registers. Dense results are written by the program that owns the
+position, which finds the slot routed there by a search in the ascending indices, so no kernel needs an atomic.
+"""
+
+import functools
+
+import torch
+from torch import Tensor
+
+from .run_launch_triton import cdiv, launch, next_power_of_2
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError as error:
+    raise ImportError("op_rows_triton needs triton; use kernel_backend='torch' without it") from error
+
+# indices that a search looks at in one step
+PROBES = tl.constexpr(64)
+# elements that a program and a warp hold. What moves memory gains from small programs: of nine shapes at 768 features
+# 2 rows by 2 warps were the fastest at 4,096 to 65,536 tokens (NVIDIA H100)
+FORWARD_TILE, FORWARD_WARP = 2048, 1024
+
+
+@functools.cache
+def tile_shape(width: int, elements: int = FORWARD_TILE, warp: int = FORWARD_WARP) -> tuple[int, int, int]:
+    """Rows a program holds, its padded width and its warps, for rows of `width` features: about so many elements a
+    program and a warp."""
+    block = next_power_of_2(width)
+    rows = max(1, min(16, elements // block))
+    return rows, block, max(1, min(16, rows * block // warp))
+
+
+@triton.jit
+def slots_before(position, first, indices_ptr, capacity):
+    """How many of a row's ascending `capacity` indices, which begin at `first`, are below a position: PROBES of them
+    are looked at in one step, because what a step takes is the wait for memory."""
+    low = 0
+    width = capacity
+    probes = tl.arange(0, PROBES)
+    while width > 0:
+        # the range in PROBES parts, each known by its last index
+        part = tl.cdiv(width, PROBES)
+        ends = (probes + 1) * part - 1
+        found = tl.load(indices_ptr + first + low + ends, mask=ends < width, other=position)
+        below = tl.sum((found < position).to(tl.int32), axis=0) * part
+        low += below
+        width = tl.where(part > 1, tl.minimum(part, width - below), 0)
+    return low
+
+
+@triton.jit
+def routed_slots(positions, batch, indices_ptr, valid_ptr, capacity, ROWS: tl.constexpr):
+    """The slot that holds each of ROWS adjacent positions, as a row of `[batch · capacity]`, and whether one does."""
+    first = batch * capacity
+    low = slots_before(tl.min(positions, axis=0), first, indices_ptr, capacity)
+    # adjacent positions have adjacent slots, so no more than ROWS come into question
+    slots = low + tl.arange(0, ROWS)
+    inside = slots < capacity
+    indices = tl.load(indices_ptr + first + slots, mask=inside, other=-1)
+    used = tl.load(valid_ptr + first + slots, mask=inside, other=0).to(tl.int32) != 0
+    holds = used[None, :] & (indices[None, :] == positions[:, None])
+    return first + tl.sum(tl.where(holds, slots[None, :], 0), axis=1), tl.max(holds.to(tl.int32), axis=1) != 0
+
+
+@triton.jit
+def routed_rows(
+    positions, batch, columns, column_mask, updates_ptr, indices_ptr, valid_ptr, weights_ptr, capacity,
+    d: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """What the slots add at each position `[rows, block]`, in fp32: weight · update, or zeros."""
+    slots, here = routed_slots(positions, batch, indices_ptr, valid_ptr, capacity, ROWS)
+    updates = tl.load(
+        updates_ptr + slots[:, None] * d + columns[None, :], mask=here[:, None] & column_mask[None, :], other=0.0
+    ).to(tl.float32)
+    if weights_ptr is not None:
+        updates *= tl.load(weights_ptr + slots, mask=here, other=0.0).to(tl.float32)[:, None]
+    return updates
+
+
+@triton.jit(do_not_specialize=["n", "capacity", "capacity2"])
+def combine_kernel(
+    base_ptr,
+    light_ptr,
+    updates_ptr,
+    indices_ptr,
+    valid_ptr,
+    weights_ptr,
+    capacity,
+    updates2_ptr,
+    indices2_ptr,
+    valid2_ptr,
+    weights2_ptr,
+    capacity2,
+    out_ptr,
+    n,
+    d: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """out = base + light + the routed rows of one or two routings, one block of positions a program."""
+    blocks = tl.cdiv(n, ROWS)
+    batch = (tl.program_id(0) // blocks).to(tl.int64)
+    positions = (tl.program_id(0) % blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, BLOCK)
+    column_mask = columns < d
+    mask = (positions < n)[:, None] & column_mask[None, :]
+    offsets = (batch * n + positions)[:, None] * d + columns[None, :]
+    total = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
+    if base_ptr is not None:
+        total += tl.load(base_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    if light_ptr is not None:
+        total += tl.load(light_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    total += routed_rows(
+        positions, batch, columns, column_mask, updates_ptr, indices_ptr, valid_ptr, weights_ptr, capacity, d, ROWS
+    )
+    if updates2_ptr is not None:
+        total += routed_rows(
+            positions, batch, columns, column_mask, updates2_ptr, indices2_ptr, valid2_ptr, weights2_ptr, capacity2,
+            d, ROWS,
+        )  # fmt: skip
+    tl.store(out_ptr + offsets, total.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def gather_slot(
+    slot,
+    hidden_ptr,
+    other_ptr,
+    indices_ptr,
+    valid_ptr,
+    weights_ptr,
+    out_ptr,
+    dots_ptr,
+    n,
+    capacity,
+    d: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One slot's row times its weight, and the row's product with the slot's row of `other`; zeros where unused."""
+    columns = tl.arange(0, BLOCK)
+    mask = columns < tl.load(valid_ptr + slot).to(tl.int32) * d
+    source = (slot // capacity) * n + tl.load(indices_ptr + slot)
+    row = tl.load(hidden_ptr + source * d + columns, mask=mask, other=0.0).to(tl.float32)
+    if dots_ptr is not None:
+        other = tl.load(other_ptr + slot * d + columns, mask=mask, other=0.0).to(tl.float32)
+        tl.store(dots_ptr + slot, tl.sum(row * other, axis=0))
+    if out_ptr is not None:
+        if weights_ptr is not None:
+            row *= tl.load(weights_ptr + slot).to(tl.float32)
+        tl.store(out_ptr + slot * d + columns, row.to(out_ptr.dtype.element_ty), mask=columns < d)
+
+
+@triton.jit(do_not_specialize=["n", "capacity", "capacity2"])
+def gather_kernel(
+    hidden_ptr,
+    other_ptr,
+    indices_ptr,
+    valid_ptr,
+    weights_ptr,
+    out_ptr,
+    dots_ptr,
+    capacity,
+    indices2_ptr,
+    valid2_ptr,
+    weights2_ptr,
+    out2_ptr,
+    capacity2,
+    n,
+    d: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A slot a program: all rows' slots of the first routing, then the second routing's, where there is one."""
+    slot = tl.program_id(0).to(tl.int64)
+    if out2_ptr is None:
+        gather_slot(
+            slot, hidden_ptr, other_ptr, indices_ptr, valid_ptr, weights_ptr, out_ptr, dots_ptr, n, capacity, d, BLOCK
+        )
+    else:
+        slots = tl.num_programs(0) // (capacity + capacity2) * capacity
+        if slot < slots:
+            gather_slot(
+                slot, hidden_ptr, None, indices_ptr, valid_ptr, weights_ptr, out_ptr, None, n, capacity, d, BLOCK
+            )
+        else:
+            gather_slot(
+                slot - slots, hidden_ptr, None, indices2_ptr, valid2_ptr, weights2_ptr, out2_ptr, None, n, capacity2,
+                d, BLOCK,
+            )  # fmt: skip
+
+
+def combine(
+    base: Tensor | None,
+    light: Tensor | None,
+    updates: Tensor,
+    indices: Tensor,
+    valid: Tensor,
+    weights: Tensor | None,
+    updates2: Tensor | None,
+    indices2: Tensor | None,
+    valid2: Tensor | None,
+    weights2: Tensor | None,
+    length: int,
+) -> Tensor:
+    """`op_tokens_reference.combine` as one launch."""
+    batch, capacity, d = updates.shape
+    out = torch.empty(batch, length, d, device=updates.device, dtype=updates.dtype if base is None else base.dtype)
+    rows, block, warps = tile_shape(d)
+    launch(
+        combine_kernel,
+        (batch * cdiv(length, rows),),
+        None if base is None else base.contiguous(),
+        None if light is None else light.contiguous(),
+        updates.contiguous(),
+        indices.contiguous(),
+        valid.contiguous(),
+        None if weights is None else weights.contiguous(),
+        capacity,
+        None if updates2 is None else updates2.contiguous(),
+        None if indices2 is None else indices2.contiguous(),
+        None if valid2 is None else valid2.contiguous(),
+        None if weights2 is None else weights2.contiguous(),
+        0 if updates2 is None else updates2.shape[1],
+        out,
+        length,
+        d,
+        rows,
+        block,
+        num_warps=warps,
+    )
+    return out
+
+
+def gather(
+    hidden_states: Tensor,
+    indices: Tensor,
+    valid: Tensor,
+    weights: Tensor | None,
+    indices2: Tensor | None,
+    valid2: Tensor | None,
+    weights2: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """`op_tokens_reference.gather` as one launch."""
+    batch, n, d = hidden_states.shape
+    capacity = indices.shape[1]
+    capacity2 = 0 if indices2 is None else indices2.shape[1]
+    out = torch.empty(batch, capacity, d, device=hidden_states.device, dtype=hidden_states.dtype)
+    out2 = torch.empty(
+        (batch, capacity2, d) if capacity2 else 0, device=hidden_states.device, dtype=hidden_states.dtype
+    )
+    _, block, _ = tile_shape(d)
+    launch(
+        gather_kernel,
+        (batch * (capacity + capacity2),),
+        hidden_states.contiguous(),
+        None,
+        indices.contiguous(),
+        valid.contiguous(),
+        None if weights is None else weights.contiguous(),
+        out,
+        None,
+        capacity,
+        None if indices2 is None else indices2.contiguous(),
+        None if valid2 is None else valid2.contiguous(),
+        None if weights2 is None else weights2.contiguous(),
+        None if indices2 is None else out2,
+        capacity2,
+        n,
+        d,
+        block,
+        num_warps=max(1, min(8, block // 256)),
+    )
+    return out, out2
+
+
+def gather_dot(
+    hidden_states: Tensor, other: Tensor, indices: Tensor, valid: Tensor, weights: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`op_tokens_reference.gather_dot` as one launch."""
+    batch, n, d = hidden_states.shape
+    capacity = indices.shape[1]
+    out = torch.empty(batch, capacity, d, device=hidden_states.device, dtype=other.dtype)
+    dots = torch.empty(batch, capacity, device=hidden_states.device, dtype=torch.float32)
+    _, block, _ = tile_shape(d)
+    launch(
+        gather_kernel,
+        (batch * capacity,),
+        hidden_states.contiguous(),
+        other.contiguous(),
+        indices.contiguous(),
+        valid.contiguous(),
+        None if weights is None else weights.contiguous(),
+        out,
+        dots,
+        capacity,
+        None,
+        None,
+        None,
+        None,
+        0,
+        n,
+        d,
+        block,
+        num_warps=max(1, min(8, block // 256)),
+    )
+    return out, dots

@@ -1,0 +1,100 @@
+"""Triton or PyTorch: the one switch between kernels and references; and how PyTorch runs the calls of now."""
+
+import importlib.util
+import os
+
+import torch
+
+KERNEL_BACKENDS = ("auto", "triton", "torch")
+ENVIRONMENT_VARIABLE = "COLT5_KERNEL_BACKEND"
+# read once, like the next two: a look into the environment takes the host longer than most of a launch
+FORCED_BACKEND = os.environ.get(ENVIRONMENT_VARIABLE)
+# looked up once: a compiler could not trace the search
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+# whether kernels run in interpreter mode, which takes CPU tensors; read once, as Triton does when it decorates one
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def triton_is_available() -> bool:
+    """Whether Triton can be imported, on whatever device."""
+    return _HAS_TRITON
+
+
+# of each device, asked once: the question takes the host as long as a launch
+_bfloat16: dict[int, bool] = {}
+
+
+@torch.compiler.assume_constant_result
+def _has_bfloat16(device: int) -> bool:
+    """Whether the GPU's processors compute in bf16: NVIDIA's do from compute capability 8.0 on, AMD's all."""
+    if device not in _bfloat16:
+        _bfloat16[device] = torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+    return _bfloat16[device]
+
+
+def _takes_dtype(tensor: torch.Tensor) -> bool:
+    """Whether kernels take tensors of the dtype on the device: not float64, and not bf16 where it is only emulated."""
+    if tensor.dtype == torch.bfloat16 and tensor.is_cuda:
+        return _has_bfloat16(tensor.get_device())
+    return tensor.dtype != torch.float64
+
+
+def kernel_takes(tensor: torch.Tensor) -> bool:
+    """Whether a Triton kernel can run on `tensor`: what an operator asks, `uses_triton` having chosen the operator."""
+    return (tensor.is_cuda or INTERPRETED) and _HAS_TRITON and _takes_dtype(tensor)
+
+
+def uses_triton(tensor: torch.Tensor, kernel_backend: str = "auto") -> bool:
+    """Whether an operation on `tensor` runs as a Triton kernel. In float64 none does, nor in bf16 on cards without it.
+
+    Args:
+        tensor: an operand of the operation; its device and dtype decide under "auto".
+        kernel_backend: "auto" (Triton on CUDA tensors where it is installed), "triton" or "torch", usually
+            `config.kernel_backend`. The environment variable `COLT5_KERNEL_BACKEND`, where it was set when this code
+            was imported, has the last word.
+
+    Raises:
+        ValueError: for a backend of another name.
+        RuntimeError: where Triton is asked for and cannot run: not installed, or a CPU tensor outside of
+            interpreter mode.
+    """
+    backend = FORCED_BACKEND or kernel_backend
+    if backend not in KERNEL_BACKENDS:
+        raise ValueError(f"kernel_backend is {backend!r}; it must be one of {', '.join(KERNEL_BACKENDS)}")
+    if backend == "torch" or not _takes_dtype(tensor):
+        return False
+    if backend == "auto":
+        return tensor.is_cuda and triton_is_available()
+    if not triton_is_available():
+        raise RuntimeError("kernel_backend is 'triton', but triton is not installed; use 'auto' or 'torch'")
+    if not tensor.is_cuda and not INTERPRETED:
+        raise RuntimeError(
+            f"kernel_backend is 'triton', but the tensor is on {tensor.device}; move it to CUDA, use 'auto', "
+            "or set TRITON_INTERPRET=1 before Python starts"
+        )
+    return True
+
+
+def runs_eagerly() -> bool:
+    """Whether PyTorch runs operations as they come, with nobody tracing: no compiler, exporter or dispatch mode, and
+    no transform of torch.func."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def is_capturing() -> bool:
+    """Whether the eager calls of now become a CUDA graph."""
+    return runs_eagerly() and torch.cuda.is_current_stream_capturing()
+
+
+def is_hooked(module: torch.nn.Module) -> bool:
+    """Whether a call of the module is more than its own forward: a hook, or another forward in its place."""
+    if module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return True
+    if "forward" in module.__dict__:
+        return True
+    # Transformers leaves its hooks for `output_hidden_states` and the like in place, idle
+    return any(getattr(hook, "__name__", "") != "output_capturing_hook" for hook in module._forward_hooks.values())

@@ -1,0 +1,359 @@
+"""What the inputs of a call must be: shapes that fit each other, forms that are understood, arguments that are read.
+
+Only shapes, dtypes and Python values are looked at: nothing here waits for a device.
+"""
+
+import difflib
+import functools
+import inspect
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, EncoderDecoderCache
+
+from .model_outputs import CoLT5EncoderOutput
+from .run_backend import runs_eagerly
+
+_OUTPUT_FLAGS = (
+    "output_hidden_states",
+    "output_attentions",
+    "output_cross_attentions",
+    "output_heavy_attentions",
+    "output_routing",
+)
+# what every model may be given beside its forward's named arguments: Trainer's count, and what Transformers' wrappers
+# of a forward read
+_READ_BY_ALL = frozenset(
+    (*_OUTPUT_FLAGS, "return_dict", "use_cache", "cache", "num_items_in_batch")
+    + ("is_causal", "debug_io", "debug_io_dir", "prune_layers")
+)
+# several texts in one row: Transformers' names begin so, or are these; the last two are T5X's and Megatron's
+_PACKING_PREFIX = "cu_seq"
+_PACKING = frozenset({"seq_idx", "segment_ids", "encoder_segment_ids", "decoder_segment_ids", "packed_seq_params"})
+# positions, and the mask without which they would say where texts begin
+_POSITIONS = {"position_ids": "attention_mask", "decoder_position_ids": "decoder_attention_mask"}
+
+# what each model has been warned of
+_warned: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
+
+
+def _warn_once(model: nn.Module, topic: str, message: str) -> None:
+    topics = _warned.setdefault(model, set())
+    if topic not in topics:
+        topics.add(topic)
+        warnings.warn(f"{type(model).__name__}: {message}", UserWarning, stacklevel=2)
+
+
+@functools.cache
+def _named_arguments(forward: Callable) -> list[str]:
+    """The names of the arguments of a forward, and of the flags that all forwards take."""
+    parameters = inspect.signature(forward).parameters.values()
+    named = (parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD)
+    return [*(name for name in named if name != "self"), *_OUTPUT_FLAGS]
+
+
+def read_arguments(model: nn.Module, arguments: dict[str, Any], **masks: Tensor | None) -> dict[str, Any]:
+    """Those of a call's further arguments that somebody reads.
+
+    What would change the result if it were understood is refused; of everything else that nobody reads there is one
+    warning a model and name. None is never refused. A forward must not name such arguments itself: `generate` makes
+    the position ids that a forward names, and Trainer keeps the columns.
+
+    Args:
+        model: whose forward it is.
+        arguments: the forward's keyword arguments beside those that it names.
+        masks: the call's `attention_mask`, and its `decoder_attention_mask` where there is a decoder.
+
+    Returns:
+        The arguments that are read.
+
+    Raises:
+        ValueError: for several texts packed in one row.
+    """
+    if arguments.keys() <= _READ_BY_ALL:
+        return arguments
+    unread = {name: value for name, value in arguments.items() if name not in _READ_BY_ALL and value is not None}
+    for name in unread:
+        is_position = name in _POSITIONS and masks.get(_POSITIONS[name]) is None
+        if is_position or name in _PACKING or name.startswith(_PACKING_PREFIX):
+            mask = _POSITIONS.get(name, "attention_mask")
+            raise ValueError(
+                f"{name} is given{f' without {mask}' if is_position else ''}; it marks several texts in one row, "
+                f"which {type(model).__name__} would take for one. Give each text a row of its own, with {mask}"
+            )
+    # a tracer keeps no warnings, and cannot follow the search for a name
+    if runs_eagerly():
+        for name in unread:
+            if name in _POSITIONS:
+                message = f"{name} is not read: attention goes by the distance between tokens"
+            elif name == "token_type_ids":
+                message = "token_type_ids is not read: there are no embeddings of token types"
+            else:
+                (nearest,) = difflib.get_close_matches(name, _named_arguments(type(model).forward), n=1, cutoff=0.0)
+                message = f"the argument {name} is not read; the nearest name of one that is read is {nearest}"
+            _warn_once(model, name, message)
+    return {name: value for name, value in arguments.items() if name in _READ_BY_ALL}
+
+
+def warn_of_missing_attentions(model: PreTrainedModel, arguments: dict[str, Any]) -> None:
+    """Say once that a stack will give no attention weights, as Transformers' own models do.
+
+    Args:
+        model: the encoder or the decoder.
+        arguments: the call's further arguments.
+    """
+    if arguments.get("output_attentions") and model.config._attn_implementation != "eager" and runs_eagerly():
+        implementation = model.config._attn_implementation
+        _warn_once(
+            model,
+            "output_attentions",
+            f"attn_implementation {implementation!r} does not give the weights that output_attentions=True asks for; "
+            'load the model with attn_implementation="eager" to see them',
+        )
+
+
+def _shape_error(name: str, tensor: Tensor, wanted: str) -> ValueError:
+    return ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be {wanted}")
+
+
+def embed(stack: Any, input_ids: Tensor | None, inputs_embeds: Tensor | None, prefix: str = "") -> Tensor:
+    """The embeddings that a stack begins with, of ids or as they are given.
+
+    Args:
+        stack: the encoder or the decoder.
+        input_ids: int64 [batch, n].
+        inputs_embeds: floating point [batch, n, d_model] of any dtype, instead of ids.
+        prefix: what the arguments' names begin with: "decoder_" or nothing.
+
+    Returns:
+        [batch, n, d_model] in the dtype of the stack.
+
+    Raises:
+        ValueError: for both or neither of ids and embeddings, another shape, or no row or no token.
+        TypeError: for embeddings that are not floating point.
+    """
+    if (input_ids is None) == (inputs_embeds is None):
+        given = "neither" if input_ids is None else "both"
+        raise ValueError(f"{given} of {prefix}input_ids and {prefix}inputs_embeds given; exactly one is needed")
+    if input_ids is not None:
+        if input_ids.dim() != 2 or 0 in input_ids.shape:
+            raise _shape_error(f"{prefix}input_ids", input_ids, "[batch, length] with at least one row and one token")
+        return stack.embed_tokens(input_ids)
+    assert inputs_embeds is not None
+    d_model = stack.config.d_model
+    if not inputs_embeds.is_floating_point():
+        raise TypeError(f"{prefix}inputs_embeds has dtype {inputs_embeds.dtype}; it must be floating point")
+    if inputs_embeds.dim() != 3 or inputs_embeds.shape[-1] != d_model or 0 in inputs_embeds.shape:
+        wanted = f"[batch, length, {d_model}], as d_model is {d_model}, with at least one row and one token"
+        raise _shape_error(f"{prefix}inputs_embeds", inputs_embeds, wanted)
+    return inputs_embeds.to(stack.dtype)
+
+
+def padding_mask(name: str, attention_mask: Tensor | None, states: Tensor) -> Tensor | None:
+    """The mask of states [batch, n, d_model] as bool [batch, n], True for real tokens.
+
+    Raises:
+        ValueError: for a mask of another shape.
+    """
+    if attention_mask is None:
+        return None
+    if attention_mask.shape != states.shape[:2]:
+        wanted = f"[batch, length], here {tuple(states.shape[:2])}, with 1 for real tokens and 0 for padding"
+        raise _shape_error(name, attention_mask, wanted)
+    return attention_mask.to(torch.bool)
+
+
+def check_causal_mask(
+    name: str, attention_mask: Any, states: Tensor, past: int | Tensor, key_length: int | None = None
+) -> None:
+    """Check a decoder's mask against its new states and its cache.
+
+    A mask that lacks the columns of earlier tokens would otherwise have its own columns taken for theirs.
+
+    Args:
+        name: the argument.
+        attention_mask: [batch, past + n], or where `key_length` is given a ready one [batch or 1, heads or 1, n,
+            key_length]; None, and a mask that is no tensor, are left to Transformers.
+        states: [batch, n, d_model].
+        past: tokens in the cache. One that lies on another device than the CPU is not read.
+        key_length: n and the slots of the cache, used and free, which a mask may cover too; None for a causally routed
+            decoder, which takes the columns of the new tokens alone as well.
+
+    Raises:
+        ValueError: for a mask of another shape.
+    """
+    if not isinstance(attention_mask, Tensor):
+        return
+    batch, length = states.shape[:2]
+    if isinstance(past, Tensor):
+        past_length = int(past) if past.device.type == "cpu" and runs_eagerly() else None
+    else:
+        past_length = past
+    if attention_mask.dim() == 4 and key_length is not None:
+        rows, _, queries, keys = attention_mask.shape
+        if rows not in (1, batch) or queries != length or keys != key_length:
+            raise _shape_error(
+                name, attention_mask, f"[batch, 1, new tokens, keys], here {(batch, 1, length, key_length)}"
+            )
+        return
+    wanted = (
+        f"[batch, earlier + new tokens], here {(batch, 'earlier' if past_length is None else past_length + length)}"
+    )
+    if attention_mask.dim() != 2 or attention_mask.shape[0] != batch:
+        raise _shape_error(name, attention_mask, wanted)
+    columns, other_fit = attention_mask.shape[1], length if key_length is None else key_length
+    fits = columns >= length if past_length is None else columns in (past_length + length, other_fit)
+    if not fits:
+        raise _shape_error(name, attention_mask, wanted)
+
+
+def check_cache(cache: Cache | None, states: Tensor) -> None:
+    """Check that a cache has a row for each of a decoder's: attention would spread a single row over all.
+
+    Args:
+        cache: the cache, of one stack or of both.
+        states: the decoder's embeddings, [batch, m, d_model].
+
+    Raises:
+        ValueError: for another number of rows.
+    """
+    caches = [cache]
+    if isinstance(cache, EncoderDecoderCache):
+        caches = [cache.self_attention_cache, cache.cross_attention_cache]
+    for part in caches:
+        if part is None or not part.layers:
+            continue
+        layer = part.layers[0]
+        # a causally routed layer keeps no keys
+        tensor = getattr(layer, "counters", {}).get("lengths")
+        if tensor is None and layer.is_initialized:
+            tensor = layer.keys
+        if isinstance(tensor, Tensor) and tensor.shape[0] != states.shape[0]:
+            raise ValueError(
+                f"cache (or past_key_values) has {tensor.shape[0]} rows, and the new tokens have {states.shape[0]}; "
+                "they must have as many. A cache goes on only with the rows that it was filled by"
+            )
+
+
+def check_memory(memory: Tensor, states: Tensor) -> Tensor:
+    """The encoder's output as a decoder reads it: checked, and in the dtype of the decoder's states.
+
+    Attention would spread a single row over all rows of the decoder.
+
+    Args:
+        memory: the encoder's output, floating point [batch, n, d_model].
+        states: the decoder's embeddings, [batch, m, d_model].
+
+    Returns:
+        [batch, n, d_model].
+
+    Raises:
+        TypeError: for what is no floating point tensor.
+        ValueError: for another width, other numbers of rows, or no row or no token.
+    """
+    name = "encoder_outputs' last_hidden_state (the decoder's encoder_hidden_states)"
+    if not isinstance(memory, Tensor) or not memory.is_floating_point():
+        kind = memory.dtype if isinstance(memory, Tensor) else type(memory).__name__
+        raise TypeError(f"{name} is {kind}; it must be a floating point tensor [batch, length, d_model]")
+    batch, _, d_model = states.shape
+    if memory.dim() != 3 or memory.shape[-1] != d_model or 0 in memory.shape:
+        wanted = f"[batch, length, {d_model}], as d_model is {d_model}, with at least one row and one token"
+        raise _shape_error(name, memory, wanted)
+    if memory.shape[0] != batch:
+        raise ValueError(
+            f"decoder_input_ids or decoder_inputs_embeds has {batch} rows, and {name} has {memory.shape[0]}; each "
+            "document must have one row of both. To decode several texts of one document, repeat the document's: "
+            "states.repeat_interleave(times, 0)"
+        )
+    return memory if memory.dtype == states.dtype else memory.to(states.dtype)
+
+
+def as_encoder_output(given: Any) -> CoLT5EncoderOutput:
+    """`encoder_outputs` in the one form that is worked with.
+
+    Args:
+        given: the encoder's output, another output with a `last_hidden_state`, a dictionary, a tuple or a list in the
+            order of `CoLT5EncoderOutput`, or the last hidden state [batch, n, d_model] alone.
+
+    Raises:
+        TypeError: for another kind of value.
+        ValueError: for a tuple or a list of another length.
+    """
+    if isinstance(given, CoLT5EncoderOutput):
+        return given
+    # plain outputs of Transformers lack some of these, and other models' outputs have more
+    names = list(CoLT5EncoderOutput.__dataclass_fields__)
+    if isinstance(given, Tensor):
+        return CoLT5EncoderOutput(last_hidden_state=given)
+    if isinstance(given, tuple | list):
+        if not 1 <= len(given) <= len(names):
+            raise ValueError(
+                f"encoder_outputs has {len(given)} entries; it must have from 1 to {len(names)}: {', '.join(names)}"
+            )
+        return CoLT5EncoderOutput(**dict(zip(names, given, strict=False)))
+    if isinstance(given, Mapping):
+        return CoLT5EncoderOutput(**{name: given.get(name) for name in names})
+    if hasattr(given, "last_hidden_state"):
+        return CoLT5EncoderOutput(**{name: getattr(given, name, None) for name in names})
+    raise TypeError(
+        f"encoder_outputs is a {type(given).__name__}; it must be the encoder's output, a dictionary, a tuple or a "
+        "list of its parts, or its last_hidden_state alone"
+    )
+
+
+def check_document(encoder_output: CoLT5EncoderOutput, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> None:
+    """Check a document that comes with its encoder's output, which is what counts: they must be of one shape.
+
+    Raises:
+        ValueError: for another shape.
+    """
+    for name, document in (("input_ids", input_ids), ("inputs_embeds", inputs_embeds)):
+        if document is not None and document.shape[:2] != encoder_output.last_hidden_state.shape[:2]:
+            wanted = (
+                f"that of encoder_outputs, here {tuple(encoder_output.last_hidden_state.shape[:2])}, or be left out"
+            )
+            raise _shape_error(name, document, wanted)
+
+
+def check_labels(name: str, labels: Tensor, logits: Tensor, dims: int) -> None:
+    """Check that there is a label for each token or row: a loss takes any labels of as many entries.
+
+    Args:
+        name: the argument.
+        labels: of tokens [batch, n], of rows [batch] or [batch, 1].
+        logits: [batch, n, ...] or [batch, ...].
+        dims: 2 for labels of tokens, 1 for labels of rows.
+
+    Raises:
+        ValueError: for labels of another shape.
+    """
+    shape = logits.shape[:dims]
+    if labels.shape != shape and not (dims == 1 and labels.shape == (*shape, 1)):
+        meaning = "[batch]" if dims == 1 else "[batch, tokens with logits]"
+        raise _shape_error(name, labels, f"{meaning}, here {tuple(shape)}")
+
+
+def check_class_labels(labels: Tensor, logits: Tensor, problem_type: str | None) -> None:
+    """Check the labels of whole rows against logits [batch, num_labels], by the rules of Transformers' loss.
+
+    Args:
+        labels: [batch] or [batch, 1] for one class or number a row, [batch, num_labels] for several.
+        logits: [batch, num_labels].
+        problem_type: the configuration's.
+
+    Raises:
+        ValueError: for labels of another shape: a squared error would spread them over all logits.
+    """
+    num_labels = logits.shape[-1]
+    is_class = problem_type == "single_label_classification" or (
+        problem_type is None and not labels.is_floating_point()
+    )
+    if num_labels == 1 or is_class:
+        check_labels("labels", labels, logits, 1)
+    elif labels.shape != logits.shape:
+        raise _shape_error("labels", labels, f"[batch, num_labels], here {tuple(logits.shape)}")

@@ -1,0 +1,146 @@
+"""Launching Triton kernels with little host time: a kernel compiled once is called past Triton's own inspection."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from .run_backend import INTERPRETED
+
+try:
+    import triton
+except ImportError as error:
+    raise ImportError("run_launch_triton needs triton; use kernel_backend='torch' without it") from error
+
+# of a multiprocessor, on all of NVIDIA's GPUs since Kepler
+REGISTERS = 65536
+
+# of each kernel: of its arguments that are no constants, whether Triton looks at an integer's value; what was compiled
+# of it, by all that Triton's code generation looks at; and itself, so that no other gets its id. By identity: a
+# kernel's own hash is over its source
+_kernels: dict[int, tuple[tuple[bool, ...], dict[tuple[Any, ...], "_Compiled"], Any]] = {}
+# the axes that a grid of one, two or three leaves out
+_AXES = ((), (1, 1), (1,), ())
+
+
+class _Compiled(NamedTuple):
+    """What Triton compiled, and what of it a launch needs."""
+
+    kernel: Any
+    run: Callable[..., None]
+    function: int
+    metadata: Any
+
+
+def _has_listeners() -> bool:
+    """Whether a profiler wants to hear of launches."""
+    runtime = triton.knobs.runtime
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    # a chain of hooks, as Triton has it, or what somebody put in its place
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
+
+
+def cdiv(a: int, b: int) -> int:
+    """`a / b` rounded up; Triton's own is a wrapper that costs the host as much as ten such divisions."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The least power of two that is at least `n` ≥ 1; Triton's own likewise."""
+    return 1 << (n - 1).bit_length()
+
+
+def options_together(num_warps: int, together: int) -> dict[str, Any]:
+    """Triton's options for programs that wait for each other, so many of which a multiprocessor has to hold."""
+    return {"launch_cooperative_grid": True, "maxnreg": min(REGISTERS // (32 * num_warps * together), 255)}
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    *arguments: Any,
+    num_warps: int = 4,
+    num_stages: int = 3,
+    together: int = 0,
+    **constants: Any,
+) -> None:
+    """`kernel[grid](*arguments, **constants)` on the device of its first tensor.
+
+    Triton inspects every argument of every call, which takes the host longer than most kernels here take the GPU
+    (docs/operators.md). What it looks for is looked at here once more, only faster: dtypes, None, the constants, and
+    whether integers are beyond 32 bits and, unless a kernel says `do_not_specialize`, 1 or multiples of 16. Where a
+    tensor is not aligned to 16 bytes or on another device, or Triton interprets, it is left to Triton. Else the kernel
+    gets addresses in place of tensors, because Triton's launcher would ask the driver about every tensor.
+
+    Args:
+        kernel: a function under `triton.jit`, its constants the last of its parameters.
+        grid: programs along up to three axes.
+        arguments: in the kernel's order, a tensor among them.
+        num_warps, num_stages: Triton's options.
+        together: where programs wait for each other, how many of them a multiprocessor has to hold: the launch is a
+            cooperative one, and a program gets its share of the registers.
+        constants: the last parameters, where they are not among `arguments`.
+    """
+    if constants:
+        arguments += tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
+    if INTERPRETED:
+        kernel[grid](*arguments)
+        return
+    known = _kernels.get(id(kernel))
+    if known is None:
+        parameters = [parameter for parameter in kernel.params if not parameter.is_constexpr]
+        specialized = tuple(not parameter.do_not_specialize for parameter in parameters)
+        known = _kernels[id(kernel)] = (specialized, {}, kernel)
+    specialized, compiled_kernels, _ = known
+    # what the kernel is called with: the arguments, their tensors' addresses in place of them
+    values: list[Any] = [*arguments]
+    key: list[Any] = [num_warps, num_stages, together]
+    key += values[len(specialized) :]
+    add = key.append
+    addresses = 0
+    device = None
+    elsewhere = False
+    for number, is_specialized in enumerate(specialized):
+        argument = values[number]
+        kind = type(argument)
+        if kind is int:
+            if is_specialized:
+                # 1, and whether it is a multiple of 16, among those of 32 bits and among the larger ones
+                add(-1 if argument == 1 else not argument & 15 if argument < 2**31 else 2 + (not argument & 15))
+            else:
+                add(argument < 2**31)
+        elif argument is None or kind is float:
+            add(kind)
+        else:
+            add(argument.dtype)
+            place = argument.get_device()
+            if device is None:
+                device = place
+            elif place != device:
+                elsewhere = True
+            values[number] = address = argument.data_ptr()
+            addresses |= address
+    # the binding under torch.cuda.current_device, which first looks whether CUDA is initialised
+    if device != torch._C._cuda_getDevice():
+        with torch.cuda.device(device):
+            return launch(kernel, grid, *arguments, num_warps=num_warps, num_stages=num_stages, together=together)
+    add(device)
+    found = tuple(key)
+    is_plain = not (elsewhere or addresses & 15)
+    compiled = compiled_kernels.get(found) if is_plain else None
+    if compiled is None:
+        options: dict[str, Any] = {"num_warps": num_warps, "num_stages": num_stages}
+        if together:
+            options |= options_together(num_warps, together)
+        made = kernel[grid](*arguments, **options)
+        if is_plain:
+            compiled_kernels[found] = _Compiled(made, made.run, made.function, made.packed_metadata)
+        return
+    kernel_made, run, function, metadata = compiled
+    axes = grid + _AXES[len(grid)]
+    stream = torch._C._cuda_getCurrentRawStream(device)
+    if _has_listeners():
+        kernel_made[axes](*values, stream=stream)
+    else:
+        # what the line above comes to, without the description of the launch that nobody would read
+        run(*axes, stream, function, metadata, None, None, None, *values)
