@@ -8,8 +8,8 @@ from models import pad, random_ids, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from modeling_colt5 import CoLT5ForCausalLM, CoLT5ForConditionalGeneration
-from modeling_colt5.decoder_layers_colt5 import CoLT5CrossAttention
-from modeling_colt5.encoder_layers_colt5 import CoLT5LocalAttention
+from modeling_colt5.model_decoder import CoLT5CrossAttention
+from modeling_colt5.model_encoder import CoLT5LocalAttention
 
 CROSS = {
     "multi-query": {"num_cross_key_value_heads": 1},
