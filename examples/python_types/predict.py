@@ -1,0 +1,138 @@
+"""Ask a model for the types of hidden annotations: one pass over a module, an answer for each of its sentinels."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from python_types.holes import types_in
+from torch import Tensor
+from transformers import LogitsProcessor, PreTrainedModel
+
+# lengths of batches are multiples of it: as many kernels are compiled as there are such lengths
+MULTIPLE = 512
+# of one answer; 95 % of the types of the training split have 11 tokens at most
+LONGEST_ANSWER = 64
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A model's answer to a sentinel: the type as it is written, None where it is none, and its probability."""
+
+    type: str | None
+    probability: float
+
+
+class AnswersInOrder(LogitsProcessor):
+    """Keeps greedy answers in form: <extra_id_0>, some tokens, <extra_id_1>, some tokens, ..., eos after the last.
+
+    Without it one sentinel that the model skips would take all later answers with it.
+
+    Args:
+        sentinels: int64 [most], the ids of <extra_id_0>, <extra_id_1>, ...
+        counts: int64 [batch], how many sentinels each row has, at least 1.
+        others: ids that no answer has, such as that of pad.
+        eos: the id that ends the answers.
+
+    Attributes:
+        log_probabilities: for each step the log-probability, fp32 [batch], that the model gave to its token, before
+            other tokens were forbidden.
+    """
+
+    def __init__(self, sentinels: Tensor, counts: Tensor, others: list[int], eos: int):
+        self.sentinels, self.counts, self.eos = sentinels, counts, eos
+        self.forbidden = torch.cat([sentinels, torch.tensor([*others, eos], device=sentinels.device)])
+        self.log_probabilities: list[Tensor] = []
+        # of each row: sentinels so far, and tokens since the last
+        self.asked, self.since = torch.zeros_like(counts), torch.zeros_like(counts)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Forbid what breaks the form; `input_ids` [batch, tokens so far], scores [batch, vocabulary]."""
+        last = input_ids[:, -1]
+        is_sentinel = torch.isin(last, self.sentinels)
+        self.asked = self.asked + is_sentinel
+        self.since = torch.where(is_sentinel, 0, self.since + 1)
+        following = self.sentinels[self.asked.clamp(max=len(self.sentinels) - 1)]
+        following = torch.where(self.asked < self.counts, following, self.eos)[:, None]
+        must_end = (self.asked == 0) | (self.since >= LONGEST_ANSWER)
+        allowed = torch.ones_like(scores, dtype=torch.bool)
+        allowed[:, self.forbidden] = False
+        allowed &= ~must_end[:, None]
+        # an answer has at least one token
+        allowed.scatter_(1, following, (~is_sentinel | must_end)[:, None])
+        kept = scores.masked_fill(~allowed, -torch.inf)
+        chosen = kept.argmax(-1, keepdim=True)
+        self.log_probabilities.append(scores.log_softmax(-1).gather(1, chosen)[:, 0])
+        return kept
+
+
+def padded(rows: Sequence[Sequence[int]], multiple: int, device: torch.device) -> dict[str, Tensor]:
+    """int64 `input_ids` and `attention_mask` [batch, the longest, rounded up to a multiple]."""
+    length = -(-max(map(len, rows)) // multiple) * multiple
+    ids = torch.tensor([[*row, *[0] * (length - len(row))] for row in rows], device=device)
+    mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows], device=device)
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@torch.no_grad()
+def predict(
+    model: PreTrainedModel, tokenizer: Any, rows: Sequence[Sequence[int]], counts: Sequence[int]
+) -> list[list[Prediction]]:
+    """The answers to a batch of modules with hidden annotations, greedily.
+
+    Args:
+        model: in evaluation mode, with a decoder.
+        tokenizer: its tokenizer, with sentinels.
+        rows: the tokens of each module, with eos.
+        counts: how many sentinels each has.
+
+    Returns:
+        For each row a prediction for each sentinel, in order.
+    """
+    if not all(counts):
+        raise ValueError("a row has no sentinel; there must be something to answer")
+    device = model.device
+    sentinels = tokenizer.get_sentinel_token_ids()
+    form = AnswersInOrder(
+        torch.tensor(sentinels, device=device),
+        torch.tensor(counts, device=device),
+        [tokenizer.pad_token_id, tokenizer.unk_token_id],
+        tokenizer.eos_token_id,
+    )
+    # on a CPU nothing is gained by padding
+    batch = padded(rows, MULTIPLE if device.type == "cuda" else 1, device)
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        output = model.generate(
+            **batch,
+            logits_processor=[form],
+            max_new_tokens=max(counts) * 12 + 2 * LONGEST_ANSWER,
+            do_sample=False,
+            num_beams=1,
+        )
+    log_probabilities = torch.stack(form.log_probabilities, 1).tolist()
+    answers = []
+    for ids, logs, count in zip(output[:, 1:].tolist(), log_probabilities, counts, strict=True):
+        types = types_in(tokenizer.decode(ids), count)
+        probabilities = _probabilities(ids, logs, sentinels, tokenizer.eos_token_id, count)
+        answers.append([Prediction(*each) for each in zip(types, probabilities, strict=True)])
+    return answers
+
+
+def _probabilities(ids: list[int], logs: list[float], sentinels: list[int], eos: int, count: int) -> list[float]:
+    """Of each answer: of its tokens and of where it ends, 0 where it has no end."""
+    ends = [place for place, token in enumerate(ids) if token in {*sentinels, eos}][: count + 1]
+    known = [torch.tensor(logs[begin + 1 : end + 1]).sum().exp().item() for begin, end in pairwise(ends)]
+    return known + [0.0] * (count - len(known))
+
+
+def in_batches(lengths: Sequence[int], most_tokens: int, most_rows: int = 64) -> Iterator[list[int]]:
+    """The numbers of rows in batches of similar lengths, the shortest first, each of about `most_tokens` at most."""
+    batch: list[int] = []
+    for number in sorted(range(len(lengths)), key=lambda number: lengths[number]):
+        if batch and ((len(batch) + 1) * lengths[number] > most_tokens or len(batch) == most_rows):
+            yield batch
+            batch = []
+        batch.append(number)
+    if batch:
+        yield batch
