@@ -15,13 +15,14 @@ SOURCES = [
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "benchmarks").glob("*.md"))]
 # of other libraries, and nowhere in this project's code
 FOREIGN = {
-    "DataLoader", "SentenceTransformer", "TorchAoConfig", "custom_op", "ignore_data_skip", "index_add", "load_adapter",
-    "make_fx", "max_memory", "once_differentiable", "quantize_dynamic", "register_autograd", "set_use_kernels",
-    "setup_context", "trainable_token_indices",
+    "DataLoader", "SentenceTransformer", "TorchAoConfig", "custom_op", "functional_call", "ignore_data_skip",
+    "index_add", "load_adapter", "make_fx", "max_memory", "once_differentiable", "quantize_dynamic",
+    "register_autograd", "set_use_kernels", "setup_context", "tie_weights", "trainable_token_indices",
 }  # fmt: skip
 # of a checkpoint's folder, or of one that the reader makes
 WRITTEN = {
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "summaries/README.md",
+    "baselines.json", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+    "summaries/README.md",
 }  # fmt: skip
 FOLDERS = [ROOT / name for name in (".", "modeling_colt5", "benchmarks", "benchmarks/results", "examples", "tests")]
 FILE = re.compile(r"[\w/.-]+\.(?:py|md|jsonl|json|svg|ipynb|txt|yml|toml)$")
