@@ -1,0 +1,386 @@
+"""Training rows against the tokenizer on changed text, answers in form, runs that go on, the evaluation's tables."""
+
+import json
+import lzma
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from python_types import evaluate, train
+from python_types.evaluate import Question, answered, question_of, row_of, summary, tables, tasks_of
+from python_types.holes import hide, holes_of, holes_to_hide
+from python_types.predict import AnswersInOrder, Prediction, in_batches, predict
+from python_types.training_rows import Batches, Shape, Tokens, load_tokens, shapes_of, tokenise
+from python_types.weights import load_weights, save_weights
+from transformers import HfArgumentParser
+
+from modeling_colt5 import CoLT5Tokenizer
+
+ROOT = Path(__file__).parent.parent
+VOCABULARY = ROOT / "tokenization/python_stdlib"
+SIZES = {
+    "d_model": 32,
+    "d_kv": 8,
+    "num_layers": 1,
+    "num_decoder_layers": 1,
+    "num_heads": 4,
+    "num_light_heads": 1,
+    "light_d_ff": 32,
+    "heavy_d_ff": 64,
+    "d_ff": 32,
+    "batch_tokens": 512,
+    "warmup_steps": 4,
+}
+LENGTHS = ["--start_lengths", "256", "512", "--lengths", "256", "512"]
+TINY = [*LENGTHS, *(part for name, size in SIZES.items() for part in (f"--{name}", str(size)))]
+LINES = [
+    "def plain{0}(first: int, second: str | None = None, *rest: 'Tensor{0}', **more: Any) -> Dict[str, int]:",
+    "    return {{first: second}}",
+    "def tight{0}(a:int=1,b:List[str]=())->None:return a",
+    "class C{0}:",
+    "    async def several(self, value: Union[",
+    "        int,  # <extra_id_3>, é",
+    "        str,",
+    "    ] = None) -> (int):  # 名: int",
+    "\tpass".replace("\t", "        "),
+    "    def none(self, x, y=1): return '→', x",
+]
+MODULE = "import typing\n\n" + "\n".join(LINES) + "\n"
+
+
+def module(number: int, repeats: int = 1) -> str:
+    return "".join(MODULE.format(f"{number}_{repeat}") for repeat in range(repeats))
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> CoLT5Tokenizer:
+    return CoLT5Tokenizer.from_pretrained(VOCABULARY)
+
+
+@pytest.fixture(scope="module")
+def tokens(tokenizer: CoLT5Tokenizer) -> Tokens:
+    texts = [module(number, repeats) for number, repeats in enumerate((1, 1, 2, 3, 6))]
+    return Tokens.of(tokenise(text, holes_to_hide(holes_of(text)), tokenizer) for text in texts)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_hiding_tokens_is_hiding_text(tokenizer, end):
+    text = module(0, 2).replace("\n", end)
+    holes = holes_to_hide(holes_of(text))
+    whole = tokenise(text, holes, tokenizer)
+    # of annotations without a space between them the first alone can be hidden
+    apart = [hole for hole in holes if not hole.function.startswith("tight") or hole.key == "a"]
+    assert len(whole.first) == len(apart) == len(holes) - 4
+    sentinels = tokenizer.get_sentinel_token_ids()
+    generator = np.random.default_rng(0)
+    for share in (0.1, 0.5, 1.0):
+        chosen = np.sort(generator.choice(len(apart), math.ceil(share * len(apart)), replace=False))
+        row, position, target = [], 0, []
+        for sentinel, hole in zip(sentinels, chosen, strict=False):
+            row += [*whole.tokens[position : whole.first[hole]], *whole.before[hole], sentinel, *whole.after[hole]]
+            target += [sentinel, *whole.type[hole]]
+            position = whole.last[hole]
+        hidden = hide(text, [apart[hole] for hole in chosen])
+        assert [*row, *whole.tokens[position:], 1] == tokenizer(hidden.text)["input_ids"]
+        assert [*target, 1] == tokenizer(hidden.target)["input_ids"]
+
+
+def test_rows_of_whole_modules_are_their_texts(tokens, tokenizer):
+    batches = Batches(tokens, [Shape(2, 4096, 512)], 1.0, tokenizer.get_sentinel_token_ids(), 0, share=1.0)
+    for index, repeats in enumerate((1, 1, 2, 3, 6)):
+        text = module(index, repeats)
+        holes = [hole for hole in holes_to_hide(holes_of(text)) if "tight" not in hole.function or hole.key == "a"]
+        row, target = batches.types(index, batches.shapes[0], np.random.default_rng(0))
+        hidden = hide(text, holes)
+        assert row.tolist() == tokenizer(hidden.text)["input_ids"]
+        assert target.tolist() == tokenizer(hidden.target)["input_ids"]
+
+
+@pytest.mark.parametrize("task", ["types", "spans"])
+def test_rows_fit_and_ask_for_what_they_show(tokens, tokenizer, task):
+    sentinels = tokenizer.get_sentinel_token_ids()
+    batches = Batches(tokens, shapes_of([256, 512], 512), float(task == "types"), sentinels, 0)
+    seen = set()
+    for number in range(30):
+        drawn, batch = batches[number]
+        assert drawn == task
+        shape = batch["input_ids"].shape
+        seen.add(shape)
+        assert shape in {(2, 256), (1, 512)} and batch["labels"].shape == (shape[0], 512)
+        assert torch.equal(batch["attention_mask"] == 0, batch["input_ids"] == 0)
+        for row, mask, target in zip(*batch.values(), strict=True):
+            row, target = row[mask > 0].tolist(), target[target >= 0].tolist()
+            asked = [token for token in row if token in sentinels]
+            assert asked == sentinels[: len(asked)] == [token for token in target if token in sentinels]
+            assert asked and row[-1] == target[-1] == 1
+    assert len(seen) == 2
+
+
+def test_spans_put_back_are_the_module(tokens, tokenizer):
+    sentinels = tokenizer.get_sentinel_token_ids()
+    batches = Batches(tokens, [Shape(1, 4096, 512)], 0.0, sentinels, 0)
+    for index in range(len(tokens)):
+        row, target = batches.spans(index, batches.shapes[0], np.random.default_rng(index))
+        spans: dict[int, list[int]] = {}
+        for token in target[:-1].tolist():
+            if token in sentinels:
+                key = token
+            else:
+                spans.setdefault(key, []).append(token)
+        whole = [part for token in row[:-1].tolist() for part in spans.get(token, [token])]
+        assert whole == tokens.module(index).tolist()
+        # T5's density, to a token
+        assert abs(sum(map(len, spans.values())) - 0.15 * len(whole)) <= 1
+
+
+def test_a_batch_depends_on_its_number_seed_and_process(tokens, tokenizer):
+    def batches(seed: int, rank: int) -> list[torch.Tensor]:
+        made = Batches(tokens, shapes_of([256, 512], 512), 0.5, tokenizer.get_sentinel_token_ids(), seed, rank)
+        return [made[number][1]["input_ids"] for number in (5, 3, 4)]
+
+    first, other = batches(0, 0), batches(0, 1)
+    assert all(map(torch.equal, first, batches(0, 0)))
+    # the processes of a step read other text of the same shape
+    assert [batch.shape for batch in first] == [batch.shape for batch in other]
+    assert not any(map(torch.equal, first, other))
+    assert not all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(first, batches(1, 0), strict=True))
+
+
+def test_answers_keep_their_form(tokenizer):
+    sentinels, eos = tokenizer.get_sentinel_token_ids(), tokenizer.eos_token_id
+    form = AnswersInOrder(torch.tensor(sentinels), torch.tensor([1, 3]), [0, 2], eos)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.zeros(2, 1, dtype=torch.long)
+    for _ in range(250):
+        scores = torch.randn(2, 8103, generator=generator)
+        # the model would end at once, or skip
+        scores[:, [eos, sentinels[2], 0]] += 5.0
+        ids = torch.cat([ids, form(ids, scores).argmax(-1, keepdim=True)], 1)
+    for row, count in zip(ids.tolist(), (1, 3), strict=True):
+        answers = row[1 : row.index(eos)]
+        places = [place for place, token in enumerate(answers) if token in sentinels]
+        assert [answers[place] for place in places] == sentinels[:count] and places[0] == 0
+        lengths = np.diff([*places, len(answers)]) - 1
+        assert (lengths >= 1).all() and (lengths <= 64).all() and not {0, 2} & set(answers)
+
+
+def test_probabilities_are_the_models(tokenizer):
+    torch.manual_seed(0)
+    (size, _) = parsed(["--tokens", "x"])
+    model = train.CoLT5ForConditionalGeneration(size.config()).eval()
+    rows = [tokenizer(f"def f(a: <extra_id_0>, b: <extra_id_1>): {'pass' * n}")["input_ids"] for n in (1, 9)]
+    answers = predict(model, tokenizer, rows, [2, 2])
+    asked = []
+    generate = model.generate
+
+    def kept(**kwargs):
+        asked.append(generate(**kwargs))
+        return asked[-1]
+
+    model.generate = kept
+    assert predict(model, tokenizer, rows, [2, 2]) == answers
+    ids = asked[0]
+    for number, row in enumerate(rows):
+        own = ids[number, : ids[number].tolist().index(1) + 1]
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([row]), decoder_input_ids=own[None, :-1]).logits[0]
+        logs = logits.log_softmax(-1).gather(1, own[1:, None])[:, 0]
+        sentinels = tokenizer.get_sentinel_token_ids()
+        begins = [place for place, token in enumerate(own[1:].tolist()) if token in sentinels]
+        for answer, begin, end in zip(answers[number], begins, [begins[1], len(logs) - 1], strict=True):
+            # fp32, padded and with a cache
+            assert answer.probability == pytest.approx(logs[begin + 1 : end + 1].sum().exp().item(), rel=1e-3)
+
+
+def test_batches_hold_every_row_once():
+    lengths = [5, 100, 7, 3, 60, 8]
+    batches = list(in_batches(lengths, 24, most_rows=3))
+    assert sorted(row for batch in batches for row in batch) == list(range(6))
+    assert all(len(batch) == 1 or max(lengths[row] for row in batch) * len(batch) <= 24 for batch in batches)
+    assert max(map(len, batches)) == 3
+
+
+def test_weights_come_back_in_bf16(tmp_path):
+    size, _ = parsed(["--tokens", "x"])
+    model = train.CoLT5ForConditionalGeneration(size.config())
+    save_weights(model, tmp_path, {"step": 3})
+    again, about = load_weights(tmp_path)
+    assert about == {"step": 3} and again.config.to_dict() == model.config.to_dict()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(again.get_parameter(name), parameter.bfloat16().float())
+    assert again.lm_head.weight is again.shared.weight
+    file = tmp_path / "weights-1.safetensors"
+    (tmp_path / "weights-2.safetensors").write_bytes(file.read_bytes())
+    with pytest.raises(ValueError, match="not of one saving"):
+        load_weights(tmp_path)
+    with pytest.raises(ValueError, match="has no weights"):
+        load_weights(tmp_path / "none")
+
+
+def parsed(arguments: list[str]):
+    return HfArgumentParser((train.Size, train.Arguments)).parse_args_into_dataclasses([*TINY, *arguments])
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    for split, count in (("train", 5), ("held", 3)):
+        texts = [module(number, 1 + number) for number in range(count)]
+        rows = [
+            {"package": split, "path": f"{n}.py", "split": split, "text": text, "n_tokens": len(text) // 3}
+            for n, text in enumerate(texts)
+        ]
+        # a module without annotations
+        rows.append({**rows[0], "path": "none.py", "text": "def f(x):\n    return x\n" * 20})
+        with lzma.open(folder / f"{split}.jsonl.xz", "wt", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+    train.main(["--prepare", str(folder), "--tokens", str(folder / "tokens"), "--processes", "1"])
+    return folder
+
+
+def test_prepared_tokens_come_back(corpus, tokenizer):
+    splits = load_tokens(corpus / "tokens/tokens.npz.xz")
+    assert {split: len(tokens) for split, tokens in splits.items()} == {"train": 6, "held": 4}
+    text = module(2, 3)
+    assert splits["held"].module(2).tolist() == tokenizer(text.replace("<extra_id_", "<extra-id_"))["input_ids"][:-1]
+    baselines = json.loads((corpus / "tokens/baselines.json").read_text())
+    assert baselines["table"]["first"] == "int" and "int" in baselines["common"]
+
+
+SENTINELS = CoLT5Tokenizer.from_pretrained(VOCABULARY).get_sentinel_token_ids()
+ALONE = train.Processes(0, 1, torch.device("cpu"))
+
+
+def test_a_resumed_run_goes_on_where_it_was(corpus, tmp_path):
+    def training(out: str) -> train.Training:
+        arguments = ["--tokens", f"{corpus}/tokens", "--out", str(tmp_path / out), "--dropout", "0", "--steps", "10"]
+        size, parsed_arguments = parsed(arguments)
+        parsed_arguments.out.mkdir(exist_ok=True)
+        return train.Training(parsed_arguments, size, ALONE, time.time() + 60)
+
+    whole = training("whole")
+    for step in range(3):
+        whole.one(step / 10)
+    whole.save()
+    (tmp_path / "again").mkdir()
+    (tmp_path / "whole/state.pt").rename(tmp_path / "again/state.pt")
+    again = training("again")
+    assert again.progress == whole.progress and again.progress.step == 3
+    # across the end of the dense start
+    for step in range(3, 8):
+        for run in (whole, again):
+            run.one(step / 10)
+    assert again.progress.taken == {"start": 6, "routed": 2}
+    assert again.model.config.routers_trained
+    for name, parameter in whole.model.named_parameters():
+        assert torch.equal(parameter, again.model.get_parameter(name)), name
+
+
+def test_a_run_trains_saves_and_evaluates(corpus, tmp_path, monkeypatch):
+    # an untrained model's answers are as long as they may be
+    monkeypatch.setattr("python_types.predict.LONGEST_ANSWER", 2)
+    arguments = ["--tokens", f"{corpus}/tokens", "--corpus", str(corpus), "--out", str(tmp_path), "--steps", "13"]
+    train.main([*TINY, *arguments, "--minutes", "5", "--evaluation_minutes", "2", "--processes", "1"])
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert {"saved", "held_out"} <= {name for line in lines for name in line}
+    numbers = json.loads((tmp_path / "evaluation.json").read_text())
+    asked = len([1 for number in range(3) for hole in holes_to_hide(holes_of(module(number, 1 + number)))])
+    assert numbers["100%"]["all"]["types"] == asked and numbers["100%"]["held"]["modules"] == 3
+    assert "copied by name" in (tmp_path / "evaluation.md").read_text()
+    model, about = load_weights(tmp_path)
+    assert about["step"] == 13 and model.config.routers_trained
+
+
+def test_a_failing_evaluation_keeps_the_weights(corpus, tmp_path, monkeypatch, capsys):
+    def fails(*_):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(train, "predict", fails)
+    arguments = ["--tokens", f"{corpus}/tokens", "--corpus", str(corpus), "--out", str(tmp_path), "--steps", "1"]
+    train.main([*TINY, *arguments, "--minutes", "5", "--processes", "1"])
+    assert load_weights(tmp_path)[1]["step"] == 1 and "out of memory" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_with_both_batches(corpus, tmp_path):
+    arguments = ["--tokens", f"{corpus}/tokens", "--out", str(tmp_path), "--dropout", "0", "--steps", "3"]
+    # one phase, one constant
+    arguments += ["--closed", "0.9", "--opening", "0.05"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "python_types.train"]
+    subprocess.run([*command, *TINY, *arguments], check=True, cwd=ROOT / "examples", timeout=300)
+    trained, _ = load_weights(tmp_path)
+    size, own = parsed(arguments)
+    torch.manual_seed(own.seed)
+    model = train.CoLT5ForConditionalGeneration(size.config()).train()
+    step = train.TrainingStep(model, own.learning_rate, ALONE)
+    tokens = load_tokens(corpus / "tokens/tokens.npz.xz")["train"]
+    shapes = shapes_of(own.start_lengths, own.batch_tokens)
+    batches = [Batches(tokens, shapes, own.start_types, SENTINELS, 0, rank) for rank in (0, 1)]
+    for number in range(3):
+        model.set_dense_start(0.0)
+        gradients = []
+        for each in batches:
+            step._gradients(each[number][1])
+            gradients.append(step.gradients.clone())
+        step.gradients.copy_(sum(gradients) / 2)
+        for group, rate in zip(step.optimizer.param_groups, step.rates, strict=True):
+            group["lr"] = rate * train.learning_rate_share(number, number / 3, own.warmup_steps)
+        step._update({})
+    for name, parameter in model.named_parameters():
+        # bf16 has 8 bits; sums in another order
+        torch.testing.assert_close(trained.get_parameter(name), parameter.detach(), rtol=2**-7, atol=1e-5)
+
+
+def test_the_learning_rate_rises_and_falls():
+    shares = [train.learning_rate_share(step, step / 1000, 100) for step in range(1001)]
+    assert shares[0] == 0.01 and max(shares) == pytest.approx(0.9, abs=0.02) and shares[-1] == 0
+    assert shares[500] == pytest.approx(0.5)
+
+
+def test_the_questions_hide_what_is_asked(corpus):
+    tasks = tasks_of(corpus, [0.3, 1.0])
+    assert len(tasks) == 8 and {row["split"] for row, _ in tasks} == {"held"}
+    for row, share in tasks:
+        question = question_of({"first": "int"}, VOCABULARY, (row, share))
+        holes = holes_to_hide(holes_of(row["text"]))
+        assert len(question.keys) == sum(question.counts) == math.ceil(share * len(holes))
+        assert set(question.hidden) <= {hole.annotation for hole in holes}
+        assert share < 1 or question.far == [None] * len(holes)
+
+
+def question(module: str, hidden: list[str], n_tokens: int = 3000) -> Question:
+    size = len(hidden)
+    return Question(
+        "held", module, 0.3, n_tokens, [[5] * 9], [size], ["x"] * size, hidden, [True, False, None][:size],
+        ["int"] * size, ["str"] * size,
+    )  # fmt: skip
+
+
+def test_records_tables_and_deadline():
+    questions = [question("a", ["int", "str", "T"]), question("b", ["int", "T"], 9000), question("c", [])]
+
+    def ask(rows, counts):
+        assert all(row == [5] * 9 for row in rows)
+        return [[Prediction("int", 0.5), Prediction("T", 0.25), Prediction("T", 1.0)][:count] for count in counts]
+
+    records = [record for each in answered(ask, questions, ["int", "str"], 100) for record in each]
+    assert [record.given for record in records] == ["int", "T", "T", "int", "T"]
+    assert [record.is_rare for record in records] == [False, False, True, False, True]
+    row = row_of(records)
+    # 4 of 5; "int" is right twice, "str" once
+    assert (row["given"], row["by_name"], row["nearest"], row["lead"][0]) == (80.0, 40.0, 20.0, 40.0)
+    numbers = summary(records)["30%"]
+    assert numbers["types outside the 100 commonest"]["given"] == 100.0
+    assert numbers["modules of 8,192 to 16,384 tokens"]["types"] == 2
+    assert "| all | 2 | 5 | 80.0 % | 40.0 % | 20.0 % | +40.0 " in tables({"30%": numbers})
+    assert list(answered(ask, questions, [], 100, deadline=time.monotonic() - 1)) == []
+
+
+def test_evaluation_needs_a_corpus(tmp_path):
+    with pytest.raises(ValueError, match="has no held-out split"):
+        evaluate.tasks_of(tmp_path, [0.3])
