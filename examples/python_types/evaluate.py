@@ -18,12 +18,11 @@ from multiprocessing import Pool
 from pathlib import Path
 from typing import Any
 
-import torch
 from python_types.holes import choose, holes_of, passes
-from python_types.predict import Prediction, in_batches, predict
+from python_types.predict import Prediction, in_batches, load, predict
 from python_types.score import Answer, copied_by_name, copied_from_nearest, far_holes, paired_bootstrap
 from python_types.training_rows import modules_in
-from transformers import AutoModelForSeq2SeqLM, HfArgumentParser, PreTrainedModel
+from transformers import HfArgumentParser
 
 from modeling_colt5.tokenization_colt5 import CoLT5Tokenizer
 
@@ -264,13 +263,6 @@ class Arguments:
     most_tasks: int | None = field(default=None, metadata={"help": "modules times shares, at most; default: all"})
     batch_tokens: int = field(default=2**18, metadata={"help": "tokens of a batch, at most, but for long modules"})
     processes: int = field(default=2, metadata={"help": "processes that hide and tokenise"})
-
-
-def load(folder: Path) -> tuple[PreTrainedModel, CoLT5Tokenizer]:
-    """A checkpoint in fp32, on the GPU if there is one, and its tokenizer."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
-    return model, CoLT5Tokenizer.from_pretrained(folder)
 
 
 def main(argv: list[str] | None = None) -> None:

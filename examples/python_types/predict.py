@@ -1,5 +1,6 @@
 """Ask a model for the types of hidden annotations: one pass over a module, an answer for each of its sentinels."""
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -8,12 +9,28 @@ from typing import Any
 import torch
 from python_types.holes import types_in
 from torch import Tensor
-from transformers import LogitsProcessor, PreTrainedModel
+from transformers import AutoModelForSeq2SeqLM, LogitsProcessor, PreTrainedModel
+
+from modeling_colt5.tokenization_colt5 import CoLT5Tokenizer
 
 # lengths of batches are multiples of it: as many kernels are compiled as there are such lengths
 MULTIPLE = 512
 # of one answer; 95 % of the types of the training split have 11 tokens at most
 LONGEST_ANSWER = 64
+
+
+def load(folder: str | os.PathLike[str]) -> tuple[PreTrainedModel, CoLT5Tokenizer]:
+    """A checkpoint in fp32, in evaluation mode, on the GPU if there is one, and its tokenizer.
+
+    Args:
+        folder: the checkpoint's folder, or its name on the Hub.
+
+    Raises:
+        OSError: if there is none.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
+    return model, CoLT5Tokenizer.from_pretrained(folder)
 
 
 @dataclass(frozen=True)

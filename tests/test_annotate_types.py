@@ -1,0 +1,215 @@
+"""The script that annotates a file: diff, writing, scores and errors, with answers given and with a new model's."""
+
+import ast
+import os
+import stat
+from pathlib import Path
+
+import annotate_types
+import pytest
+import torch
+from annotate_types import annotate, read_source
+from python_types.holes import as_type, holes_of
+from python_types.predict import Prediction
+
+from modeling_colt5 import CoLT5Config, CoLT5ForConditionalGeneration, CoLT5Tokenizer
+
+ROOT = Path(__file__).parent.parent
+TEXT = """import os
+from typing import Any
+
+
+def join(first, *rest: str, sep="/"):
+    return sep.join((first, *rest))
+
+
+class Late:
+    def copy(self, other=None, /) -> "Late":
+        return other or self
+"""
+# places in order: first, sep, join(), other
+ANSWERS = [("str", 0.9), ("Path|None", 0.6), ("not a type", 0.8), ("Late", 0.3)]
+WRITTEN = """import os
+from typing import Any
+
+
+def join(first: str, *rest: str, sep: Path | None = "/"):
+    return sep.join((first, *rest))
+
+
+class Late:
+    def copy(self, other: Late = None, /) -> "Late":
+        return other or self
+"""
+
+
+@pytest.fixture
+def answers(monkeypatch):
+    """Answers instead of a model's; gives what was asked."""
+    given, asked = list(ANSWERS), []
+
+    def predict(model, tokenizer, rows, counts):
+        asked.extend(tokenizer.decode(row) for row in rows)
+        each = iter(given)
+        return [
+            [Prediction(as_type(kind), probability) for kind, probability in zip_first(each, count)]
+            for count in counts
+        ]
+
+    def zip_first(each, count):
+        return [next(each) for _ in range(count)]
+
+    tokenizer = CoLT5Tokenizer.from_pretrained(ROOT / "tokenization/python_stdlib")
+    monkeypatch.setattr(annotate_types, "predict", predict)
+    monkeypatch.setattr(annotate_types, "load", lambda folder: (None, tokenizer))
+    return given, asked, tokenizer
+
+
+@pytest.fixture
+def file(tmp_path) -> Path:
+    path = tmp_path / "module.py"
+    path.write_text(TEXT)
+    path.chmod(0o750)
+    return path
+
+
+def test_a_diff_is_printed_and_the_file_is_left(answers, file, capsys):
+    annotate_types.main([str(file)])
+    output = capsys.readouterr()
+    assert output.out.startswith(f"--- a/{file}\n+++ b/{file}\n@@")
+    changed = [line for line in output.out.splitlines() if line[:1] in "+-" and line[:3] not in ("+++", "---")]
+    assert changed == [
+        '-def join(first, *rest: str, sep="/"):',
+        '+def join(first: str, *rest: str, sep: Path | None = "/"):',
+        '-    def copy(self, other=None, /) -> "Late":',
+        '+    def copy(self, other: Late = None, /) -> "Late":',
+    ]
+    lines = output.err.splitlines()
+    assert lines[:4] == [
+        " 90%  line 5: join, first: str",
+        " 60%  line 5: join, sep: Path | None",
+        " 80%  line 5: join: left, for the answer is no type",
+        " 30%  line 10: Late.copy, other: Late",
+    ]
+    assert lines[4] == "to be imported: Path"
+    assert lines[5].startswith("used before they are there: Late; put `from __future__ import annotations`")
+    assert file.read_text() == TEXT
+    # one pass: every place that lacks an annotation is asked, and what is there is seen
+    expected = TEXT.replace("first,", "first: <extra_id_0>,", 1) + "</s>"
+    expected = expected.replace('sep="/")', 'sep: <extra_id_1> = "/") -> <extra_id_2>')
+    expected = expected.replace("other=None", "other: <extra_id_3> = None")
+    # the tokenizer does not keep spaces around sentinels
+    assert [text.replace(" ", "") for text in answers[1]] == [expected.replace(" ", "")]
+
+
+def test_the_file_is_written_whole(answers, file):
+    annotate_types.main([str(file), "--write"])
+    assert file.read_text() == WRITTEN
+    assert stat.S_IMODE(os.stat(file).st_mode) == 0o750
+    assert [path.name for path in file.parent.iterdir()] == ["module.py"]
+
+
+def test_improbable_types_are_left(answers, file, capsys):
+    annotate_types.main([str(file), "--write", "--least-probability", "0.5"])
+    assert file.read_text() == WRITTEN.replace("other: Late = None", "other=None")
+    assert "other: left, Late is not probable enough" in capsys.readouterr().err
+
+
+def test_a_failed_writing_leaves_the_file(answers, file, monkeypatch):
+    def fails(*_):
+        raise OSError("no space is left")
+
+    monkeypatch.setattr(os, "fsync", fails)
+    with pytest.raises(SystemExit, match="no space is left"):
+        annotate_types.main([str(file), "--write"])
+    assert file.read_text() == TEXT and len(list(file.parent.iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("def f(:\n", "line 1: is not Python"),
+        ("", "is empty"),
+        (" \n", "is empty"),
+        ("x = 1\n", "has no place to annotate"),
+        ("def f(x: int) -> int: ...\n", "has no place to annotate"),
+        (None, "is not a file"),
+    ],
+)
+def test_what_cannot_be_annotated_is_one_line(answers, file, text, message, monkeypatch):
+    def loaded(folder):
+        raise AssertionError("the model is not needed to say so")
+
+    monkeypatch.setattr(annotate_types, "load", loaded)
+    file.unlink() if text is None else file.write_text(text)
+    with pytest.raises(SystemExit) as error:
+        annotate_types.main([str(file), "--write"])
+    assert str(error.value).startswith(f"annotate_types.py: {file}")
+    assert message in str(error.value) and "\n" not in str(error.value)
+    assert text is None or file.read_text() == text
+
+
+def test_a_module_that_is_too_long_is_one_line(answers, file):
+    answers[2].model_max_length = 20
+    with pytest.raises(SystemExit, match=r"has \d+ tokens; must have at most 20: split the module"):
+        annotate_types.main([str(file), "--write"])
+    assert file.read_text() == TEXT
+
+
+def test_a_missing_model_is_one_line(file, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(SystemExit) as error:
+        annotate_types.main([str(file), "--model", str(tmp_path / "none")])
+    assert "\n" not in str(error.value)
+
+
+def test_a_score_hides_what_is_there(answers, file, capsys):
+    given, asked, _ = answers
+    file.write_text("def f(a: int, b: int) -> str: ...\ndef g(a: int, c): ...\n")
+    # at 30 % two of four, and what is left of a; then all
+    given[:] = [("int", 1.0), ("bool", 1.0), ("float", 1.0), ("T", 1.0)]
+    annotate_types.main([str(file), "--score"])
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("2 annotations hidden (30%): right ")
+    assert second == (
+        "4 annotations hidden (100%): right 25.0 %, copied by name 0.0 %, copied from the nearest of that name 0.0 %"
+    )
+    assert asked[-1].count("<extra_id_") == 4 and "c)" in asked[-1]
+    file.write_text("def f(a): ...\n")
+    with pytest.raises(SystemExit, match="has no annotation to hide"):
+        annotate_types.main([str(file), "--score"])
+
+
+def test_a_new_model_changes_nothing_but_annotations(tmp_path, monkeypatch):
+    monkeypatch.setattr("python_types.predict.LONGEST_ANSWER", 3)
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 32, "num_heads": 4, "num_light_heads": 2, "num_heavy_heads": 2}
+    sizes |= {"num_layers": 1, "num_decoder_layers": 1, "light_d_ff": 16, "heavy_d_ff": 32}
+    CoLT5ForConditionalGeneration(CoLT5Config(vocab_size=8128, **sizes)).save_pretrained(tmp_path / "model")
+    CoLT5Tokenizer.from_pretrained(ROOT / "tokenization/python_stdlib").save_pretrained(tmp_path / "model")
+    source = read_source(Path(ast.__file__).parent / "bisect.py")
+    annotated = annotate(source, *annotate_types.load(tmp_path / "model"))
+    places = [hole for hole in holes_of(source.text) if hole.annotation is None]
+    assert [annotation.hole for annotation in annotated.annotations] == places and len(places) > 20
+    assert all(0 <= annotation.probability <= 1 for annotation in annotated.annotations)
+
+    def bare(text: str) -> str:
+        tree = ast.parse(text)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.arg):
+                node.annotation = None
+            elif isinstance(node, ast.FunctionDef):
+                node.returns = None
+        return ast.dump(tree)
+
+    assert bare(annotated.text) == bare(source.text)
+    written = [hole.annotation for hole in holes_of(annotated.text)]
+    assert written == [annotation.type for annotation in annotated.annotations]
+
+
+def test_more_places_than_sentinels_take_more_passes(answers, file):
+    given, asked, tokenizer = answers
+    file.write_text("".join(f"def f{number}(a, b, c): ...\n" for number in range(60)))
+    given[:] = [("int", 1.0)] * 240
+    annotated = annotate(read_source(file), None, tokenizer)
+    assert len(asked) == 3 and annotated.text.count("a: int, b: int, c: int) -> int") == 60
