@@ -296,6 +296,15 @@ def test_a_run_trains_saves_and_evaluates(corpus, tmp_path, monkeypatch):
     assert about["step"] == 13 and model.config.routers_trained
 
 
+    # a run that begins with these weights needs no second dense start
+    size, own = parsed(["--tokens", f"{corpus}/tokens", "--out", str(tmp_path / "more"), "--initial", str(tmp_path)])
+    own.out.mkdir()
+    more = train.Training(own, size, ALONE, time.time() + 60)
+    assert torch.equal(more.model.shared.weight, model.shared.weight)
+    more.one(0.0)
+    assert more.progress.taken == {"start": 0, "routed": 1} and more.model.config.routers_trained
+
+
 def test_a_failing_evaluation_keeps_the_weights(corpus, tmp_path, monkeypatch, capsys):
     def fails(*_):
         raise RuntimeError("out of memory")

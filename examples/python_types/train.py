@@ -125,6 +125,9 @@ class Arguments:
     )
     out: Path = field(default=Path("out"), metadata={"help": "folder of weights, log and evaluation"})
     state: Path | None = field(default=None, metadata={"help": "what a run goes on from; default: state.pt in --out"})
+    initial: Path | None = field(
+        default=None, metadata={"help": "folder of an earlier run's weights to begin with, where there is no --state"}
+    )
     minutes: float = field(default=60.0, metadata={"help": "of the whole command, the evaluation included"})
     started: float | None = field(
         default=None, metadata={"help": "when they began, in seconds of `date +%%s`; default: when the program began"}
@@ -134,7 +137,7 @@ class Arguments:
     save_minutes: float = field(default=2.0, metadata={"help": "between two savings"})
     learning_rate: float = field(default=1e-2, metadata={"help": "the highest, relative to each parameter's size"})
     warmup_steps: int = field(default=300, metadata={"help": "steps of rising learning rate"})
-    batch_tokens: int = field(default=65_536, metadata={"help": "tokens of a step in each process"})
+    batch_tokens: int = field(default=32_768, metadata={"help": "tokens of a step in each process"})
     start_lengths: list[int] = field(
         default_factory=lambda: [2048, 4096], metadata={"help": "tokens of an input in the dense start"}
     )
@@ -380,8 +383,14 @@ class Training:
         torch.manual_seed(arguments.seed)
         with processes.device:
             self.model = CoLT5ForConditionalGeneration(size.config()).train()
-        self.schedule = DenseStart(arguments.closed, arguments.opening) if size.routing == "learned" else None
+        # before other weights come: rates are relative to the sizes that parameters begin with
         self.step = TrainingStep(self.model, arguments.learning_rate, processes)
+        if arguments.initial is not None:
+            earlier, _ = load_weights(arguments.initial)
+            self.model.load_state_dict(earlier.state_dict())
+            self.model.config.routers_trained = earlier.config.routers_trained
+        is_learned = size.routing == "learned" and not self.model.config.routers_trained
+        self.schedule = DenseStart(arguments.closed, arguments.opening) if is_learned else None
         self.tokenizer = CoLT5Tokenizer.from_pretrained(VOCABULARY)
         self.splits = load_tokens(arguments.tokens / "tokens.npz.xz")
         self.resume()
