@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from python_types import evaluate, train
+from python_types import checkpoint, evaluate, train
 from python_types.evaluate import Question, answered, question_of, row_of, summary, tables, tasks_of
 from python_types.holes import hide, holes_of, holes_to_hide
-from python_types.predict import AnswersInOrder, Prediction, in_batches, predict
+from python_types.predict import AnswersInOrder, Prediction, in_batches, load, predict
 from python_types.training_rows import Batches, Shape, Tokens, load_tokens, shapes_of, tokenise
 from python_types.weights import load_weights, save_weights
-from transformers import HfArgumentParser
+from transformers import AutoModelForSeq2SeqLM, HfArgumentParser
 
 from modeling_colt5 import CoLT5Tokenizer
 
@@ -295,7 +295,6 @@ def test_a_run_trains_saves_and_evaluates(corpus, tmp_path, monkeypatch):
     model, about = load_weights(tmp_path)
     assert about["step"] == 13 and model.config.routers_trained
 
-
     # a run that begins with these weights needs no second dense start
     size, own = parsed(["--tokens", f"{corpus}/tokens", "--out", str(tmp_path / "more"), "--initial", str(tmp_path)])
     own.out.mkdir()
@@ -303,6 +302,18 @@ def test_a_run_trains_saves_and_evaluates(corpus, tmp_path, monkeypatch):
     assert torch.equal(more.model.shared.weight, model.shared.weight)
     more.one(0.0)
     assert more.progress.taken == {"start": 0, "routed": 1} and more.model.config.routers_trained
+
+    # and its checkpoint is one
+    (corpus / "summary.md").write_text("| a | MIT | train | 1.5 | 6 | 0 | 0 | 70 | 1 |\n| b | MIT | held | 1 | 3 |\n")
+    folders = ["--run", str(tmp_path), "--tokens", f"{corpus}/tokens", "--corpus", str(corpus)]
+    checkpoint.main([*folders, "--out", str(tmp_path / "checkpoint")])
+    loaded, tokenizer = load(tmp_path / "checkpoint")
+    assert all(map(torch.equal, loaded.state_dict().values(), model.state_dict().values()))
+    assert AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "checkpoint").dtype == torch.bfloat16
+    assert loaded.generation_config.max_new_tokens == 1024 and loaded.generation_config.eos_token_id == 1
+    assert tokenizer.get_sentinel_token_ids() == SENTINELS
+    card = (tmp_path / "checkpoint/README.md").read_text()
+    assert tables(numbers) in card and "6 modules of the packages" in card and "with 70 annotations" in card
 
 
 def test_a_failing_evaluation_keeps_the_weights(corpus, tmp_path, monkeypatch, capsys):

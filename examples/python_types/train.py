@@ -439,7 +439,8 @@ class Training:
         if self.processes.rank:
             return
         started = time.time()
-        save_weights(self.model, self.arguments.out, asdict(self.progress))
+        about = {name: getattr(self.arguments, name) for name in ("seed", "start_lengths", "lengths")}
+        save_weights(self.model, self.arguments.out, asdict(self.progress) | about)
         state = {"model": self.model.state_dict(), "step": self.step.state_dict(), "progress": asdict(self.progress)}
         unfinished = self.state.with_suffix(".unfinished")
         torch.save(state, unfinished)
