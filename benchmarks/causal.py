@@ -27,6 +27,7 @@ from modeling_colt5 import CoLT5Config, CoLT5ForCausalLM
 from modeling_colt5.model_causal import CoLT5LayerCausalAttention
 from modeling_colt5.model_layers import CoLT5LayerNorm
 from modeling_colt5.run_causal_plan import CausalPlan
+from modeling_colt5.run_release import CACHE
 
 ATTENTION_TITLE = (
     "Causal attention of one layer (norm and projections included), base size, batch 1, forward and backward: "
@@ -241,7 +242,7 @@ def measure_generation(table: Table, config: CoLT5Config, tiny: bool, deadline: 
                 steps = clock.times[min(SKIPPED, tokens - 2) :]
                 times.append(1e3 * (steps[-1] - steps[0]) / (len(steps) - 1))
             row["ms/token"] = statistics.median(times[1:])
-            layers = output.cache.layers
+            layers = output[CACHE].layers
             tensors = [
                 tensor
                 for part in layers

@@ -18,6 +18,7 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache, StaticCa
 
 from modeling_colt5 import CoLT5ForConditionalGeneration, soft_topk
 from modeling_colt5.model_decoder import CoLT5CrossAttention
+from modeling_colt5.run_release import CACHE
 
 # fp32 sums taken in another order over logits of size 1
 TOLERANCE = 1e-5
@@ -284,7 +285,7 @@ def test_greedy(cache: str, side: str) -> None:
     output = generate(model, input_ids=ids, attention_mask=mask, cache_implementation=cache)
     expected = recomputed_logits(model, ids, mask, output.sequences)
     assert_close(torch.stack(output.logits, dim=1), expected)
-    assert_cache_is_short(output.cache, len(LENGTHS))
+    assert_cache_is_short(output[CACHE], len(LENGTHS))
     assert len({tuple(row.tolist()) for row in output.sequences}) == len(LENGTHS)
 
 
@@ -295,7 +296,7 @@ def test_beam_search(cache: str) -> None:
     options = {"num_beams": 4, "num_return_sequences": 2}
     output = generate(model, input_ids=ids, attention_mask=mask, cache_implementation=cache, **options)
     check_beams(model, ids, mask, output, per_row=2)
-    assert_cache_is_short(output.cache, 4 * len(LENGTHS))
+    assert_cache_is_short(output[CACHE], 4 * len(LENGTHS))
     assert (output.beam_indices[:, 1:NEW_TOKENS] != output.beam_indices[:, : NEW_TOKENS - 1]).any()
 
 
