@@ -19,9 +19,12 @@ from results import Table
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from modeling_colt5 import op_attention_triton
-from modeling_colt5.op_attention import local_attention, routed_attention
-from modeling_colt5.op_local_attention_reference import local_attention_reference
-from modeling_colt5.op_routed_attention_reference import routed_attention_reference
+from modeling_colt5.op_attention import (
+    local_attention,
+    local_attention_reference,
+    routed_attention,
+    routed_attention_reference,
+)
 
 # the base size
 LIGHT_HEADS, HEAVY_HEADS, HEAD_SIZE, RADIUS, MAX_DISTANCE = 4, 8, 64, 127, 128

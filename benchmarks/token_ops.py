@@ -15,13 +15,9 @@ from peers import DEVICE
 from results import Table
 from torch import Tensor
 
-from modeling_colt5.op_tokens import (
-    combine_branches,
-    combine_norm_scores,
-    gated_gelu,
-    rms_norm_scores,
-    share_and_gather,
-)
+from modeling_colt5.op_gelu import gated_gelu
+from modeling_colt5.op_norm import combine_norm_scores, rms_norm_scores
+from modeling_colt5.op_rows import combine_branches, share_and_gather
 
 # the base size
 D_MODEL, LIGHT_FF, HEAVY_FF = 768, 1024, 8192

@@ -5,7 +5,7 @@ from pathlib import Path
 import matplotlib
 import torch
 
-from modeling_colt5.op_routing import soft_topk
+from modeling_colt5.op_soft_topk import soft_topk
 
 matplotlib.use("svg")
 from matplotlib import pyplot  # noqa: E402

@@ -23,7 +23,7 @@ from .modeling_colt5 import (
     CoLT5ForTokenClassification,
     CoLT5Model,
 )
-from .op_routing import soft_topk
+from .op_soft_topk import soft_topk
 from .tokenization_colt5 import CoLT5Tokenizer
 
 __version__ = "0.1.0"

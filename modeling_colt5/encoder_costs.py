@@ -4,8 +4,8 @@ what the decoder reads of it by routed cross-attention."""
 from dataclasses import dataclass
 
 from .configuration_colt5 import CoLT5Config
-from .op_local_attention_reference import BLOCK_LENGTH
-from .op_routing import routed_capacity
+from .op_attention import BLOCK_LENGTH
+from .run_sizes import routed_capacity
 
 
 @dataclass(frozen=True)

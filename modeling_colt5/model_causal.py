@@ -9,12 +9,11 @@ from .configuration_colt5 import CoLT5Config
 from .model_layers import CoLT5Attention, CoLT5DenseActDense, CoLT5LayerNorm, clamp_half, project
 from .model_position import bias_of_sequence
 from .model_router import CoLT5Router, router_weights
-from .op_attention import local_attention, routed_attention
-from .op_causal_routing import Gates, Pools, causal_gates, gather_pools, routed_pools
-from .op_local_attention_reference import local_attention_reference
-from .op_routed_attention_reference import routed_attention_reference
+from .op_attention import local_attention, local_attention_reference, routed_attention, routed_attention_reference
+from .op_gates import Gates, causal_gates
+from .op_pools import Pools, gather_pools, routed_pools
 from .op_routing import RoutedTokens
-from .op_tokens import gather_tokens, scatter_add_tokens, share_and_gather
+from .op_rows import gather_tokens, scatter_add_tokens, share_and_gather
 from .run_causal_plan import CausalPlan, take
 
 # what the cache keeps of a pool, each [batch, 2, groups, pool size, ...]

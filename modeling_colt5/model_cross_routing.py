@@ -8,8 +8,9 @@ from transformers.utils.generic import maybe_autocast
 
 from .configuration_colt5 import CoLT5Config
 from .model_router import CoLT5Router, router_weights, run_routers
+from .op_norm import router_scores
 from .op_routing import RoutedTokens
-from .op_tokens import router_scores, share_and_gather
+from .op_rows import share_and_gather
 from .run_plan import RoutingPlan, memory_slots, real_lengths
 
 

@@ -27,11 +27,10 @@ from .model_layers import (
 from .model_outputs import CoLT5EncoderOutput, CoLT5LayerRouting
 from .model_position import CoLT5RelativePositionBias
 from .model_router import CoLT5Router, router_weights, run_routers
-from .op_attention import local_attention, routed_attention
-from .op_local_attention_reference import local_attention_reference
-from .op_routed_attention_reference import routed_attention_reference
+from .op_attention import local_attention, local_attention_reference, routed_attention, routed_attention_reference
+from .op_norm import combine_norm_scores
 from .op_routing import RoutedTokens
-from .op_tokens import combine_branches, combine_norm_scores, scatter_add_tokens, share_and_gather
+from .op_rows import combine_branches, scatter_add_tokens, share_and_gather
 from .run_backend import is_hooked, runs_eagerly, uses_triton
 from .run_graphs import replayed
 from .run_inputs import embed, padding_mask, read_arguments, warn_of_missing_attentions

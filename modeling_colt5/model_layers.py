@@ -1,6 +1,7 @@
 """What encoder and decoder layers are made of: norm, attention's projections, feed-forward."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -10,7 +11,8 @@ from transformers.activations import ACT2FN
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_colt5 import CoLT5Config
-from .op_tokens import gated_gelu, recomputed_in_backward, rms_norm_scores
+from .op_gelu import gated_gelu
+from .op_norm import rms_norm_scores
 from .run_backend import is_hooked, runs_eagerly
 from .run_sizes import is_free
 
@@ -133,6 +135,38 @@ def _is_plain(linear: nn.Module) -> bool:
     """Whether a call of the module is no more than a product with its weight: not with adapters, hooks, or a weight
     that is quantised, which is another class's or not a plain parameter. All others are called as modules."""
     return type(linear) is nn.Linear and type(linear.weight) is nn.Parameter and not is_hooked(linear)
+
+
+@contextlib.contextmanager
+def recomputed_in_backward(states: torch.Tensor, recompute: Callable[[], torch.Tensor]) -> Iterator[None]:
+    """Inside, whatever autograd would keep of `states` for its backward is computed again there instead.
+
+    For results that are cheaper to repeat than to store (a norm, a gated activation) around the projections that
+    read them, whatever those are: a LoRA adapter's included. Eager calls only; compilers decide that for themselves.
+
+    Args:
+        states: a contiguous tensor.
+        recompute: gives the same values again; it runs without gradients, once for each time they were kept.
+    """
+    if not runs_eagerly() or not torch.is_grad_enabled():
+        yield
+        return
+    address = states.data_ptr()
+
+    def pack(kept: torch.Tensor) -> Any:
+        if kept.data_ptr() == address and kept.numel() == states_numel and kept.is_contiguous():
+            return kept.shape
+        return kept
+
+    def unpack(kept: Any) -> torch.Tensor:
+        if isinstance(kept, torch.Size):
+            with torch.no_grad():
+                return recompute().view(kept)
+        return kept
+
+    states_numel = states.numel()
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
 
 
 def as_rows(router_weights: torch.Tensor | None) -> torch.Tensor | None:

@@ -77,25 +77,6 @@ class CoLT5RelativePositionBias(nn.Embedding):
         return table if table.dtype == torch.float64 else table.float()
 
 
-def bias_by_position(
-    bias_table: torch.Tensor, query_positions: torch.Tensor, key_positions: torch.Tensor
-) -> torch.Tensor:
-    """The bias of each query and key, read from a table by distance.
-
-    Args:
-        bias_table: [heads, 2 * max_distance + 1].
-        query_positions: integers [..., queries].
-        key_positions: integers [..., keys].
-
-    Returns:
-        [..., heads, queries, keys] in the table's dtype.
-    """
-    max_distance = (bias_table.shape[-1] - 1) // 2
-    distance = key_positions[..., None, :] - query_positions[..., :, None]
-    bias = bias_table[:, distance.clamp(-max_distance, max_distance) + max_distance]
-    return bias.movedim(0, -3)
-
-
 def bias_of_sequence(bias_table: torch.Tensor, length: int, key_length: int, past: int | torch.Tensor) -> torch.Tensor:
     """The bias of consecutive queries and keys: `bias_by_position` of `past`, `past + 1`, ... and of 0, 1, ...
 

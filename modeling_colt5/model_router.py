@@ -6,11 +6,10 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.integrations import use_kernel_forward_from_hub
-from transformers.utils import is_kernels_available
 
 from .configuration_colt5 import CoLT5Config
 from .op_routing import RoutedTokens, route
-from .run_backend import runs_eagerly, triton_is_available
+from .run_backend import runs_eagerly
 from .run_plan import RoutingBudget, RoutingPlan
 from .run_sizes import larger
 
@@ -76,21 +75,11 @@ class CoLT5RoutingTriton(nn.Module):
 
 
 class TritonLayers:
-    """A repository of layers as `kernels` understands it, in this file instead of on the Hub."""
+    """A repository of layers as `kernels` understands it, here instead of on the Hub; see docs/operators.md."""
 
     def load(self) -> type[nn.Module]:
         """The layer."""
         return CoLT5RoutingTriton
-
-
-if is_kernels_available() and triton_is_available():
-    # `is_kernels_available` is Transformers' word on whether this version of kernels is one that it uses
-    try:
-        from kernels import register_kernel_mapping
-
-        register_kernel_mapping({"CoLT5Routing": {"cuda": TritonLayers()}})
-    except ImportError:
-        pass
 
 
 class CoLT5Router(nn.Module):

@@ -28,7 +28,7 @@ from .model_outputs import (
 )
 
 # not used here: a saved copy of a user's code imports from this file what it imported from the package
-from .op_routing import soft_topk  # noqa: F401
+from .op_soft_topk import soft_topk  # noqa: F401
 from .run_inputs import (
     as_encoder_output,
     check_class_labels,

@@ -1,53 +1,181 @@
-"""Operators of band and routed attention: Triton kernels where they run, else the references; the public functions."""
+"""Band and routed attention: in PyTorch, the operator with its kernels, and the public functions.
 
-import contextlib
+In PyTorch a band is folded into blocks, so that memory is linear in length. The bias goes by distance.
+"""
+
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
-from .op_local_attention_reference import local_attention_reference
-from .op_routed_attention_reference import routed_attention_reference
-from .run_backend import INTERPRETED, uses_triton
-from .run_operator import Operator
+from .run_backend import INTERPRETED, kernel_takes, triton_is_available
+from .run_operator import Kernel, Operator
+from .run_sizes import as_tensor, computed_size, is_free
 
-# without triton `uses_triton` is False, and nothing below calls them
-with contextlib.suppress(ImportError):
-    from .op_attention_triton import attention_backward, attention_forward
+attention_kernel: Kernel = None
+attention_backward_kernel: Kernel = None
+if triton_is_available():
+    from .op_attention_triton import attention_backward as attention_backward_kernel
+    from .op_attention_triton import attention_forward as attention_kernel
+
+BLOCK_LENGTH = 128
+
+# (query [N, H, Q, D], key [N, G, K, D], value, bias [1 or N, H, Q, K], mask bool [N, 1, 1 or Q, K] or None)
+# -> (output [N, Q, H, D], weights [N, H, Q, K] or None)
+Attend = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None],
+    tuple[torch.Tensor, torch.Tensor | None],
+]
+# the same, without values: the weights alone
+Weigh = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 
-def _reference(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias_table: Tensor,
+def bias_by_position(
+    bias_table: torch.Tensor, query_positions: torch.Tensor, key_positions: torch.Tensor
+) -> torch.Tensor:
+    """The bias of each query and key, read from a table by distance.
+
+    Args:
+        bias_table: [heads, 2 * max_distance + 1].
+        query_positions: integers [..., queries].
+        key_positions: integers [..., keys].
+
+    Returns:
+        [..., heads, queries, keys] in the table's dtype.
+    """
+    max_distance = (bias_table.shape[-1] - 1) // 2
+    distance = key_positions[..., None, :] - query_positions[..., :, None]
+    bias = bias_table[:, distance.clamp(-max_distance, max_distance) + max_distance]
+    return bias.movedim(0, -3)
+
+
+def sdpa_attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor, mask: torch.Tensor | None
+) -> tuple[torch.Tensor, None]:
+    """PyTorch's scaled dot-product attention with an additive bias and T5's scale of 1; see `Attend` for shapes."""
+    bias = bias.to(query.dtype)
+    if mask is not None:
+        bias = bias.masked_fill(~mask, torch.finfo(query.dtype).min)
+    group = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    output = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=1.0)
+    return output.transpose(1, 2), None
+
+
+def local_attention_reference(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias_table: torch.Tensor,
     radius: int,
-    query_positions: Tensor | None,
-    key_positions: Tensor | None,
-    mask: Tensor | None,
-) -> Tensor:
-    if query_positions is None or key_positions is None:
-        return local_attention_reference(query, key, value, bias_table, radius, mask)[0]
-    return routed_attention_reference(query, key, value, bias_table, query_positions, key_positions, mask)[0]
+    mask: torch.Tensor | None = None,
+    attend: Attend = sdpa_attend,
+    weigh: Weigh | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Each token attends to the real tokens at most `radius` positions away (Ainslie et al. 2023, light attention).
+
+    Args:
+        query: [batch, length, heads, d_kv].
+        key, value: [batch, length, key/value heads, d_kv]; the number of heads is a multiple of theirs.
+        bias_table: [heads, 2 * max_distance + 1], added to the scores by clamped distance; see `bias_by_position`.
+        radius: positions to each side, ≥ 0.
+        mask: bool [batch, length], True for real tokens; None for all. A token with no real token in its band gets
+            some finite output.
+        attend: the dense attention that each block goes through.
+        weigh: gives a block's weights, instead of `attend`, for an output made of the weights that are returned: the
+            loss then has a gradient for these.
+
+    Returns:
+        The output [batch, length, heads, d_kv] in the query's dtype and, where there are weights, these
+        [batch, heads, length, 2 * r + 1] with r = min(radius, length - 1): entry r + d is for the token d away.
+    """
+    batch, length, heads = query.shape[:3]
+    # always one block too many, never a pad of zero: an exported program then holds for every length
+    if is_free(length):
+        num_blocks = computed_size(as_tensor(length) // BLOCK_LENGTH + 1, length)
+    else:
+        num_blocks = length // BLOCK_LENGTH + 1
+        radius = min(radius, length - 1)
+    pad = num_blocks * BLOCK_LENGTH - length
+    window = BLOCK_LENGTH + 2 * radius
+
+    # overlapping windows fold into one dimension only as a copy, except for a batch of 1: copied here, an exported
+    # program does not ask which of the two it has
+    # padded with its heads flat: otherwise the gradient of the padding, where there is one block, has another order in
+    # memory than a program compiled for more expects
+    query = F.pad(query.flatten(-2), (0, 0, 0, pad))
+    query = rearrange(query, "b (n l) (h d) -> (b n) h l d", l=BLOCK_LENGTH, h=heads)
+    key, value = (
+        F.pad(states, (0, 0, 0, 0, radius, radius + pad))
+        .unfold(1, window, BLOCK_LENGTH)
+        .transpose(-1, -2)
+        .clone(memory_format=torch.contiguous_format)
+        .flatten(0, 1)
+        for states in (key, value)
+    )
+    # positions within a window: its queries stand `radius` after its first key
+    query_positions = torch.arange(BLOCK_LENGTH, device=query.device) + radius
+    key_positions = torch.arange(window, device=query.device)
+    bias = bias_by_position(bias_table, query_positions, key_positions)[None]
+    in_band = (key_positions[None, :] - query_positions[:, None]).abs() <= radius
+    real = query.new_ones(batch, length, dtype=torch.bool) if mask is None else mask
+    real = F.pad(real, (radius, radius + pad)).unfold(1, window, BLOCK_LENGTH)
+    real = real.clone(memory_format=torch.contiguous_format)
+    block_mask = rearrange(real, "b n w -> (b n) 1 1 w") & in_band
+
+    if weigh is None:
+        output, weights = attend(query, key, value, bias, block_mask)
+    else:
+        weights = weigh(query, key, bias, block_mask)
+    if weights is not None:
+        # those of the band alone
+        band = torch.arange(BLOCK_LENGTH, device=query.device)[:, None]
+        band = band + torch.arange(2 * radius + 1, device=query.device)
+        band = band.expand(*weights.shape[:2], -1, -1)
+        weights = rearrange(weights.gather(-1, band), "(b n) h l w -> b h (n l) w", b=batch)[:, :, :length]
+        if weigh is not None:
+            by_block = rearrange(F.pad(weights, (0, 0, 0, pad)), "b h (n l) w -> (b n) h l w", l=BLOCK_LENGTH)
+            by_window = by_block.new_zeros(*by_block.shape[:-1], window).scatter(-1, band, by_block)
+            output = torch.matmul(by_window, value).transpose(1, 2)
+    output = rearrange(output, "(b n) l h d -> b (n l) h d", b=batch)[:, :length]
+    return output, weights
 
 
-def _refuse_dropout(dropout: float) -> None:
-    if dropout > 0:
-        raise NotImplementedError("only the Triton kernels drop attention probabilities; give the reference `attend`")
+def routed_attention_reference(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias_table: torch.Tensor,
+    query_positions: torch.Tensor,
+    key_positions: torch.Tensor,
+    key_mask: torch.Tensor | None = None,
+    attend: Attend = sdpa_attend,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Routed queries attend to all routed keys/values (Ainslie et al. 2023, heavy attention).
+
+    Args:
+        query: [batch, queries, heads, d_kv].
+        key, value: [batch, keys, key/value heads, d_kv]; the number of heads is a multiple of theirs.
+        bias_table: [heads, 2 * max_distance + 1], added to the scores by clamped distance; see `bias_by_position`.
+        query_positions: int64 [batch, queries], positions in the sequence that the tokens were routed out of.
+        key_positions: int64 [batch, keys], likewise.
+        key_mask: bool [batch, keys], True for used slots; None for all.
+        attend: the dense attention to use.
+
+    Returns:
+        The output [batch, queries, heads, d_kv] in the query's dtype and, where `attend` gives weights, the weights
+        [batch, heads, queries, keys].
+    """
+    # in the order of its shape also for a batch of 1, so that an exported program does not ask for the batch
+    bias = bias_by_position(bias_table, query_positions, key_positions).clone(memory_format=torch.contiguous_format)
+    mask = None if key_mask is None else key_mask[:, None, None, :]
+    return attend(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), bias, mask)
 
 
-def _runs_kernel(query: Tensor) -> bool:
-    return uses_triton(query, "triton" if INTERPRETED else "auto")
-
-
-def _readable(*states: Tensor) -> tuple[Tensor, ...]:
-    """The states for a kernel to read: Triton's interpreter multiplies bfloat16 as if its bits were integers."""
-    if INTERPRETED and states[0].dtype == torch.bfloat16:
-        return tuple(tensor.float() for tensor in states)
-    return states
-
-
-def _forward(
+def attention_reference(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -59,19 +187,25 @@ def _forward(
     dropout: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    rest = (bias_table, radius, query_positions, key_positions, mask)
-    if _runs_kernel(query):
-        states = _readable(query, key, value)
-        output, log_sum_exp = attention_forward(states[0], states[1], states[2], *rest, dropout, seed)
-        return output.to(query.dtype), log_sum_exp
-    _refuse_dropout(dropout)
-    output = _reference(query, key, value, *rest)
+    """Band attention, or routed attention where positions are given, as `attention_forward` of op_attention_triton.py.
+
+    Returns:
+        The output, and zeros in the shape of what the kernels keep for their gradient.
+
+    Raises:
+        NotImplementedError: for dropout.
+    """
+    if dropout > 0:
+        raise NotImplementedError("only the Triton kernels drop attention probabilities; give the reference `attend`")
+    if query_positions is None or key_positions is None:
+        output = local_attention_reference(query, key, value, bias_table, radius, mask)[0]
+    else:
+        output = routed_attention_reference(query, key, value, bias_table, query_positions, key_positions, mask)[0]
     batch, length, heads = query.shape[:3]
-    # the reference's backward starts from its inputs; the kernels' layout keeps one shape for both
     return output.contiguous(), torch.zeros(batch, heads, length, dtype=torch.float32, device=query.device)
 
 
-def _backward(
+def attention_backward_reference(
     output_gradient: Tensor,
     output: Tensor,
     log_sum_exp: Tensor,
@@ -87,24 +221,14 @@ def _backward(
     seed: Tensor | None,
     table_gradient: bool,
 ) -> tuple[Tensor, ...]:
+    """The gradients of query, key, value and table, by PyTorch's autograd through the reference."""
     inputs = (query, key, value, bias_table)
-    rest = (radius, query_positions, key_positions, mask)
-    gradients: tuple[Tensor, ...]
-    if _runs_kernel(query):
-        states = _readable(output_gradient, output, query, key, value)
-        gradients = attention_backward(
-            *(states[0], states[1], log_sum_exp, states[2], states[3], states[4], bias_table),
-            *rest,
-            dropout,
-            seed,
-            table_gradient,
-        )
-    else:
-        with torch.enable_grad():
-            leaves = [tensor.detach().requires_grad_() for tensor in inputs]
-            result = _reference(leaves[0], leaves[1], leaves[2], leaves[3], *rest)
-        gradients = torch.autograd.grad(result, leaves, output_gradient)
-    return tuple(gradient.to(tensor.dtype).contiguous() for gradient, tensor in zip(gradients, inputs, strict=True))
+    with torch.enable_grad():
+        leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+        rest = (radius, query_positions, key_positions, mask, dropout, seed)
+        result = attention_reference(leaves[0], leaves[1], leaves[2], leaves[3], *rest)[0]
+    gradients = torch.autograd.grad(result, leaves, output_gradient)
+    return tuple(gradient.contiguous() for gradient in gradients)
 
 
 def _fake_forward(query: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -121,8 +245,10 @@ _attention_backward = Operator(
     "attention_backward(Tensor output_gradient, Tensor output, Tensor log_sum_exp, Tensor query, Tensor key, "
     "Tensor value, Tensor bias_table, int radius, Tensor? query_positions, Tensor? key_positions, Tensor? mask, "
     "float dropout, Tensor? seed, bool table_gradient) -> (Tensor, Tensor, Tensor, Tensor)",
-    _backward,
+    attention_backward_reference,
     _fake_backward,
+    attention_backward_kernel,
+    operand=3,
 )
 
 
@@ -141,8 +267,9 @@ def _autograd_backward(ctx: Any, output_gradient: Tensor, _: None) -> tuple[Tens
 _attention = Operator(
     "attention(Tensor query, Tensor key, Tensor value, Tensor bias_table, int radius, Tensor? query_positions, "
     "Tensor? key_positions, Tensor? mask, float dropout, Tensor? seed) -> (Tensor, Tensor)",
-    _forward,
+    attention_reference,
     _fake_forward,
+    attention_kernel,
     _save,
     _autograd_backward,
 )
@@ -173,13 +300,11 @@ def _check(
             raise ValueError(f"positions must be int64, not {tensor.dtype}")
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, bias_table: Tensor, *rest: Any) -> Tensor:
-    *positions_and_mask, dropout = rest
-    if not _runs_kernel(query):
-        _refuse_dropout(dropout)
-        return _reference(query, key, value, bias_table, *positions_and_mask)
-    seed = torch.randint(2**63 - 1, (1,), device=query.device) if dropout > 0 else None
-    return _attention(query, key, value, bias_table, *rest, seed)[0]
+def _attend(query: Tensor, *rest: Any) -> Tensor:
+    seed = None
+    if rest[-1] > 0 and kernel_takes(query):
+        seed = torch.randint(2**63 - 1, (1,), device=query.device)
+    return _attention.call("triton" if INTERPRETED else "auto", query, *rest, seed)[0]
 
 
 def local_attention(

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .op_routing_steps_triton import HIGHEST_KEY, LOWEST_KEY, key_to_score, load_keys
-from .run_launch_triton import launch, next_power_of_2
+from .run_launch_triton import adjacent, launch, next_power_of_2
 
 try:
     import triton
@@ -175,11 +175,10 @@ def causal_gates(
     epsilon: float,
     fill_first: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`op_causal_routing_reference.causal_gates` as one launch."""
+    """`causal_gates_reference` of op_gates.py as one launch."""
     batch, windows, window = scores.shape
     scores = _evenly_spaced(scores)
-    past = None if past is None else past.contiguous()
-    carried = None if carried is None else carried.contiguous()
+    past, carried = adjacent(past), adjacent(carried)
     new = scores.new_empty
     weights = new((batch, windows, window), dtype=torch.float32)
     routed = new((batch, windows, window), dtype=torch.bool)
@@ -208,14 +207,13 @@ def causal_gates_backward(
     capacity: int,
     epsilon: float,
 ) -> Tensor:
-    """`op_causal_routing_reference.causal_gates_backward` as one launch."""
+    """`causal_gates_backward_reference` of op_gates.py as one launch."""
     batch, windows, window = scores.shape
     scores = _evenly_spaced(scores)
     grad_scores = scores.new_empty((batch, windows, window))
     launch(
         gates_backward_kernel, (batch * windows,),
-        None if grad_weights is None else grad_weights.contiguous(),
-        None if grad_slots is None else grad_slots.contiguous(),
+        adjacent(grad_weights), adjacent(grad_slots),
         scores, weights, routed, thresholds, grad_scores, scores.stride(0), scores.stride(2),
         windows, window, capacity, epsilon, max(16, next_power_of_2(window)), num_warps=_warps(window),
     )  # fmt: skip
@@ -229,3 +227,13 @@ def _evenly_spaced(scores: Tensor) -> Tensor:
 
 def _warps(window: int) -> int:
     return max(1, min(8, next_power_of_2(window) // 64))
+
+
+def gates_fit(scores: Tensor, *_: object) -> bool:
+    """Whether there is a kernel for windows as long as those of these scores."""
+    return scores.shape[2] <= LONGEST_WINDOW
+
+
+def gates_backward_fit(grad_weights: Tensor | None, grad_slots: Tensor | None, scores: Tensor, *_: object) -> bool:
+    """As `gates_fit`, of the backward's arguments."""
+    return scores.shape[2] <= LONGEST_WINDOW

@@ -69,29 +69,21 @@ def rows_of(states: Tensor) -> tuple[Tensor, int]:
 
 
 def gated_gelu(gate: Tensor, up: Tensor) -> Tensor:
-    """`op_tokens_reference.gated_gelu` as one launch."""
+    """`gated_gelu_reference` of op_gelu.py as one launch."""
     (gate_rows, gate_stride), (up_rows, up_stride) = rows_of(gate), rows_of(up)
     width = gate.shape[-1]
     rows = gate.numel() // width
     out = torch.empty(gate.shape, device=gate.device, dtype=gate.dtype)
     block = min(1024, next_power_of_2(width))
     launch(
-        gated_gelu_kernel,
-        (rows, cdiv(width, block)),
-        gate_rows,
-        up_rows,
-        out,
-        gate_stride,
-        up_stride,
-        width,
-        block,
-        num_warps=4,
-    )
+        gated_gelu_kernel, (rows, cdiv(width, block)),
+        gate_rows, up_rows, out, gate_stride, up_stride, width, block, num_warps=4,
+    )  # fmt: skip
     return out
 
 
 def gated_gelu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """`op_tokens_reference.gated_gelu_backward` as one launch."""
+    """`gated_gelu_backward_reference` of op_gelu.py as one launch."""
     (gate_rows, gate_stride), (up_rows, up_stride) = rows_of(gate), rows_of(up)
     width = gate.shape[-1]
     rows = gate.numel() // width
@@ -99,17 +91,7 @@ def gated_gelu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor,
     grad_up = torch.empty(up.shape, device=up.device, dtype=up.dtype)
     block = min(1024, next_power_of_2(width))
     launch(
-        gated_gelu_backward_kernel,
-        (rows, cdiv(width, block)),
-        grad.contiguous(),
-        gate_rows,
-        up_rows,
-        grad_gate,
-        grad_up,
-        gate_stride,
-        up_stride,
-        width,
-        block,
-        num_warps=4,
-    )
+        gated_gelu_backward_kernel, (rows, cdiv(width, block)),
+        grad.contiguous(), gate_rows, up_rows, grad_gate, grad_up, gate_stride, up_stride, width, block, num_warps=4,
+    )  # fmt: skip
     return grad_gate, grad_up

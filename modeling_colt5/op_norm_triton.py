@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from .op_rows_triton import routed_rows, tile_shape
-from .op_tokens_reference import normed_dtype
-from .run_launch_triton import cdiv, launch, next_power_of_2
+from .run_backend import normed_dtype
+from .run_launch_triton import adjacent, cdiv, launch, next_power_of_2
 
 try:
     import triton
@@ -214,7 +214,7 @@ def combine_norm(
     eps: float,
     wanted_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`op_tokens_reference.combine_norm` as one launch."""
+    """`combine_norm_reference` of op_norm.py as one launch."""
     batch, n, d = residual.shape
     routers = 0 if router_weights is None else router_weights.shape[0]
     hidden = torch.empty(0 if light is None else residual.shape, device=residual.device, dtype=residual.dtype)
@@ -224,30 +224,12 @@ def combine_norm(
     scores = torch.empty((batch, routers, n) if routers else 0, device=residual.device, dtype=torch.float32)
     rows, block, warps = tile_shape(d)
     launch(
-        combine_norm_kernel,
-        (batch * cdiv(n, rows),),
-        residual.contiguous(),
-        None if light is None else light.contiguous(),
-        None if heavy is None else heavy.contiguous(),
-        None if indices is None else indices.contiguous(),
-        None if valid is None else valid.contiguous(),
-        None if weights is None else weights.contiguous(),
-        0 if heavy is None else heavy.shape[1],
-        norm_weight.contiguous(),
-        None if router_weights is None else router_weights.contiguous(),
-        hidden,
-        normed,
-        rstd,
-        scores,
-        n,
-        eps,
-        d,
-        routers,
-        next_power_of_2(max(routers, 1)),
-        rows,
-        block,
-        num_warps=warps,
-    )
+        combine_norm_kernel, (batch * cdiv(n, rows),),
+        residual.contiguous(), *map(adjacent, (light, heavy, indices, valid, weights)),
+        0 if heavy is None else heavy.shape[1], norm_weight.contiguous(), adjacent(router_weights),
+        hidden, normed, rstd, scores,
+        n, eps, d, routers, next_power_of_2(max(routers, 1)), rows, block, num_warps=warps,
+    )  # fmt: skip
     return hidden, normed, rstd, scores
 
 
@@ -260,7 +242,7 @@ def norm_backward(
     norm_weight: Tensor,
     router_weights: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`op_tokens_reference.norm_backward` as two launches: rows and partial sums, then the sums of the partials."""
+    """`norm_backward_reference` of op_norm.py as two launches: rows and partial sums, then their sums."""
     batch, n, d = hidden_states.shape
     routers = 0 if router_weights is None else router_weights.shape[0]
     rows, block, warps = tile_shape(d, BACKWARD_TILE, BACKWARD_WARP)
@@ -273,37 +255,13 @@ def norm_backward(
         grad_router = router_weights.new_empty(router_weights.shape)
     partials = torch.empty(programs, 1 + routers, d, device=hidden_states.device, dtype=torch.float32)
     launch(
-        norm_backward_kernel,
-        (programs,),
-        None if grad_hidden is None else grad_hidden.contiguous(),
-        None if grad_normed is None else grad_normed.contiguous(),
-        None if grad_scores is None else grad_scores.contiguous(),
-        hidden_states.contiguous(),
-        rstd,
-        norm_weight.contiguous(),
-        None if router_weights is None else router_weights.contiguous(),
-        grad_rows,
-        partials,
-        n,
-        total_blocks,
-        d,
-        routers,
-        next_power_of_2(max(routers, 1)),
-        rows,
-        block,
-        num_warps=warps,
-    )
+        norm_backward_kernel, (programs,),
+        *map(adjacent, (grad_hidden, grad_normed, grad_scores)), hidden_states.contiguous(),
+        rstd, norm_weight.contiguous(), adjacent(router_weights), grad_rows, partials,
+        n, total_blocks, d, routers, next_power_of_2(max(routers, 1)), rows, block, num_warps=warps,
+    )  # fmt: skip
     launch(
-        sum_partials_kernel,
-        (cdiv(d, 32), 1 + routers),
-        partials,
-        grad_norm_weight,
-        grad_router,
-        programs,
-        d,
-        routers,
-        128,
-        32,
-        num_warps=8,
-    )
+        sum_partials_kernel, (cdiv(d, 32), 1 + routers),
+        partials, grad_norm_weight, grad_router, programs, d, routers, 128, 32, num_warps=8,
+    )  # fmt: skip
     return grad_rows, grad_norm_weight, grad_router

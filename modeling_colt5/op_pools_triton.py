@@ -278,7 +278,7 @@ def gather_backward_kernel(
 def pool_candidates(
     scores: Tensor, initial: Tensor | None, initial_valid: Tensor | None, window: int, size: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`op_causal_routing_reference.pool_candidates` by kernels, for fp32 scores."""
+    """`pool_candidates_reference` of op_pools.py by kernels, for fp32 scores."""
     rows, length = scores.shape
     windows = length // window
     if scores.stride(1) != 1:
@@ -322,7 +322,7 @@ def pool_candidates(
 def pool_candidates_backward(
     grad: Tensor, candidates: Tensor, present: Tensor, following: Tensor, window: int, base: int
 ) -> Tensor:
-    """`op_causal_routing_reference.pool_candidates_backward` as one launch, each sum in a fixed order."""
+    """`pool_candidates_backward_reference` of op_pools.py as one launch, each sum in a fixed order."""
     rows, pools, width = candidates.shape
     windows = pools - 1
     grad_scores = grad.new_empty((rows, windows * window))
@@ -342,7 +342,7 @@ def _readable(states: Tensor) -> Tensor:
 def pool_gather(
     key: Tensor, value: Tensor, indices: Tensor, weights: Tensor, valid: Tensor, following: Tensor, base: int
 ) -> tuple[Tensor, Tensor]:
-    """`op_causal_routing_reference.pool_gather` as one launch."""
+    """`pool_gather_reference` of op_pools.py as one launch."""
     batch, _, heads, d_kv = key.shape
     _, pools, size = indices.shape
     key, value = _readable(key), _readable(value)
@@ -369,7 +369,7 @@ def pool_gather_backward(
     following: Tensor,
     base: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`op_causal_routing_reference.pool_gather_backward` as one launch, each sum in a fixed order."""
+    """`pool_gather_backward_reference` of op_pools.py as one launch, each sum in a fixed order."""
     batch, tokens, heads, d_kv = key.shape
     _, pools, size = indices.shape
     key, value = _readable(key), _readable(value)
@@ -387,3 +387,10 @@ def pool_gather_backward(
         num_warps=max(1, min(8, block // 128)),
     )  # fmt: skip
     return grad_key, grad_value, grad_weights
+
+
+def candidates_fit(
+    scores: Tensor, initial: Tensor | None, initial_valid: Tensor | None, window: int, size: int
+) -> bool:
+    """Whether there is a kernel for windows and pools of these sizes."""
+    return max(window, size) <= LONGEST_LIST

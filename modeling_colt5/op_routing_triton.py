@@ -5,6 +5,7 @@ Rows of up to `LONGEST_ROW` tokens are one program each, longer ones are shared 
 
 import functools
 import math
+from typing import Any
 
 import torch
 
@@ -12,7 +13,7 @@ from .op_routing_forward_triton import route_kernel
 from .op_routing_gradient_triton import descent_backward_kernel, route_backward_kernel, slot_sums_kernel
 from .op_routing_sharing_triton import COUNTER_STRIDE, PLACES
 from .run_backend import INTERPRETED
-from .run_launch_triton import cdiv, launch, next_power_of_2
+from .run_launch_triton import adjacent, cdiv, launch, next_power_of_2
 
 # of a row that is one program's; below 32,768, so that two counts in one integer never reach its sign
 LONGEST_ROW = 16384
@@ -64,9 +65,14 @@ def kernels_take(n: int, solver: str, device: torch.device) -> bool:
     return n <= LONGEST_ROW or (shares and _parts(n, device)[0] <= LONGEST_PART)
 
 
-def _adjacent(rows: torch.Tensor | None) -> torch.Tensor | None:
-    """Numbers of rows as the kernels read them."""
-    return None if rows is None else rows.contiguous()
+def route_fits(scores: torch.Tensor, *inputs: Any) -> bool:
+    """Whether there is a kernel for the rows of `route_forward`'s arguments."""
+    return kernels_take(scores.shape[1], inputs[6], scores.device)
+
+
+def route_backward_fits(grad_weights: torch.Tensor, scores: torch.Tensor, *inputs: Any) -> bool:
+    """Whether there is a kernel for the rows of `route_backward`'s arguments."""
+    return kernels_take(scores.shape[1], inputs[9], scores.device)
 
 
 def _readable(rows: torch.Tensor) -> torch.Tensor:
@@ -85,10 +91,10 @@ def route_forward(
     solver: str,
     epsilon: float,
     num_iterations: int,
-    epsilon_init: float,
+    epsilon_init: float | None,
     epsilon_decay: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`route_reference` of op_routing_reference.py by kernels; for fp16, bf16 and fp32 scores.
+    """`route_reference` of op_routing.py by kernels; for fp16, bf16 and fp32 scores.
 
     Returns:
         weights, indices, valid [rows, capacity] and, for `route_backward`, a state [rows, 3 or iterations].
@@ -103,11 +109,17 @@ def route_forward(
         return weights, indices, valid, state
     scores = _readable(scores)
     mask = None if mask is None else _readable(mask)
-    inputs = (scores, budget.contiguous(), _adjacent(soft_budget), mask, _adjacent(lengths))
+    inputs = (scores, budget.contiguous(), adjacent(soft_budget), mask, adjacent(lengths))
     strides = (scores.stride(0), 0 if mask is None else mask.stride(0))
     # constants by position, which costs the host less than by name
     given = (soft_budget is not None, mask is not None, lengths is not None)
-    schedule = (soft_topk_ratio, epsilon, max(epsilon, epsilon_init), math.log2(epsilon_decay), num_iterations)
+    schedule = (
+        soft_topk_ratio,
+        epsilon,
+        max(epsilon, epsilon_init or epsilon),
+        math.log2(epsilon_decay),
+        num_iterations,
+    )
     if n <= LONGEST_ROW:
         block = _row_block(n)
         launch(
@@ -136,6 +148,7 @@ def route_forward(
 def route_backward(
     grad_weights: torch.Tensor,
     scores: torch.Tensor,
+    budget: torch.Tensor,
     soft_budget: torch.Tensor | None,
     mask: torch.Tensor | None,
     lengths: torch.Tensor | None,
@@ -143,10 +156,11 @@ def route_backward(
     indices: torch.Tensor,
     valid: torch.Tensor,
     state: torch.Tensor,
+    soft_topk_ratio: float,
     solver: str,
     epsilon: float,
     num_iterations: int,
-    epsilon_init: float,
+    epsilon_init: float | None,
     epsilon_decay: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The gradient of `route_forward`, by kernels: with respect to scores [rows, n] and soft budget [rows]."""
@@ -158,15 +172,15 @@ def route_backward(
         return grad_scores, grad_budget
     grad_weights, scores = _readable(grad_weights), _readable(scores)
     mask = None if mask is None else _readable(mask)
-    slots = (grad_weights, weights, indices, valid, scores, mask, _adjacent(lengths))
+    slots = (grad_weights, weights, indices, valid, scores, mask, adjacent(lengths))
     strides = (grad_weights.stride(0), scores.stride(0), 0 if mask is None else mask.stride(0))
     given = (mask is not None, lengths is not None)
     if solver != "exact":
         block = _row_block(n)
         launch(
             descent_backward_kernel, (rows,),
-            *slots, _adjacent(soft_budget), state, grad_scores, grad_budget, *strides, n, capacity,
-            epsilon, max(epsilon, epsilon_init), math.log2(epsilon_decay), num_iterations,
+            *slots, adjacent(soft_budget), state, grad_scores, grad_budget, *strides, n, capacity,
+            epsilon, max(epsilon, epsilon_init or epsilon), math.log2(epsilon_decay), num_iterations,
             soft_budget is not None, *given, block, SLOTS_AT_ONCE, num_warps=_row_warps(block),
         )  # fmt: skip
         return grad_scores, grad_budget

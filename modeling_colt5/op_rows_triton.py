@@ -9,7 +9,7 @@ import functools
 import torch
 from torch import Tensor
 
-from .run_launch_triton import cdiv, launch, next_power_of_2
+from .run_launch_triton import adjacent, cdiv, launch, next_power_of_2
 
 try:
     import triton
@@ -204,32 +204,16 @@ def combine(
     weights2: Tensor | None,
     length: int,
 ) -> Tensor:
-    """`op_tokens_reference.combine` as one launch."""
+    """`combine_reference` of op_rows.py as one launch."""
     batch, capacity, d = updates.shape
     out = torch.empty(batch, length, d, device=updates.device, dtype=updates.dtype if base is None else base.dtype)
     rows, block, warps = tile_shape(d)
     launch(
-        combine_kernel,
-        (batch * cdiv(length, rows),),
-        None if base is None else base.contiguous(),
-        None if light is None else light.contiguous(),
-        updates.contiguous(),
-        indices.contiguous(),
-        valid.contiguous(),
-        None if weights is None else weights.contiguous(),
-        capacity,
-        None if updates2 is None else updates2.contiguous(),
-        None if indices2 is None else indices2.contiguous(),
-        None if valid2 is None else valid2.contiguous(),
-        None if weights2 is None else weights2.contiguous(),
-        0 if updates2 is None else updates2.shape[1],
-        out,
-        length,
-        d,
-        rows,
-        block,
-        num_warps=warps,
-    )
+        combine_kernel, (batch * cdiv(length, rows),),
+        *map(adjacent, (base, light, updates, indices, valid, weights)), capacity,
+        *map(adjacent, (updates2, indices2, valid2, weights2)), 0 if updates2 is None else updates2.shape[1],
+        out, length, d, rows, block, num_warps=warps,
+    )  # fmt: skip
     return out
 
 
@@ -242,7 +226,7 @@ def gather(
     valid2: Tensor | None,
     weights2: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """`op_tokens_reference.gather` as one launch."""
+    """`gather_reference` of op_rows.py as one launch."""
     batch, n, d = hidden_states.shape
     capacity = indices.shape[1]
     capacity2 = 0 if indices2 is None else indices2.shape[1]
@@ -252,57 +236,27 @@ def gather(
     )
     _, block, _ = tile_shape(d)
     launch(
-        gather_kernel,
-        (batch * (capacity + capacity2),),
-        hidden_states.contiguous(),
-        None,
-        indices.contiguous(),
-        valid.contiguous(),
-        None if weights is None else weights.contiguous(),
-        out,
-        None,
-        capacity,
-        None if indices2 is None else indices2.contiguous(),
-        None if valid2 is None else valid2.contiguous(),
-        None if weights2 is None else weights2.contiguous(),
-        None if indices2 is None else out2,
-        capacity2,
-        n,
-        d,
-        block,
-        num_warps=max(1, min(8, block // 256)),
-    )
+        gather_kernel, (batch * (capacity + capacity2),),
+        hidden_states.contiguous(), None, *map(adjacent, (indices, valid, weights)), out, None, capacity,
+        *map(adjacent, (indices2, valid2, weights2)), None if indices2 is None else out2, capacity2,
+        n, d, block, num_warps=max(1, min(8, block // 256)),
+    )  # fmt: skip
     return out, out2
 
 
 def gather_dot(
     hidden_states: Tensor, other: Tensor, indices: Tensor, valid: Tensor, weights: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """`op_tokens_reference.gather_dot` as one launch."""
+    """`gather_dot_reference` of op_rows.py as one launch."""
     batch, n, d = hidden_states.shape
     capacity = indices.shape[1]
     out = torch.empty(batch, capacity, d, device=hidden_states.device, dtype=other.dtype)
     dots = torch.empty(batch, capacity, device=hidden_states.device, dtype=torch.float32)
     _, block, _ = tile_shape(d)
     launch(
-        gather_kernel,
-        (batch * capacity,),
-        hidden_states.contiguous(),
-        other.contiguous(),
-        indices.contiguous(),
-        valid.contiguous(),
-        None if weights is None else weights.contiguous(),
-        out,
-        dots,
-        capacity,
-        None,
-        None,
-        None,
-        None,
-        0,
-        n,
-        d,
-        block,
-        num_warps=max(1, min(8, block // 256)),
-    )
+        gather_kernel, (batch * capacity,),
+        hidden_states.contiguous(), other.contiguous(), *map(adjacent, (indices, valid, weights)), out, dots, capacity,
+        None, None, None, None, 0,
+        n, d, block, num_warps=max(1, min(8, block // 256)),
+    )  # fmt: skip
     return out, dots

@@ -1,10 +1,15 @@
-"""Soft top-k in PyTorch: the exact solver and coordinate descent, differentiable any number of times.
+"""Soft top-k: the exact solver and coordinate descent, differentiable any number of times, and the public function.
 
 Both maximise ⟨s, p⟩ + ε H(p) over 0 ≤ p ≤ 1 with Σp = k (CoLT5, section 3.2; Lei et al. 2023, arXiv 2304.04947,
 section 4). The maximum is p_i = min(1, exp((s_i - t) / ε)) with one threshold t per row; docs/soft_topk.md derives it.
 """
 
+import math
+
 import torch
+from torch import Tensor
+
+from .run_backend import runs_eagerly
 
 SOLVERS = ("exact", "coordinate_descent")
 
@@ -143,3 +148,115 @@ def solve(scores: torch.Tensor, k: torch.Tensor, solver: str, schedule: list[flo
         _, scaled, offset = solve_exactly(scores, k, schedule[-1], largest)
         return scaled - offset
     return (scores - descend_coordinates(scores, k, schedule)) / schedule[-1]
+
+
+def weights_dtype(scores: Tensor) -> torch.dtype:
+    """The dtype of the weights of scores: fp32, or float64 for float64."""
+    return torch.promote_types(scores.dtype, torch.float32)
+
+
+def check_scores(scores: Tensor) -> None:
+    """Refuse scores that are not floating point."""
+    if not scores.is_floating_point():
+        raise TypeError(f"scores have dtype {scores.dtype}; they must be floating point")
+
+
+def check_positive(name: str, value: float) -> None:
+    """Refuse a setting that is no finite number above 0."""
+    # what is nearly always given comes first: a router checks its settings at every call
+    if type(value) is not float and (isinstance(value, bool) or not isinstance(value, int | float)):
+        raise TypeError(f"{name} is {value!r}; it must be a number")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} is {value!r}; it must be finite and above 0")
+
+
+def check_solver(
+    solver: str, epsilon: float, num_iterations: int, epsilon_init: float | None, epsilon_decay: float
+) -> None:
+    """Refuse settings of the soft top-k that are of another type or out of their range."""
+    if solver not in SOLVERS:
+        raise ValueError(f"solver is {solver!r}; it must be one of {', '.join(SOLVERS)}")
+    check_positive("epsilon", epsilon)
+    check_positive("epsilon_decay", epsilon_decay)
+    if epsilon_decay > 1:
+        raise ValueError(f"epsilon_decay is {epsilon_decay!r}; it must be at most 1")
+    if epsilon_init is not None:
+        check_positive("epsilon_init", epsilon_init)
+    if isinstance(num_iterations, bool) or not isinstance(num_iterations, int):
+        raise TypeError(f"num_iterations is {num_iterations!r}; it must be an integer")
+    if num_iterations < 1:
+        raise ValueError(f"num_iterations is {num_iterations}; it must be at least 1")
+
+
+def check_mask(mask: Tensor | None) -> None:
+    """Refuse a mask that is not bool."""
+    if mask is not None and mask.dtype != torch.bool:
+        raise TypeError(f"mask has dtype {mask.dtype}; it must be bool")
+
+
+def _expanded(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    pairs = zip(reversed(tensor.shape), reversed(shape), strict=False)
+    if tensor.dim() > len(shape) or not all(own in (1, wanted) for own, wanted in pairs):
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)}; for these scores it must broadcast to {tuple(shape)}"
+        )
+    return tensor.expand(shape)
+
+
+def soft_topk(
+    scores: Tensor,
+    k: float | Tensor,
+    *,
+    epsilon: float = 1.0,
+    mask: Tensor | None = None,
+    solver: str = "exact",
+    num_iterations: int = 50,
+    epsilon_init: float | None = None,
+    epsilon_decay: float = 1.0,
+) -> Tensor:
+    """Weights between 0 and 1 that sum to `k` and lean to the largest scores (CoLT5, section 3.2).
+
+    argmax over p of ⟨s, p⟩ + ε H(p), subject to Σp = k and 0 ≤ p ≤ 1. Where `k` reaches the number of real entries
+    every one of them gets weight 1, and no gradient.
+
+    Args:
+        scores: [..., n], floating point; fp16 and bf16 are computed in fp32.
+        k: a number, or a tensor that broadcasts to [...], which gets a gradient; finite and above 0. A tensor is
+            checked where that costs no synchronisation (on the CPU, not traced); elsewhere a NaN gives NaN.
+        epsilon: how soft; weights tend to 0 and 1 as it falls.
+        mask: bool, broadcasts to [..., n]; False entries get weight 0 and take no part.
+        solver: "exact", the optimum with its closed-form gradient, or "coordinate_descent", the paper's iteration.
+        num_iterations: iterations of coordinate descent.
+        epsilon_init, epsilon_decay: ε-scaling of coordinate descent (CoDA, arXiv 2304.04947): iteration i uses
+            max(epsilon, epsilon_init · epsilon_decay^i).
+
+    Returns:
+        [..., n] in fp32, or float64 for float64 scores.
+
+    Raises:
+        TypeError: for scores that are not floating point, a mask that is not bool, a setting of another type.
+        ValueError: for `k`, `epsilon` or another setting out of its range, a mask or a `k` of another shape, scores
+            without a dimension.
+    """
+    check_scores(scores)
+    if scores.dim() == 0:
+        raise ValueError("scores have shape (); it must be [..., n]")
+    check_solver(solver, epsilon, num_iterations, epsilon_init, epsilon_decay)
+    check_mask(mask)
+    leading, n = scores.shape[:-1], scores.shape[-1]
+    dtype = weights_dtype(scores)
+    if isinstance(k, Tensor):
+        if k.device.type == "cpu" and runs_eagerly() and not bool(((k > 0) & k.isfinite()).all()):
+            raise ValueError(f"k is {k}; it must be finite and above 0")
+        k = _expanded("k", k.to(device=scores.device, dtype=dtype), leading).reshape(-1)
+    else:
+        check_positive("k", k)
+        k = torch.full((math.prod(leading),), float(k), device=scores.device, dtype=dtype)
+    if mask is not None:
+        mask = _expanded("mask", mask, scores.shape).reshape(-1, n) if n else None
+    if scores.numel() == 0:
+        return scores.to(dtype)
+    masked = mask_scores(scores.reshape(-1, n), mask)
+    schedule = epsilon_schedule(epsilon, num_iterations, epsilon_init, epsilon_decay)
+    exponents = solve(masked, k, solver, schedule, n)
+    return soft_topk_weights(exponents, masked == -torch.inf).reshape(scores.shape)

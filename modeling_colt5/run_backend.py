@@ -5,6 +5,7 @@ import os
 
 import torch
 
+HALF_DTYPES = (torch.float16, torch.bfloat16)
 KERNEL_BACKENDS = ("auto", "triton", "torch")
 ENVIRONMENT_VARIABLE = "COLT5_KERNEL_BACKEND"
 # read once, like the next two: a look into the environment takes the host longer than most of a launch
@@ -98,3 +99,14 @@ def is_hooked(module: torch.nn.Module) -> bool:
         return True
     # Transformers leaves its hooks for `output_hidden_states` and the like in place, idle
     return any(getattr(hook, "__name__", "") != "output_capturing_hook" for hook in module._forward_hooks.values())
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype statistics and sums are kept in: fp32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def normed_dtype(hidden_dtype: torch.dtype, weight_dtype: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
+    """The dtype of the normalised states: what is wanted, or a half-precision weight's, as in T5, or else the hidden
+    states'."""
+    return wanted or (weight_dtype if weight_dtype in HALF_DTYPES else hidden_dtype)

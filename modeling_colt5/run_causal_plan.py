@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .configuration_colt5 import CoLT5Config
-from .op_routing import share_of
 from .run_backend import uses_triton
+from .run_sizes import share_of
 
 
 def _rows(index: Tensor, n: int) -> Tensor:

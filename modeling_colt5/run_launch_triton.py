@@ -50,6 +50,11 @@ def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+def adjacent(states: torch.Tensor | None) -> torch.Tensor | None:
+    """Numbers as the kernels read them, side by side; None where there are none."""
+    return None if states is None else states.contiguous()
+
+
 def options_together(num_warps: int, together: int) -> dict[str, Any]:
     """Triton's options for programs that wait for each other, so many of which a multiprocessor has to hold."""
     return {"launch_cooperative_grid": True, "maxnreg": min(REGISTERS // (32 * num_warps * together), 255)}

@@ -1,4 +1,4 @@
-"""Operators of the namespace `colt5`: how they register once, and how eager calls go past PyTorch's dispatcher."""
+"""Operators of the namespace `colt5`: a reference, the kernel beside it, and how both are called."""
 
 import zlib
 from collections.abc import Callable
@@ -6,19 +6,10 @@ from typing import Any
 
 import torch
 
-from .run_backend import kernel_takes, runs_eagerly
+from .run_backend import kernel_takes, runs_eagerly, uses_triton
 
-
-def kernel_or(
-    kernels: dict[str, Callable[..., Any]], reference: Callable[..., Any], operand: int = 0
-) -> Callable[..., Any]:
-    """The kernel of the reference's name where it runs, else the reference; one operand's device and dtype decide."""
-    kernel = kernels.get(reference.__name__, reference)
-
-    def implementation(*inputs: Any) -> Any:
-        return (kernel if kernel_takes(inputs[operand]) else reference)(*inputs)
-
-    return implementation
+# a function of an operator's arguments that needs Triton; None where that is not installed
+Kernel = Callable[..., Any] | None
 
 
 def own_schema(schema: str) -> str:
@@ -64,32 +55,39 @@ def refuse_transforms_of_kernels(name: str) -> None:
 
 
 class Operator:
-    """An operator `colt5::<name>`, called past PyTorch's dispatcher while nobody traces.
+    """An operation with a kernel: `colt5::<name>` for those who trace, a plain Python call for everybody else.
 
     The dispatcher's Python path costs more host time than a Triton launch (docs/operators.md has the numbers), so
-    only tracers (torch.compile, torch.export, fake tensors, opcheck) go through it; eager calls run the
-    implementation, inside a `torch.autograd.Function` where gradients are wanted.
+    only tracers (torch.compile, torch.export, fake tensors, opcheck) go through it. An eager call runs the kernel,
+    inside a `torch.autograd.Function` where gradients are wanted. Where no kernel runs, the reference is called as
+    the PyTorch code that it is.
 
     Args:
         schema: `"name(Tensor x, ...) -> ..."`, functional; no output may alias an input.
-        implementation: takes the schema's arguments, on any device; chooses between kernel and reference itself.
+        reference: takes the schema's arguments, on any device, in plain differentiable PyTorch.
         fake: the same on fake tensors, for shapes and dtypes alone.
+        kernel: takes the schema's arguments too; None where Triton is not installed.
         save: `(ctx, inputs, outputs)`, keeps what the backward needs; None for an operator without gradient.
         backward: `(ctx, *output gradients)` → a gradient or None for each input. Gradients of unused outputs come as
             None. It calls other operators, never kernels, so that tracers see it.
+        operand: which argument's device and dtype decide whether the kernel runs.
+        fits: takes the schema's arguments: whether the kernel runs on sizes like theirs; None for all.
     """
 
     def __init__(
         self,
         schema: str,
-        implementation: Callable[..., Any],
+        reference: Callable[..., Any],
         fake: Callable[..., Any],
+        kernel: Kernel = None,
         save: Callable[..., None] | None = None,
         backward: Callable[..., Any] | None = None,
+        operand: int = 0,
+        fits: Kernel = None,
     ):
         schema = own_schema(schema)
         self.name = name = schema.split("(")[0]
-        self.implementation = implementation
+        self.reference, self.kernel, self.operand, self.fits = reference, kernel, operand, fits
         self.function: type[torch.autograd.Function] | None = None
         if save is not None and backward is not None:
             self.function = self._make_function(name, save, backward)
@@ -98,6 +96,16 @@ class Operator:
         if not hasattr(torch.ops.colt5, name):
             self._register(name, schema, fake)
         self.overload = getattr(torch.ops.colt5, name).default
+
+    def chosen(self, inputs: tuple[Any, ...]) -> Callable[..., Any]:
+        """The kernel where it takes these inputs, else the reference."""
+        if self.kernel is None or not kernel_takes(inputs[self.operand]):
+            return self.reference
+        return self.kernel if self.fits is None or self.fits(*inputs) else self.reference
+
+    def implementation(self, *inputs: Any) -> Any:
+        """The result, without a gradient."""
+        return self.chosen(inputs)(*inputs)
 
     def _make_function(
         self, name: str, save: Callable[..., None], backward: Callable[..., Any]
@@ -128,12 +136,24 @@ class Operator:
         if self.function is not None:
             self.library.impl(name, self.function.apply, "Autograd")
 
+    def call(self, kernel_backend: str, *inputs: Any) -> Any:
+        """The result on the backend that the caller names; on "torch" the reference, with derivatives of any order.
+
+        Args:
+            kernel_backend: as in `uses_triton` of run_backend.py.
+            inputs: the schema's arguments.
+        """
+        if not uses_triton(inputs[self.operand], kernel_backend):
+            return self.reference(*inputs)
+        return self(*inputs)
+
     def __call__(self, *inputs: Any) -> Any:
         if not runs_eagerly():
             refuse_transforms_of_kernels(self.name)
             return self.overload(*inputs)
-        if self.function is not None and torch.is_grad_enabled():
+        run = self.chosen(inputs)
+        if self.function is not None and run is not self.reference and torch.is_grad_enabled():
             for value in inputs:
                 if isinstance(value, torch.Tensor) and value.requires_grad:
                     return self.apply(*inputs)
-        return self.implementation(*inputs)
+        return run(*inputs)

@@ -7,10 +7,9 @@ from typing import Any
 import torch
 
 from .configuration_colt5 import CoLT5Config
-from .op_routing import routed_budget, routed_capacity
 from .run_backend import is_capturing, uses_triton
 from .run_graphs import graph_stream
-from .run_sizes import as_tensor, computed_size, is_free, smaller
+from .run_sizes import as_tensor, computed_size, is_free, routed_budget, routed_capacity, smaller
 
 # the share of its tokens that a row's weights sum to when a dense start begins
 DENSE_SHARE = 0.9

@@ -1,4 +1,9 @@
-"""Sizes that may be symbols: what compilers and exporters put in place of a length that they keep free."""
+"""Numbers of tokens: the one formula of budgets, and sizes that may be symbols.
+
+Compilers and exporters put symbols in place of a length that they keep free.
+"""
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,3 +39,53 @@ def smaller(size: int, other: int) -> int:
 def larger(size: int, other: int) -> int:
     """The larger one of two sizes; symbols are not compared."""
     return max(size, other) if isinstance(size, int) and isinstance(other, int) else torch.sym_max(size, other)
+
+
+def share_of(length: Any, fraction: float) -> Any:
+    """ceil(fraction · length - 1e-6), exact: no rounding of a product decides how many tokens are routed.
+
+    A fraction in floating point is p / 2^s with integers, so the result is (p · length + a constant) >> s. It is
+    computed in parts of 31 bits, so that nothing exceeds 64: devices without float64 have integers of those.
+
+    Args:
+        length: number of tokens, below 2^31: an integer, a symbolic one, or an int64 tensor.
+        fraction: share of them, above 0 and below 2^31.
+
+    Returns:
+        What the length is: an integer, a symbolic one, or an int64 tensor of its shape.
+    """
+    numerator, denominator = fraction.as_integer_ratio()
+    bits = -(-(denominator.bit_length() - 1) // 31) * 31
+    one = 1 << bits
+    numerator *= one // denominator
+    # what is more than 1e-6 above an integer is rounded up
+    constant = one - 1 - one // 10**6
+    carried, part = 0, (1 << 31) - 1
+    for shift in range(0, bits, 31):
+        carried = (length * ((numerator >> shift) & part) + (carried + ((constant >> shift) & part))) >> 31
+    return length * (numerator >> bits) + carried
+
+
+def routed_budget(lengths: Tensor, fraction: float, minimum: int) -> Tensor:
+    """How many tokens each row routes: min(length, max(minimum, ceil(fraction · length - 1e-6))), exact.
+
+    Args:
+        lengths: int [rows], real tokens of each row.
+        fraction: share of the tokens, in (0, 1].
+        minimum: tokens that are routed however short the row is.
+
+    Returns:
+        int64 [rows].
+    """
+    lengths = lengths.to(torch.int64)
+    return share_of(lengths, fraction).clamp(min=minimum).minimum(lengths)
+
+
+def routed_capacity(n: int, fraction: float, minimum: int) -> int:
+    """The slots that rows of padded length `n` need: `routed_budget` of `n`, at least 1, also for a symbolic `n`."""
+    if is_free(n):
+        return computed_size(routed_budget(as_tensor(n), fraction, minimum).clamp(min=1), n)
+    budget = share_of(n, fraction)
+    if isinstance(n, int):
+        return max(1, min(n, max(minimum, budget)))
+    return torch.sym_max(1, torch.sym_min(n, torch.sym_max(minimum, budget)))

@@ -105,9 +105,9 @@ def hub_environment(tmp_path: os.PathLike) -> dict[str, str]:
 @pytest.fixture
 def float64_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
     """The norm's statistic in the model's dtype; it is in fp32 otherwise, as in T5, which would blur float64 tests."""
-    from modeling_colt5 import op_tokens_reference
+    from modeling_colt5 import op_norm
 
-    monkeypatch.setattr(op_tokens_reference, "mean_square", lambda hidden_states: hidden_states.pow(2).mean(-1))
+    monkeypatch.setattr(op_norm, "mean_square", lambda hidden_states: hidden_states.pow(2).mean(-1))
 
 
 class Messages(logging.Handler):

@@ -9,8 +9,7 @@ from dense_attention import band, dense_attention, random_positions
 from rounding import assert_all_same_but_for_rounding, assert_same_but_for_rounding
 
 from modeling_colt5 import run_backend
-from modeling_colt5.op_attention import local_attention, routed_attention
-from modeling_colt5.op_local_attention_reference import local_attention_reference
+from modeling_colt5.op_attention import local_attention, local_attention_reference, routed_attention
 
 pytest.importorskip("triton")
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from modeling_colt5 import CoLT5Config
-from modeling_colt5.op_routing import routed_budget, routed_capacity, share_of
 from modeling_colt5.run_causal_plan import CausalSettings
+from modeling_colt5.run_sizes import routed_budget, routed_capacity, share_of
 
 LENGTHS = 2**20
 # the configuration's defaults, and those whose product with a length is most often close to an integer

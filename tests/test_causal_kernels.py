@@ -9,9 +9,7 @@ from rounding import assert_same_but_for_rounding
 from test_causal_routing import make_pools
 from transformers import DynamicCache
 
-from modeling_colt5 import CoLT5ForCausalLM
-from modeling_colt5 import op_causal_routing as operators
-from modeling_colt5 import op_causal_routing_reference as reference
+from modeling_colt5 import CoLT5ForCausalLM, op_gates, op_pools
 from modeling_colt5.model_causal import CoLT5LayerCausalAttention, CoLT5LayerCausalFF
 from modeling_colt5.run_causal_plan import CausalPlan
 
@@ -78,7 +76,7 @@ def test_gates(
     scores, *rest = gate_inputs(kind, batch, windows, window, past, device)
     settings = (target, capacity, 9 / 8 * target, epsilon, fill_first)
     scores.requires_grad_()
-    expected = reference.causal_gates(scores, *rest, *settings)
+    expected = op_gates.causal_gates_reference(scores, *rest, *settings)
     actual = gates.causal_gates(scores.detach(), *rest, *settings)
     # thresholds of incomplete windows too: whatever stands there is the same
     assert_same(actual, expected)
@@ -86,12 +84,12 @@ def test_gates(
     grads = [torch.randn_like(weights), torch.randn_like(slots).masked_fill(~valid, 0)]
     (autograd,) = torch.autograd.grad([expected[0], expected[4]], [scores], grads)
     inputs = (scores.detach(), weights, routed, thresholds, capacity, epsilon)
-    for module in (reference, gates):
-        assert_same((module.causal_gates_backward(*grads, *inputs),), (autograd,))
+    for backward in (op_gates.causal_gates_backward_reference, gates.causal_gates_backward):
+        assert_same((backward(*grads, *inputs),), (autograd,))
         (alone,) = torch.autograd.grad(
-            reference.causal_gates(scores, *rest, *settings)[4], [scores], grads[1], allow_unused=True
+            op_gates.causal_gates_reference(scores, *rest, *settings)[4], [scores], grads[1], allow_unused=True
         )
-        assert_same((module.causal_gates_backward(None, grads[1], *inputs),), (alone,))
+        assert_same((backward(None, grads[1], *inputs),), (alone,))
 
 
 def test_any_window_has_a_number_of_warps_that_triton_takes() -> None:
@@ -104,7 +102,7 @@ def test_gates_by_numbers_that_do_not_lie_side_by_side(device: torch.device) -> 
     apart = [torch.stack([part, part * 0 - 1], 1)[:, 0] for part in (past, total)]
     apart.append(torch.stack([carried, carried * 0], 2)[..., 0])
     settings = (2, 4, 2.25, 1.0, True)
-    expected = reference.causal_gates(scores, past, total, carried, *settings)
+    expected = op_gates.causal_gates_reference(scores, past, total, carried, *settings)
     assert_same(gates.causal_gates(scores, *apart, *settings), expected)
 
 
@@ -113,7 +111,7 @@ def test_gates_take_whole_numbers_as_settings(backend: str, device: torch.device
     scores, past, total, carried = gate_inputs("distinct", 2, 3, 8, True, device)
     fields = {"target": 2, "capacity": 4, "fill_first": True, "kernel_backend": backend}
     whole, real = (
-        operators.causal_gates(scores, past, total, carried, soft_topk_ratio=one, epsilon=one, **fields)
+        op_gates.causal_gates(scores, past, total, carried, soft_topk_ratio=one, epsilon=one, **fields)
         for one in (1, 1.0)
     )
     assert_same_but_for_rounding(whole.weights, real.weights)
@@ -150,21 +148,21 @@ def test_pool_candidates(
         initial, base = make_scores(kind, rows, size, device=device), size
         initial_valid = torch.arange(size, device=device) < torch.tensor([[size - 2], [size]], device=device)[:rows]
     inputs = (scores, initial, initial_valid, window, size)
-    expected, actual = reference.pool_candidates(*inputs), kernels.pool_candidates(*inputs)
+    expected, actual = op_pools.pool_candidates_reference(*inputs), kernels.pool_candidates(*inputs)
     present = expected[2]
     for one, other in zip(actual[1:], expected[1:], strict=True):
         assert torch.equal(one, other)
     assert torch.equal(actual[0][present], expected[0][present])
     grad = torch.randn_like(expected[0])
     inputs = (grad, *expected[1:], window, base)
-    assert_same((kernels.pool_candidates_backward(*inputs),), (reference.pool_candidates_backward(*inputs),))
+    assert_same((kernels.pool_candidates_backward(*inputs),), (op_pools.pool_candidates_backward_reference(*inputs),))
 
 
 def test_a_pool_of_more_keys_than_a_program_holds_is_pytorchs(device: torch.device) -> None:
     scores = torch.randn(1, 8, device=device)
     settings = {"soft_topk_ratio": 9 / 8, "epsilon": 1.0}
     pools = [
-        operators.routed_pools(scores, 4, kernels.LONGEST_LIST + 1, None, kernel_backend=backend, **settings)
+        op_pools.routed_pools(scores, 4, kernels.LONGEST_LIST + 1, None, kernel_backend=backend, **settings)
         for backend in ("torch", "triton")
     ]
     assert torch.equal(pools[0].following, pools[1].following)
@@ -175,7 +173,7 @@ def test_scores_that_are_not_numbers_are_the_largest(device: torch.device) -> No
     scores = torch.randn(1, 24, device=device)
     scores[0, [3, 9, 20]] = torch.nan
     inputs = (scores, None, None, 4, 5)
-    assert torch.equal(kernels.pool_candidates(*inputs)[1], reference.pool_candidates(*inputs)[1])
+    assert torch.equal(kernels.pool_candidates(*inputs)[1], op_pools.pool_candidates_reference(*inputs)[1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -187,13 +185,13 @@ def test_gathering(rows: int, windows: int, window: int, size: int, dtype: torch
     # both projections in one tensor, and a token less than the windows hold
     joint = torch.randn(rows, windows * window - 1, 12, device=device).to(dtype)
     key, value = (states.unflatten(-1, (2, 3)) for states in joint.split(6, -1))
-    expected = reference.pool_gather(key, value, *parts, 0)
+    expected = op_pools.pool_gather_reference(key, value, *parts, 0)
     for one, other in zip(kernels.pool_gather(key, value, *parts, 0), expected, strict=True):
         # a product each, rounded once
         assert torch.equal(one, other)
     grads = [torch.randn_like(part) for part in expected]
     inputs = (*grads, key, value, *parts, 0)
-    actual, expected = kernels.pool_gather_backward(*inputs), reference.pool_gather_backward(*inputs)
+    actual, expected = kernels.pool_gather_backward(*inputs), op_pools.pool_gather_backward_reference(*inputs)
     # the weights' gradient is a sum of 12 products, and in half precision the reference rounds each
     tolerance = TOLERANCE if dtype == torch.float32 else {"rtol": 2e-3, "atol": 1e-2}
     for one, other in zip(actual, expected, strict=True):
@@ -204,35 +202,37 @@ def test_gathering_from_an_initial_pool(device: torch.device) -> None:
     windows, window, size = 3, 4, 5
     scores, initial = torch.randn(1, windows * window, device=device), torch.randn(1, size, device=device)
     valid = torch.arange(size, device=device)[None] < 4
-    _, candidates, present, following = reference.pool_candidates(scores, initial, valid, window, size)
+    _, candidates, present, following = op_pools.pool_candidates_reference(scores, initial, valid, window, size)
     indices = torch.cat([candidates[:, 1:, :size], candidates[:, -1:, :size]], 1)
     used = torch.cat([present[:, 1:, :size], present[:, -1:, :size] & False], 1)
     weights = torch.rand(indices.shape, device=device).masked_fill(~used, 0)
     key, value = torch.randn(2, 1, size + windows * window, 2, 3, device=device).unbind(0)
     inputs = (key, value, indices.masked_fill(~used, 0), weights, used, following, size)
-    assert_same(kernels.pool_gather(*inputs), reference.pool_gather(*inputs))
+    assert_same(kernels.pool_gather(*inputs), op_pools.pool_gather_reference(*inputs))
     grads = [torch.randn(1, windows, size, 2, 3, device=device) for _ in range(2)]
-    assert_same(kernels.pool_gather_backward(*grads, *inputs), reference.pool_gather_backward(*grads, *inputs))
+    assert_same(
+        kernels.pool_gather_backward(*grads, *inputs), op_pools.pool_gather_backward_reference(*grads, *inputs)
+    )
 
 
 def test_operators_say_their_shapes_and_kinds() -> None:
     scores = torch.randn(2, 12)
     total = torch.tensor([12, 9])
-    candidates = reference.pool_candidates(scores, None, None, 4, 5)
+    candidates = op_pools.pool_candidates_reference(scores, None, None, 4, 5)
     pools = make_pools(2, 3, 4, 5)
     tokens = pools.tokens
     key, value = torch.randn(2, 2, 12, 2, 3).unbind(0)
     gathered = (key, value, tokens.indices, tokens.weights.float(), tokens.valid, pools.following, 0)
     gate_settings = (scores.view(2, 3, 4), None, total, None, 2, 3, 2.25, 1.0, True)
-    gated = reference.causal_gates(*gate_settings)
+    gated = op_gates.causal_gates_reference(*gate_settings)
     grads = [torch.randn(2, 3, 5, 2, 3) for _ in range(2)]
     for operator, inputs in (
-        (operators._gates, gate_settings),
-        (operators._gates_backward, (None, gated[4], gate_settings[0], *gated[:3], 3, 1.0)),
-        (operators._candidates, (scores, None, None, 4, 5)),
-        (operators._candidates_backward, (candidates[0], *candidates[1:], 4, 0)),
-        (operators._pool_gather, gathered),
-        (operators._pool_gather_backward, (*grads, *gathered)),
+        (op_gates._gates, gate_settings),
+        (op_gates._gates_backward, (None, gated[4], gate_settings[0], *gated[:3], 3, 1.0)),
+        (op_pools._candidates, (scores, None, None, 4, 5)),
+        (op_pools._candidates_backward, (candidates[0], *candidates[1:], 4, 0)),
+        (op_pools._pool_gather, gathered),
+        (op_pools._pool_gather_backward, (*grads, *gathered)),
     ):
         torch.library.opcheck(operator.overload, inputs, test_utils=("test_schema", "test_faketensor"))
 

@@ -9,8 +9,9 @@ from models import tiny_config
 
 from modeling_colt5 import CoLT5Config, CoLT5ForCausalLM
 from modeling_colt5.model_causal import CoLT5LayerCausalAttention, CoLT5LayerCausalFF
-from modeling_colt5.op_causal_routing import Gates, Pools, causal_gates, gather_pools
-from modeling_colt5.op_causal_routing_reference import NO_TOKEN, links, pool_candidates, prefix_top, window_thresholds
+from modeling_colt5.op_gates import Gates, causal_gates, window_thresholds
+from modeling_colt5.op_pools import NO_TOKEN, Pools, gather_pools, links, prefix_top
+from modeling_colt5.op_pools import pool_candidates_reference as pool_candidates
 from modeling_colt5.op_routing import RoutedTokens
 from modeling_colt5.run_causal_plan import CausalPlan
 

@@ -17,7 +17,7 @@ FILES = sorted(PACKAGE.glob("*.py"))
 # what the package requires, and what its requirements bring along
 REQUIRED = {"accelerate", "einops", "huggingface_hub", "numpy", "safetensors", "tokenizers", "torch", "transformers"}
 # usable where present, so imported where a failure is caught
-OPTIONAL = {"kernels", "triton"}
+OPTIONAL = {"triton"}
 
 
 def documented_ranks() -> dict[str, int]:

@@ -27,13 +27,13 @@ def forwards(model: torch.nn.Module) -> set[object]:
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
     """The shapes that Triton's routing kernels were called with."""
     shapes = []
-    kernel = op_routing.route_forward
+    kernel = op_routing._route.kernel
 
     def counted(scores, *arguments):
         shapes.append(scores.shape)
         return kernel(scores, *arguments)
 
-    monkeypatch.setattr(op_routing, "route_forward", counted)
+    monkeypatch.setattr(op_routing._route, "kernel", counted)
     return shapes
 
 
@@ -54,8 +54,8 @@ def test_use_kernels_puts_the_triton_kernels_in_place(device: torch.device, laun
     batch = {name: tensor.to(device) for name, tensor in pad([random_ids(40), random_ids(23)]).items()}
     expected = model(**batch).last_hidden_state
     assert not launches
-    # where there is no GPU, the interpreter takes CPU tensors; on one, the mapping is the one that the import made
-    with use_kernel_mapping({} if device.type == "cuda" else {"CoLT5Routing": {"cpu": TritonLayers()}}):
+    # where there is no GPU, the interpreter takes CPU tensors
+    with use_kernel_mapping({"CoLT5Routing": {device.type: TritonLayers()}}):
         model.set_use_kernels(True)
         assert forwards(model) == {CoLT5RoutingTriton.forward}
         states = model(**batch).last_hidden_state
@@ -72,15 +72,18 @@ def test_use_kernels_puts_the_triton_kernels_in_place(device: torch.device, laun
 
 
 @needs_kernels
-def test_the_import_registers_the_layer_for_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    from kernels import Mode, kernelize
+def test_the_layer_takes_the_place_where_the_user_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    from kernels import Mode, kernelize, use_kernel_mapping
 
     if not torch.cuda.is_available():
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     for mode in (Mode.INFERENCE, Mode.TRAINING, Mode.TRAINING | Mode.TORCH_COMPILE):
         model = tiny_model(CoLT5EncoderModel)
         assert forwards(model) == {CoLT5Routing.forward}
-        assert forwards(kernelize(model, mode=mode, device="cuda")) == {CoLT5RoutingTriton.forward}
+        # the import alone registers nothing
+        assert forwards(kernelize(model, mode=mode, device="cuda")) == {CoLT5Routing.forward}
+        with use_kernel_mapping({"CoLT5Routing": {"cuda": TritonLayers()}}):
+            assert forwards(kernelize(model, mode=mode, device="cuda")) == {CoLT5RoutingTriton.forward}
 
 
 @needs_kernels

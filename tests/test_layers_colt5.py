@@ -16,7 +16,7 @@ from modeling_colt5.model_decoder import CoLT5CrossAttention, CoLT5SelfAttention
 from modeling_colt5.model_encoder import CoLT5LayerConditionalFF, CoLT5LocalAttention, CoLT5RoutedAttention
 from modeling_colt5.model_layers import CoLT5Attention, CoLT5LayerNorm, clamp_half, product_dtype
 from modeling_colt5.model_router import CoLT5Router
-from modeling_colt5.op_routing import routed_budget, routed_capacity
+from modeling_colt5.run_sizes import routed_budget, routed_capacity
 
 
 def brute_budget(n: int, fraction: float, minimum: int = 1) -> int:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from dense_attention import band, dense_attention
 
-from modeling_colt5.op_local_attention_reference import local_attention_reference
+from modeling_colt5.op_attention import local_attention_reference
 
 
 def eager_attend(query, key, value, bias, mask):

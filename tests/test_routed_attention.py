@@ -4,7 +4,7 @@ import pytest
 import torch
 from dense_attention import dense_attention, random_positions
 
-from modeling_colt5.op_routed_attention_reference import routed_attention_reference
+from modeling_colt5.op_attention import routed_attention_reference
 
 
 @pytest.mark.parametrize("heads, kv_heads", [(2, 2), (4, 2), (3, 1)])

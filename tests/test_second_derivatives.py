@@ -17,18 +17,12 @@ from modeling_colt5 import (
     soft_topk,
 )
 from modeling_colt5.op_attention import local_attention, routed_attention
-from modeling_colt5.op_causal_routing import causal_gates, gather_pools, routed_pools
+from modeling_colt5.op_gates import causal_gates
+from modeling_colt5.op_gelu import gated_gelu
+from modeling_colt5.op_norm import combine_norm_scores, rms_norm_scores, router_scores
+from modeling_colt5.op_pools import gather_pools, routed_pools
 from modeling_colt5.op_routing import route
-from modeling_colt5.op_tokens import (
-    combine_branches,
-    combine_norm_scores,
-    gated_gelu,
-    gather_tokens,
-    rms_norm_scores,
-    router_scores,
-    scatter_add_tokens,
-    share_and_gather,
-)
+from modeling_colt5.op_rows import combine_branches, gather_tokens, scatter_add_tokens, share_and_gather
 
 SOLVERS = ("exact", "coordinate_descent")
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from rounding import assert_same_but_for_rounding
 
-from modeling_colt5.op_routing import route, soft_topk
+from modeling_colt5.op_routing import route
+from modeling_colt5.op_soft_topk import soft_topk
 
 SOLVERS = ("exact", "coordinate_descent")
 

@@ -11,20 +11,13 @@ from rounding import assert_all_same_but_for_rounding, assert_same_but_for_round
 from torch import Tensor, nn
 from torch.library import opcheck
 
-from modeling_colt5 import op_norm_triton, op_tokens
+from modeling_colt5 import op_norm, op_norm_triton
+from modeling_colt5.model_layers import recomputed_in_backward
+from modeling_colt5.op_gelu import gated_gelu
+from modeling_colt5.op_norm import combine_norm_scores, rms_norm_scores, router_scores
 from modeling_colt5.op_norm_triton import BACKWARD_TILE, GRADIENT_PROGRAMS, norm_backward
+from modeling_colt5.op_rows import combine_branches, gather_tokens, scatter_add_tokens, share_and_gather
 from modeling_colt5.op_rows_triton import tile_shape
-from modeling_colt5.op_tokens import (
-    combine_branches,
-    combine_norm_scores,
-    gated_gelu,
-    gather_tokens,
-    recomputed_in_backward,
-    rms_norm_scores,
-    router_scores,
-    scatter_add_tokens,
-    share_and_gather,
-)
 
 # relative to the norm of the float64 result: a few roundings of fp32 sums, or of a result rounded once and what enters
 # it rounded once or twice. Triton's interpreter truncates to bf16 where GPUs round, which doubles bf16's error.
@@ -400,7 +393,7 @@ def test_router_scores_of_a_part_at_a_time(
     at_once: int, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Values and gradients against float64, whatever the parts: 37 positions of two rows, 1, 5 or all at once."""
-    monkeypatch.setattr(op_tokens, "_SCORED_AT_ONCE", at_once)
+    monkeypatch.setattr(op_norm, "_SCORED_AT_ONCE", at_once)
     exact = leaves(dtype, device, (BATCH, LENGTH, 20), (3, 20))
     expected = torch.einsum("bnd,rd->brn", *exact)
     inputs = cast(exact, dtype)

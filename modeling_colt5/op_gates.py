@@ -1,0 +1,238 @@
+"""Strictly causal gates over windows, by a threshold from complete windows: in PyTorch, and as an operator."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .op_routing import RoutedTokens
+from .op_soft_topk import mask_scores, solve_exactly
+from .run_backend import triton_is_available
+from .run_operator import Kernel, Operator
+
+gates_kernel: Kernel = None
+gates_backward_kernel: Kernel = None
+gates_fit: Kernel = None
+gates_backward_fit: Kernel = None
+if triton_is_available():
+    from .op_gates_triton import causal_gates as gates_kernel
+    from .op_gates_triton import causal_gates_backward as gates_backward_kernel
+    from .op_gates_triton import gates_backward_fit, gates_fit
+
+
+@dataclass
+class Gates:
+    """Which tokens of each window go through a heavy branch.
+
+    Args:
+        weights: fp32 [batch, windows, window], 0 where a token is not routed.
+        routed: bool, likewise.
+        thresholds: fp32 [batch, windows + 1, 2], what each window, and the one after the last, was handed: the least
+            score that is routed, and the soft top-k's threshold.
+        tokens: the routed tokens in slots, in rows [batch * windows].
+    """
+
+    weights: Tensor
+    routed: Tensor
+    thresholds: Tensor
+    tokens: RoutedTokens
+
+
+def window_thresholds(scores: Tensor, target: int, soft_target: float, epsilon: float) -> Tensor:
+    """What complete windows hand on to the next: their `target`-th largest score, and the t of their soft top-k.
+
+    Args:
+        scores: [rows, window].
+        target: how many tokens a window routes on average.
+        soft_target: k of the soft top-k.
+        epsilon: its temperature.
+
+    Returns:
+        [rows, 2]. t = -∞ where k reaches the window. It alone has a gradient (docs/soft_topk.md).
+    """
+    values = mask_scores(scores, None)
+    least = values.detach().topk(target, -1).values[:, -1]
+    k = values.new_full((len(values),), soft_target)
+    centre, _, offset = solve_exactly(values, k, epsilon, min(values.shape[1], math.ceil(soft_target)))
+    return torch.stack([least, (centre + epsilon * offset)[:, 0]], -1)
+
+
+def fill_slots(routed: Tensor, weights: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The routed tokens of each row in slots: `indices`, `weights` and `valid` as in `RoutedTokens`.
+
+    Args:
+        routed: bool [rows, n], at most `capacity` True in each.
+        weights: [rows, n].
+    """
+    rows, n = routed.shape
+    slot = (routed.cumsum(-1) - 1).masked_fill(~routed, capacity)
+    # the column past the last slot takes what is not routed and is cut off
+    indices = torch.full((rows, capacity + 1), n - 1, dtype=torch.int64, device=routed.device)
+    indices.scatter_(-1, slot, torch.arange(n, device=routed.device).expand(rows, n))
+    valid = torch.arange(capacity, device=routed.device) < routed.sum(-1, keepdim=True)
+    indices = indices[:, :capacity].masked_fill(~valid, n - 1)
+    return indices, weights.gather(-1, indices).masked_fill(~valid, 0), valid
+
+
+def causal_gates_reference(
+    scores: Tensor,
+    past: Tensor | None,
+    total: Tensor,
+    carried: Tensor | None,
+    target: int,
+    capacity: int,
+    soft_target: float,
+    epsilon: float,
+    fill_first: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What `causal_gates` returns, whose docstring says what the arguments are.
+
+    Returns:
+        weights and routed [batch, windows, window], thresholds [batch, windows + 1, 2]; and what `fill_slots` makes of
+        them, in rows [batch * windows].
+    """
+    batch, windows, window = scores.shape
+    handed = window_thresholds(scores.flatten(0, 1), target, soft_target, epsilon).view(batch, windows, 2)
+    start = torch.zeros_like(handed[:, :1]) if carried is None else carried[:, None].to(handed.dtype)
+    thresholds = torch.cat([start, handed], 1)
+    least, soft = thresholds[:, :-1].unsqueeze(-2).unbind(-1)
+
+    slot = torch.arange(window, device=scores.device)
+    starts = torch.arange(windows, device=scores.device)[:, None] * window
+    before = torch.zeros_like(total) if past is None else past
+    ranks = (before // window * window)[:, None, None] + starts + slot
+    is_first = ranks < window
+    evenly = (slot + 1) * target // window > slot * target // window
+    reach = torch.where(is_first, evenly & fill_first, scores.detach() >= least.detach())
+    reach = reach & (ranks < total[:, None, None])
+    # earlier tokens count for the capacity
+    routed = reach & (reach.cumsum(-1) <= capacity) & (ranks >= before[:, None, None])
+    weights = ((scores - soft) / epsilon).clamp(max=0).exp()
+    weights = torch.where(is_first, torch.ones_like(weights), weights).masked_fill(~routed, 0)
+    return weights, routed, thresholds, *fill_slots(routed.flatten(0, 1), weights.flatten(0, 1), capacity)
+
+
+def causal_gates_backward_reference(
+    grad_weights: Tensor | None,
+    grad_slots: Tensor | None,
+    scores: Tensor,
+    weights: Tensor,
+    routed: Tensor,
+    thresholds: Tensor,
+    capacity: int,
+    epsilon: float,
+) -> Tensor:
+    """The scores' gradient [batch, windows, window], from those of weights and of the slots' weights.
+
+    A weight below 1 gives g w / ε to its score and takes it from t, which gives it to the window before: q / Σ q of it
+    to each score, with q that window's own weights below 1 at t.
+
+    Args:
+        grad_weights: [batch, windows, window] or None.
+        grad_slots: [batch * windows, capacity] or None.
+        scores, weights, routed, thresholds: what `causal_gates_reference` had and returned.
+        capacity, epsilon: as there.
+    """
+    grad = torch.zeros_like(weights) if grad_weights is None else grad_weights
+    if grad_slots is not None:
+        slots = (routed.cumsum(-1) - 1).clamp(min=0).flatten(0, 1)
+        grad = grad + grad_slots.gather(-1, slots).view(grad.shape).masked_fill(~routed, 0)
+    falling = (grad * weights / epsilon).masked_fill(weights >= 1, 0)
+    free = ((scores - thresholds[:, 1:, 1:]) / epsilon).exp()
+    free = free.masked_fill(~(free < 1), 0)
+    mass = free.sum(-1, keepdim=True)
+    handed = F.pad(falling.sum(-1, keepdim=True)[:, 1:], (0, 0, 0, 1))
+    return (falling - free / mass.masked_fill(mass == 0, 1) * handed).to(scores.dtype)
+
+
+def _fake_gates(
+    scores: Tensor, past: Tensor | None, total: Tensor, carried: Tensor | None, target: int, capacity: int, *_: Any
+) -> tuple[Tensor, ...]:
+    batch, windows, window = scores.shape
+    dtype = torch.promote_types(scores.dtype, torch.float32)
+    weights = scores.new_empty((batch, windows, window), dtype=dtype)
+    slots = scores.new_empty((batch * windows, capacity), dtype=dtype)
+    thresholds = scores.new_empty((batch, windows + 1, 2), dtype=dtype)
+    indices = torch.empty_like(slots, dtype=torch.int64)
+    return weights, weights.bool(), thresholds, indices, slots, slots.bool()
+
+
+def _save_gates(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
+    weights, routed, thresholds, indices, _, valid = outputs
+    ctx.capacity, ctx.epsilon = inputs[5], inputs[7]
+    ctx.mark_non_differentiable(routed, thresholds, indices, valid)
+    ctx.save_for_backward(inputs[0], weights, routed, thresholds)
+
+
+def _autograd_gates(ctx: Any, grad_weights: Tensor | None, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    grad = None
+    if grad_weights is not None or grads[3] is not None:
+        grad = _gates_backward(grad_weights, grads[3], *ctx.saved_tensors, ctx.capacity, ctx.epsilon)
+    return grad, *[None] * 8
+
+
+_gates_backward = Operator(
+    "causal_gates_backward(Tensor? grad_weights, Tensor? grad_slots, Tensor scores, Tensor weights, Tensor routed, "
+    "Tensor thresholds, int capacity, float epsilon) -> Tensor",
+    causal_gates_backward_reference,
+    lambda grad_weights, grad_slots, scores, *_: scores.new_empty(scores.shape),
+    gates_backward_kernel,
+    operand=2,
+    fits=gates_backward_fit,
+)
+
+
+_gates = Operator(
+    "causal_gates(Tensor scores, Tensor? past, Tensor total, Tensor? carried, int target, int capacity, "
+    "float soft_target, float epsilon, bool fill_first) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    causal_gates_reference,
+    _fake_gates,
+    gates_kernel,
+    _save_gates,
+    _autograd_gates,
+    fits=gates_fit,
+)
+
+
+def causal_gates(
+    scores: Tensor,
+    past: Tensor | None,
+    total: Tensor,
+    carried: Tensor | None,
+    *,
+    target: int,
+    capacity: int,
+    soft_topk_ratio: float,
+    epsilon: float,
+    fill_first: bool,
+    kernel_backend: str = "auto",
+) -> Gates:
+    """Route the tokens of each window that reach the threshold of the window before, in order, up to a capacity.
+
+    A token is routed if its score is at least the `target`-th largest of the complete window before it, and fewer than
+    `capacity` tokens before it in its window were. Its weight is min(1, exp((s - t) / ε)) with the t that the soft
+    top-k of the window before found. Both come from complete windows: no token sees a later one.
+
+    Args:
+        scores: [batch, windows, window], of tokens by rank.
+        past: int64 [batch], how many tokens came before: the first of them that falls into window 0 here has slot 0.
+            They count for the capacity and are not routed again. None where there are none.
+        total: int64 [batch], real tokens, those included; the rest of the last window holds anything finite.
+        carried: fp32 [batch, 2], what window 0 was handed; None where it is the row's very first.
+        target: tokens to route on average.
+        capacity: the most to route in a window.
+        soft_topk_ratio: size of the soft top-k over the target.
+        epsilon: its temperature.
+        fill_first: whether a row's very first window, which nothing was handed to, routes `target` evenly spaced
+            tokens with a weight of 1; else it routes none.
+        kernel_backend: as in `uses_triton` of run_backend.py.
+    """
+    # a configuration's ratio may be a whole number, which a kernel would take for one of integers
+    soft_target = float(soft_topk_ratio * target)
+    weights, routed, thresholds, indices, slot_weights, valid = _gates.call(
+        kernel_backend, scores, past, total, carried, target, capacity, soft_target, epsilon, fill_first
+    )
+    return Gates(weights, routed, thresholds, RoutedTokens(indices, slot_weights, valid))

@@ -1,0 +1,350 @@
+"""The pools of routed keys that each window of a causal decoder reads: in PyTorch, and the operators with kernels."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .op_routing import RoutedTokens, route
+from .op_soft_topk import mask_scores
+from .run_backend import triton_is_available
+from .run_operator import Kernel, Operator
+
+candidates_kernel: Kernel = None
+candidates_backward_kernel: Kernel = None
+candidates_fit: Kernel = None
+gather_kernel: Kernel = None
+gather_backward_kernel: Kernel = None
+if triton_is_available():
+    from .op_pools_triton import candidates_fit
+    from .op_pools_triton import pool_candidates as candidates_kernel
+    from .op_pools_triton import pool_candidates_backward as candidates_backward_kernel
+    from .op_pools_triton import pool_gather as gather_kernel
+    from .op_pools_triton import pool_gather_backward as gather_backward_kernel
+
+# candidates that stand for no token sort behind all others
+NO_TOKEN = 2**31 - 1
+
+
+@dataclass
+class Pools:
+    """The keys/values that each window's heavy attention reads, out of all windows before it.
+
+    Args:
+        tokens: [rows, windows + 1, size], for each window and the one after the last. `indices` are into the scores,
+            or where there is an initial pool into that and the scores, one behind the other.
+        following: int32 [rows, windows + 1, size + window]: of the slots of the pool before, and of the tokens of the
+            window before, the slot in this pool; -1 for none.
+    """
+
+    tokens: RoutedTokens
+    following: Tensor
+
+
+def prefix_top(scores: Tensor, window: int, size: int, initial: Tensor | None, initial_valid: Tensor | None) -> Tensor:
+    """The `size` largest scores of all windows before each one, ties to the earlier token.
+
+    The largest of a prefix merge: the largest of a ∪ b are among the largest of a and the largest of b. So they are
+    found for all windows by doubling, in log2(windows) sorts of [rows, windows, 2 · size], not by a walk. What is
+    sorted is each token's place in the order of the whole row: no two are equal, and it says which token it is.
+
+    Args:
+        scores: [rows, windows * window]; NaN counts as the largest.
+        window: tokens of a window.
+        size: how many.
+        initial: [rows, size], scores of the pool that window 0 was handed; None for none.
+        initial_valid: bool, likewise, which of them are used.
+
+    Returns:
+        int64 [rows, windows, size]: indices into `initial` ⊕ `scores`, ascending; `NO_TOKEN`, last, for what is not
+        there.
+    """
+    rows, length = scores.shape
+    windows = length // window
+    known = mask_scores(scores if initial is None else torch.cat([initial, scores], 1), None)
+    order = known.argsort(dim=-1, descending=True, stable=True)
+    nothing = known.shape[1]
+    numbers = torch.arange(nothing, device=scores.device).expand_as(order)
+    places = torch.empty_like(order).scatter_(-1, order, numbers)
+    order = F.pad(order, (0, 1), value=NO_TOKEN)
+
+    tops = places.new_full((rows, windows, max(size, window)), nothing)
+    tops[:, 1:, :window] = places[:, nothing - length : nothing - window].unflatten(-1, (windows - 1, window))
+    if initial_valid is not None:
+        tops[:, 0, :size] = places[:, :size].masked_fill(~initial_valid, nothing)
+    tops = tops.sort(-1).values[..., :size]
+    step = 1
+    while step < windows:
+        merged = torch.cat([tops[:, :-step], tops[:, step:]], -1).sort(-1).values[..., :size]
+        tops = torch.cat([tops[:, :step], merged], 1)
+        step *= 2
+    return order.gather(-1, tops.flatten(1)).view(tops.shape).sort(-1).values
+
+
+def links(candidates: Tensor, size: int) -> Tensor:
+    """Where each candidate of a pool stands in it, which is where it stands among the next pool's candidates.
+
+    Args:
+        candidates: int64 [rows, windows + 1, size + window], as from `pool_candidates_reference`.
+        size: tokens of a pool.
+
+    Returns:
+        int32, likewise; -1 for tokens that are not in the pool, and in the last row, whose pool has no successor.
+    """
+    pools = candidates[:, 1:, :size].contiguous()
+    place = torch.searchsorted(pools, candidates[:, :-1].contiguous())
+    found = pools.gather(-1, place.clamp(max=size - 1)) == candidates[:, :-1]
+    place = place.masked_fill(~found | (candidates[:, :-1] == NO_TOKEN), -1)
+    return F.pad(place, (0, 0, 0, 1), value=-1).int()
+
+
+def pool_candidates_reference(
+    scores: Tensor, initial: Tensor | None, initial_valid: Tensor | None, window: int, size: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What each window's pool is chosen from: the pool before it, and the window before it.
+
+    Args:
+        scores: fp32 or float64 [rows, windows * window].
+        initial: [rows, size], scores of the pool that window 0 was handed; None for none.
+        initial_valid: bool, likewise, which of them are used; they come first.
+        window: tokens of a window.
+        size: tokens of a pool.
+
+    Returns:
+        The candidates' scores, their indices (int64, into `initial` ⊕ `scores`, ascending over pool and window each),
+        which of them there are, and their `links`: [rows, windows + 1, size + window]. Pool 0 has no candidates.
+    """
+    rows, length = scores.shape
+    base = 0 if initial is None else size
+    known = scores if initial is None else torch.cat([initial.to(scores.dtype), scores], 1)
+    with torch.no_grad():
+        before = prefix_top(scores, window, size, initial, initial_valid)
+        tokens = torch.arange(base, base + length, device=scores.device).view(1, -1, window).expand(rows, -1, -1)
+        candidates = F.pad(torch.cat([before, tokens], -1), (0, 0, 1, 0), value=NO_TOKEN)
+        present = candidates != NO_TOKEN
+        # a place that unused slots can point at
+        candidates[:, 0, size:] = tokens[:, 0]
+    places = candidates.masked_fill(~present, 0).flatten(1)
+    return known.gather(1, places).view(candidates.shape), candidates, present, links(candidates, size)
+
+
+def pool_candidates_backward_reference(
+    grad: Tensor, candidates: Tensor, present: Tensor, following: Tensor, window: int, base: int
+) -> Tensor:
+    """The scores' gradient [rows, windows * window] from that of the candidates' scores.
+
+    Args:
+        grad: [rows, windows + 1, size + window].
+        candidates, present, following: what `pool_candidates_reference` returned.
+        window: tokens of a window.
+        base: size of the initial pool, which has no gradient; 0 without one.
+    """
+    rows, pools, _ = candidates.shape
+    sums = grad.new_zeros(rows, base + (pools - 1) * window)
+    sums.scatter_add_(1, candidates.masked_fill(~present, 0).flatten(1), grad.masked_fill(~present, 0).flatten(1))
+    return sums[:, base:]
+
+
+def _flat(index: Tensor, length: int) -> Tensor:
+    return (index + torch.arange(index.shape[0], device=index.device)[:, None] * length).flatten()
+
+
+def pool_gather_reference(
+    key: Tensor, value: Tensor, indices: Tensor, weights: Tensor, valid: Tensor, following: Tensor, base: int
+) -> tuple[Tensor, Tensor]:
+    """What `gather_pools` returns, whose docstring says what the arguments are."""
+    used = valid[:, :-1].flatten(1)
+    index = indices[:, :-1].flatten(1).masked_fill(~used, 0)
+    factors = weights[:, :-1].flatten(1).masked_fill(~used, 0)[..., None, None]
+
+    def gather(states: Tensor) -> Tensor:
+        # a token is in many pools: its gradient is summed in fp32, whatever the states' dtype
+        wide = states.to(torch.promote_types(states.dtype, torch.float32))
+        rows = wide.flatten(0, 1).index_select(0, _flat(index, states.shape[1])).view(*index.shape, *states.shape[2:])
+        rows = rows.masked_fill(~used[..., None, None], 0) * factors
+        return rows.to(states.dtype).unflatten(1, (-1, indices.shape[2]))
+
+    return gather(key), gather(value)
+
+
+def pool_gather_backward_reference(
+    grad_keys: Tensor,
+    grad_values: Tensor,
+    key: Tensor,
+    value: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    valid: Tensor,
+    following: Tensor,
+    base: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of key, value and weights, given those of what `pool_gather_reference` returned."""
+    with torch.enable_grad():
+        leaves = [tensor.detach().requires_grad_() for tensor in (key, value, weights)]
+        outputs = pool_gather_reference(leaves[0], leaves[1], indices, leaves[2], valid, following, base)
+    grad_key, grad_value, grad_weights = torch.autograd.grad(outputs, leaves, (grad_keys, grad_values))
+    return grad_key, grad_value, grad_weights
+
+
+def _fake_candidates(
+    scores: Tensor, initial: Tensor | None, initial_valid: Tensor | None, window: int, size: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    candidate_scores = scores.new_empty((scores.shape[0], scores.shape[1] // window + 1, size + window))
+    dtypes = (torch.int64, torch.bool, torch.int32)
+    candidates, present, following = (torch.empty_like(candidate_scores, dtype=dtype) for dtype in dtypes)
+    return candidate_scores, candidates, present, following
+
+
+def _save_candidates(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
+    _, initial, _, ctx.window, size = inputs
+    ctx.base = 0 if initial is None else size
+    ctx.mark_non_differentiable(*outputs[1:])
+    ctx.save_for_backward(*outputs[1:])
+
+
+def _autograd_candidates(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if grad is not None:
+        grad = _candidates_backward(grad, *ctx.saved_tensors, ctx.window, ctx.base)
+    return grad, None, None, None, None
+
+
+_candidates_backward = Operator(
+    "pool_candidates_backward(Tensor grad, Tensor candidates, Tensor present, Tensor following, int window, int base) "
+    "-> Tensor",
+    pool_candidates_backward_reference,
+    lambda grad, candidates, present, following, window, base: grad.new_empty(
+        (grad.shape[0], (grad.shape[1] - 1) * window)
+    ),
+    candidates_backward_kernel,
+)
+
+
+_candidates = Operator(
+    "pool_candidates(Tensor scores, Tensor? initial, Tensor? initial_valid, int window, int size) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    pool_candidates_reference,
+    _fake_candidates,
+    candidates_kernel,
+    _save_candidates,
+    _autograd_candidates,
+    fits=candidates_fit,
+)
+
+
+def routed_pools(
+    scores: Tensor,
+    window: int,
+    size: int,
+    initial: tuple[Tensor, RoutedTokens] | None,
+    *,
+    kernel_backend: str = "auto",
+    **settings: Any,
+) -> Pools:
+    """The keys/values that each window's heavy attention reads, out of all windows before it.
+
+    The pool of window j is pool_j = top(pool_{j-1} ∪ window_{j-1}), which is the top of all windows before j, with the
+    weights of the soft top-k over pool_{j-1} ∪ window_{j-1}.
+
+    Args:
+        scores: fp32 [rows, windows * window].
+        window: tokens of a window.
+        size: tokens of a pool.
+        initial: where window 0 was handed a pool: its scores [rows, size], and what it is, used slots first. None for
+            none.
+        kernel_backend: as in `uses_triton` of run_backend.py.
+        settings: keywords of `route`.
+    """
+    rows = scores.shape[0]
+    known: tuple[Tensor | None, Tensor | None] = (None, None)
+    if initial is not None:
+        known = (initial[0].to(scores.dtype), initial[1].valid)
+    candidate_scores, candidates, present, following = _candidates.call(kernel_backend, scores, *known, window, size)
+    budget = torch.full((rows * candidates.shape[1],), size, device=scores.device)
+    chosen = route(
+        candidate_scores.flatten(0, 1),
+        budget,
+        size,
+        mask=present.flatten(0, 1),
+        kernel_backend=kernel_backend,
+        **settings,
+    )
+    shape = (rows, -1, size)
+    indices = candidates.flatten(0, 1).gather(-1, chosen.indices).view(shape)
+    weights, valid = chosen.weights.view(shape), chosen.valid.view(shape)
+    if initial is not None:
+        first = initial[1]
+        slots = torch.arange(size, device=scores.device).expand(rows, 1, size)
+        indices = torch.cat([slots, indices[:, 1:]], 1)
+        weights = torch.cat([first.weights[:, None].to(weights.dtype), weights[:, 1:]], 1)
+        valid = torch.cat([first.valid[:, None], valid[:, 1:]], 1)
+    return Pools(RoutedTokens(indices, weights, valid), following)
+
+
+def _fake_pool_gather(key: Tensor, value: Tensor, indices: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    shape = (key.shape[0], indices.shape[1] - 1, indices.shape[2], *key.shape[2:])
+    return key.new_empty(shape), value.new_empty(shape)
+
+
+def _fake_pool_gather_backward(
+    grad_keys: Tensor, grad_values: Tensor, key: Tensor, value: Tensor, indices: Tensor, weights: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return key.new_empty(key.shape), value.new_empty(value.shape), weights.new_empty(weights.shape)
+
+
+def _save_pool_gather(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.base = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.shape = outputs[0].shape
+
+
+def _autograd_pool_gather(ctx: Any, grad_keys: Tensor | None, grad_values: Tensor | None) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors
+    grad_keys, grad_values = (
+        saved[0].new_zeros(ctx.shape) if grad is None else grad for grad in (grad_keys, grad_values)
+    )
+    grad_key, grad_value, grad_weights = _pool_gather_backward(grad_keys, grad_values, *saved, ctx.base)
+    return grad_key, grad_value, None, grad_weights, None, None, None
+
+
+_POOL = "Tensor key, Tensor value, Tensor indices, Tensor weights, Tensor valid, Tensor following, int base"
+
+
+_pool_gather_backward = Operator(
+    f"pool_gather_backward(Tensor grad_keys, Tensor grad_values, {_POOL}) -> (Tensor, Tensor, Tensor)",
+    pool_gather_backward_reference,
+    _fake_pool_gather_backward,
+    gather_backward_kernel,
+)
+
+
+_pool_gather = Operator(
+    f"pool_gather({_POOL}) -> (Tensor, Tensor)",
+    pool_gather_reference,
+    _fake_pool_gather,
+    gather_kernel,
+    _save_pool_gather,
+    _autograd_pool_gather,
+)
+
+
+def gather_pools(
+    key: Tensor, value: Tensor, pools: Pools, base: int, kernel_backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """`weights * states[indices]` of every window's pool, for the keys and the values; zeros at unused slots.
+
+    A token is in the pools of many windows: its gradients are summed in fp32, in a fixed order.
+
+    Args:
+        key, value: [batch, n, heads, d_kv]. Of the last window's tokens, which no pool read here holds, any may lack.
+        pools: in rows [batch].
+        base: how many of the n tokens are the initial pool's; 0 without one.
+        kernel_backend: as in `uses_triton` of run_backend.py.
+
+    Returns:
+        [batch, windows, size, heads, d_kv] in the states' dtype: all pools but the last, which later windows read.
+    """
+    tokens = pools.tokens
+    chosen = (tokens.indices, tokens.weights, tokens.valid, pools.following)
+    return _pool_gather.call(kernel_backend, key, value, *chosen, base)
