@@ -1,13 +1,12 @@
 """The decoder, and its layer: self-attention and feed-forward, T5's or routed, with cross-attention between."""
 
-from typing import Any
-
 import torch
 from einops import rearrange
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache, StaticLayer
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.processing_utils import Unpack
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -29,6 +28,7 @@ from .op_routing import RoutedTokens
 from .run_causal_cache import routed_layer
 from .run_causal_plan import CausalPlan
 from .run_inputs import (
+    ForwardFlags,
     check_cache,
     check_causal_mask,
     check_memory,
@@ -303,7 +303,7 @@ class CoLT5Decoder(CoLT5Stack):
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
         cache: Cache | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[ForwardFlags],
     ) -> CoLT5DecoderOutput:
         """Decode a batch.
 
@@ -326,8 +326,8 @@ class CoLT5Decoder(CoLT5Stack):
         """
         cache = cache_of_forward(cache, past_key_values)
         refuse_jit_trace()
-        kwargs = read_arguments(self, kwargs, attention_mask=attention_mask)
-        warn_of_missing_attentions(self, kwargs)
+        flags = read_arguments(self, kwargs, attention_mask=attention_mask)
+        warn_of_missing_attentions(self, flags)
         has_encoder = self.config.is_encoder_decoder
         prefix = "decoder_" if has_encoder else ""
         hidden_states = embed(self, input_ids, inputs_embeds, prefix)
@@ -360,7 +360,7 @@ class CoLT5Decoder(CoLT5Stack):
         return CoLT5DecoderOutput(
             last_hidden_state=self.dropout(hidden_states),
             **{CACHE: cache},
-            cross_routing=cross_routing if kwargs.get("output_routing", self.config.output_routing) else None,
+            cross_routing=cross_routing if flags.get("output_routing", self.config.output_routing) else None,
         )
 
     def _full_attention_inputs(

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.processing_utils import Unpack
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -33,7 +34,7 @@ from .op_routing import RoutedTokens
 from .op_rows import combine_branches, scatter_add_tokens, share_and_gather
 from .run_backend import is_hooked, runs_eagerly, uses_triton
 from .run_graphs import replayed
-from .run_inputs import embed, padding_mask, read_arguments, warn_of_missing_attentions
+from .run_inputs import ForwardFlags, embed, padding_mask, read_arguments, warn_of_missing_attentions
 from .run_plan import RoutingPlan
 
 
@@ -282,8 +283,8 @@ def _heavy_attentions_too(forward: Callable) -> Callable:
 
     @wraps(forward)
     def wrapper(self: "CoLT5Encoder", *args: Any, **kwargs: Any) -> Any:
-        asked = kwargs.get("output_attentions", self.config.output_attentions)
-        return forward(self, *args, output_heavy_attentions=asked, **kwargs)
+        kwargs.setdefault("output_heavy_attentions", kwargs.get("output_attentions", self.config.output_attentions))
+        return forward(self, *args, **kwargs)
 
     return wrapper
 
@@ -322,7 +323,7 @@ class CoLT5Encoder(CoLT5Stack):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[ForwardFlags],
     ) -> CoLT5EncoderOutput:
         """Encode a batch of documents.
 
@@ -336,13 +337,13 @@ class CoLT5Encoder(CoLT5Stack):
             ValueError: for both or neither of ids and embeddings, no row or no token, or another shape of anything.
         """
         refuse_jit_trace()
-        kwargs = read_arguments(self, kwargs, attention_mask=attention_mask)
-        warn_of_missing_attentions(self, kwargs)
+        flags = read_arguments(self, kwargs, attention_mask=attention_mask)
+        warn_of_missing_attentions(self, flags)
         hidden_states = self.dropout(embed(self, input_ids, inputs_embeds))
         if input_ids is not None and attention_mask is None:
             self.warn_of_padding(input_ids)
         mask = padding_mask("attention_mask", attention_mask, hidden_states)
-        records_blocks = self.records_blocks(kwargs)
+        records_blocks = self.records_blocks(flags)
         if not records_blocks and self.replays(hidden_states):
             hidden_states = replayed(self, repr(vars(self.config)), self.run_blocks, hidden_states, mask)
         else:

@@ -10,6 +10,7 @@ from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.loss.loss_utils import fixed_cross_entropy
 from transformers.masking_utils import create_masks_for_generate
+from transformers.processing_utils import Unpack
 from transformers.utils import can_return_tuple
 
 from .configuration_colt5 import CoLT5Config, check_config
@@ -30,6 +31,7 @@ from .model_outputs import (
 # not used here: a saved copy of a user's code imports from this file what it imported from the package
 from .op_soft_topk import soft_topk  # noqa: F401
 from .run_inputs import (
+    ForwardFlags,
     as_encoder_output,
     check_class_labels,
     check_document,
@@ -212,7 +214,7 @@ class CoLT5Model(CoLT5Seq2SeqPreTrainedModel):
         decoder_inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         cache: Cache | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[ForwardFlags],
     ) -> CoLT5Seq2SeqModelOutput:
         """Encode and decode.
 
@@ -267,7 +269,7 @@ class CoLT5ForConditionalGeneration(CoLT5Seq2SeqPreTrainedModel, CoLT5Generation
         use_cache: bool | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         cache: Cache | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[ForwardFlags],
     ) -> CoLT5Seq2SeqLMOutput:
         """Encode, decode, and predict tokens.
 
@@ -363,7 +365,7 @@ class CoLT5ForCausalLM(CoLT5EmbeddingModel, CoLT5GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         cache: Cache | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[ForwardFlags],
     ) -> CoLT5CausalLMOutput:
         """Predict each token's successor.
 
@@ -379,8 +381,8 @@ class CoLT5ForCausalLM(CoLT5EmbeddingModel, CoLT5GenerationMixin):
             kwargs: `num_items_in_batch`, `output_hidden_states`, `output_attentions`, `output_routing` and
                 `return_dict`.
         """
-        num_items_in_batch = kwargs.pop("num_items_in_batch", None)
-        kwargs = read_arguments(self, kwargs, attention_mask=attention_mask)
+        flags = read_arguments(self, kwargs, attention_mask=attention_mask)
+        num_items_in_batch = flags.pop("num_items_in_batch", None)
         outputs = dict(
             self.decoder(
                 input_ids=input_ids,
@@ -389,7 +391,7 @@ class CoLT5ForCausalLM(CoLT5EmbeddingModel, CoLT5GenerationMixin):
                 cache=cache_of_forward(cache, past_key_values),
                 use_cache=use_cache,
                 return_dict=True,
-                **kwargs,
+                **flags,
             )
         )
         hidden_states = outputs.pop("last_hidden_state")
@@ -457,7 +459,7 @@ class CoLT5EncoderModel(CoLT5EncoderHeadModel):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[ForwardFlags],
     ) -> CoLT5EncoderOutput:
         """Encode; the arguments are those of `CoLT5Encoder.forward`."""
         return CoLT5EncoderOutput(**self.encode(input_ids, attention_mask, inputs_embeds, **kwargs))
@@ -483,7 +485,7 @@ class CoLT5ForSequenceClassification(CoLT5EncoderHeadModel):
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[ForwardFlags],
     ) -> CoLT5SequenceClassifierOutput:
         """Classify; beside `CoLT5Encoder.forward`'s arguments takes `labels`: int64 [batch], or floats [batch] or
         [batch, num_labels] for regression and several labels. Gives logits [batch, num_labels]."""
@@ -522,7 +524,7 @@ class CoLT5ForTokenClassification(CoLT5EncoderHeadModel):
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[ForwardFlags],
     ) -> CoLT5TokenClassifierOutput:
         """Label tokens; beside `CoLT5Encoder.forward`'s arguments takes `labels`, int64 [batch, n] with -100 for
         tokens left out, and `num_items_in_batch`, see `CoLT5ForConditionalGeneration.forward`. Gives logits [batch,
@@ -558,7 +560,7 @@ class CoLT5ForQuestionAnswering(CoLT5EncoderHeadModel):
         inputs_embeds: torch.Tensor | None = None,
         start_positions: torch.LongTensor | None = None,
         end_positions: torch.LongTensor | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[ForwardFlags],
     ) -> CoLT5QuestionAnsweringOutput:
         """Find answers; beside `CoLT5Encoder.forward`'s arguments takes `start_positions` and `end_positions`, int64
         [batch]. Gives start and end logits [batch, n]; padding's are the least number of their dtype."""

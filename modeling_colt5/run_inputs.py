@@ -8,7 +8,7 @@ import functools
 import inspect
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypedDict
 from weakref import WeakKeyDictionary
 
 import torch
@@ -19,17 +19,22 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 from .model_outputs import CoLT5EncoderOutput
 from .run_backend import runs_eagerly
 
-_OUTPUT_FLAGS = (
-    "output_hidden_states",
-    "output_attentions",
-    "output_cross_attentions",
-    "output_heavy_attentions",
-    "output_routing",
-)
+
+class ForwardFlags(TypedDict, total=False):
+    """What every forward takes beside the arguments that it names."""
+
+    output_hidden_states: bool | None
+    output_attentions: bool | None
+    output_cross_attentions: bool | None
+    output_heavy_attentions: bool | None
+    output_routing: bool | None
+    return_dict: bool | None
+
+
 # what every model may be given beside its forward's named arguments: Trainer's count, and what Transformers' wrappers
 # of a forward read
 _READ_BY_ALL = frozenset(
-    (*_OUTPUT_FLAGS, "return_dict", "use_cache", "cache", "num_items_in_batch")
+    (*ForwardFlags.__annotations__, "use_cache", "cache", "num_items_in_batch")
     + ("is_causal", "debug_io", "debug_io_dir", "prune_layers")
 )
 # several texts in one row: Transformers' names begin so, or are these; the last two are T5X's and Megatron's
@@ -54,10 +59,10 @@ def _named_arguments(forward: Callable) -> list[str]:
     """The names of the arguments of a forward, and of the flags that all forwards take."""
     parameters = inspect.signature(forward).parameters.values()
     named = (parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD)
-    return [*(name for name in named if name != "self"), *_OUTPUT_FLAGS]
+    return [*(name for name in named if name != "self"), *ForwardFlags.__annotations__]
 
 
-def read_arguments(model: nn.Module, arguments: dict[str, Any], **masks: Tensor | None) -> dict[str, Any]:
+def read_arguments(model: nn.Module, arguments: Mapping[str, Any], **masks: Tensor | None) -> dict[str, Any]:
     """Those of a call's further arguments that somebody reads.
 
     What would change the result if it were understood is refused; of everything else that nobody reads there is one
@@ -76,7 +81,7 @@ def read_arguments(model: nn.Module, arguments: dict[str, Any], **masks: Tensor 
         ValueError: for several texts packed in one row.
     """
     if arguments.keys() <= _READ_BY_ALL:
-        return arguments
+        return dict(arguments)
     unread = {name: value for name, value in arguments.items() if name not in _READ_BY_ALL and value is not None}
     for name in unread:
         is_position = name in _POSITIONS and masks.get(_POSITIONS[name]) is None

@@ -273,3 +273,21 @@ def test_missing_attentions_are_said(model_class, said):
 def test_signatures_do_not_name_what_is_not_read():
     for model_class in ALL:
         assert not {"position_ids", "token_type_ids"} & set(inspect.signature(model_class.forward).parameters)
+
+
+@pytest.mark.parametrize("model_class", ALL)
+def test_forwards_say_which_flags_they_read(model_class):
+    """In the annotation of their further arguments, where Transformers' tests and type checkers look."""
+    flags = inspect.signature(model_class.forward).parameters["kwargs"].annotation.__args__[0].__annotations__
+    assert {"output_attentions", "output_hidden_states", "output_routing", "return_dict"} <= flags.keys()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tiny_model(model_class)(**inputs_of(model_class), **dict.fromkeys(flags, False))
+
+
+@pytest.mark.parametrize("model_class", [CoLT5EncoderModel, CoLT5Model])
+def test_heavy_attentions_can_be_asked_for_alone(model_class):
+    model = tiny_model(model_class, attn_implementation="eager")
+    output = model(**inputs_of(model_class), output_heavy_attentions=True)
+    prefix = "encoder_" if model_class is CoLT5Model else ""
+    assert len(output[f"{prefix}heavy_attentions"]) == 2 and f"{prefix}attentions" not in output
