@@ -1,5 +1,6 @@
 """Conditional attention and feed-forward of a causal decoder: no output depends on any later token."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -7,39 +8,49 @@ from torch import Tensor, nn
 
 from .configuration_colt5 import CoLT5Config
 from .model_layers import CoLT5Attention, CoLT5DenseActDense, CoLT5LayerNorm, clamp_half, project
-from .model_position import bias_of_sequence
 from .model_router import CoLT5Router, router_weights
 from .op_attention import local_attention, local_attention_reference, routed_attention, routed_attention_reference
 from .op_gates import Gates, causal_gates
 from .op_pools import Pools, gather_pools, routed_pools
 from .op_routing import RoutedTokens
-from .op_rows import gather_tokens, scatter_add_tokens, share_and_gather
+from .op_rows import scatter_add_tokens, share_and_gather
 from .run_causal_plan import CausalPlan, take
 
-# what the cache keeps of a pool, each [batch, 2, groups, pool size, ...]
-POOL_PARTS = ("key", "value", "score", "rank", "weight", "valid")
+
+def _with_earlier(states: Tensor, plan: CausalPlan, cache: Any, name: str) -> Tensor:
+    """New tokens by rank [batch, n, ...] behind those that the cache's ring of this name keeps, as `plan.join` puts
+    them; the ring then goes on to the last new token. Without a cache the new tokens alone."""
+    if cache is None:
+        return states
+    joined = plan.join(cache.rings.get(name), states)
+    cache.write("rings", {name: plan.advance_ring(joined.detach())})
+    return joined
+
+
+def _hand_on(values: Tensor, plan: CausalPlan, cache: Any, name: str) -> None:
+    """Let the cache carry on what `plan.handed` gives, under a name of its own."""
+    cache.write("carried", {name: plan.keep_carried(cache.carried.get(name), values)})
 
 
 def _run_gates(
     scores: Tensor, plan: CausalPlan, cache: Any, name: str, target: int, fill_first: bool
 ) -> tuple[Gates, RoutedTokens]:
-    """Gates of one router, and the chunk's routed tokens in the slots of their windows.
+    """Gates of one router, and the routed tokens of the new ones in the slots of their windows.
 
     Args:
         scores: fp32 [batch, n], by rank.
-        plan: the chunk's windows.
+        plan: the windows of the new tokens.
         cache: the layer's routed cache, which the router's scores and thresholds are kept in; None for none.
         name: of the router in the cache.
         target: tokens to route in a window on average.
         fill_first: see `causal_gates`.
 
     Returns:
-        The gates, and RoutedTokens in rows [batch * windows], or [batch] of one slot for a step of one token.
+        The gates, and RoutedTokens in the rows that `plan.windows` gives.
     """
     settings = plan.settings
-    ring = cache.rings.get(name) if cache is not None else None
-    carried = cache.carried.get(name) if cache is not None else None
-    joined = plan.join(ring, scores)
+    carried = None if cache is None else cache.carried.get(name)
+    joined = _with_earlier(scores, plan, cache, name)
     gates = causal_gates(
         plan.frame_joined(joined).unflatten(1, (-1, settings.window)),
         plan.past,
@@ -53,65 +64,21 @@ def _run_gates(
         kernel_backend=settings.kernel_backend,
     )
     if cache is not None:
-        cache.write("rings", {name: plan.advance_ring(joined.detach())})
-        cache.write("carried", {name: plan.keep_carried(carried, plan.handed(gates.thresholds.detach()))})
-    tokens = gates.tokens
-    if plan.is_step:
-        # the token is in the first slot or in none, and has a row of its own
-        tokens = RoutedTokens(plan.own_slot, tokens.weights[:, :1], tokens.valid[:, :1])
-    return gates, tokens
-
-
-def _windows(states: Tensor, plan: CausalPlan) -> Tensor:
-    """[batch, n, d] by rank → [batch * windows, window, d]; a step's one token stays as it is."""
-    if plan.is_step:
-        return states
-    return plan.frame(states).unflatten(1, (-1, plan.settings.window)).flatten(0, 1)
-
-
-def _tokens(windows: Tensor, plan: CausalPlan) -> Tensor:
-    """The inverse of `_windows`."""
-    if plan.is_step:
-        return windows
-    return plan.unframe(windows.unflatten(0, (len(plan.counts), -1)).flatten(1, 2))
+        _hand_on(plan.handed(gates.thresholds.detach()), plan, cache, name)
+    return gates, plan.routed(gates.tokens)
 
 
 def _share_and_gather(states: Tensor, tokens: RoutedTokens, plan: CausalPlan) -> tuple[Tensor, Tensor]:
     """The states [batch, n, d], for all that reads them, and their routed tokens in slots [rows, capacity, d]."""
-    backend = plan.settings.kernel_backend
-    if plan.past is not None:
-        return states, gather_tokens(_windows(states, plan), tokens.indices, tokens.valid, kernel_backend=backend)
     routing = (tokens.indices, tokens.valid, None)
-    windows, rows = share_and_gather(_windows(states, plan), routing, kernel_backend=backend)
-    return _tokens(windows, plan), rows
+    windows, rows = share_and_gather(plan.windows(states), routing, kernel_backend=plan.settings.kernel_backend)
+    return plan.tokens(windows), rows
 
 
 def _scatter_add(light: Tensor, heavy: Tensor, tokens: RoutedTokens, plan: CausalPlan) -> Tensor:
     """The light branch [batch, n, d] with the weighted heavy rows [rows, capacity, d] added where they belong."""
-    total = scatter_add_tokens(
-        _windows(light, plan), heavy, tokens.indices, tokens.valid, tokens.weights, plan.settings.kernel_backend
-    )
-    return _tokens(total, plan)
-
-
-def _token_weights(gates: Gates, tokens: RoutedTokens, plan: CausalPlan) -> Tensor:
-    """Each token's routing weight, fp32 [batch, n] by position; 0 for tokens that were not routed."""
-    if plan.is_step:
-        return tokens.weights
-    return plan.leave(plan.unframe(gates.weights.flatten(1)))
-
-
-def light_bias(bias_table: Tensor, plan: CausalPlan) -> Tensor:
-    """What every layer's light attention adds to its scores, from the bias by distance [heads, 2 * max_distance + 1].
-
-    Such a table again, -inf for keys after the query, which makes a band of both sides causal; of a step the bias of
-    its keys, [1, heads, 1, local_radius + 1].
-    """
-    if plan.is_step:
-        radius = plan.settings.radius
-        return bias_of_sequence(bias_table, 1, radius + 1, radius)[None]
-    later = torch.arange(bias_table.shape[1], device=bias_table.device) > bias_table.shape[1] // 2
-    return bias_table.masked_fill(later, -torch.inf)
+    routing = (tokens.indices, tokens.valid, tokens.weights)
+    return plan.tokens(scatter_add_tokens(plan.windows(light), heavy, *routing, plan.settings.kernel_backend))
 
 
 def _parts(states: Tensor, groups: int, dim: int) -> tuple[Tensor, ...]:
@@ -125,28 +92,54 @@ class CoLT5CausalLocalAttention(CoLT5Attention):
     is_causal = True
 
     def forward(self, hidden_states: Tensor, bias: Tensor, plan: CausalPlan, cache: Any) -> Tensor:
-        """[batch, n, d_model] by rank → the same shape; for `bias` see `light_bias`."""
-        settings = plan.settings
+        """[batch, n, d_model] by rank → the same shape; `bias` is what `plan.light_bias` gives."""
         query, key, value = project(hidden_states, self.q, self.k, self.v, head_size=self.d_kv)
-        rings = {} if cache is None else cache.rings
-        new = {"light_key": key, "light_value": value}
-        joined = {name: plan.join(rings.get(name), states) for name, states in new.items()}
-        keys, values = map(plan.recent, joined.values())
-        before = 0 if plan.past is None else settings.radius
-        if cache is not None:
-            cache.write("rings", {name: plan.advance_ring(states.detach()) for name, states in joined.items()})
-        mask = plan.light_mask
-        if plan.is_step:
+        keys = plan.recent(_with_earlier(key, plan, cache, "light_key"))
+        values = plan.recent(_with_earlier(value, plan, cache, "light_value"))
+        mask, before = plan.light_mask, plan.num_before
+        if plan.is_one_token:
             query, keys, values = (states.transpose(1, 2) for states in (query, keys, values))
             output, _ = self.attend(query, keys, values, bias, None if mask is None else mask[:, None, None])
             return self.o(output.flatten(-2))
-        padded = query if before == 0 else nn.functional.pad(query, (0, 0, 0, 0, before, 0))
-        inputs = (padded, keys, values, bias, settings.radius, mask)
-        if settings.fused_attention:
+        padded = nn.functional.pad(query, (0, 0, 0, 0, before, 0)) if before else query
+        inputs = (padded, keys, values, bias, plan.settings.radius, mask)
+        if plan.settings.fused_attention:
             output = local_attention(*inputs, self.dropout if self.training else 0.0)
         else:
             output, _ = local_attention_reference(*inputs, self.attend)
-        return self.o((output if before == 0 else output[:, before:]).flatten(-2))
+        return self.o((output[:, before:] if before else output).flatten(-2))
+
+
+@dataclass
+class HandedPool:
+    """The pool that window 0 was handed by a cache, of each group.
+
+    Args:
+        key, value: [batch, groups, size, heads, d_kv].
+        score, weight: fp32 [batch, groups, size].
+        rank: int64, likewise, of its tokens in the row.
+        valid: bool, likewise, which slots are used; they come first.
+    """
+
+    key: Tensor
+    value: Tensor
+    score: Tensor
+    rank: Tensor
+    weight: Tensor
+    valid: Tensor
+
+    @classmethod
+    def of(cls, plan: CausalPlan, cache: Any) -> "HandedPool | None":
+        """What the cache carries; None for a sequence from its beginning."""
+        if plan.past is None:
+            return None
+        names = ("key", "value", "score", "rank", "weight", "valid")
+        return cls(**{name: cache.carried[f"pool_{name}"][:, 0] for name in names})
+
+    def initial(self) -> tuple[Tensor, RoutedTokens]:
+        """As `routed_pools` takes it, in rows [batch * groups]."""
+        score, rank, weight, valid = (part.flatten(0, 1) for part in (self.score, self.rank, self.weight, self.valid))
+        return score, RoutedTokens(rank, weight, valid)
 
 
 class CoLT5CausalRoutedAttention(CoLT5Attention):
@@ -174,117 +167,108 @@ class CoLT5CausalRoutedAttention(CoLT5Attention):
             hidden_states: [batch, n, d_model], by rank.
             query_states: [rows, query slots, d_model], the routed ones of them.
             scores: fp32 [batch, n, groups], of the keys/values, by rank.
-            queries: what was routed, in rows [batch * windows], or [batch] for a step.
+            queries: what was routed, in the rows that `plan.windows` gives.
             bias_table: [heads, 2 * max_distance + 1].
-            plan: the chunk's windows.
+            plan: the windows of the new tokens.
             cache: the layer's routed cache; None for none.
 
         Returns:
             The output [rows, query slots, d_model], and the pools [batch, groups, windows + 1, pool size], whose
             `indices` are ranks.
         """
-        settings = plan.settings
-        size, groups, batch = settings.pool_size, self.groups, len(hidden_states)
-        key, value = project(hidden_states, self.k, self.v, head_size=self.d_kv)
-        rings = {} if cache is None else cache.rings
+        settings, groups, batch = plan.settings, self.groups, len(hidden_states)
+        handed = HandedPool.of(plan, cache)
         # W_k (s̃ x) = s̃ W_k x: one projection a token, scaled anew in every window's pool
-        new = {"heavy_key": key, "heavy_value": value, "key_value_scores": scores}
-        joined = {name: plan.join(rings.get(name), states) for name, states in new.items()}
-        # without a past keys and values stay as they are: no pool that is read holds a token of a window's open end
-        framed = [
-            joined[name] if plan.past is None else plan.frame_joined(joined[name])
-            for name in ("heavy_key", "heavy_value")
-        ]
-        known = plan.frame_joined(joined["key_value_scores"]).transpose(1, 2)
-        old: dict[str, Tensor] = {}
-        initial = None
-        if plan.past is not None:
-            old = {name: cache.carried[f"pool_{name}"][:, 0] for name in POOL_PARTS}
-            score, *first = (old[name].flatten(0, 1) for name in ("score", "rank", "weight", "valid"))
-            initial = (score, RoutedTokens(*first))
+        key, value = project(hidden_states, self.k, self.v, head_size=self.d_kv)
+        key = plan.pooled(_with_earlier(key, plan, cache, "heavy_key"))
+        value = plan.pooled(_with_earlier(value, plan, cache, "heavy_value"))
+        known = plan.frame_joined(_with_earlier(scores, plan, cache, "key_value_scores")).transpose(1, 2)
         pools = routed_pools(
             known.flatten(0, 1),
             settings.window,
-            size,
-            initial,
+            settings.pool_size,
+            None if handed is None else handed.initial(),
             soft_topk_ratio=settings.soft_topk_ratio,
             epsilon=settings.epsilon,
             kernel_backend=settings.kernel_backend,
         )
-        index, weights, valid, following = (
-            part.unflatten(0, (batch, groups))
-            for part in (pools.tokens.indices, pools.tokens.weights, pools.tokens.valid, pools.following)
+        chosen, following = pools.tokens, pools.following.unflatten(0, (batch, groups))
+        index, weights, valid = (
+            part.unflatten(0, (batch, groups)) for part in (chosen.indices, chosen.weights, chosen.valid)
         )
-        # without a past a token's index is its rank
+        # of a sequence from its beginning a token's index is its rank
         ranks = index
-        if old:
-            ranks = torch.cat([old["rank"], plan.ranks[:, None].expand(-1, groups, -1)], -1)
+        if handed is not None:
+            ranks = torch.cat([handed.rank, plan.ranks[:, None].expand(-1, groups, -1)], -1)
             ranks = ranks.gather(-1, index.flatten(2)).view(index.shape)
+            known = torch.cat([handed.score, known], -1)
 
         query = self.split_heads(self.q(query_states))
         positions = plan.starts + queries.indices
-        outputs, sources = [], []
-        queries_of, tables = _parts(query, groups, 2), _parts(bias_table, groups, 0)
-        keys_of, values_of = (_parts(states, groups, 2) for states in framed)
-        pools_of = zip(*(_parts(part, groups, 1) for part in (index, weights, valid, following, ranks)), strict=True)
-        for group, parts in enumerate(pools_of):
-            pool_index, pool_weights, pool_valid, pool_following, pool_ranks = (part.squeeze(1) for part in parts)
-            states = (keys_of[group], values_of[group])
-            if old:
-                states = (
-                    torch.cat([old["key"][:, group], states[0]], 1),
-                    torch.cat([old["value"][:, group], states[1]], 1),
-                )
-            sources.append(states)
-            group_pools = Pools(RoutedTokens(pool_index, pool_weights, pool_valid), pool_following)
-            keys, values = gather_pools(*states, group_pools, size if old else 0, settings.kernel_backend)
-            inputs = (
-                queries_of[group],
-                keys.flatten(0, 1),
-                values.flatten(0, 1),
-                tables[group],
-                positions,
-                pool_ranks[:, :-1].flatten(0, 1),
-                pool_valid[:, :-1].flatten(0, 1),
+        # what the pools' indices point into, of each group: the pool that was handed over, then the new tokens
+        keys, values = list(_parts(key, groups, 2)), list(_parts(value, groups, 2))
+        if handed is not None:
+            keys = [torch.cat([handed.key[:, group], keys[group]], 1) for group in range(groups)]
+            values = [torch.cat([handed.value[:, group], values[group]], 1) for group in range(groups)]
+        outputs = []
+        for group, (own_query, table) in enumerate(
+            zip(_parts(query, groups, 2), _parts(bias_table, groups, 0), strict=True)
+        ):
+            pool = Pools(RoutedTokens(index[:, group], weights[:, group], valid[:, group]), following[:, group])
+            own_keys, own_values = gather_pools(
+                keys[group], values[group], pool, 0 if handed is None else settings.pool_size, settings.kernel_backend
             )
-            if settings.fused_attention and not plan.is_step:
+            inputs = (
+                own_query,
+                own_keys.flatten(0, 1),
+                own_values.flatten(0, 1),
+                table,
+                positions,
+                ranks[:, group, :-1].flatten(0, 1),
+                valid[:, group, :-1].flatten(0, 1),
+            )
+            if settings.fused_attention and not plan.is_one_token:
                 outputs.append(routed_attention(*inputs, self.dropout if self.training else 0.0))
             else:
                 outputs.append(routed_attention_reference(*inputs, self.attend)[0])
+        routed = RoutedTokens(ranks, weights, valid)
         if cache is not None:
-            cache.write("rings", {name: plan.advance_ring(states.detach()) for name, states in joined.items()})
-            known = torch.cat([old["score"], known], -1) if old else known
-            self._carry(plan, cache, sources, known, index, ranks, weights, valid)
+            self._carry(plan, cache, keys, values, known, index, routed)
         output = outputs[0] if groups == 1 else torch.cat(outputs, 2)
-        return self.o(output.flatten(-2)), RoutedTokens(ranks, weights, valid)
+        return self.o(output.flatten(-2)), routed
 
     def _carry(
         self,
         plan: CausalPlan,
         cache: Any,
-        sources: list[tuple[Tensor, Tensor]],
+        keys: list[Tensor],
+        values: list[Tensor],
         scores: Tensor,
         index: Tensor,
-        ranks: Tensor,
-        weights: Tensor,
-        valid: Tensor,
+        pools: RoutedTokens,
     ) -> None:
-        """Hand the pool of each row's next token on, and the one before it."""
-        parts = {"index": index, "rank": ranks, "weight": weights.detach(), "valid": valid}
-        chosen = {name: plan.handed(part.transpose(1, 2)) for name, part in parts.items()}
-        slots = chosen.pop("index").transpose(1, 2)
-        chosen["score"] = scores.detach().gather(-1, slots.flatten(2)).view(slots.shape).transpose(1, 2)
-        for place, name in enumerate(("key", "value")):
+        """Hand the pool of each row's next token on, and the one before it, as a `HandedPool` reads them."""
+
+        def chosen(part: Tensor) -> Tensor:
+            return plan.handed(part.detach().transpose(1, 2))
+
+        # [batch, groups, windows that hand on, size]
+        slots = chosen(index).transpose(1, 2)
+
+        def states_of(groups: list[Tensor]) -> Tensor:
             # no pool that is read holds a token of a window's open end, which may not be there
-            groups = [
-                take(states[place].detach(), slots[:, group].flatten(1).clamp(max=states[place].shape[1] - 1))
-                for group, states in enumerate(sources)
+            parts = [
+                take(states.detach(), slots[:, group].flatten(1).clamp(max=states.shape[1] - 1))
+                for group, states in enumerate(groups)
             ]
-            part = groups[0][:, None] if len(groups) == 1 else torch.stack(groups, 1)
-            chosen[name] = part.unflatten(2, slots.shape[2:]).transpose(1, 2)
-        for name, value in chosen.items():
-            name = f"pool_{name}"
-            cache.write("carried", {name: plan.keep_carried(cache.carried.get(name), value)})
+            part = parts[0][:, None] if len(parts) == 1 else torch.stack(parts, 1)
+            return part.unflatten(2, slots.shape[2:]).transpose(1, 2)
+
+        score = scores.detach().gather(-1, slots.flatten(2)).view(slots.shape).transpose(1, 2)
+        new = {"key": states_of(keys), "value": states_of(values), "score": score}
+        new |= {"rank": chosen(pools.indices), "weight": chosen(pools.weights), "valid": chosen(pools.valid)}
+        for name, part in new.items():
+            _hand_on(part, plan, cache, f"pool_{name}")
 
 
 class CoLT5LayerCausalAttention(nn.Module):
@@ -316,9 +300,9 @@ class CoLT5LayerCausalAttention(nn.Module):
 
         Args:
             hidden_states: [batch, n, d_model].
-            bias: of the light attention, see `light_bias`.
+            bias: of the light attention, what `plan.light_bias` gives.
             heavy_bias_table: None with causal_attention "local".
-            plan: the chunk's windows.
+            plan: the windows of the new tokens.
             cache: the layer's routed cache; None for none.
 
         Returns:
@@ -348,7 +332,7 @@ class CoLT5LayerCausalAttention(nn.Module):
             routed = plan.unframe(gates.routed.flatten(1))
             update = update + self.unrouted.to(update.dtype) * ~routed[..., None]
         hidden_states = clamp_half(hidden_states + self.dropout(plan.leave(update)))
-        return hidden_states, _token_weights(gates, queries, plan), pools
+        return hidden_states, plan.token_weights(gates.weights, queries), pools
 
 
 class CoLT5LayerCausalFF(nn.Module):
@@ -373,4 +357,4 @@ class CoLT5LayerCausalFF(nn.Module):
         light = self.light_feed_forward(normed, backend)
         heavy = self.heavy_feed_forward(routed, backend)
         update = plan.leave(_scatter_add(light, heavy, tokens, plan))
-        return clamp_half(hidden_states + self.dropout(update)), _token_weights(gates, tokens, plan)
+        return clamp_half(hidden_states + self.dropout(update)), plan.token_weights(gates.weights, tokens)

@@ -12,7 +12,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_colt5 import CoLT5Config
 from .model_base import CoLT5Stack, refuse_jit_trace
-from .model_causal import CoLT5LayerCausalAttention, CoLT5LayerCausalFF, light_bias
+from .model_causal import CoLT5LayerCausalAttention, CoLT5LayerCausalFF
 from .model_cross_routing import CoLT5CrossRouting
 from .model_layers import (
     CoLT5Attention,
@@ -23,7 +23,8 @@ from .model_layers import (
     project,
 )
 from .model_outputs import CoLT5CausalLayerRouting, CoLT5DecoderOutput
-from .model_position import CoLT5RelativePositionBias, bias_of_sequence
+from .model_position import CoLT5RelativePositionBias
+from .op_attention import bias_of_sequence
 from .op_routing import RoutedTokens
 from .run_causal_cache import routed_layer
 from .run_causal_plan import CausalPlan
@@ -225,7 +226,7 @@ class CoLT5DecoderBlock(GradientCheckpointingLayer):
         Args:
             hidden_states: [batch, n, d_model].
             position_bias: of T5's self-attention, [1, heads, n, keys]; of a causally routed layer's light branch, what
-                `light_bias` gives.
+                `CausalPlan.light_bias` gives.
             heavy_bias_table: of a routed layer's heavy branch; None where there is none.
             attention_mask: of T5's self-attention.
             plan: the windows of a causally routed layer; None for T5's.
@@ -415,6 +416,6 @@ class CoLT5Decoder(CoLT5Stack):
                 layer.window = plan.settings.window
                 layer.write("counters", counters)
                 layer.count(length)
-        light = light_bias(self.light_relative_attention_bias(), plan)
+        light = plan.light_bias(self.light_relative_attention_bias())
         heavy = self.heavy_relative_attention_bias() if self.config.causal_attention == "routed" else None
         return light, heavy, None, plan

@@ -75,24 +75,3 @@ class CoLT5RelativePositionBias(nn.Embedding):
         """
         table = super().forward(self._bucket_beside_weight()).transpose(0, 1).contiguous()
         return table if table.dtype == torch.float64 else table.float()
-
-
-def bias_of_sequence(bias_table: torch.Tensor, length: int, key_length: int, past: int | torch.Tensor) -> torch.Tensor:
-    """The bias of consecutive queries and keys: `bias_by_position` of `past`, `past + 1`, ... and of 0, 1, ...
-
-    Read in two steps, each distance and then each pair, for the sake of the gradient: a GPU adds up what was read of
-    one entry one after the other, and all pairs beyond max_distance read the same one.
-
-    Args:
-        bias_table: [heads, 2 * max_distance + 1].
-        length, key_length: how many queries and keys.
-        past: position of the first query.
-
-    Returns:
-        [heads, length, key_length] in the table's dtype.
-    """
-    max_distance = (bias_table.shape[-1] - 1) // 2
-    distance = torch.arange(1 - length, key_length, device=bias_table.device)
-    by_distance = bias_table[:, (distance - past).clamp(-max_distance, max_distance) + max_distance]
-    query = torch.arange(length, device=bias_table.device)[:, None]
-    return by_distance[:, torch.arange(key_length, device=bias_table.device) - query + (length - 1)]

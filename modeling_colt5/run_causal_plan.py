@@ -1,5 +1,10 @@
-"""Where a chunk's tokens stand in the windows of a causally routed decoder: by rank among the real tokens of a row."""
+"""Where a call's tokens stand in the windows of a causally routed decoder: by rank among the real tokens of a row.
 
+A call has a whole sequence, a chunk of tokens behind earlier ones, or one token behind them: three classes with one
+interface, so that a layer does not ask which of them it has.
+"""
+
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -8,7 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .configuration_colt5 import CoLT5Config
-from .run_backend import uses_triton
+from .op_attention import bias_of_sequence
+from .op_routing import RoutedTokens
+from .run_backend import backend_of
 from .run_sizes import share_of
 
 
@@ -64,7 +71,7 @@ class CausalSettings:
     @classmethod
     def make(cls, config: CoLT5Config, hidden_states: Tensor) -> "CausalSettings":
         """The settings for a batch, whose device and dtype choose the kernels."""
-        kernel_backend = "triton" if uses_triton(hidden_states, config.kernel_backend) else "torch"
+        kernel_backend = backend_of(hidden_states, config.kernel_backend)
         window = config.causal_window
 
         def target(fraction: float) -> int:
@@ -89,95 +96,70 @@ class CausalSettings:
 
 
 @dataclass
-class CausalPlan:
-    """What all layers share in one forward pass over a chunk of tokens [batch, n].
+class CausalPlan(ABC):
+    """What all layers share in one forward pass over tokens [batch, n].
 
     Everything inside the layers is in the order of ranks: `enter` moves a row's real tokens to its front, `leave` puts
-    them back. The chunk's windows are those that its tokens fall into: window v of a row is the row's window
+    them back. The plan's windows are those that its tokens fall into: window v of a row is the row's window
     `past // window + v`, and the row's first new token stands in window 0 at slot `past % window`.
+
+    A cache keeps a ring of each row's latest tokens. What `join` makes of a ring and the new tokens is for
+    `frame_joined`, `pooled`, `recent` and `advance_ring`.
 
     Args:
         settings: see there.
-        length: n, the chunk's tokens, padding included.
-        counts: int64 [batch], the chunk's real tokens.
+        length: n, the new tokens, padding included.
+        counts: int64 [batch], the new real tokens.
         order: int64 [batch, n], positions of the real tokens in order, then of the padding; None without padding.
         rank: int64 [batch, n], the inverse permutation.
-        past: int64 [batch], real tokens before the chunk; None where there are none, and no cache content.
+        past: int64 [batch], real tokens before the new ones; None for a whole sequence.
 
     Attributes:
         ranks: int64 [batch, windows * window], the rank of every slot.
-        total: int64 [batch], real tokens up to the end of the chunk.
-        completed: int64 [batch], windows that the chunk completed, which is where each row's next token falls.
-        starts: int64 [batch * windows, 1], the rank of what the rows of routed tokens count from: the first of each
-            window, or a step's token.
-        own_slot: int64 [batch, 1], where a step's token stands in its row: 0.
-        light_mask: bool, which of the chunk's tokens, and of the `local_radius` before it where it has a past, there
-            are; None for all.
+        total: int64 [batch], real tokens up to the end of the new ones.
+        completed: int64 [batch], windows that the new tokens completed, which is where each row's next token falls.
+        starts: int64, the rank of what the rows of routed tokens count from: [batch * windows, 1], the first of each
+            window, or of one token [batch, 1], itself.
+        light_mask: bool, which tokens there are of those that `recent` gives; None for all.
+        num_before: how many of those come before the new ones.
+        is_one_token: whether there is one new token, which attends without windows or bands.
     """
 
     settings: CausalSettings
     length: int
     counts: Tensor
-    order: Tensor | None = None
-    rank: Tensor | None = None
-    past: Tensor | None = None
+    order: Tensor | None
+    rank: Tensor | None
+    past: Tensor | None
     ranks: Tensor = field(init=False)
     total: Tensor = field(init=False)
     completed: Tensor = field(init=False)
     starts: Tensor = field(init=False)
-    light_mask: Tensor | None = field(init=False, default=None)
+    light_mask: Tensor | None = field(init=False)
+    num_before = 0
+    is_one_token = False
 
-    def __post_init__(self) -> None:
-        window, radius, device = self.settings.window, self.settings.radius, self.counts.device
-        slots = torch.arange(self.num_windows * window, device=device)
-        if self.past is None:
-            self.ranks, self.total = slots.expand(len(self.counts), -1), self.counts
-            self.completed = self.total // window
-            if self.order is not None:
-                self.light_mask = torch.arange(self.length, device=device) < self.counts[:, None]
-        else:
-            offset = self.past % window
-            first = self.past - offset
-            self.ranks, self.total = first[:, None] + slots, self.past + self.counts
-            self.completed = (self.total - first) // window
-            steps = torch.arange(-radius, self.length, device=device)
-            recent = self.past[:, None] + steps
-            # slots of no token yet are before rank 0, or behind the row's last real one
-            self.light_mask = (recent >= 0) & (recent < self.total[:, None])
-            # what the methods below take is the same for all layers
-            self._new = _rows((slots - offset[:, None]).clamp(0, self.length - 1), self.length)
-            self._back = _rows(torch.arange(self.length, device=device) + offset[:, None], len(slots))
-            self._framed, self._recent = self._joined_rows(self.ranks), self._joined_rows(recent)
-            self._moved = self.completed > 0
-            ring_slots, ranks = self._ring_ranks()
-            if self.is_step:
-                self._slot = (ring_slots == (self.total[:, None] - 1) % self.ring_size) & (self.counts[:, None] > 0)
-            else:
-                self._handed = _rows(self._handing(), self.num_windows + 1)
-                self._advanced = self._joined_rows(torch.where(ranks < 0, ring_slots, ranks))
-        self.starts = self.ranks.reshape(len(self.counts) * self.num_windows, window)[:, :1]
-        if self.is_step and self.past is not None:
-            self.starts = self.past[:, None]
-            self.own_slot = torch.zeros_like(self.starts)
-
-    @classmethod
-    def make(
-        cls, config: CoLT5Config, hidden_states: Tensor, mask: Tensor | None, past: Tensor | None
-    ) -> "CausalPlan":
-        """The plan for a chunk [batch, n, d_model] with its mask, bool [batch, n] or None, and what came before."""
+    @staticmethod
+    def make(config: CoLT5Config, hidden_states: Tensor, mask: Tensor | None, past: Tensor | None) -> "CausalPlan":
+        """The plan for new tokens [batch, n, d_model] with their mask, bool [batch, n] or None, and what came before:
+        int64 [batch], real tokens, or None where there is no cache or an empty one."""
         batch, length = hidden_states.shape[:2]
         device = hidden_states.device
-        settings = CausalSettings.make(config, hidden_states)
+        order = rank = None
         if mask is None:
             counts = torch.full((batch,), length, dtype=torch.int64, device=device)
-            return cls(settings, length, counts, past=past)
-        counts = mask.sum(-1)
-        if length == 1:
-            return cls(settings, length, counts, past=past)
-        padding_rank = counts[:, None] + (~mask).cumsum(-1)
-        rank = torch.where(mask, mask.cumsum(-1), padding_rank) - 1
-        order = torch.empty_like(rank).scatter_(1, rank, torch.arange(length, device=device).expand(batch, length))
-        return cls(settings, length, counts, order, rank, past)
+        else:
+            counts = mask.sum(-1)
+            if length > 1:
+                padding_rank = counts[:, None] + (~mask).cumsum(-1)
+                rank = torch.where(mask, mask.cumsum(-1), padding_rank) - 1
+                positions = torch.arange(length, device=device).expand(batch, length)
+                order = torch.empty_like(rank).scatter_(1, rank, positions)
+        settings = CausalSettings.make(config, hidden_states)
+        if past is None:
+            return WholePlan(settings, length, counts, order, rank, None)
+        kind = StepPlan if length == 1 else ChunkPlan
+        return kind(settings, length, counts, order, rank, past)
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "CausalPlan":
         """The same on another device; Accelerate calls it where a device map spreads the blocks."""
@@ -190,15 +172,9 @@ class CausalPlan:
         return replace(self, **moved)
 
     @property
-    def is_step(self) -> bool:
-        """Whether the chunk is one token behind others, as in generation."""
-        return self.past is not None and self.length == 1
-
-    @property
     def num_windows(self) -> int:
         """Windows that the tokens of a row may fall into, whatever its offset."""
-        unseen = 0 if self.past is None else self.settings.window - 1
-        return -(-(unseen + self.length) // self.settings.window)
+        return -(-self.length // self.settings.window)
 
     @property
     def ring_size(self) -> int:
@@ -213,69 +189,71 @@ class CausalPlan:
         """[batch, n, ...] by rank → by position."""
         return states if self.rank is None else take(states, self.rank)
 
+    @abstractmethod
     def frame(self, states: Tensor) -> Tensor:
         """New tokens by rank [batch, n, ...] → slots of windows [batch, windows * window, ...]; other slots hold
         anything finite."""
-        if self.past is not None:
-            return _take_rows(states, self._new)
-        slots = self.num_windows * self.settings.window
-        if slots == self.length:
-            return states
-        return F.pad(states, (0, 0) * (states.dim() - 2) + (0, slots - self.length))
 
+    @abstractmethod
     def unframe(self, states: Tensor) -> Tensor:
         """Slots of windows [batch, windows * window, ...] → new tokens by rank [batch, n, ...]."""
-        if self.past is not None:
-            return _take_rows(states, self._back)
-        return states if states.shape[1] == self.length else states[:, : self.length]
 
+    def windows(self, states: Tensor) -> Tensor:
+        """New tokens by rank [batch, n, d] as rows that heavy branches route out of: [batch * windows, window, d]."""
+        return self.frame(states).unflatten(1, (-1, self.settings.window)).flatten(0, 1)
+
+    def tokens(self, windows: Tensor) -> Tensor:
+        """The inverse of `windows`."""
+        return self.unframe(windows.unflatten(0, (len(self.counts), -1)).flatten(1, 2))
+
+    def routed(self, tokens: RoutedTokens) -> RoutedTokens:
+        """The tokens that gates routed, in the rows that `windows` gives."""
+        return tokens
+
+    def token_weights(self, weights: Tensor, tokens: RoutedTokens) -> Tensor:
+        """Each new token's routing weight, fp32 [batch, n] by position, of the gates' weights [batch, windows, window]
+        and of what `routed` gives; 0 for tokens that were not routed."""
+        return self.leave(self.unframe(weights.flatten(1)))
+
+    def light_bias(self, bias_table: Tensor) -> Tensor:
+        """What light attention adds to its scores, from the bias by distance [heads, 2 * max_distance + 1]: such a
+        table again, -inf for keys after the query, which makes a band of both sides causal. Of one token the bias of
+        its keys, [1, heads, 1, local_radius + 1]."""
+        later = torch.arange(bias_table.shape[1], device=bias_table.device) > bias_table.shape[1] // 2
+        return bias_table.masked_fill(later, -torch.inf)
+
+    @abstractmethod
     def join(self, ring: Tensor | None, states: Tensor) -> Tensor:
-        """The ring of a cache and the chunk's tokens by rank, in one tensor for `frame_joined`, `recent` and
-        `advance_ring`; without a past the tokens alone."""
-        if ring is None:
-            return states
-        states = states.to(ring.dtype)
-        if self.is_step:
-            # the ring has room for one token, in the place of one that is no longer read
-            return torch.where(_spread(self._slot, ring.dim()), states, ring)
-        return torch.cat([ring, states], 1)
+        """The ring of a cache, None where it has none yet, and the new tokens by rank, in one tensor."""
 
+    @abstractmethod
     def frame_joined(self, joined: Tensor) -> Tensor:
         """As `frame`, with window 0's earlier tokens in their slots."""
-        return self.frame(joined) if self.past is None else _take_rows(joined, self._framed)
 
+    @abstractmethod
+    def pooled(self, joined: Tensor) -> Tensor:
+        """As `frame_joined`, as far as pools read it: no pool holds a token of a window's open end."""
+
+    @abstractmethod
     def recent(self, joined: Tensor) -> Tensor:
-        """The `local_radius` tokens before the chunk, then the chunk's, by rank: [batch, radius + n, ...]."""
-        return joined if self.past is None else _take_rows(joined, self._recent)
+        """What light attention reads, by rank: the new tokens, and before them `num_before` earlier ones."""
 
+    @abstractmethod
     def advance_ring(self, joined: Tensor) -> Tensor:
-        """The ring [batch, R, ...] after the chunk; a slot that no token has reached holds anything finite."""
-        if self.past is None:
-            return take(joined, self._ring_ranks()[1].clamp(0, self.length - 1))
-        return joined if self.is_step else _take_rows(joined, self._advanced)
+        """The ring [batch, R, ...] after the new tokens; a slot that no token has reached holds anything finite."""
 
-    def _ring_ranks(self) -> tuple[Tensor, Tensor]:
-        """The ring's slots, and the rank of each slot's token after the chunk, below 0 for none: int64 [batch, R]."""
-        slots = torch.arange(self.ring_size, device=self.counts.device)
-        last = self.total[:, None] - 1
-        return slots, last - (last - slots) % self.ring_size
+    @abstractmethod
+    def handed(self, values: Tensor) -> Tensor:
+        """What complete windows hand on: of [batch, windows + 1, ...], what each of the windows, and the one after, is
+        handed, all that `keep_carried` needs."""
 
-    def _joined_rows(self, ranks: Tensor) -> Tensor:
-        """Where the tokens with these ranks [batch, k] stand in what `join` gives, as rows of all of it."""
-        assert self.past is not None
-        index = ranks % self.ring_size
-        if self.is_step:
-            return _rows(index, self.ring_size)
-        new = (ranks - self.past[:, None]).clamp(max=self.length - 1)
-        return _rows(torch.where(new >= 0, self.ring_size + new, index), self.ring_size + self.length)
-
-    def _handing(self) -> Tensor:
-        """Of the chunk's windows and the one after: that of each row's next token, and the one before; [batch, 2]."""
-        now = self.completed[:, None]
-        return torch.cat([now, (now - 1).clamp(min=0)], 1)
+    @abstractmethod
+    def keep_carried(self, carried: Tensor | None, handed: Tensor) -> Tensor:
+        """`carried` [batch, 2, ...] of a cache, what each row's current window and the one before were handed, after
+        the new tokens; given what `handed` gives."""
 
     def advance_counters(self, counters: dict[str, Tensor], mask: Tensor | None) -> dict[str, Tensor]:
-        """The cache's counters after the chunk, whose mask is bool [batch, n]; see `run_causal_cache`."""
+        """The cache's counters after the new tokens, whose mask is bool [batch, n]; see `run_causal_cache`."""
         window = self.settings.window
         batch = self.counts.shape[0]
         real = self.counts.new_ones(batch, self.length, dtype=torch.bool) if mask is None else mask
@@ -289,20 +267,189 @@ class CausalPlan:
             "recent": torch.cat([recent, real], 1)[:, -self.ring_size :],
         }
 
+    def _window_starts(self) -> Tensor:
+        """The rank of each window's first slot, int64 [batch * windows, 1]."""
+        return self.ranks.reshape(len(self.counts) * self.num_windows, self.settings.window)[:, :1]
+
+    def _ring_ranks(self) -> tuple[Tensor, Tensor]:
+        """The ring's slots, and the rank of each one's token after the new tokens, below 0 for none; [batch, R]."""
+        slots = torch.arange(self.ring_size, device=self.counts.device)
+        last = self.total[:, None] - 1
+        return slots, last - (last - slots) % self.ring_size
+
+    def _handing(self) -> Tensor:
+        """Of the plan's windows and the one after: that of each row's next token, and the one before; [batch, 2]."""
+        now = self.completed[:, None]
+        return torch.cat([now, (now - 1).clamp(min=0)], 1)
+
+
+@dataclass
+class WholePlan(CausalPlan):
+    """A sequence from its beginning, with a cache or without: rank and position in the windows are one number."""
+
+    def __post_init__(self) -> None:
+        window, device = self.settings.window, self.counts.device
+        slots = torch.arange(self.num_windows * window, device=device)
+        self.ranks, self.total = slots.expand(len(self.counts), -1), self.counts
+        self.completed = self.total // window
+        self.starts = self._window_starts()
+        self.light_mask = None
+        if self.order is not None:
+            self.light_mask = torch.arange(self.length, device=device) < self.counts[:, None]
+
+    def frame(self, states: Tensor) -> Tensor:
+        slots = self.num_windows * self.settings.window
+        if slots == self.length:
+            return states
+        return F.pad(states, (0, 0) * (states.dim() - 2) + (0, slots - self.length))
+
+    def unframe(self, states: Tensor) -> Tensor:
+        return states if states.shape[1] == self.length else states[:, : self.length]
+
+    def join(self, ring: Tensor | None, states: Tensor) -> Tensor:
+        return states
+
+    def frame_joined(self, joined: Tensor) -> Tensor:
+        return self.frame(joined)
+
+    def pooled(self, joined: Tensor) -> Tensor:
+        return joined
+
+    def recent(self, joined: Tensor) -> Tensor:
+        return joined
+
+    def advance_ring(self, joined: Tensor) -> Tensor:
+        return take(joined, self._ring_ranks()[1].clamp(0, self.length - 1))
+
     def handed(self, values: Tensor) -> Tensor:
-        """What complete windows hand on, after the chunk: [batch, windows + 1, ...], what each of its windows, and the
-        one after, is handed → [batch, 2, ...], for each row's current window and the one before; of a step the last
-        alone, [batch, 1, ...], as all else is in the cache."""
-        if self.past is None:
-            return take(values, self._handing())
-        return values[:, 1:] if self.is_step else _take_rows(values, self._handed)
+        return take(values, self._handing())
 
     def keep_carried(self, carried: Tensor | None, handed: Tensor) -> Tensor:
-        """`carried` [batch, 2, ...] of a cache after the chunk, given what `handed` gives; None at the beginning."""
-        if carried is None:
-            return handed
-        moved = _spread(self._moved, handed.dim())
-        if self.is_step:
-            return torch.where(moved, torch.cat([handed, carried[:, :1]], 1), carried)
-        before = torch.where(moved, handed[:, 1:], carried[:, 1:])
+        return handed
+
+
+@dataclass
+class ChunkPlan(CausalPlan):
+    """Tokens behind those of a cache."""
+
+    past: Tensor
+
+    def __post_init__(self) -> None:
+        window, device = self.settings.window, self.counts.device
+        self.num_before = self.settings.radius
+        slots = torch.arange(self.num_windows * window, device=device)
+        offset = self.past % window
+        first = self.past - offset
+        self.ranks, self.total = first[:, None] + slots, self.past + self.counts
+        self.completed = (self.total - first) // window
+        self.starts = self._window_starts()
+        recent = self.past[:, None] + torch.arange(-self.num_before, self.length, device=device)
+        # slots of no token yet are before rank 0, or behind the row's last real one
+        self.light_mask = (recent >= 0) & (recent < self.total[:, None])
+        # what the methods below take is the same for all layers
+        self._new = _rows((slots - offset[:, None]).clamp(0, self.length - 1), self.length)
+        self._back = _rows(torch.arange(self.length, device=device) + offset[:, None], len(slots))
+        self._framed, self._recent = self._joined_rows(self.ranks), self._joined_rows(recent)
+        self._moved = self.completed > 0
+        self._plan_cache()
+
+    def _plan_cache(self) -> None:
+        """What `advance_ring` and `handed` take."""
+        slots, ranks = self._ring_ranks()
+        self._handed = _rows(self._handing(), self.num_windows + 1)
+        self._advanced = self._joined_rows(torch.where(ranks < 0, slots, ranks))
+
+    def _joined_rows(self, ranks: Tensor) -> Tensor:
+        """Where the tokens with these ranks [batch, k] stand in what `join` gives, as rows of all of it."""
+        new = (ranks - self.past[:, None]).clamp(max=self.length - 1)
+        index = torch.where(new >= 0, self.ring_size + new, ranks % self.ring_size)
+        return _rows(index, self.ring_size + self.length)
+
+    @property
+    def num_windows(self) -> int:
+        """Windows that the tokens of a row may fall into, whatever its offset."""
+        window = self.settings.window
+        return -(-(window - 1 + self.length) // window)
+
+    def frame(self, states: Tensor) -> Tensor:
+        return _take_rows(states, self._new)
+
+    def unframe(self, states: Tensor) -> Tensor:
+        return _take_rows(states, self._back)
+
+    def join(self, ring: Tensor | None, states: Tensor) -> Tensor:
+        assert ring is not None
+        return torch.cat([ring, states.to(ring.dtype)], 1)
+
+    def frame_joined(self, joined: Tensor) -> Tensor:
+        return _take_rows(joined, self._framed)
+
+    def pooled(self, joined: Tensor) -> Tensor:
+        return self.frame_joined(joined)
+
+    def recent(self, joined: Tensor) -> Tensor:
+        return _take_rows(joined, self._recent)
+
+    def advance_ring(self, joined: Tensor) -> Tensor:
+        return _take_rows(joined, self._advanced)
+
+    def handed(self, values: Tensor) -> Tensor:
+        return _take_rows(values, self._handed)
+
+    def keep_carried(self, carried: Tensor | None, handed: Tensor) -> Tensor:
+        assert carried is not None
+        before = torch.where(_spread(self._moved, handed.dim()), handed[:, 1:], carried[:, 1:])
         return torch.cat([handed[:, :1], before], 1)
+
+
+@dataclass
+class StepPlan(ChunkPlan):
+    """One token behind those of a cache, as in generation: the ring has room for it, in the place of one that is no
+    longer read, and it is a row of its own to the heavy branches."""
+
+    is_one_token = True
+
+    def _plan_cache(self) -> None:
+        slots, _ = self._ring_ranks()
+        self._slot = (slots == (self.total[:, None] - 1) % self.ring_size) & (self.counts[:, None] > 0)
+        self.starts = self.past[:, None]
+        self._own_slot = torch.zeros_like(self.starts)
+
+    def _joined_rows(self, ranks: Tensor) -> Tensor:
+        return _rows(ranks % self.ring_size, self.ring_size)
+
+    def windows(self, states: Tensor) -> Tensor:
+        """The one token [batch, 1, d] as it is."""
+        return states
+
+    def tokens(self, windows: Tensor) -> Tensor:
+        """The inverse of `windows`."""
+        return windows
+
+    def routed(self, tokens: RoutedTokens) -> RoutedTokens:
+        """The token is in the first slot of the gates or in none; in its own row it stands at 0."""
+        return RoutedTokens(self._own_slot, tokens.weights[:, :1], tokens.valid[:, :1])
+
+    def token_weights(self, weights: Tensor, tokens: RoutedTokens) -> Tensor:
+        """The token's routing weight, fp32 [batch, 1]."""
+        return tokens.weights
+
+    def light_bias(self, bias_table: Tensor) -> Tensor:
+        """The bias of the token's keys, [1, heads, 1, local_radius + 1]."""
+        return bias_of_sequence(bias_table, 1, self.num_before + 1, self.num_before)[None]
+
+    def join(self, ring: Tensor | None, states: Tensor) -> Tensor:
+        assert ring is not None
+        return torch.where(_spread(self._slot, ring.dim()), states.to(ring.dtype), ring)
+
+    def advance_ring(self, joined: Tensor) -> Tensor:
+        return joined
+
+    def handed(self, values: Tensor) -> Tensor:
+        # all else is in the cache
+        return values[:, 1:]
+
+    def keep_carried(self, carried: Tensor | None, handed: Tensor) -> Tensor:
+        assert carried is not None
+        moved = _spread(self._moved, handed.dim())
+        return torch.where(moved, torch.cat([handed, carried[:, :1]], 1), carried)

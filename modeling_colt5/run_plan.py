@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from .configuration_colt5 import CoLT5Config
-from .run_backend import is_capturing, uses_triton
+from .run_backend import backend_of, is_capturing
 from .run_graphs import graph_stream
 from .run_sizes import as_tensor, computed_size, is_free, routed_budget, routed_capacity, smaller
 
@@ -148,7 +148,7 @@ class RoutingPlan:
 
         `dense_start` is fp32 [], how far a dense start has come; None for the paper's routing.
         """
-        kernel_backend = "triton" if uses_triton(hidden_states, config.kernel_backend) else "torch"
+        kernel_backend = backend_of(hidden_states, config.kernel_backend)
         plan = cls(mask, kernel_backend, kernel_backend == "triton" and config._attn_implementation == "sdpa")
         if config.routing == "none":
             return plan
@@ -218,7 +218,7 @@ class RoutingPlan:
 
         `dense_start` is fp32 [], how far a dense start has come, in which all are taken; None for the budget.
         """
-        kernel_backend = "triton" if uses_triton(memory, config.kernel_backend) else "torch"
+        kernel_backend = backend_of(memory, config.kernel_backend)
         plan = cls(mask, kernel_backend, False, route_settings(config, kernel_backend), dense_start=dense_start)
         slots, lengths = memory_slots(config, memory), real_lengths(memory, mask)
         if dense_start is not None:
