@@ -15,6 +15,9 @@ from python_types.predict import Prediction
 from modeling_colt5 import CoLT5Config, CoLT5ForConditionalGeneration, CoLT5Tokenizer
 
 ROOT = Path(__file__).parent.parent
+# where answers are given, of a model its device alone is read
+MODEL = torch.nn.Linear(1, 1)
+MODEL.device = torch.device("cpu")
 TEXT = """import os
 from typing import Any
 
@@ -61,7 +64,7 @@ def answers(monkeypatch):
 
     tokenizer = CoLT5Tokenizer.from_pretrained(ROOT / "tokenization/python_stdlib")
     monkeypatch.setattr(annotate_types, "predict", predict)
-    monkeypatch.setattr(annotate_types, "load", lambda folder: (None, tokenizer))
+    monkeypatch.setattr(annotate_types, "load", lambda folder: (MODEL, tokenizer))
     return given, asked, tokenizer
 
 
@@ -211,5 +214,5 @@ def test_more_places_than_sentinels_take_more_passes(answers, file):
     given, asked, tokenizer = answers
     file.write_text("".join(f"def f{number}(a, b, c): ...\n" for number in range(60)))
     given[:] = [("int", 1.0)] * 240
-    annotated = annotate(read_source(file), None, tokenizer)
+    annotated = annotate(read_source(file), MODEL, tokenizer)
     assert len(asked) == 3 and annotated.text.count("a: int, b: int, c: int) -> int") == 60

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from python_types.holes import choose, holes_of, passes
-from python_types.predict import Prediction, in_batches, load, predict
+from python_types.predict import Prediction, in_batches, load, most_tokens, predict
 from python_types.score import Answer, copied_by_name, copied_from_nearest, far_holes, paired_bootstrap
 from python_types.training_rows import modules_in
 from transformers import HfArgumentParser
@@ -126,7 +126,7 @@ Ask = Callable[[Sequence[Sequence[int]], Sequence[int]], list[list[Prediction]]]
 
 
 def answered(
-    ask: Ask, questions: Iterable[Question], common: Iterable[str], most_tokens: int, deadline: float = float("inf")
+    ask: Ask, questions: Iterable[Question], common: Iterable[str], batch_tokens: int, deadline: float = float("inf")
 ) -> Iterator[list[Record]]:
     """Ask a model, and give the records of each module.
 
@@ -134,7 +134,7 @@ def answered(
         ask: of rows of tokens and their numbers of sentinels; `predict` of some model.
         questions: the modules.
         common: the commonest types, which are not rare.
-        most_tokens: of a batch.
+        batch_tokens: of a batch, at most, but for longer modules.
         deadline: of `time.monotonic`; no batch begins that would end behind it, if it took as long as the longest. Of
             modules that are taken together none is given then, because the short ones come first.
     """
@@ -144,7 +144,7 @@ def answered(
     while together := list(islice(questions, TOGETHER)):
         rows = [(question, number) for question in together for number in range(len(question.rows))]
         answers: dict[tuple[int, int], list[Prediction]] = {}
-        for batch in in_batches([len(question.rows[number]) for question, number in rows], most_tokens):
+        for batch in in_batches([len(question.rows[number]) for question, number in rows], batch_tokens):
             started = time.monotonic()
             if started + longest > deadline:
                 return
@@ -261,7 +261,6 @@ class Arguments:
     out: Path = field(metadata={"help": "folder of evaluation.json, evaluation.md and records.jsonl"})
     shares: list[float] = field(default_factory=lambda: [*SHARES], metadata={"help": "shares that are hidden"})
     most_tasks: int | None = field(default=None, metadata={"help": "modules times shares, at most; default: all"})
-    batch_tokens: int = field(default=2**18, metadata={"help": "tokens of a batch, at most, but for long modules"})
     processes: int = field(default=2, metadata={"help": "processes that hide and tokenise"})
 
 
@@ -275,7 +274,7 @@ def main(argv: list[str] | None = None) -> None:
     with Pool(arguments.processes) as pool:
         questions = pool.imap(partial(question_of, baselines["table"], VOCABULARY), tasks)
         ask = partial(predict, model, tokenizer)
-        modules = answered(ask, questions, baselines["common"], arguments.batch_tokens)
+        modules = answered(ask, questions, baselines["common"], most_tokens(model.device))
         write_records(arguments.out / "records.jsonl", modules)
     write_summary(arguments.out, read_records([arguments.out / "records.jsonl"]))
 

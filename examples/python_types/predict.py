@@ -143,11 +143,16 @@ def _probabilities(ids: list[int], logs: list[float], sentinels: list[int], eos:
     return known + [0.0] * (count - len(known))
 
 
-def in_batches(lengths: Sequence[int], most_tokens: int, most_rows: int = 64) -> Iterator[list[int]]:
-    """The numbers of rows in batches of similar lengths, the shortest first, each of about `most_tokens` at most."""
+def most_tokens(device: torch.device) -> int:
+    """Tokens of a batch that memory has room for; on a CPU attention's weights take it."""
+    return 2**19 if device.type == "cuda" else 2**15
+
+
+def in_batches(lengths: Sequence[int], batch_tokens: int, most_rows: int = 64) -> Iterator[list[int]]:
+    """The numbers of rows in batches of similar lengths, the shortest first, of `batch_tokens` at most or one row."""
     batch: list[int] = []
     for number in sorted(range(len(lengths)), key=lambda number: lengths[number]):
-        if batch and ((len(batch) + 1) * lengths[number] > most_tokens or len(batch) == most_rows):
+        if batch and ((len(batch) + 1) * lengths[number] > batch_tokens or len(batch) == most_rows):
             yield batch
             batch = []
         batch.append(number)

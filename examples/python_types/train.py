@@ -39,7 +39,7 @@ from python_types.evaluate import (
     write_records,
     write_summary,
 )
-from python_types.predict import predict
+from python_types.predict import most_tokens, predict
 from python_types.training_rows import TASKS, Batches, load_tokens, prepare, shapes_of
 from python_types.weights import load_weights, save_weights
 from torch import Tensor, nn
@@ -62,9 +62,10 @@ STEPS_BEFORE = 3
 COMPILING_STEPS = 10
 # for the last saving, and the held-out loss after it
 SAVING_SECONDS = 8.0
+# for the evaluation's tables, and a batch that takes longer than those before
+SUMMARY_SECONDS = 15.0
 SECONDS_BETWEEN_LINES = 10.0
 HELD_OUT_BATCHES = 2
-EVALUATION_TOKENS = 2**19
 PHASES = ("start", "routed")
 
 Batch = dict[str, Tensor]
@@ -148,6 +149,7 @@ class Arguments:
     opening: float = field(default=0.1, metadata={"help": "the dense start's `opening`"})
     start_types: float = field(default=0.5, metadata={"help": "share of the batches of types in the dense start"})
     types: float = field(default=0.75, metadata={"help": "share of the batches of types afterwards"})
+    graphs: bool = field(default=True, metadata={"help": "whether steps are CUDA graphs, on a GPU"})
     seed: int = field(default=0, metadata={"help": "of weights, order, what is hidden, dropout"})
 
 
@@ -209,9 +211,10 @@ class TrainingStep:
         model: in training mode, on the device of its batches.
         learning_rate: the highest, relative to each parameter's size.
         processes: with whom to train.
+        graphs: whether to make graphs.
     """
 
-    def __init__(self, model: nn.Module, learning_rate: float, processes: Processes):
+    def __init__(self, model: nn.Module, learning_rate: float, processes: Processes, graphs: bool = True):
         self.model, self.processes, self.device = model, processes, processes.device
         parameters = list(model.parameters())
         self.gradients = torch.zeros(sum(map(torch.numel, parameters)), device=self.device)
@@ -231,7 +234,7 @@ class TrainingStep:
         self.batches: dict[Hashable, Batch] = {}
         self.results: dict[Hashable, Tensor] = {}
         self.counts: dict[Hashable, int] = defaultdict(int)
-        self.stream = torch.cuda.Stream(self.device) if on_gpu else None
+        self.stream = torch.cuda.Stream(self.device) if on_gpu and graphs else None
         self.pool = torch.cuda.graph_pool_handle() if on_gpu else None
 
     def __call__(self, batch: Batch, phase: Hashable, share: float) -> Tensor:
@@ -384,7 +387,7 @@ class Training:
         with processes.device:
             self.model = CoLT5ForConditionalGeneration(size.config()).train()
         # before other weights come: rates are relative to the sizes that parameters begin with
-        self.step = TrainingStep(self.model, arguments.learning_rate, processes)
+        self.step = TrainingStep(self.model, arguments.learning_rate, processes, arguments.graphs)
         if arguments.initial is not None:
             earlier, _ = load_weights(arguments.initial)
             self.model.load_state_dict(earlier.state_dict())
@@ -559,14 +562,14 @@ def evaluate(arguments: Arguments, processes: Processes, pool: Any, deadline: fl
         baselines = json.loads((arguments.tokens / "baselines.json").read_text())
         tasks = tasks_of(arguments.corpus, SHARES)[processes.rank :: processes.world]
         questions = pool.imap(partial(question_of, baselines["table"], VOCABULARY), tasks)
-        write_records(mine, answered(ask, questions, baselines["common"], EVALUATION_TOKENS, deadline))
+        write_records(mine, answered(ask, questions, baselines["common"], most_tokens(processes.device), deadline))
     except Exception:
         # the weights are there, and so is what was answered before
         traceback.print_exc()
     ended[processes.rank].touch()
     if processes.rank:
         return
-    while not all(file.exists() for file in ended) and time.monotonic() < deadline + SAVING_SECONDS:
+    while not all(file.exists() for file in ended) and time.monotonic() < deadline + SUMMARY_SECONDS / 2:
         time.sleep(0.2)
     records = read_records(file for file in files if file.exists())
     if records:
@@ -596,7 +599,7 @@ def main(argv: list[str] | None = None) -> None:
     if pool is not None:
         if processes.device.type == "cuda":
             torch.cuda.empty_cache()
-        evaluate(arguments, processes, pool, time.monotonic() + ends - SAVING_SECONDS - time.time())
+        evaluate(arguments, processes, pool, time.monotonic() + ends - SUMMARY_SECONDS - time.time())
         pool.terminate()
 
 
