@@ -11,7 +11,8 @@ from .model_router import CoLT5Router, router_weights, run_routers
 from .op_norm import router_scores
 from .op_routing import RoutedTokens
 from .op_rows import share_and_gather
-from .run_plan import RoutingPlan, memory_slots, real_lengths
+from .run_budgets import RoutingBudget, memory_slots, real_lengths
+from .run_plan import RouterPlan
 
 
 class CoLT5CrossRouting(nn.Module):
@@ -50,7 +51,8 @@ class CoLT5CrossRouting(nn.Module):
             and what each layer's routers chose.
         """
         routers: tuple[Any, ...] = tuple(self.routers)
-        plan, budget = RoutingPlan.for_memory(self.config, memory, mask, len(routers), self.progress)
+        plan = RouterPlan.of(self.config, memory, mask, self.progress)
+        budget = RoutingBudget.of_memory(self.config, memory, mask, len(routers), self.progress)
         weights, scores = router_weights(*routers), None
         if weights is not None:
             # autocast would take the scores' product in half precision

@@ -348,15 +348,21 @@ class CoLT5Decoder(CoLT5Stack):
         check_cache(cache, hidden_states)
         self_cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
 
+        mask = plan = heavy_bias_table = None
         if self.config.causal_attention == "full":
-            inputs = self._full_attention_inputs(hidden_states, attention_mask, self_cache, prefix)
+            bias, mask = self.attention_to_all(hidden_states, attention_mask, self_cache, prefix)
         else:
-            inputs = self._routed_inputs(hidden_states, attention_mask, self_cache, prefix)
+            plan = self.windows_of(hidden_states, attention_mask, self_cache, prefix)
+            bias = plan.light_bias(self.light_relative_attention_bias())
+        if self.config.causal_attention == "routed":
+            heavy_bias_table = self.heavy_relative_attention_bias()
         memories, encoder_mask, cross_routing = self.route_memory(encoder_hidden_states, encoder_mask, cache)
         hidden_states = self.dropout(hidden_states)
         for block, memory in zip(self.block, memories, strict=True):
-            # by the release's name for it, which gradient checkpointing looks for
-            hidden_states = block(hidden_states, *inputs, memory, encoder_mask, **{CACHE: cache})[0]
+            # all but the cache by position, which gradient checkpointing hands gradients through; the cache by the
+            # release's name for it, which it looks for
+            inputs = (bias, heavy_bias_table, mask, plan, memory, encoder_mask)
+            hidden_states = block(hidden_states, *inputs, **{CACHE: cache})[0]
         hidden_states, _ = self.final_layer_norm(hidden_states)
         return CoLT5DecoderOutput(
             last_hidden_state=self.dropout(hidden_states),
@@ -364,9 +370,9 @@ class CoLT5Decoder(CoLT5Stack):
             cross_routing=cross_routing if flags.get("output_routing", self.config.output_routing) else None,
         )
 
-    def _full_attention_inputs(
+    def attention_to_all(
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, cache: Cache | None, prefix: str
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, CausalPlan | None]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Position bias and mask of T5's self-attention, as the blocks take them."""
         length = hidden_states.shape[1]
         past = cache.get_seq_length() if cache is not None else 0
@@ -375,7 +381,7 @@ class CoLT5Decoder(CoLT5Stack):
         # by position: Transformers renamed the last one
         mask = create_causal_mask(self.config, hidden_states, attention_mask, cache)
         position_bias = bias_of_sequence(self.relative_attention_bias(), length, key_length, past)
-        return position_bias[None], None, mask, None
+        return position_bias[None], mask
 
     def route_memory(
         self, memory: torch.Tensor | None, mask: torch.Tensor | None, cache: Cache | None
@@ -397,10 +403,10 @@ class CoLT5Decoder(CoLT5Stack):
             mask = self.cross_routing.used_slots(memory, mask)
         return memories, mask, routing
 
-    def _routed_inputs(
+    def windows_of(
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, cache: Cache | None, prefix: str
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, CausalPlan | None]:
-        """Biases and plan of the causally routed layers, as the blocks take them; the caches count the chunk."""
+    ) -> CausalPlan:
+        """Where the tokens stand in the windows of the causally routed layers, whose caches count them."""
         length = hidden_states.shape[1]
         first = routed_layer(cache, 0)
         if attention_mask is not None:
@@ -416,6 +422,4 @@ class CoLT5Decoder(CoLT5Stack):
                 layer.window = plan.settings.window
                 layer.write("counters", counters)
                 layer.count(length)
-        light = plan.light_bias(self.light_relative_attention_bias())
-        heavy = self.heavy_relative_attention_bias() if self.config.causal_attention == "routed" else None
-        return light, heavy, None, plan
+        return plan

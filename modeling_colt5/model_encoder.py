@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules import module as torch_module
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.processing_utils import Unpack
 from transformers.utils.generic import merge_with_config_defaults
@@ -32,7 +31,7 @@ from .op_attention import local_attention, local_attention_reference, routed_att
 from .op_norm import combine_norm_scores
 from .op_routing import RoutedTokens
 from .op_rows import combine_branches, scatter_add_tokens, share_and_gather
-from .run_backend import is_hooked, runs_eagerly, uses_triton
+from .run_backend import Mode, is_hooked, uses_triton
 from .run_graphs import replayed
 from .run_inputs import ForwardFlags, embed, padding_mask, read_arguments, warn_of_missing_attentions
 from .run_plan import RoutingPlan
@@ -355,7 +354,8 @@ class CoLT5Encoder(CoLT5Stack):
 
         To look is to wait for the device: on CUDA the first such call does, and none whose kernels are captured."""
         if input_ids.is_cuda:
-            if self.has_looked_for_padding or not runs_eagerly() or torch.cuda.is_current_stream_capturing():
+            mode = Mode.of_now(input_ids)
+            if self.has_looked_for_padding or not mode.is_eager or mode.is_captured:
                 return
             self.has_looked_for_padding = True
         self.warn_if_padding_and_no_attention_mask(input_ids, None)
@@ -370,7 +370,7 @@ class CoLT5Encoder(CoLT5Stack):
         config = self.config
         if self.training and self.dense_start is not None:
             return False
-        return runs_eagerly() and config.use_cuda_graphs and uses_triton(hidden_states, config.kernel_backend)
+        return config.use_cuda_graphs and uses_triton(hidden_states, config.kernel_backend)
 
     def run_blocks(
         self, hidden_states: torch.Tensor, mask: torch.Tensor | None, records_blocks: bool = False
@@ -382,9 +382,8 @@ class CoLT5Encoder(CoLT5Stack):
         plan = RoutingPlan.make(self.config, hidden_states, mask, self.dense_start if self.training else None)
         # for inference only: a block's output in parts is more to keep for its gradient or for checkpointing
         plan.merges_late = (
-            not (records_blocks or torch.is_grad_enabled())
-            and runs_eagerly()
-            and not torch_module._has_any_global_hook()
+            plan.mode.is_eager
+            and not (records_blocks or plan.mode.keeps_gradients or plan.mode.is_watched)
             and not any(is_hooked(part) for block in self.block for part in (block, *block.layer))  # type: ignore[misc]
             and not is_hooked(self.final_layer_norm)
         )

@@ -295,12 +295,10 @@ class CoLT5DenseActDense(nn.Module):
         backend = kernel_backend or self.config.kernel_backend
         activated = gated_gelu(gate, up, backend)
         if self.training and self.dropout.p > 0:
-            activated = self.dropout(activated)
-        elif torch.is_grad_enabled():
-            # cheap to compute again, and with gate and up the largest of what a layer would keep for its backward
-            with recomputed_in_backward(activated, lambda: gated_gelu(gate, up, backend)):
-                return self.project_out(activated)
-        return self.project_out(activated)
+            return self.project_out(self.dropout(activated))
+        # cheap to compute again, and with gate and up the largest of what a layer would keep for its backward
+        with recomputed_in_backward(activated, lambda: gated_gelu(gate, up, backend)):
+            return self.project_out(activated)
 
     def project_out(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[..., d_ff] → [..., d_model]."""

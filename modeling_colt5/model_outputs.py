@@ -1,6 +1,8 @@
 """The outputs of CoLT5 models: Transformers' own, with what was routed and how the encoder's heavy branch attended."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers.modeling_outputs import (
@@ -140,3 +142,36 @@ class CoLT5QuestionAnsweringOutput(QuestionAnsweringModelOutput):
 
     heavy_attentions: tuple[torch.Tensor, ...] | None = None
     routing: tuple[CoLT5LayerRouting, ...] | None = None
+
+
+def as_encoder_output(given: Any) -> CoLT5EncoderOutput:
+    """`encoder_outputs` in the one form that is worked with.
+
+    Args:
+        given: the encoder's output, another output with a `last_hidden_state`, a dictionary, a tuple or a list in the
+            order of `CoLT5EncoderOutput`, or the last hidden state [batch, n, d_model] alone.
+
+    Raises:
+        TypeError: for another kind of value.
+        ValueError: for a tuple or a list of another length.
+    """
+    if isinstance(given, CoLT5EncoderOutput):
+        return given
+    # plain outputs of Transformers lack some of these, and other models' outputs have more
+    names = list(CoLT5EncoderOutput.__dataclass_fields__)
+    if isinstance(given, torch.Tensor):
+        return CoLT5EncoderOutput(last_hidden_state=given)
+    if isinstance(given, tuple | list):
+        if not 1 <= len(given) <= len(names):
+            raise ValueError(
+                f"encoder_outputs has {len(given)} entries; it must have from 1 to {len(names)}: {', '.join(names)}"
+            )
+        return CoLT5EncoderOutput(**dict(zip(names, given, strict=False)))
+    if isinstance(given, Mapping):
+        return CoLT5EncoderOutput(**{name: given.get(name) for name in names})
+    if hasattr(given, "last_hidden_state"):
+        return CoLT5EncoderOutput(**{name: getattr(given, name, None) for name in names})
+    raise TypeError(
+        f"encoder_outputs is a {type(given).__name__}; it must be the encoder's output, a dictionary, a tuple or a "
+        "list of its parts, or its last_hidden_state alone"
+    )

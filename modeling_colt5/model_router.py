@@ -9,8 +9,8 @@ from transformers.integrations import use_kernel_forward_from_hub
 
 from .configuration_colt5 import CoLT5Config
 from .op_routing import RoutedTokens, route
-from .run_backend import runs_eagerly
-from .run_plan import RoutingBudget, RoutingPlan
+from .run_budgets import RoutingBudget
+from .run_plan import RouterPlan
 from .run_sizes import larger
 
 
@@ -143,7 +143,7 @@ def run_routers(
     routers: tuple[CoLT5Router, ...],
     hidden_states: torch.Tensor,
     scores: torch.Tensor | None,
-    plan: RoutingPlan,
+    plan: RouterPlan,
     budget: RoutingBudget,
 ) -> list[RoutedTokens]:
     """Route for all routers that read the same states, in one operation.
@@ -164,7 +164,7 @@ def run_routers(
         kinds = zip(routers, budgets, strict=True)
         scores = torch.stack([router.control_scores(hidden_states, plan.mask, b) for router, b in kinds], 1)
     slots, select = reduce(larger, budget.capacities), routers[0].select
-    if len(routers) > 1 and plan.kernel_backend == "triton" and runs_eagerly():
+    if len(routers) > 1 and plan.kernel_backend == "triton" and isinstance(slots, int):
         # so that each router's part begins where kernels may read 16 bytes at once, and is launched without inspection
         slots += -slots % 16
     rows = scores.transpose(0, 1).flatten(0, 1)

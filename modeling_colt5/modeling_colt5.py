@@ -26,13 +26,13 @@ from .model_outputs import (
     CoLT5Seq2SeqModelOutput,
     CoLT5SequenceClassifierOutput,
     CoLT5TokenClassifierOutput,
+    as_encoder_output,
 )
 
 # not used here: a saved copy of a user's code imports from this file what it imported from the package
 from .op_soft_topk import soft_topk  # noqa: F401
 from .run_inputs import (
     ForwardFlags,
-    as_encoder_output,
     check_class_labels,
     check_document,
     check_labels,
@@ -153,7 +153,7 @@ class CoLT5Seq2SeqPreTrainedModel(CoLT5EmbeddingModel):
             )
         else:
             encoded = as_encoder_output(encoder_outputs)
-            check_document(encoded, input_ids, inputs_embeds)
+            check_document(encoded.last_hidden_state, input_ids, inputs_embeds)
         decoder_outputs = self.decoder(
             input_ids=decoder_input_ids,
             attention_mask=decoder_attention_mask,

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from .run_backend import INTERPRETED, kernel_takes, triton_is_available
+from .run_backend import INTERPRETED, triton_is_available
 from .run_operator import Kernel, Operator
 from .run_sizes import as_tensor, computed_size, is_free
 
@@ -322,9 +322,7 @@ def _check(
 
 
 def _attend(query: Tensor, *rest: Any) -> Tensor:
-    seed = None
-    if rest[-1] > 0 and kernel_takes(query):
-        seed = torch.randint(2**63 - 1, (1,), device=query.device)
+    seed = torch.randint(2**63 - 1, (1,), device=query.device) if rest[-1] > 0 else None
     return _attention.call("triton" if INTERPRETED else "auto", query, *rest, seed)[0]
 
 

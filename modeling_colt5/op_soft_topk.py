@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from .run_backend import runs_eagerly
+from .run_backend import can_look
 
 SOLVERS = ("exact", "coordinate_descent")
 
@@ -246,7 +246,7 @@ def soft_topk(
     leading, n = scores.shape[:-1], scores.shape[-1]
     dtype = weights_dtype(scores)
     if isinstance(k, Tensor):
-        if k.device.type == "cpu" and runs_eagerly() and not bool(((k > 0) & k.isfinite()).all()):
+        if can_look(k) and not bool(((k > 0) & k.isfinite()).all()):
             raise ValueError(f"k is {k}; it must be finite and above 0")
         k = _expanded("k", k.to(device=scores.device, dtype=dtype), leading).reshape(-1)
     else:

@@ -2,8 +2,10 @@
 
 import importlib.util
 import os
+from typing import NamedTuple
 
 import torch
+from torch.nn.modules import module as torch_module
 
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 KERNEL_BACKENDS = ("auto", "triton", "torch")
@@ -91,9 +93,32 @@ def runs_eagerly() -> bool:
     )
 
 
-def is_capturing() -> bool:
-    """Whether the eager calls of now become a CUDA graph."""
-    return runs_eagerly() and torch.cuda.is_current_stream_capturing()
+class Mode(NamedTuple):
+    """How PyTorch runs a pass, asked once at its beginning.
+
+    Args:
+        is_eager: whether operations run as they come, see `runs_eagerly`.
+        keeps_gradients: whether autograd records.
+        is_captured: whether what is eager becomes a CUDA graph.
+        is_watched: whether hooks are on all modules of the process.
+    """
+
+    is_eager: bool
+    keeps_gradients: bool
+    is_captured: bool
+    is_watched: bool
+
+    @classmethod
+    def of_now(cls, states: torch.Tensor) -> "Mode":
+        """The mode of a pass over these states."""
+        is_eager = runs_eagerly()
+        is_captured = is_eager and states.is_cuda and torch.cuda.is_current_stream_capturing()
+        return cls(is_eager, torch.is_grad_enabled(), is_captured, torch_module._has_any_global_hook())
+
+
+def can_look(tensor: torch.Tensor) -> bool:
+    """Whether a tensor's values can be looked at: they are there, and nobody waits for a device."""
+    return tensor.device.type == "cpu" and runs_eagerly()
 
 
 def is_hooked(module: torch.nn.Module) -> bool:

@@ -128,6 +128,13 @@ class CoLT5DynamicRoutedLayer(_RoutedState, DynamicLayer):
             super().batch_select_indices(indices)
 
 
+def _kept_in_place(tensor: Tensor) -> Tensor:
+    """The tensor, which compilers are told keeps its address; while they compile, it has been told."""
+    if not torch.compiler.is_compiling():
+        torch._dynamo.mark_static_address(tensor)
+    return tensor
+
+
 class CoLT5StaticRoutedLayer(_RoutedState, StaticLayer):
     """The cache layer of `StaticCache` for a causally routed layer: tensors keep their addresses, for compilers."""
 
@@ -151,8 +158,7 @@ class CoLT5StaticRoutedLayer(_RoutedState, StaticLayer):
     def count(self, positions: int) -> None:
         """Note that so many positions came in."""
         if not torch.compiler.is_compiling():
-            self.cumulative_length = self.cumulative_length.to(self.counters["lengths"].device)
-            torch._dynamo.mark_static_address(self.cumulative_length)
+            self.cumulative_length = _kept_in_place(self.cumulative_length.to(self.counters["lengths"].device))
         self.cumulative_length.add_(positions)
 
     def get_seq_length(self) -> Any:
@@ -166,9 +172,7 @@ class CoLT5StaticRoutedLayer(_RoutedState, StaticLayer):
             if name in tensors and tensors[name].shape == value.shape:
                 tensors[name].copy_(value)
                 continue
-            tensors[name] = value.clone()
-            if not torch.compiler.is_compiling():
-                torch._dynamo.mark_static_address(tensors[name])
+            tensors[name] = _kept_in_place(value.clone())
 
     def reset(self) -> None:
         """Forget everything, and keep the tensors."""

@@ -13,9 +13,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 
-from .run_backend import is_hooked, runs_eagerly
+from .run_backend import Mode, is_hooked
 
 # beyond so many tokens the GPU takes longer than the host, and a graph's memory is no longer small
 MOST_TOKENS = 2**16
@@ -187,17 +186,15 @@ def replayed(module: nn.Module, settings: Hashable, call: Callable[..., Tensor],
         A tensor of the caller's own.
     """
     first = inputs[0]
+    assert first is not None
     if (
-        not runs_eagerly()
+        Mode.of_now(first) != Mode(is_eager=True, keeps_gradients=False, is_captured=False, is_watched=False)
         or type(first) is not Tensor
         or not first.is_cuda
         or module.training
-        or torch.is_grad_enabled()
         or first.shape[0] * first.shape[1] > MOST_TOKENS
         or first.numel() == 0
         or torch.is_autocast_enabled("cuda")
-        or torch_module._has_any_global_hook()
-        or torch.cuda.is_current_stream_capturing()
     ):
         return call(*inputs)
     recordings = _recordings.get(module)

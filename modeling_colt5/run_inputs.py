@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
-from .model_outputs import CoLT5EncoderOutput
-from .run_backend import runs_eagerly
+from .run_backend import can_look, runs_eagerly
 
 
 class ForwardFlags(TypedDict, total=False):
@@ -47,11 +46,24 @@ _POSITIONS = {"position_ids": "attention_mask", "decoder_position_ids": "decoder
 _warned: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 
 
-def _warn_once(model: nn.Module, topic: str, message: str) -> None:
+def _warn_once(model: nn.Module, topic: str, message: Callable[[], str]) -> None:
+    # a tracer keeps no warnings, and cannot follow what makes some of the messages
+    if not runs_eagerly():
+        return
     topics = _warned.setdefault(model, set())
     if topic not in topics:
         topics.add(topic)
-        warnings.warn(f"{type(model).__name__}: {message}", UserWarning, stacklevel=2)
+        warnings.warn(f"{type(model).__name__}: {message()}", UserWarning, stacklevel=2)
+
+
+def _unread(model: nn.Module, name: str) -> str:
+    """What to say of an argument that nobody reads."""
+    if name in _POSITIONS:
+        return f"{name} is not read: attention goes by the distance between tokens"
+    if name == "token_type_ids":
+        return "token_type_ids is not read: there are no embeddings of token types"
+    (nearest,) = difflib.get_close_matches(name, _named_arguments(type(model).forward), n=1, cutoff=0.0)
+    return f"the argument {name} is not read; the nearest name of one that is read is {nearest}"
 
 
 @functools.cache
@@ -91,17 +103,8 @@ def read_arguments(model: nn.Module, arguments: Mapping[str, Any], **masks: Tens
                 f"{name} is given{f' without {mask}' if is_position else ''}; it marks several texts in one row, "
                 f"which {type(model).__name__} would take for one. Give each text a row of its own, with {mask}"
             )
-    # a tracer keeps no warnings, and cannot follow the search for a name
-    if runs_eagerly():
-        for name in unread:
-            if name in _POSITIONS:
-                message = f"{name} is not read: attention goes by the distance between tokens"
-            elif name == "token_type_ids":
-                message = "token_type_ids is not read: there are no embeddings of token types"
-            else:
-                (nearest,) = difflib.get_close_matches(name, _named_arguments(type(model).forward), n=1, cutoff=0.0)
-                message = f"the argument {name} is not read; the nearest name of one that is read is {nearest}"
-            _warn_once(model, name, message)
+    for name in unread:
+        _warn_once(model, name, functools.partial(_unread, model, name))
     return {name: value for name, value in arguments.items() if name in _READ_BY_ALL}
 
 
@@ -112,13 +115,14 @@ def warn_of_missing_attentions(model: PreTrainedModel, arguments: dict[str, Any]
         model: the encoder or the decoder.
         arguments: the call's further arguments.
     """
-    if arguments.get("output_attentions") and model.config._attn_implementation != "eager" and runs_eagerly():
-        implementation = model.config._attn_implementation
+    if arguments.get("output_attentions") and model.config._attn_implementation != "eager":
         _warn_once(
             model,
             "output_attentions",
-            f"attn_implementation {implementation!r} does not give the weights that output_attentions=True asks for; "
-            'load the model with attn_implementation="eager" to see them',
+            lambda: (
+                f"attn_implementation {model.config._attn_implementation!r} does not give the weights that "
+                'output_attentions=True asks for; load the model with attn_implementation="eager" to see them'
+            ),
         )
 
 
@@ -195,10 +199,9 @@ def check_causal_mask(
     if not isinstance(attention_mask, Tensor):
         return
     batch, length = states.shape[:2]
-    if isinstance(past, Tensor):
-        past_length = int(past) if past.device.type == "cpu" and runs_eagerly() else None
-    else:
-        past_length = past
+    past_length: int | None = None
+    if not isinstance(past, Tensor) or can_look(past):
+        past_length = int(past)
     if attention_mask.dim() == 4 and key_length is not None:
         rows, _, queries, keys = attention_mask.shape
         if rows not in (1, batch) or queries != length or keys != key_length:
@@ -278,50 +281,16 @@ def check_memory(memory: Tensor, states: Tensor) -> Tensor:
     return memory if memory.dtype == states.dtype else memory.to(states.dtype)
 
 
-def as_encoder_output(given: Any) -> CoLT5EncoderOutput:
-    """`encoder_outputs` in the one form that is worked with.
-
-    Args:
-        given: the encoder's output, another output with a `last_hidden_state`, a dictionary, a tuple or a list in the
-            order of `CoLT5EncoderOutput`, or the last hidden state [batch, n, d_model] alone.
-
-    Raises:
-        TypeError: for another kind of value.
-        ValueError: for a tuple or a list of another length.
-    """
-    if isinstance(given, CoLT5EncoderOutput):
-        return given
-    # plain outputs of Transformers lack some of these, and other models' outputs have more
-    names = list(CoLT5EncoderOutput.__dataclass_fields__)
-    if isinstance(given, Tensor):
-        return CoLT5EncoderOutput(last_hidden_state=given)
-    if isinstance(given, tuple | list):
-        if not 1 <= len(given) <= len(names):
-            raise ValueError(
-                f"encoder_outputs has {len(given)} entries; it must have from 1 to {len(names)}: {', '.join(names)}"
-            )
-        return CoLT5EncoderOutput(**dict(zip(names, given, strict=False)))
-    if isinstance(given, Mapping):
-        return CoLT5EncoderOutput(**{name: given.get(name) for name in names})
-    if hasattr(given, "last_hidden_state"):
-        return CoLT5EncoderOutput(**{name: getattr(given, name, None) for name in names})
-    raise TypeError(
-        f"encoder_outputs is a {type(given).__name__}; it must be the encoder's output, a dictionary, a tuple or a "
-        "list of its parts, or its last_hidden_state alone"
-    )
-
-
-def check_document(encoder_output: CoLT5EncoderOutput, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> None:
-    """Check a document that comes with its encoder's output, which is what counts: they must be of one shape.
+def check_document(memory: Tensor, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> None:
+    """Check a document that comes with its encoder's output [batch, n, d_model], which is what counts: they must be
+    of one shape.
 
     Raises:
         ValueError: for another shape.
     """
     for name, document in (("input_ids", input_ids), ("inputs_embeds", inputs_embeds)):
-        if document is not None and document.shape[:2] != encoder_output.last_hidden_state.shape[:2]:
-            wanted = (
-                f"that of encoder_outputs, here {tuple(encoder_output.last_hidden_state.shape[:2])}, or be left out"
-            )
+        if document is not None and document.shape[:2] != memory.shape[:2]:
+            wanted = f"that of encoder_outputs, here {tuple(memory.shape[:2])}, or be left out"
             raise _shape_error(name, document, wanted)
 
 

@@ -25,7 +25,7 @@ from modeling_colt5.dense_start import (
     shorten_documents,
 )
 from modeling_colt5.model_router import CoLT5Router, dense_start_weights
-from modeling_colt5.run_plan import DENSE_SHARE, dense_start_budget
+from modeling_colt5.run_budgets import DENSE_SHARE, dense_start_budget
 
 ROOT = Path(__file__).resolve().parents[1]
 
