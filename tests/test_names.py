@@ -84,3 +84,9 @@ def test_what_is_named_exists(path, known):
 def test_a_name_of_nothing_is_found(known):
     files, words = names_in("`no_such.py` reads `model.no_such_method()`, `CoLT5Nothing` and `route`")
     assert files == {"no_such.py"} and words - known == {"no_such_method", "CoLT5Nothing"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_page_has_a_heading_twice(page):
+    headings = re.findall(r"(?m)^#+ .*$", re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S))
+    assert len(headings) == len(set(headings)), headings
