@@ -1,4 +1,4 @@
-"""`torch.func.functional_call` with all parameters: what README says to pass leaves the model as it was."""
+"""`torch.func.functional_call` with all parameters: what docs/limits.md says to pass leaves the model as it was."""
 
 from typing import Any
 
