@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from python_types.holes import Hole, Needed, choose, fill, holes_of, holes_to_fill, needed_names, passes
-from python_types.predict import Prediction, in_batches, load, most_tokens, predict
+from python_types.predict import Prediction, load, predict_all
 from python_types.score import copied_by_name, copied_from_nearest
 from python_types.source import Source, SourceError, read_source, unified_diff, write_source
 from transformers import PreTrainedModel
@@ -74,10 +74,8 @@ def ask(source: Source, holes: Sequence[Hole], model: PreTrainedModel, tokenizer
         longest = max(map(len, rows))
         raise SourceError(f"{source.path}: has {longest:,} tokens; must have at most {most:,}: split the module")
     answers: dict[int, list[Prediction]] = {}
-    for batch in in_batches([len(row) for row in rows], most_tokens(model.device)):
-        counts = [len(parts[number].holes) for number in batch]
-        predictions = predict(model, tokenizer, [rows[number] for number in batch], counts)
-        answers |= zip(batch, predictions, strict=True)
+    for batch in predict_all(model, tokenizer, rows, [len(part.holes) for part in parts]):
+        answers |= batch
     return [prediction for number in range(len(parts)) for prediction in answers[number]]
 
 

@@ -15,9 +15,6 @@ from python_types.predict import Prediction
 from modeling_colt5 import CoLT5Config, CoLT5ForConditionalGeneration, CoLT5Tokenizer
 
 ROOT = Path(__file__).parent.parent
-# where answers are given, of a model its device alone is read
-MODEL = torch.nn.Linear(1, 1)
-MODEL.device = torch.device("cpu")
 TEXT = """import os
 from typing import Any
 
@@ -54,17 +51,17 @@ def answers(monkeypatch):
     def predict(model, tokenizer, rows, counts):
         asked.extend(tokenizer.decode(row) for row in rows)
         each = iter(given)
-        return [
-            [Prediction(as_type(kind), probability) for kind, probability in zip_first(each, count)]
-            for count in counts
-        ]
+        yield {
+            number: [Prediction(as_type(kind), probability) for kind, probability in zip_first(each, count)]
+            for number, count in enumerate(counts)
+        }
 
     def zip_first(each, count):
         return [next(each) for _ in range(count)]
 
     tokenizer = CoLT5Tokenizer.from_pretrained(ROOT / "tokenization/python_stdlib")
-    monkeypatch.setattr(annotate_types, "predict", predict)
-    monkeypatch.setattr(annotate_types, "load", lambda folder: (MODEL, tokenizer))
+    monkeypatch.setattr(annotate_types, "predict_all", predict)
+    monkeypatch.setattr(annotate_types, "load", lambda folder: (None, tokenizer))
     return given, asked, tokenizer
 
 
@@ -214,5 +211,5 @@ def test_more_places_than_sentinels_take_more_passes(answers, file):
     given, asked, tokenizer = answers
     file.write_text("".join(f"def f{number}(a, b, c): ...\n" for number in range(60)))
     given[:] = [("int", 1.0)] * 240
-    annotated = annotate(read_source(file), MODEL, tokenizer)
+    annotated = annotate(read_source(file), None, tokenizer)
     assert len(asked) == 3 and annotated.text.count("a: int, b: int, c: int) -> int") == 60

@@ -14,7 +14,7 @@ import torch
 from python_types import checkpoint, evaluate, train
 from python_types.evaluate import Question, answered, question_of, row_of, summary, tables, tasks_of
 from python_types.holes import hide, holes_of, holes_to_hide
-from python_types.predict import AnswersInOrder, Prediction, in_batches, load, predict
+from python_types.predict import AnswersInOrder, Prediction, in_batches, load, predict, predict_all
 from python_types.training_rows import Batches, Shape, Tokens, load_tokens, shapes_of, tokenise
 from python_types.weights import load_weights, save_weights
 from transformers import AutoModelForSeq2SeqLM, HfArgumentParser
@@ -169,7 +169,8 @@ def test_answers_keep_their_form(tokenizer):
         assert (lengths >= 1).all() and (lengths <= 64).all() and not {0, 2} & set(answers)
 
 
-def test_probabilities_are_the_models(tokenizer):
+def test_probabilities_are_the_models(tokenizer, monkeypatch):
+    monkeypatch.setattr("python_types.predict.LONGEST_ANSWER", 8)
     torch.manual_seed(0)
     (size, _) = parsed(["--tokens", "x"])
     model = train.CoLT5ForConditionalGeneration(size.config()).eval()
@@ -195,6 +196,25 @@ def test_probabilities_are_the_models(tokenizer):
         for answer, begin, end in zip(answers[number], begins, [begins[1], len(logs) - 1], strict=True):
             # fp32, padded and with a cache
             assert answer.probability == pytest.approx(logs[begin + 1 : end + 1].sum().exp().item(), rel=1e-3)
+
+
+def test_many_rows_are_answered_as_each_alone(tokenizer, monkeypatch):
+    torch.manual_seed(0)
+    model = train.CoLT5ForConditionalGeneration(parsed(["--tokens", "x"])[0].config()).eval()
+    texts = [
+        f"{'x = 1; ' * n}\ndef f({', '.join(f'a{k}: <extra_id_{k}>' for k in range(n % 3 + 1))}): 0" for n in range(7)
+    ]
+    rows, counts = [tokenizer(text)["input_ids"] for text in texts], [n % 3 + 1 for n in range(7)]
+    monkeypatch.setattr("python_types.predict.MOST_ROWS", 3)
+    monkeypatch.setattr("python_types.predict.LONGEST_ANSWER", 8)
+    together = [batch for batch in predict_all(model, tokenizer, rows, counts)]
+    assert [len(batch) for batch in together] == [3, 3, 1]
+    assert sorted(number for batch in together for number in batch) == list(range(7))
+    for number, answer in (pair for batch in together for pair in batch.items()):
+        (alone,) = predict(model, tokenizer, [rows[number]], [counts[number]])
+        assert [one.type for one in answer] == [one.type for one in alone]
+        # sums over padded rows in another order
+        assert [one.probability for one in answer] == pytest.approx([one.probability for one in alone], rel=1e-3)
 
 
 def test_batches_hold_every_row_once():
@@ -320,7 +340,7 @@ def test_a_failing_evaluation_keeps_the_weights(corpus, tmp_path, monkeypatch, c
     def fails(*_):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(train, "predict", fails)
+    monkeypatch.setattr(train, "predict_all", fails)
     arguments = ["--tokens", f"{corpus}/tokens", "--corpus", str(corpus), "--out", str(tmp_path), "--steps", "1"]
     train.main([*TINY, *arguments, "--minutes", "5", "--processes", "1"])
     assert load_weights(tmp_path)[1]["step"] == 1 and "out of memory" in capsys.readouterr().err
@@ -386,9 +406,10 @@ def test_records_tables_and_deadline():
 
     def ask(rows, counts):
         assert all(row == [5] * 9 for row in rows)
-        return [[Prediction("int", 0.5), Prediction("T", 0.25), Prediction("T", 1.0)][:count] for count in counts]
+        each = [Prediction("int", 0.5), Prediction("T", 0.25), Prediction("T", 1.0)]
+        yield from ({number: each[:count]} for number, count in reversed([*enumerate(counts)]))
 
-    records = [record for each in answered(ask, questions, ["int", "str"], 100) for record in each]
+    records = [record for each in answered(ask, questions, ["int", "str"]) for record in each]
     assert [record.given for record in records] == ["int", "T", "T", "int", "T"]
     assert [record.is_rare for record in records] == [False, False, True, False, True]
     row = row_of(records)
@@ -398,7 +419,7 @@ def test_records_tables_and_deadline():
     assert numbers["types outside the 100 commonest"]["given"] == 100.0
     assert numbers["modules of 8,192 to 16,384 tokens"]["types"] == 2
     assert "| all | 2 | 5 | 80.0 % | 40.0 % | 20.0 % | +40.0 " in tables({"30%": numbers})
-    assert list(answered(ask, questions, [], 100, deadline=time.monotonic() - 1)) == []
+    assert list(answered(ask, questions, [], deadline=time.monotonic() - 1)) == []
 
 
 def test_evaluation_needs_a_corpus(tmp_path):

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from python_types.holes import choose, holes_of, passes
-from python_types.predict import Prediction, in_batches, load, most_tokens, predict
+from python_types.predict import Prediction, load, predict_all
 from python_types.score import Answer, copied_by_name, copied_from_nearest, far_holes, paired_bootstrap
 from python_types.training_rows import modules_in
 from transformers import HfArgumentParser
@@ -32,8 +32,8 @@ SHARES = (0.3, 1.0)
 # longer modules are left out
 MOST_TOKENS = 65_536
 LENGTHS = (2048, 4096, 8192, 16_384, 32_768, MOST_TOKENS)
-# modules that are taken together into batches of similar lengths
-TOGETHER = 64
+# modules that are taken together into batches, at first and later
+TOGETHER = 64, 256
 
 
 @dataclass(frozen=True)
@@ -122,39 +122,39 @@ def tasks_of(corpus: Path, shares: Sequence[float], seed: int = 0) -> list[tuple
     return tasks
 
 
-Ask = Callable[[Sequence[Sequence[int]], Sequence[int]], list[list[Prediction]]]
+Ask = Callable[[Sequence[Sequence[int]], Sequence[int]], Iterator[dict[int, list[Prediction]]]]
 
 
 def answered(
-    ask: Ask, questions: Iterable[Question], common: Iterable[str], batch_tokens: int, deadline: float = float("inf")
+    ask: Ask, questions: Iterable[Question], common: Iterable[str], deadline: float = float("inf")
 ) -> Iterator[list[Record]]:
     """Ask a model, and give the records of each module.
 
     Args:
-        ask: of rows of tokens and their numbers of sentinels; `predict` of some model.
+        ask: of rows of tokens and their numbers of sentinels; `predict_all` of some model.
         questions: the modules.
         common: the commonest types, which are not rare.
-        batch_tokens: of a batch, at most, but for longer modules.
         deadline: of `time.monotonic`; no batch begins that would end behind it, if it took as long as the longest. Of
-            modules that are taken together none is given then, because the short ones come first.
+            modules that are taken together none is given then, because those with few annotations come first.
     """
     common, longest = set(common), 0.0
     # a module may have no annotation
     questions = (question for question in questions if question.keys)
-    while together := list(islice(questions, TOGETHER)):
+    together = list(islice(questions, TOGETHER[0]))
+    while together:
         rows = [(question, number) for question in together for number in range(len(question.rows))]
-        answers: dict[tuple[int, int], list[Prediction]] = {}
-        for batch in in_batches([len(question.rows[number]) for question, number in rows], batch_tokens):
-            started = time.monotonic()
-            if started + longest > deadline:
+        answers: dict[int, list[Prediction]] = {}
+        started = time.monotonic()
+        batches = ask([each.rows[number] for each, number in rows], [each.counts[number] for each, number in rows])
+        while len(answers) < len(rows):
+            if time.monotonic() + longest > deadline:
                 return
-            asked = [rows[place] for place in batch]
-            given = ask([each.rows[number] for each, number in asked], [each.counts[number] for each, number in asked])
-            answers |= {(id(each), number): one for (each, number), one in zip(asked, given, strict=True)}
-            longest = max(longest, time.monotonic() - started)
+            answers |= next(batches)
+            longest, started = max(longest, time.monotonic() - started), time.monotonic()
+        each_row = iter(answers[number] for number in range(len(rows)))
         for question in together:
-            predictions = [one for number in range(len(question.rows)) for one in answers[id(question), number]]
-            yield _records(question, predictions, common)
+            yield _records(question, [one for _ in question.rows for one in next(each_row)], common)
+        together = list(islice(questions, TOGETHER[1]))
 
 
 def _records(question: Question, predictions: list[Prediction], common: set[str]) -> list[Record]:
@@ -273,8 +273,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     with Pool(arguments.processes) as pool:
         questions = pool.imap(partial(question_of, baselines["table"], VOCABULARY), tasks)
-        ask = partial(predict, model, tokenizer)
-        modules = answered(ask, questions, baselines["common"], most_tokens(model.device))
+        modules = answered(partial(predict_all, model, tokenizer), questions, baselines["common"])
         write_records(arguments.out / "records.jsonl", modules)
     write_summary(arguments.out, read_records([arguments.out / "records.jsonl"]))
 

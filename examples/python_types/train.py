@@ -39,7 +39,7 @@ from python_types.evaluate import (
     write_records,
     write_summary,
 )
-from python_types.predict import most_tokens, predict
+from python_types.predict import predict_all
 from python_types.training_rows import TASKS, Batches, load_tokens, prepare, shapes_of
 from python_types.weights import load_weights, save_weights
 from torch import Tensor, nn
@@ -86,7 +86,7 @@ class Size:
     d_ff: int = field(default=768, metadata={"help": "inner width of the decoder's feed-forward"})
     budget: int = field(default=16, metadata={"help": "one query among so many tokens; keys/values twice as many"})
     routing: str = field(default="learned", metadata={"help": "learned, even, random or none"})
-    dropout: float = field(default=0.1, metadata={"help": "dropout"})
+    dropout: float = field(default=0.0, metadata={"help": "dropout"})
 
     def config(self) -> CoLT5Config:
         """The configuration. The head is tied, and each head of cross-attention has its own keys and values: with a
@@ -511,6 +511,7 @@ class Training:
                 self.save()
                 self.held_out()
                 saved = progress.seconds
+        self.say(step=progress.step, seconds=progress.seconds, share=share(progress.seconds))
         if saved < progress.seconds or not self.state.exists():
             self.save()
             self.held_out()
@@ -558,11 +559,11 @@ def evaluate(arguments: Arguments, processes: Processes, pool: Any, deadline: fl
     try:
         model, _ = load_weights(arguments.out)
         tokenizer = CoLT5Tokenizer.from_pretrained(VOCABULARY)
-        ask = partial(predict, model.to(processes.device), tokenizer)
+        ask = partial(predict_all, model.to(processes.device), tokenizer)
         baselines = json.loads((arguments.tokens / "baselines.json").read_text())
         tasks = tasks_of(arguments.corpus, SHARES)[processes.rank :: processes.world]
         questions = pool.imap(partial(question_of, baselines["table"], VOCABULARY), tasks)
-        write_records(mine, answered(ask, questions, baselines["common"], most_tokens(processes.device), deadline))
+        write_records(mine, answered(ask, questions, baselines["common"], deadline))
     except Exception:
         # the weights are there, and so is what was answered before
         traceback.print_exc()
