@@ -13,6 +13,8 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_colt5 import CoLT5Config
+from .layer_encoder import StraightLayer, StraightPass, combined, may_run_straight
+from .layer_plain import PlainBlock
 from .model_base import CoLT5Stack, refuse_jit_trace
 from .model_layers import (
     CoLT5Attention,
@@ -26,7 +28,7 @@ from .model_layers import (
 )
 from .model_outputs import CoLT5EncoderOutput, CoLT5LayerRouting
 from .model_position import CoLT5RelativePositionBias
-from .model_router import CoLT5Router, router_weights, run_routers
+from .model_router import CoLT5Router, CoLT5Routing, router_weights, run_routers
 from .op_attention import local_attention, local_attention_reference, routed_attention, routed_attention_reference
 from .op_norm import combine_norm_scores
 from .op_routing import RoutedTokens
@@ -246,6 +248,24 @@ class CoLT5LayerConditionalFF(nn.Module):
         return branches if plan.merges_late else branches.merge(plan.kernel_backend)
 
 
+# the modules of a plain block, and the forwards that they are written with
+PLAIN: dict[str, tuple[type[nn.Module], Any]] = {
+    kind: (module_class, vars(module_class)["forward"])
+    for kind, module_class in {
+        "attention": CoLT5LayerConditionalAttention,
+        "feed_forward": CoLT5LayerConditionalFF,
+        "norm": CoLT5MergingLayerNorm,
+        "light_attention": CoLT5LocalAttention,
+        "heavy_attention": CoLT5RoutedAttention,
+        "dense": CoLT5DenseActDense,
+        "router": CoLT5Router,
+        "select": CoLT5Routing,
+        "linear": nn.Linear,
+        "dropout": nn.Dropout,
+    }.items()
+}
+
+
 class CoLT5EncoderBlock(GradientCheckpointingLayer):
     """One encoder layer: conditional attention, conditional feed-forward."""
 
@@ -254,6 +274,7 @@ class CoLT5EncoderBlock(GradientCheckpointingLayer):
         self.layer = nn.ModuleList(
             [CoLT5LayerConditionalAttention(config, layer_idx), CoLT5LayerConditionalFF(config, layer_idx)]
         )
+        self.plain = PlainBlock()
 
     def forward(
         self,
@@ -266,6 +287,10 @@ class CoLT5EncoderBlock(GradientCheckpointingLayer):
 
         With `plan.merges_late` the hidden states alone, in parts, as they come from the block before.
         """
+        if plan.straight is not None and heavy_bias_table is not None:
+            result = self.run_straight(hidden_states, (light_bias_table, heavy_bias_table), plan)
+            if result is not None:
+                return result, None, None, None
         branches, light_weights, heavy_weights, keys = self.layer[0](
             hidden_states, light_bias_table, heavy_bias_table, plan
         )
@@ -275,6 +300,35 @@ class CoLT5EncoderBlock(GradientCheckpointingLayer):
             return hidden_states, None, None, None
         routing = CoLT5LayerRouting(query=queries, key_value=keys, feed_forward=tokens)
         return hidden_states, light_weights, heavy_weights, routing
+
+    def run_straight(
+        self, states: torch.Tensor | Branches, tables: tuple[torch.Tensor, torch.Tensor], plan: RoutingPlan
+    ) -> torch.Tensor | Branches | None:
+        """`forward` of a plain block as straight lines of kernels, without what they routed; None for any other."""
+        found = self.plain.read(self, PLAIN)
+        if found is None:
+            return None
+        if not isinstance(states, Branches):
+            line = StraightLayer.of(*found, (states, None, None, None), tables, plan)
+            parts: list[Any] = [states, None, None, None]
+        else:
+            tokens = states.routed
+            if tokens is None or states.drops():
+                return None
+            routed = (tokens.indices, tokens.valid, tokens.weights)
+            line = StraightLayer.of(*found, (states.residual, states.light, states.heavy, routed), tables, plan)
+            parts = [] if line is None else [*states.take()[:3], routed]
+        if line is None:
+            return None
+        if torch.is_grad_enabled() and isinstance(states, torch.Tensor):
+            return line.run_with_gradient(states)
+        result = line.run(parts)
+        if not plan.merges_late:
+            return combined(result)
+        residual, light, heavy, slots = result
+        assert light is not None and slots is not None
+        routed_tokens = RoutedTokens(slots[0], slots[2], slots[1])
+        return Branches(residual, light, heavy, routed_tokens, self.layer[1].dropout)  # type: ignore[arg-type]
 
 
 def _heavy_attentions_too(forward: Callable) -> Callable:
@@ -387,6 +441,9 @@ class CoLT5Encoder(CoLT5Stack):
             and not any(is_hooked(part) for block in self.block for part in (block, *block.layer))  # type: ignore[misc]
             and not is_hooked(self.final_layer_norm)
         )
+        is_common = plan.fused_attention and plan.dense_start is None and self.config.routing == "learned"
+        if is_common and not records_blocks and may_run_straight(hidden_states, self.config.soft_topk_solver):
+            plan.straight = StraightPass(hidden_states, plan)
         light_bias_table = self.light_relative_attention_bias()
         heavy_bias_table = None if self.config.routing == "none" else self.heavy_relative_attention_bias()
         try:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .run_backend import INTERPRETED
-from .run_launch_triton import launch, next_power_of_2
+from .run_launch_triton import adjacent, launch, next_power_of_2
 
 try:
     import triton
@@ -204,7 +204,7 @@ def attention_backward_query_kernel(
     query_stride_b, query_stride_n, query_stride_h,
     key_stride_b, key_stride_n, key_stride_h,
     value_stride_b, value_stride_n, value_stride_h,
-    num_queries, num_keys, radius, max_distance, num_partials, TABLE_GRADIENT: tl.constexpr,
+    num_queries, num_keys, radius, max_distance, gradient_stride, num_partials, TABLE_GRADIENT: tl.constexpr,
     HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD: tl.constexpr, BLOCK_D: tl.constexpr,
     ROUTED: tl.constexpr, WIDE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -312,7 +312,8 @@ def attention_backward_query_kernel(
                         right += tl.sum(tl.where(diagonal >= max_distance, diagonals, 0.0))
                     carried = skewed
 
-    _store_rows(query_gradient + head_offset, accumulator, start, num_queries, HEADS * HEAD, HEAD, BLOCK_Q, BLOCK_D)
+    query_gradient += batch * num_queries * gradient_stride + head * HEAD
+    _store_rows(query_gradient, accumulator, start, num_queries, gradient_stride, HEAD, BLOCK_Q, BLOCK_D)
     if TABLE_GRADIENT:
         if ROUTED:
             tl.store(partial_rows, left, mask=rows < num_queries)
@@ -338,7 +339,7 @@ def attention_backward_key_kernel(
     query_stride_b, query_stride_n, query_stride_h,
     key_stride_b, key_stride_n, key_stride_h,
     value_stride_b, value_stride_n, value_stride_h,
-    num_queries, num_keys, radius, max_distance,
+    num_queries, num_keys, radius, max_distance, gradient_stride,
     HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD: tl.constexpr, BLOCK_D: tl.constexpr,
     ROUTED: tl.constexpr, WIDE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -351,7 +352,6 @@ def attention_backward_key_kernel(
     value += batch * value_stride_b + kv_head * value_stride_h
     if mask is not None:
         mask += batch * num_keys
-    kv_offset = (batch * num_keys * (HEADS // GROUP) + kv_head) * HEAD
 
     columns = start + tl.arange(0, BLOCK_K)
     if ROUTED:
@@ -416,9 +416,9 @@ def attention_backward_key_kernel(
                     score_gradient.to(query_tile.dtype), query_tile, key_accumulator, input_precision=PRECISION
                 )
 
-    stride = HEADS // GROUP * HEAD
-    _store_rows(key_gradient + kv_offset, key_accumulator, start, num_keys, stride, HEAD, BLOCK_K, BLOCK_D)
-    _store_rows(value_gradient + kv_offset, value_accumulator, start, num_keys, stride, HEAD, BLOCK_K, BLOCK_D)
+    offset = batch * num_keys * gradient_stride + kv_head * HEAD
+    _store_rows(key_gradient + offset, key_accumulator, start, num_keys, gradient_stride, HEAD, BLOCK_K, BLOCK_D)
+    _store_rows(value_gradient + offset, value_accumulator, start, num_keys, gradient_stride, HEAD, BLOCK_K, BLOCK_D)
 
 
 # (queries, keys, warps, stages) of a tile, by kernel and by whether positions are given; the rest of the head
@@ -502,18 +502,8 @@ class _Problem:
     ):
         _, num_queries, heads, head_size = query.shape
         _, num_keys, kv_heads, _ = key.shape
-        # rows may lie anywhere, their elements side by side
-        query, key, value = (
-            states if states.stride(3) == 1 else states.contiguous() for states in (query, key, value)
-        )
-        if query_positions is not None and key_positions is not None:
-            self.routed, radius = True, 0
-            query_positions, key_positions = query_positions.contiguous(), key_positions.contiguous()
-        else:
-            self.routed, radius = False, min(radius, num_keys - 1)
-        if mask is not None:
-            mask = mask.contiguous()
-        bias_table = bias_table.float().contiguous()
+        self.routed = query_positions is not None and key_positions is not None
+        radius = 0 if self.routed else min(radius, num_keys - 1)
         max_distance = bias_table.shape[1] // 2
         self.operands = (query, key, value, bias_table, query_positions, key_positions, mask, seed)
         strides = (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3])
@@ -527,7 +517,16 @@ class _Problem:
         return _launch_options(kernel, BLOCKS[kernel, self.routed], *self.code)
 
 
-def _readable(*states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def _operands(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias_table: torch.Tensor, *rest: torch.Tensor | None
+) -> list[Any]:
+    """Operands in the kernels' layout: rows of query, key and value may lie anywhere, their elements side by side; the
+    rest is contiguous, the table in fp32."""
+    states = [part if part.stride(3) == 1 else part.contiguous() for part in (query, key, value)]
+    return [*states, *map(adjacent, (bias_table.float(), *rest))]
+
+
+def readable(*states: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The states for a kernel to read: Triton's interpreter multiplies bfloat16 as if its bits were integers."""
     if INTERPRETED and states[0].dtype == torch.bfloat16:
         return tuple(tensor.float() for tensor in states)
@@ -563,11 +562,33 @@ def attention_forward(
     """
     batch, num_queries, heads, _ = query.shape
     dtype = query.dtype
-    query, key, value = _readable(query, key, value)
+    query, key, value = readable(query, key, value)
     output = torch.empty_like(query, memory_format=torch.contiguous_format)
     log_sum_exp = query.new_empty((batch, heads, num_queries), dtype=torch.float32)
     if output.numel() == 0 or key.numel() == 0:
         return output.zero_().to(dtype), log_sum_exp.zero_()
+    operands = _operands(query, key, value, bias_table, query_positions, key_positions, mask)
+    operands += (seed, output, log_sum_exp, radius, dropout)
+    attention_forward_into(*operands)
+    return output.to(dtype), log_sum_exp
+
+
+def attention_forward_into(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias_table: torch.Tensor,
+    query_positions: torch.Tensor | None,
+    key_positions: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    output: torch.Tensor,
+    log_sum_exp: torch.Tensor,
+    radius: int,
+    dropout: float,
+) -> None:
+    """The launch of `attention_forward`: operands as kernels read them, then its results, which it writes."""
+    batch, num_queries, heads, _ = query.shape
     problem = _Problem(query, key, value, bias_table, radius, query_positions, key_positions, mask, dropout, seed)
     block_q, _, constants, options = problem.options("forward")
     launch(
@@ -575,7 +596,6 @@ def attention_forward(
         *problem.operands, output, log_sum_exp,
         *problem.sizes, *constants, **options,
     )  # fmt: skip
-    return output.to(dtype), log_sum_exp
 
 
 def attention_backward(
@@ -605,36 +625,76 @@ def attention_backward(
         The gradients of query, key and value, contiguous, and of the table (zeros where not wanted), in their dtypes.
     """
     dtype = query.dtype
-    output_gradient, output, query, key, value = _readable(output_gradient, output, query, key, value)
+    output_gradient, output, query, key, value = readable(output_gradient, output, query, key, value)
     query_gradient, key_gradient, value_gradient = (
         torch.empty_like(states, memory_format=torch.contiguous_format) for states in (query, key, value)
     )
     if query.numel() == 0 or key.numel() == 0:
         gradients = (query_gradient.zero_(), key_gradient.zero_(), value_gradient.zero_())
         return *(gradient.to(dtype) for gradient in gradients), torch.zeros_like(bias_table)
-    problem = _Problem(query, key, value, bias_table, radius, query_positions, key_positions, mask, dropout, seed)
-    output_gradient = output_gradient.contiguous()
-    delta = torch.empty_like(log_sum_exp)
-    batch, num_queries, heads, _ = query.shape
-
-    block_q, _, constants, options = problem.options("backward_query")
-    num_blocks = -(-num_queries // block_q)
-    num_partials = num_queries if problem.routed else num_blocks
+    batch, num_queries, heads, head_size = query.shape
     partials = None
     if table_gradient:
-        shape = (batch, heads, num_partials, bias_table.shape[1])
+        rows = num_queries
+        if query_positions is None:
+            rows = band_partials(num_queries, head_size, query.dtype, query.device)
+        shape = (batch, heads, rows, bias_table.shape[1])
         partials = torch.zeros(shape, dtype=torch.float32, device=query.device)
-    launch(
-        attention_backward_query_kernel, (num_blocks, heads, batch),
-        *problem.operands, output, log_sum_exp, output_gradient, delta, query_gradient, partials,
-        *problem.sizes, num_partials, table_gradient, *constants, **options,
-    )  # fmt: skip
+    operands: list[Any] = [output_gradient.contiguous(), output, log_sum_exp]
+    operands += _operands(query, key, value, bias_table, query_positions, key_positions, mask)
+    operands += (seed, torch.empty_like(log_sum_exp), query_gradient, key_gradient, value_gradient)
+    operands += (partials, radius, dropout)
+    attention_backward_into(*operands)
+    table = torch.zeros_like(bias_table) if partials is None else partials.sum((0, 2)).to(bias_table.dtype)
+    return query_gradient.to(dtype), key_gradient.to(dtype), value_gradient.to(dtype), table
 
+
+def band_partials(num_queries: int, head_size: int, dtype: torch.dtype, device: torch.device) -> int:
+    """How many sums of the table's gradient the backward of band attention leaves of each head, one of each block of
+    queries; that of routed attention leaves one of each query."""
+    is_large = _has_large_shared_memory(device)
+    code = (dtype, 1, 1, head_size, False, True, 0.0, False, is_large)
+    return -(-num_queries // _launch_options("backward_query", BLOCKS["backward_query", False], *code)[0])
+
+
+def attention_backward_into(
+    output_gradient: torch.Tensor,
+    output: torch.Tensor,
+    log_sum_exp: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias_table: torch.Tensor,
+    query_positions: torch.Tensor | None,
+    key_positions: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    delta: torch.Tensor,
+    query_gradient: torch.Tensor,
+    key_gradient: torch.Tensor,
+    value_gradient: torch.Tensor,
+    partials: torch.Tensor | None,
+    radius: int,
+    dropout: float,
+) -> None:
+    """The launches of `attention_backward`: operands as kernels read them, then what it writes.
+
+    The gradients' heads lie side by side, their rows anywhere, those of key and value equally far apart. `partials`
+    [batch, heads, queries or `band_partials`, 2 * max_distance + 1] come as zeros, None where the table's gradient is
+    not wanted; `delta` is room of log_sum_exp's shape.
+    """
+    batch, num_queries, heads, _ = query.shape
+    problem = _Problem(query, key, value, bias_table, radius, query_positions, key_positions, mask, dropout, seed)
+    block_q, _, constants, options = problem.options("backward_query")
+    launch(
+        attention_backward_query_kernel, (-(-num_queries // block_q), heads, batch),
+        *problem.operands, output, log_sum_exp, output_gradient, delta, query_gradient, partials,
+        *problem.sizes, query_gradient.stride(1), 0 if partials is None else partials.shape[2], partials is not None,
+        *constants, **options,
+    )  # fmt: skip
     _, block_k, constants, options = problem.options("backward_key")
     launch(
         attention_backward_key_kernel, (-(-key.shape[1] // block_k), key.shape[2], batch),
         *problem.operands, log_sum_exp, output_gradient, delta, key_gradient, value_gradient,
-        *problem.sizes, *constants, **options,
+        *problem.sizes, key_gradient.stride(1), *constants, **options,
     )  # fmt: skip
-    table = torch.zeros_like(bias_table) if partials is None else partials.sum((0, 2)).to(bias_table.dtype)
-    return query_gradient.to(dtype), key_gradient.to(dtype), value_gradient.to(dtype), table

@@ -41,6 +41,7 @@ def gated_gelu_backward_kernel(
     grad_up_ptr,
     gate_stride,
     up_stride,
+    grad_stride,
     width,
     BLOCK: tl.constexpr,
 ):
@@ -54,8 +55,9 @@ def gated_gelu_backward_kernel(
     share, slope = gelu_parts(gate)
     # d(½·(1 + tanh u))/du = ½·(1 − tanh² u) = 2·s·(1 − s)
     grad_gate = grad * up * (share + gate * 2.0 * share * (1.0 - share) * slope)
-    tl.store(grad_gate_ptr + row * width + columns, grad_gate.to(grad_gate_ptr.dtype.element_ty), mask=mask)
-    tl.store(grad_up_ptr + row * width + columns, (grad * gate * share).to(grad_up_ptr.dtype.element_ty), mask=mask)
+    grad_up = grad * gate * share
+    tl.store(grad_gate_ptr + row * grad_stride + columns, grad_gate.to(grad_gate_ptr.dtype.element_ty), mask=mask)
+    tl.store(grad_up_ptr + row * grad_stride + columns, grad_up.to(grad_up_ptr.dtype.element_ty), mask=mask)
 
 
 def rows_of(states: Tensor) -> tuple[Tensor, int]:
@@ -70,28 +72,40 @@ def rows_of(states: Tensor) -> tuple[Tensor, int]:
 
 def gated_gelu(gate: Tensor, up: Tensor) -> Tensor:
     """`gated_gelu_reference` of op_gelu.py as one launch."""
+    out = torch.empty(gate.shape, device=gate.device, dtype=gate.dtype)
+    gated_gelu_into(gate, up, out)
+    return out
+
+
+def gated_gelu_into(gate: Tensor, up: Tensor, out: Tensor) -> None:
+    """The launch of `gated_gelu`; it writes `out`, which is contiguous."""
     (gate_rows, gate_stride), (up_rows, up_stride) = rows_of(gate), rows_of(up)
     width = gate.shape[-1]
     rows = gate.numel() // width
-    out = torch.empty(gate.shape, device=gate.device, dtype=gate.dtype)
     block = min(1024, next_power_of_2(width))
     launch(
         gated_gelu_kernel, (rows, cdiv(width, block)),
         gate_rows, up_rows, out, gate_stride, up_stride, width, block, num_warps=4,
     )  # fmt: skip
-    return out
 
 
 def gated_gelu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """`gated_gelu_backward_reference` of op_gelu.py as one launch."""
-    (gate_rows, gate_stride), (up_rows, up_stride) = rows_of(gate), rows_of(up)
-    width = gate.shape[-1]
-    rows = gate.numel() // width
     grad_gate = torch.empty(gate.shape, device=gate.device, dtype=gate.dtype)
     grad_up = torch.empty(up.shape, device=up.device, dtype=up.dtype)
+    gated_gelu_backward_into(grad.contiguous(), gate, up, grad_gate, grad_up)
+    return grad_gate, grad_up
+
+
+def gated_gelu_backward_into(grad: Tensor, gate: Tensor, up: Tensor, grad_gate: Tensor, grad_up: Tensor) -> None:
+    """The launch of `gated_gelu_backward`; it writes the last two, whose rows lie equally far apart: both contiguous,
+    or the halves of one tensor."""
+    (gate_rows, gate_stride), (up_rows, up_stride) = rows_of(gate), rows_of(up)
+    _, grad_stride = rows_of(grad_gate)
+    width = gate.shape[-1]
+    rows = gate.numel() // width
     block = min(1024, next_power_of_2(width))
     launch(
         gated_gelu_backward_kernel, (rows, cdiv(width, block)),
-        grad.contiguous(), gate_rows, up_rows, grad_gate, grad_up, gate_stride, up_stride, width, block, num_warps=4,
+        grad, gate_rows, up_rows, grad_gate, grad_up, gate_stride, up_stride, grad_stride, width, block, num_warps=4,
     )  # fmt: skip
-    return grad_gate, grad_up

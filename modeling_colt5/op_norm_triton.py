@@ -4,6 +4,8 @@ A program holds whole rows of `d` features in registers, so the mean square, the
 of one read. The weights' gradients are summed per program and then over the programs in a fixed order, not by atomics.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -215,22 +217,45 @@ def combine_norm(
     wanted_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`combine_norm_reference` of op_norm.py as one launch."""
-    batch, n, d = residual.shape
+    batch, n, _ = residual.shape
     routers = 0 if router_weights is None else router_weights.shape[0]
     hidden = torch.empty(0 if light is None else residual.shape, device=residual.device, dtype=residual.dtype)
     dtype = normed_dtype(residual.dtype, norm_weight.dtype, wanted_dtype)
     normed = torch.empty(residual.shape, device=residual.device, dtype=dtype)
     rstd = torch.empty(batch, n, device=residual.device, dtype=torch.float32)
     scores = torch.empty((batch, routers, n) if routers else 0, device=residual.device, dtype=torch.float32)
+    parts = (residual, light, heavy, indices, valid, weights, norm_weight, router_weights)
+    operands: list[Any] = [*map(adjacent, parts), None if light is None else hidden, normed, rstd, scores, eps]
+    combine_norm_into(*operands)
+    return hidden, normed, rstd, scores
+
+
+def combine_norm_into(
+    residual: Tensor,
+    light: Tensor | None,
+    heavy: Tensor | None,
+    indices: Tensor | None,
+    valid: Tensor | None,
+    weights: Tensor | None,
+    norm_weight: Tensor,
+    router_weights: Tensor | None,
+    hidden: Tensor | None,
+    normed: Tensor,
+    rstd: Tensor,
+    scores: Tensor,
+    eps: float,
+) -> None:
+    """The launch of `combine_norm`: contiguous operands, then its results, which it writes: `hidden` with `light`, and
+    `scores` with routers."""
+    batch, n, d = residual.shape
+    routers = 0 if router_weights is None else router_weights.shape[0]
     rows, block, warps = tile_shape(d)
     launch(
         combine_norm_kernel, (batch * cdiv(n, rows),),
-        residual.contiguous(), *map(adjacent, (light, heavy, indices, valid, weights)),
-        0 if heavy is None else heavy.shape[1], norm_weight.contiguous(), adjacent(router_weights),
-        hidden, normed, rstd, scores,
+        residual, light, heavy, indices, valid, weights, 0 if heavy is None else heavy.shape[1],
+        norm_weight, router_weights, hidden, normed, rstd, scores,
         n, eps, d, routers, next_power_of_2(max(routers, 1)), rows, block, num_warps=warps,
     )  # fmt: skip
-    return hidden, normed, rstd, scores
 
 
 def norm_backward(
@@ -243,25 +268,52 @@ def norm_backward(
     router_weights: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`norm_backward_reference` of op_norm.py as two launches: rows and partial sums, then their sums."""
-    batch, n, d = hidden_states.shape
+    d = hidden_states.shape[-1]
     routers = 0 if router_weights is None else router_weights.shape[0]
-    rows, block, warps = tile_shape(d, BACKWARD_TILE, BACKWARD_WARP)
-    total_blocks = batch * cdiv(n, rows)
-    programs = min(GRADIENT_PROGRAMS, total_blocks)
     grad_rows = torch.empty(hidden_states.shape, device=hidden_states.device, dtype=hidden_states.dtype)
     grad_norm_weight = torch.empty(d, device=hidden_states.device, dtype=norm_weight.dtype)
     grad_router = norm_weight.new_empty(0)
     if router_weights is not None:
         grad_router = router_weights.new_empty(router_weights.shape)
-    partials = torch.empty(programs, 1 + routers, d, device=hidden_states.device, dtype=torch.float32)
+    shape = (gradient_programs(*hidden_states.shape), 1 + routers, d)
+    partials = torch.empty(shape, device=hidden_states.device, dtype=torch.float32)
+    parts = (grad_hidden, grad_normed, grad_scores, hidden_states, rstd, norm_weight, router_weights)
+    operands: list[Any] = [*map(adjacent, parts), grad_rows, partials, grad_norm_weight, grad_router]
+    norm_backward_into(*operands)
+    return grad_rows, grad_norm_weight, grad_router
+
+
+def gradient_programs(batch: int, n: int, d: int) -> int:
+    """How many programs of `norm_backward` leave a share of the weights' gradients, for states [batch, n, d]."""
+    rows, _, _ = tile_shape(d, BACKWARD_TILE, BACKWARD_WARP)
+    return min(GRADIENT_PROGRAMS, batch * cdiv(n, rows))
+
+
+def norm_backward_into(
+    grad_hidden: Tensor | None,
+    grad_normed: Tensor | None,
+    grad_scores: Tensor | None,
+    hidden_states: Tensor,
+    rstd: Tensor,
+    norm_weight: Tensor,
+    router_weights: Tensor | None,
+    grad_rows: Tensor,
+    partials: Tensor,
+    grad_norm_weight: Tensor,
+    grad_router: Tensor,
+) -> None:
+    """The launches of `norm_backward`: contiguous operands, then its results, which it writes, and among them room for
+    the programs' shares, fp32 `[gradient_programs, 1 + routers, d]`; without routers `grad_router` is not written."""
+    batch, n, d = hidden_states.shape
+    routers = 0 if router_weights is None else router_weights.shape[0]
+    rows, block, warps = tile_shape(d, BACKWARD_TILE, BACKWARD_WARP)
+    programs = partials.shape[0]
     launch(
         norm_backward_kernel, (programs,),
-        *map(adjacent, (grad_hidden, grad_normed, grad_scores)), hidden_states.contiguous(),
-        rstd, norm_weight.contiguous(), adjacent(router_weights), grad_rows, partials,
-        n, total_blocks, d, routers, next_power_of_2(max(routers, 1)), rows, block, num_warps=warps,
+        grad_hidden, grad_normed, grad_scores, hidden_states, rstd, norm_weight, router_weights, grad_rows, partials,
+        n, batch * cdiv(n, rows), d, routers, next_power_of_2(max(routers, 1)), rows, block, num_warps=warps,
     )  # fmt: skip
     launch(
         sum_partials_kernel, (cdiv(d, 32), 1 + routers),
         partials, grad_norm_weight, grad_router, programs, d, routers, 128, 32, num_warps=8,
     )  # fmt: skip
-    return grad_rows, grad_norm_weight, grad_router

@@ -15,7 +15,7 @@ except ImportError as error:
     raise ImportError("op_routing_gradient_triton needs triton; use kernel_backend='torch' without it") from error
 
 # a new length must not mean a new compilation
-STRIDES = ["grad_row_stride", "score_row_stride", "mask_row_stride"]
+STRIDES = ["grad_row_stride", "score_row_stride", "mask_row_stride", "grad_score_row_stride"]
 
 
 @triton.jit
@@ -52,7 +52,7 @@ def slot_sums_kernel(grad_weights, weights, sums, grad_row_stride, capacity, par
 @triton.jit(do_not_specialize=[*STRIDES, "n", "capacity", "blocks", "parts"])
 def route_backward_kernel(
     grad_weights, weights, indices, valid, scores, mask, lengths, state, sums, grad_scores, grad_budget,
-    grad_row_stride, score_row_stride, mask_row_stride,
+    grad_row_stride, score_row_stride, mask_row_stride, grad_score_row_stride,
     n, capacity, epsilon, blocks, parts,
     HAS_MASK: tl.constexpr, HAS_LENGTHS: tl.constexpr, ONE_PART: tl.constexpr,
     PARTS: tl.constexpr, STEPS: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr,
@@ -64,6 +64,7 @@ def route_backward_kernel(
     indices += row * capacity
     valid += row * capacity
     grad_weights += row * grad_row_stride
+    grad_scores += row * grad_score_row_stride
     probes = tl.arange(0, SLOTS)
     start = block * BLOCK
     if ONE_PART:
@@ -91,7 +92,7 @@ def route_backward_kernel(
     )  # fmt: skip
     free_weight = tl.exp((key_to_score(keys) - centre) / epsilon - threshold)
     free_weight = tl.where((keys != LOWEST_KEY) & (free_weight < 1.0), free_weight, 0.0)
-    tl.store(grad_scores + row * n + positions, -free_weight * mean / epsilon, mask=positions < n)
+    tl.store(grad_scores + positions, -free_weight * mean / epsilon, mask=positions < n)
     # the stores below overwrite some of those above, from other threads of the program
     tl.debug_barrier()
     more = 1
@@ -104,7 +105,7 @@ def route_backward_kernel(
         weight = tl.load(weights + slots, mask=used, other=0.0)
         grad = tl.load(grad_weights + slots, mask=used, other=0.0)
         grad = tl.where(weight < 1.0, weight * (grad - mean) / epsilon, 0.0)
-        tl.store(grad_scores + row * n + index, grad, mask=used)
+        tl.store(grad_scores + index, grad, mask=used)
         first += SLOTS
         more = tl.min(here.to(tl.int32))
 
@@ -112,7 +113,7 @@ def route_backward_kernel(
 @triton.jit(do_not_specialize=[*STRIDES, "n", "capacity", "num_iterations"])
 def descent_backward_kernel(
     grad_weights, weights, indices, valid, scores, mask, lengths, soft_budgets, state, grad_scores, grad_budget,
-    grad_row_stride, score_row_stride, mask_row_stride,
+    grad_row_stride, score_row_stride, mask_row_stride, grad_score_row_stride,
     n, capacity, epsilon, epsilon_init, log2_decay, num_iterations,
     HAS_SOFT_BUDGET: tl.constexpr, HAS_MASK: tl.constexpr, HAS_LENGTHS: tl.constexpr,
     BLOCK: tl.constexpr, SLOTS: tl.constexpr,
@@ -124,6 +125,7 @@ def descent_backward_kernel(
     indices += row * capacity
     valid += row * capacity
     grad_weights += row * grad_row_stride
+    grad_scores += row * grad_score_row_stride
     state += row * num_iterations
     positions = tl.arange(0, BLOCK)
     keys = load_keys(
@@ -165,7 +167,7 @@ def descent_backward_kernel(
         tl.store(grad_budget + row, tl.where(descended, grad_k / k, 0.0))
 
     grad_score = tl.where(keys != LOWEST_KEY, tl.where(descended, grad_score, 0.0), 0.0)
-    tl.store(grad_scores + row * n + positions, grad_score, mask=positions < n)
+    tl.store(grad_scores + positions, grad_score, mask=positions < n)
     tl.debug_barrier()
     for start in range(0, capacity, SLOTS):
         slots = start + tl.arange(0, SLOTS)
@@ -174,5 +176,5 @@ def descent_backward_kernel(
         used = used & (weight < 1.0)
         index = tl.load(indices + slots, mask=used, other=0)
         grad = tl.load(grad_weights + slots, mask=used, other=0.0)
-        shared = tl.load(grad_scores + row * n + index, mask=used, other=0.0)
-        tl.store(grad_scores + row * n + index, shared + weight * grad / last_epsilon, mask=used)
+        shared = tl.load(grad_scores + index, mask=used, other=0.0)
+        tl.store(grad_scores + index, shared + weight * grad / last_epsilon, mask=used)

@@ -107,19 +107,54 @@ def route_forward(
     state = weights.new_empty((rows, 3 if exact else num_iterations))
     if rows == 0:
         return weights, indices, valid, state
-    scores = _readable(scores)
-    mask = None if mask is None else _readable(mask)
-    inputs = (scores, budget.contiguous(), adjacent(soft_budget), mask, adjacent(lengths))
+    route_forward_into(
+        _readable(scores), budget.contiguous(), adjacent(soft_budget), None if mask is None else _readable(mask),
+        adjacent(lengths), weights, indices, valid, state, *sharing_room(rows, n, scores.device),
+        soft_topk_ratio, solver, epsilon, num_iterations, epsilon_init, epsilon_decay,
+    )  # fmt: skip
+    return weights, indices, valid, state
+
+
+def sharing_room(rows: int, n: int, device: torch.device) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Where programs that share a row leave numbers for each other, and the counters of their arrivals at 0; None of
+    both for rows of one program each."""
+    if n <= LONGEST_ROW:
+        return None, None
+    programs = cdiv(n, _parts(n, device)[0])
+    numbers = torch.empty((rows, 2 * PLACES.value * programs), dtype=torch.int32, device=device)
+    return numbers, torch.zeros((rows, COUNTER_STRIDE.value), dtype=torch.int32, device=device)
+
+
+def route_forward_into(
+    scores: torch.Tensor,
+    budget: torch.Tensor,
+    soft_budget: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    lengths: torch.Tensor | None,
+    weights: torch.Tensor,
+    indices: torch.Tensor,
+    valid: torch.Tensor,
+    state: torch.Tensor,
+    numbers: torch.Tensor | None,
+    arrived: torch.Tensor | None,
+    soft_topk_ratio: float,
+    solver: str,
+    epsilon: float,
+    num_iterations: int,
+    epsilon_init: float | None,
+    epsilon_decay: float,
+) -> None:
+    """The launch of `route_forward`: operands as kernels read them, its results, which it writes, and what
+    `sharing_room` made for it."""
+    rows, n = scores.shape
+    capacity = weights.shape[1]
+    exact = solver == "exact"
+    inputs = (scores, budget, soft_budget, mask, lengths)
     strides = (scores.stride(0), 0 if mask is None else mask.stride(0))
     # constants by position, which costs the host less than by name
     given = (soft_budget is not None, mask is not None, lengths is not None)
-    schedule = (
-        soft_topk_ratio,
-        epsilon,
-        max(epsilon, epsilon_init or epsilon),
-        math.log2(epsilon_decay),
-        num_iterations,
-    )
+    highest = max(epsilon, epsilon_init or epsilon)
+    schedule = (soft_topk_ratio, epsilon, highest, math.log2(epsilon_decay), num_iterations)
     if n <= LONGEST_ROW:
         block = _row_block(n)
         launch(
@@ -127,13 +162,11 @@ def route_forward(
             *inputs, weights, indices, valid, state, None, None, *strides, n, capacity,
             *schedule, 1, 1, 1, *given, exact, False, 1, block, SLOTS_AT_ONCE, num_warps=_row_warps(block),
         )  # fmt: skip
-        return weights, indices, valid, state
+        return
 
     block, num_warps, together = _parts(n, scores.device)
     programs = cdiv(n, block)
     groups = min(rows, together * _multiprocessors(scores.device) // programs)
-    numbers = indices.new_empty((rows, 2 * PLACES.value * programs), dtype=torch.int32)
-    arrived = indices.new_zeros((rows, COUNTER_STRIDE.value), dtype=torch.int32)
     # a power of two of at least 16, so that fewer lengths compile anew
     columns = max(16, next_power_of_2(programs))
     launch(
@@ -142,7 +175,6 @@ def route_forward(
         *schedule, rows, groups, programs, *given, exact, True, columns, block, 1,
         num_warps=num_warps, together=together,
     )  # fmt: skip
-    return weights, indices, valid, state
 
 
 def route_backward(
@@ -170,26 +202,62 @@ def route_backward(
     grad_budget = state.new_empty(rows)
     if rows == 0:
         return grad_scores, grad_budget
-    grad_weights, scores = _readable(grad_weights), _readable(scores)
-    mask = None if mask is None else _readable(mask)
-    slots = (grad_weights, weights, indices, valid, scores, mask, adjacent(lengths))
-    strides = (grad_weights.stride(0), scores.stride(0), 0 if mask is None else mask.stride(0))
+    parts = slot_parts(capacity) if solver == "exact" else 1
+    sums = state.new_empty((rows, parts)) if parts > 1 else None
+    route_backward_into(
+        _readable(grad_weights), weights, indices, valid, _readable(scores), None if mask is None else _readable(mask),
+        adjacent(lengths), adjacent(soft_budget), state, sums, grad_scores, grad_budget,
+        solver, epsilon, num_iterations, epsilon_init, epsilon_decay,
+    )  # fmt: skip
+    return grad_scores, grad_budget
+
+
+def slot_parts(capacity: int) -> int:
+    """Into how many parts the backward cuts a row's slots to sum over them, one where a program sums all by itself."""
+    return cdiv(capacity, SLOTS_OF_A_PART)
+
+
+def route_backward_into(
+    grad_weights: torch.Tensor,
+    weights: torch.Tensor,
+    indices: torch.Tensor,
+    valid: torch.Tensor,
+    scores: torch.Tensor,
+    mask: torch.Tensor | None,
+    lengths: torch.Tensor | None,
+    soft_budget: torch.Tensor | None,
+    state: torch.Tensor,
+    sums: torch.Tensor | None,
+    grad_scores: torch.Tensor,
+    grad_budget: torch.Tensor,
+    solver: str,
+    epsilon: float,
+    num_iterations: int,
+    epsilon_init: float | None,
+    epsilon_decay: float,
+) -> None:
+    """The launches of `route_backward`: operands as kernels read them, room for partial sums [rows, `slot_parts`]
+    where it takes more than one, and its results, which it writes."""
+    rows, n = scores.shape
+    capacity = weights.shape[1]
+    slots = (grad_weights, weights, indices, valid, scores, mask, lengths)
+    strides = (
+        grad_weights.stride(0), scores.stride(0), 0 if mask is None else mask.stride(0), grad_scores.stride(0),
+    )  # fmt: skip
     given = (mask is not None, lengths is not None)
     if solver != "exact":
         block = _row_block(n)
         launch(
             descent_backward_kernel, (rows,),
-            *slots, adjacent(soft_budget), state, grad_scores, grad_budget, *strides, n, capacity,
+            *slots, soft_budget, state, grad_scores, grad_budget, *strides, n, capacity,
             epsilon, max(epsilon, epsilon_init or epsilon), math.log2(epsilon_decay), num_iterations,
             soft_budget is not None, *given, block, SLOTS_AT_ONCE, num_warps=_row_warps(block),
         )  # fmt: skip
-        return grad_scores, grad_budget
+        return
 
     one_part = capacity <= SLOTS_OF_A_PART
-    parts = cdiv(capacity, SLOTS_OF_A_PART)
-    sums = grad_budget
+    parts = slot_parts(capacity)
     if not one_part:
-        sums = state.new_empty((rows, parts))
         launch(
             slot_sums_kernel, (rows * parts,),
             grad_weights, weights, sums, grad_weights.stride(0), capacity, parts, SLOTS_OF_A_PART, num_warps=8,
@@ -197,8 +265,8 @@ def route_backward(
     blocks = cdiv(n, GRADIENT_BLOCK)
     launch(
         route_backward_kernel, (rows * blocks,),
-        *slots, state, sums, grad_scores, grad_budget, *strides, n, capacity, epsilon, blocks, parts,
+        *slots, state, grad_budget if sums is None else sums, grad_scores, grad_budget, *strides,
+        n, capacity, epsilon, blocks, parts,
         *given, one_part, next_power_of_2(parts), 2 if capacity <= 2**20 else 3,
         max(256, next_power_of_2(capacity)) if one_part else SLOTS_AT_ONCE, GRADIENT_BLOCK, num_warps=4,
     )  # fmt: skip
-    return grad_scores, grad_budget

@@ -5,6 +5,7 @@ position, which finds the slot routed there by a search in the ascending indices
 """
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -205,16 +206,36 @@ def combine(
     length: int,
 ) -> Tensor:
     """`combine_reference` of op_rows.py as one launch."""
-    batch, capacity, d = updates.shape
+    batch, _, d = updates.shape
     out = torch.empty(batch, length, d, device=updates.device, dtype=updates.dtype if base is None else base.dtype)
+    parts = (base, light, updates, indices, valid, weights, updates2, indices2, valid2, weights2)
+    operands: list[Any] = [*map(adjacent, parts), out]
+    combine_into(*operands)
+    return out
+
+
+def combine_into(
+    base: Tensor | None,
+    light: Tensor | None,
+    updates: Tensor,
+    indices: Tensor,
+    valid: Tensor,
+    weights: Tensor | None,
+    updates2: Tensor | None,
+    indices2: Tensor | None,
+    valid2: Tensor | None,
+    weights2: Tensor | None,
+    out: Tensor,
+) -> None:
+    """The launch of `combine`: contiguous operands, then its result, which it writes."""
+    batch, length, d = out.shape
     rows, block, warps = tile_shape(d)
     launch(
         combine_kernel, (batch * cdiv(length, rows),),
-        *map(adjacent, (base, light, updates, indices, valid, weights)), capacity,
-        *map(adjacent, (updates2, indices2, valid2, weights2)), 0 if updates2 is None else updates2.shape[1],
+        base, light, updates, indices, valid, weights, updates.shape[1],
+        updates2, indices2, valid2, weights2, 0 if updates2 is None else updates2.shape[1],
         out, length, d, rows, block, num_warps=warps,
     )  # fmt: skip
-    return out
 
 
 def gather(
@@ -227,36 +248,71 @@ def gather(
     weights2: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """`gather_reference` of op_rows.py as one launch."""
-    batch, n, d = hidden_states.shape
-    capacity = indices.shape[1]
+    batch, _, d = hidden_states.shape
     capacity2 = 0 if indices2 is None else indices2.shape[1]
-    out = torch.empty(batch, capacity, d, device=hidden_states.device, dtype=hidden_states.dtype)
+    out = torch.empty(batch, indices.shape[1], d, device=hidden_states.device, dtype=hidden_states.dtype)
     out2 = torch.empty(
         (batch, capacity2, d) if capacity2 else 0, device=hidden_states.device, dtype=hidden_states.dtype
     )
+    operands: list[Any] = [*map(adjacent, (hidden_states, indices, valid, weights)), out]
+    operands += [*map(adjacent, (indices2, valid2, weights2)), None if indices2 is None else out2]
+    gather_into(*operands)
+    return out, out2
+
+
+def gather_into(
+    hidden_states: Tensor,
+    indices: Tensor,
+    valid: Tensor,
+    weights: Tensor | None,
+    out: Tensor,
+    indices2: Tensor | None,
+    valid2: Tensor | None,
+    weights2: Tensor | None,
+    out2: Tensor | None,
+) -> None:
+    """The launch of `gather`: contiguous operands, each routing's with its result, which it writes."""
+    batch, n, d = hidden_states.shape
+    capacity = indices.shape[1]
+    capacity2 = 0 if indices2 is None else indices2.shape[1]
     _, block, _ = tile_shape(d)
     launch(
         gather_kernel, (batch * (capacity + capacity2),),
-        hidden_states.contiguous(), None, *map(adjacent, (indices, valid, weights)), out, None, capacity,
-        *map(adjacent, (indices2, valid2, weights2)), None if indices2 is None else out2, capacity2,
+        hidden_states, None, indices, valid, weights, out, None, capacity,
+        indices2, valid2, weights2, out2, capacity2,
         n, d, block, num_warps=max(1, min(8, block // 256)),
     )  # fmt: skip
-    return out, out2
 
 
 def gather_dot(
     hidden_states: Tensor, other: Tensor, indices: Tensor, valid: Tensor, weights: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """`gather_dot_reference` of op_rows.py as one launch."""
-    batch, n, d = hidden_states.shape
+    batch, _, d = hidden_states.shape
     capacity = indices.shape[1]
     out = torch.empty(batch, capacity, d, device=hidden_states.device, dtype=other.dtype)
     dots = torch.empty(batch, capacity, device=hidden_states.device, dtype=torch.float32)
+    operands: list[Any] = [*map(adjacent, (hidden_states, other, indices, valid, weights)), out, dots]
+    gather_dot_into(*operands)
+    return out, dots
+
+
+def gather_dot_into(
+    hidden_states: Tensor,
+    other: Tensor,
+    indices: Tensor,
+    valid: Tensor,
+    weights: Tensor | None,
+    out: Tensor | None,
+    dots: Tensor,
+) -> None:
+    """The launch of `gather_dot`: contiguous operands, then its results, which it writes, `out` where it is given."""
+    batch, n, d = hidden_states.shape
+    capacity = indices.shape[1]
     _, block, _ = tile_shape(d)
     launch(
         gather_kernel, (batch * capacity,),
-        hidden_states.contiguous(), other.contiguous(), *map(adjacent, (indices, valid, weights)), out, dots, capacity,
+        hidden_states, other, indices, valid, weights, out, dots, capacity,
         None, None, None, None, 0,
         n, d, block, num_warps=max(1, min(8, block // 256)),
     )  # fmt: skip
-    return out, dots

@@ -1,0 +1,437 @@
+"""Encoder layers as straight lines of launches: they give what the modules give, where nobody looks inside."""
+
+import copy
+import io
+from collections import OrderedDict
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from models import pad, random_ids, tiny_model
+from rounding import ROUNDING, assert_same_but_for_rounding
+from torch import nn
+
+pytest.importorskip("triton")
+
+from modeling_colt5 import CoLT5EncoderModel, layer_encoder, run_launch_triton  # noqa: E402
+from modeling_colt5.layer_encoder import StraightLayer  # noqa: E402
+from modeling_colt5.model_encoder import PLAIN, CoLT5EncoderBlock  # noqa: E402
+from modeling_colt5.run_launch_triton import bind  # noqa: E402
+
+
+@pytest.fixture
+def layers(monkeypatch: pytest.MonkeyPatch) -> list[StraightLayer]:
+    """The layers that ran as straight lines."""
+    ran = []
+    of = StraightLayer.of.__func__
+
+    def counted(cls: type[StraightLayer], *arguments: Any) -> StraightLayer | None:
+        line = of(cls, *arguments)
+        ran.extend([] if line is None else [line])
+        return line
+
+    monkeypatch.setattr(StraightLayer, "of", classmethod(counted))
+    return ran
+
+
+def encoder(device: torch.device, dtype: torch.dtype = torch.float32, **fields: Any) -> CoLT5EncoderModel:
+    return tiny_model(CoLT5EncoderModel, dtype, kernel_backend="triton", **fields).to(device)
+
+
+def batch_of(device: torch.device, *lengths: int, masked: bool = True) -> dict[str, torch.Tensor]:
+    batch = pad([random_ids(length) for length in lengths])
+    return {name: tensor.to(device) for name, tensor in batch.items() if masked or name == "input_ids"}
+
+
+def as_modules(call: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """What a call gives where all blocks run as modules."""
+    layer_encoder.enabled = False
+    try:
+        return call()
+    finally:
+        layer_encoder.enabled = True
+
+
+CASES = {
+    "padded": (torch.float32, (11, 6), True, {}),
+    "one row": (torch.float32, (13,), True, {}),
+    "no mask": (torch.float32, (7, 7), False, {}),
+    "bf16": (torch.bfloat16, (9, 4), True, {}),
+    "fp16": (torch.float16, (9,), False, {}),
+    "one token": (torch.float32, (1,), False, {}),
+    "coordinate descent": (torch.float32, (8,), True, {"soft_topk_solver": "coordinate_descent"}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_forward_pass_is_that_of_the_modules(case: str, device: torch.device, layers: list) -> None:
+    dtype, lengths, masked, fields = CASES[case]
+    model = encoder(device, dtype, **fields)
+    batch = batch_of(device, *lengths, masked=masked)
+
+    def call() -> torch.Tensor:
+        with torch.no_grad():
+            return model(**batch).last_hidden_state
+
+    expected = as_modules(call)
+    assert not layers
+    # on a GPU the first call binds the launches that the second repeats
+    for _ in range(1 if device.type == "cpu" else 3):
+        assert_same_but_for_rounding(call(), expected)
+    assert len(layers) >= model.config.num_layers
+
+
+def test_rows_of_padding_alone(device: torch.device, layers: list) -> None:
+    model = encoder(device, num_layers=1)
+    batch = batch_of(device, 9, 5)
+    batch["attention_mask"][1] = 0
+
+    def call() -> torch.Tensor:
+        with torch.no_grad():
+            return model(**batch).last_hidden_state
+
+    assert_same_but_for_rounding(call(), as_modules(call))
+    assert len(layers) == 1
+
+
+def test_a_hook_on_a_block_is_called(device: torch.device, layers: list) -> None:
+    model = encoder(device)
+    batch = batch_of(device, 8)
+    seen = []
+    handle = model.encoder.block[0].register_forward_hook(lambda module, args, output: seen.append(output[0]))
+    with torch.no_grad():
+        model(**batch)
+        handle.remove()
+        expected = as_modules(lambda: model(**batch, output_hidden_states=True).hidden_states[1])
+    assert len(layers) == model.config.num_layers
+    assert_same_but_for_rounding(seen[0], expected)
+
+
+def test_who_asks_for_what_was_routed_gets_the_modules(device: torch.device, layers: list) -> None:
+    model = encoder(device, num_layers=1)
+    with torch.no_grad():
+        assert model(**batch_of(device, 6), output_routing=True).routing[0].query.indices.shape == (1, 2)
+    assert not layers
+
+
+# whether a block is plain: looked at without running it
+
+
+def block_of(model: CoLT5EncoderModel) -> CoLT5EncoderBlock:
+    return model.encoder.block[0]
+
+
+def is_plain(block: CoLT5EncoderBlock) -> bool:
+    return block.plain.read(block, PLAIN) is not None
+
+
+def hooked(name: str, register: str) -> Callable[[nn.Module], Callable[[], None]]:
+    def change(block: nn.Module) -> Callable[[], None]:
+        return getattr(block.get_submodule(name), register)(lambda *arguments: None).remove
+
+    return change
+
+
+def hooked_anew(block: nn.Module) -> Callable[[], None]:
+    """A hook in a dictionary that took the place of the module's own."""
+    module = block.layer[1].router
+    module._forward_hooks = OrderedDict()
+    assert is_plain(block)
+    return module.register_forward_hook(lambda *arguments: None).remove
+
+
+def replaced(parent: str, name: str, make: Callable[[nn.Module], nn.Module]) -> Callable:
+    def change(block: nn.Module) -> Callable[[], None]:
+        module = block.get_submodule(parent)
+        before = getattr(module, name)
+        setattr(module, name, make(before))
+        return lambda: setattr(module, name, before)
+
+    return change
+
+
+class OtherLinear(nn.Linear):
+    pass
+
+
+class Quantised(torch.Tensor):
+    pass
+
+
+def other_class(linear: nn.Linear) -> nn.Module:
+    return OtherLinear(linear.in_features, linear.out_features, bias=False)
+
+
+def with_bias(linear: nn.Linear) -> nn.Module:
+    return nn.Linear(linear.in_features, linear.out_features)
+
+
+def patched(block: nn.Module) -> Callable[[], None]:
+    module = block.layer[0].light_attention.o
+    module.forward = lambda states: states
+    return lambda: module.__dict__.pop("forward")
+
+
+def patched_class(block: nn.Module) -> Callable[[], None]:
+    kind = type(block.layer[0].light_attention)
+    before = kind.forward
+    kind.forward = lambda self, *arguments: before(self, *arguments)
+    return lambda: setattr(kind, "forward", before)
+
+
+def reclassed(block: nn.Module) -> Callable[[], None]:
+    module = block.layer[1].heavy_feed_forward.wo
+    module.__class__ = OtherLinear
+    return lambda: setattr(module, "__class__", nn.Linear)
+
+
+def quantised(block: nn.Module) -> Callable[[], None]:
+    module = block.layer[0].heavy_attention.k
+    before = module.weight
+    module.weight = nn.Parameter(before.detach().as_subclass(Quantised))
+    return lambda: setattr(module, "weight", before)
+
+
+def biased(block: nn.Module) -> Callable[[], None]:
+    module = block.layer[0].heavy_attention.k
+    module.bias = nn.Parameter(torch.zeros(module.out_features))
+    return lambda: setattr(module, "bias", None)
+
+
+def parametrized(block: nn.Module) -> Callable[[], None]:
+    module = block.layer[0].light_attention.q
+    torch.nn.utils.parametrize.register_parametrization(module, "weight", nn.Identity())
+    return lambda: torch.nn.utils.parametrize.remove_parametrizations(module, "weight")
+
+
+def other_activation(block: nn.Module) -> Callable[[], None]:
+    module = block.layer[1].light_feed_forward
+    module.has_gated_gelu = False
+    return lambda: setattr(module, "has_gated_gelu", True)
+
+
+CHANGES = {
+    "forward hook": hooked("layer.0.light_attention.q", "register_forward_hook"),
+    "forward pre-hook": hooked("layer.1.light_feed_forward", "register_forward_pre_hook"),
+    "backward hook": hooked("layer.0.layer_norm", "register_full_backward_hook"),
+    "backward pre-hook": hooked("layer.0.query_router", "register_full_backward_pre_hook"),
+    "hook on a sublayer": hooked("layer.1", "register_forward_hook"),
+    "hook on dropout": hooked("layer.0.dropout", "register_forward_hook"),
+    "hook on routing": hooked("layer.1.router.select", "register_forward_hook"),
+    "hook in another dictionary": hooked_anew,
+    "another class": replaced("layer.0.heavy_attention", "q", other_class),
+    "a bias": replaced("layer.1.heavy_feed_forward", "wi_0", with_bias),
+    "a bias later": biased,
+    "another sublayer": replaced("layer", "1", lambda module: nn.Identity()),
+    "another router": replaced("layer.1", "router", lambda module: nn.Identity()),
+    "a patched forward": patched,
+    "a patched class": patched_class,
+    "a module's class": reclassed,
+    "a quantised weight": quantised,
+    "a parametrized weight": parametrized,
+    "another activation": other_activation,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_block_is_plain_until_it_is_changed_and_after(change: str) -> None:
+    block = block_of(tiny_model(CoLT5EncoderModel, num_layers=1))
+    assert is_plain(block)
+    undo = CHANGES[change](block)
+    try:
+        assert not is_plain(block)
+        assert not is_plain(block)
+    finally:
+        undo()
+    assert is_plain(block)
+
+
+def test_a_block_that_was_never_plain_is_not() -> None:
+    for fields in ({"routing": "even"}, {"routing": "none"}, {"feed_forward_proj": "relu"}):
+        assert not is_plain(block_of(tiny_model(CoLT5EncoderModel, num_layers=1, **fields)))
+
+
+def test_adapters_are_not_plain_and_merged_ones_are() -> None:
+    peft = pytest.importorskip("peft")
+    model = tiny_model(CoLT5EncoderModel, num_layers=1)
+    block = block_of(model)
+    assert is_plain(block)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q", "v"]))
+    assert not is_plain(block)
+    adapted.merge_and_unload()
+    assert is_plain(block)
+
+
+def test_weights_are_those_of_now() -> None:
+    block = block_of(tiny_model(CoLT5EncoderModel, num_layers=1))
+    _, weights = block.plain.read(block, PLAIN)
+    attention = block.layer[0].light_attention
+    assert weights[2] is attention.k.weight
+    # tied anew, and taken back
+    attention.k.weight = attention.v.weight
+    _, tied = block.plain.read(block, PLAIN)
+    assert tied[2] is tied[3] is attention.v.weight
+    attention.k.weight = weights[2]
+    _, untied = block.plain.read(block, PLAIN)
+    assert all(one is other for one, other in zip(untied, weights, strict=True))
+
+
+def test_numbers_are_those_of_now() -> None:
+    block = block_of(tiny_model(CoLT5EncoderModel, num_layers=1, dropout_rate=0.25))
+    layer, _ = block.plain.read(block, PLAIN)
+    assert (layer.radius, layer.drops) == (5, (0.0,) * 6)
+    block.layer[0].light_attention.radius = 3
+    block.layer[1].layer_norm.eps = 0.5
+    # dropout alone in training mode, as for samples of a model's uncertainty
+    block.layer[0].dropout.train()
+    layer, _ = block.plain.read(block, PLAIN)
+    assert (layer.radius, layer.eps[1], layer.drops) == (3, 0.5, (0.0, 0.0, 0.25, 0.0, 0.0, 0.0))
+    block.train()
+    assert block.plain.read(block, PLAIN)[0].drops == (0.25,) * 6
+
+
+def test_copies_and_files_of_a_block_look_at_their_own_modules() -> None:
+    block = block_of(tiny_model(CoLT5EncoderModel, num_layers=1))
+    assert is_plain(block)
+    file = io.BytesIO()
+    torch.save(block, file)
+    file.seek(0)
+    for other in (copy.deepcopy(block), torch.load(file, weights_only=False)):
+        _, weights = other.plain.read(other, PLAIN)
+        assert weights[1] is other.layer[0].light_attention.q.weight
+        other.layer[0].register_forward_hook(lambda *arguments: None)
+        assert not is_plain(other)
+    assert is_plain(block)
+
+
+# the road of a whole pass
+
+
+def test_modes_that_take_the_modules() -> None:
+    states = torch.zeros(1, 4, 8)
+    assert layer_encoder.may_run_straight(states, "exact")
+    hook = nn.modules.module.register_module_forward_hook(lambda *arguments: None)
+    assert not layer_encoder.may_run_straight(states, "exact")
+    hook.remove()
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert not layer_encoder.may_run_straight(states, "exact")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    with torch.autograd.forward_ad.dual_level():
+        assert not layer_encoder.may_run_straight(states, "exact")
+    with torch._subclasses.FakeTensorMode():
+        assert not layer_encoder.may_run_straight(states, "exact")
+    # more tokens than coordinate descent has a kernel for
+    assert not layer_encoder.may_run_straight(torch.zeros(1, 20_000, 1), "coordinate_descent")
+    asked = []
+    torch.func.grad(lambda x: asked.append(layer_encoder.may_run_straight(x, "exact")) or x.sum())(states)
+    assert asked == [False]
+
+
+# launches that are bound once and repeated by address
+
+
+class Kernel:
+    """What looks like a kernel of two tensors and a number; its launches are noted."""
+
+    arg_names = ["x", "y", "n"]
+
+    def __init__(self) -> None:
+        self.runs: list[tuple[Any, ...]] = []
+        self.params = [SimpleNamespace(is_constexpr=False, do_not_specialize=False) for _ in self.arg_names]
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        made = SimpleNamespace(run=lambda *given: self.runs.append(given), function=11, packed_metadata=(13,))
+        return lambda *arguments, **options: made
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
+    monkeypatch.setattr(run_launch_triton, "INTERPRETED", False)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: -1, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 7, raising=False)
+    return Kernel()
+
+
+def test_bound_launches_get_the_addresses_of_now(kernel: Kernel) -> None:
+    def twice(x: torch.Tensor, y: torch.Tensor | None, out: torch.Tensor, n: int) -> None:
+        run_launch_triton.launch(kernel, (2, 3), out, x, n)
+        run_launch_triton.launch(kernel, (5,), x, y, n)
+
+    x, out = torch.zeros(8), torch.zeros(8)
+    bound = bind(twice, (x, None, out), 48)
+    assert bound is not None and not kernel.runs
+    bound((160, None, 320))
+    rest = (7, 11, (13,), None, None, None)
+    assert kernel.runs == [(2, 3, 1, *rest, 320, 160, 48), (5, 1, 1, *rest, 160, None, 48)]
+
+
+def test_what_cannot_be_repeated_is_not_bound(kernel: Kernel) -> None:
+    def launched(x: torch.Tensor, y: torch.Tensor) -> None:
+        run_launch_triton.launch(kernel, (1,), x, y, 16)
+
+    x, unaligned = torch.zeros(8), torch.zeros(9)[1:]
+    # aligned to 4 bytes, which goes to Triton each time; twice the same; and one that is not among the tensors
+    assert bind(launched, (x, unaligned)) is None
+    assert bind(launched, (x, x)) is None
+    assert bind(lambda given: launched(given, torch.zeros(8)), (x,)) is None
+    assert bind(launched, (x, torch.zeros(8))) is not None
+
+
+# gradients
+
+
+def gradients_of(model: CoLT5EncoderModel, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor | None]:
+    """The output, and the gradients of all parameters for a fixed cotangent."""
+    model.zero_grad(set_to_none=True)
+    output = model(**batch).last_hidden_state
+    generator = torch.Generator().manual_seed(5)
+    cotangent = torch.randn(output.shape, generator=generator).to(output)
+    output.backward(cotangent)
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    return {"output": output.detach(), **gradients}
+
+
+def assert_same_gradients(actual: dict[str, Any], expected: dict[str, Any]) -> None:
+    """The same but for rounding, by the size of the tensor; one in which all cancels is nothing but rounding of the
+    larger ones that it was summed of."""
+    assert actual.keys() == expected.keys()
+    largest = max(gradient.abs().max().item() for gradient in expected.values() if gradient is not None)
+    for name, gradient in expected.items():
+        assert (gradient is None) == (actual[name] is None), name
+        if gradient is not None:
+            atol = ROUNDING[gradient.dtype] * max(gradient.abs().max().item(), 0.1 * largest)
+            torch.testing.assert_close(
+                actual[name], gradient, rtol=0, atol=atol, msg=lambda text, at=name: f"{at}: {text}"
+            )
+
+
+TRAINED = {name: CASES[name] for name in ("padded", "one row", "bf16", "coordinate descent", "one token")}
+
+
+@pytest.mark.parametrize("case", TRAINED)
+def test_gradients_are_those_of_the_modules(case: str, device: torch.device, layers: list) -> None:
+    dtype, lengths, masked, fields = TRAINED[case]
+    model = encoder(device, dtype, num_layers=1, **fields)
+    batch = batch_of(device, *lengths, masked=masked)
+    expected = as_modules(lambda: gradients_of(model, batch))
+    assert not layers
+    # the sums of products that the modules leave to autograd are rounded in another order
+    for _ in range(1 if device.type == "cpu" else 3):
+        assert_same_gradients(gradients_of(model, batch), expected)
+    assert layers
+
+
+def test_frozen_weights_get_no_gradients(device: torch.device, layers: list) -> None:
+    model = encoder(device, num_layers=2)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("block.0" not in name and ".k." not in name and "wo" not in name)
+    model.shared.requires_grad_(False)
+    model.encoder.light_relative_attention_bias.requires_grad_(False)
+    batch = batch_of(device, 7)
+    expected = as_modules(lambda: gradients_of(model, batch))
+    assert_same_gradients(gradients_of(model, batch), expected)
+    assert len(layers) == 2
