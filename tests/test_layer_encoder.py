@@ -1,6 +1,7 @@
 """Encoder layers as straight lines of launches: they give what the modules give, where nobody looks inside."""
 
 import copy
+import ctypes
 import io
 from collections import OrderedDict
 from collections.abc import Callable
@@ -435,3 +436,56 @@ def test_frozen_weights_get_no_gradients(device: torch.device, layers: list) -> 
     expected = as_modules(lambda: gradients_of(model, batch))
     assert_same_gradients(gradients_of(model, batch), expected)
     assert len(layers) == 2
+
+
+# calls by address
+
+
+@pytest.fixture
+def by_address(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """As on a GPU the first call of a kind binds its launches, and the next ones repeat them on whatever lies at the
+    addresses that they are given; the functions that were repeated."""
+    repeated = []
+
+    def tensor_at(address: int, like: torch.Tensor) -> torch.Tensor:
+        numbers = 1 + sum((length - 1) * stride for length, stride in zip(like.shape, like.stride(), strict=True))
+        memory = (ctypes.c_char * (numbers * like.itemsize)).from_address(address)
+        return torch.frombuffer(memory, dtype=like.dtype).as_strided(like.shape, like.stride())
+
+    def bind_here(function: Callable, tensors: tuple, *numbers: Any) -> Callable:
+        function(*tensors, *numbers)
+
+        def repeat(addresses: tuple) -> None:
+            repeated.append(function.__name__)
+            there = [
+                None if like is None else tensor_at(at, like) for at, like in zip(addresses, tensors, strict=True)
+            ]
+            function(*there, *numbers)
+
+        return repeat
+
+    monkeypatch.setattr(layer_encoder, "INTERPRETED", False)
+    monkeypatch.setattr(layer_encoder, "bind", bind_here)
+    monkeypatch.setattr(layer_encoder, "_programs", {})
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: -1, raising=False)
+    return repeated
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there the calls above are repeated by address themselves")
+@pytest.mark.parametrize("lengths", [(6,), pytest.param((9, 5), marks=pytest.mark.slow)])
+def test_repeated_launches_read_and_write_what_they_should(lengths: tuple[int, ...], by_address: list[str]) -> None:
+    device = torch.device("cpu")
+    model = encoder(device, num_layers=2)
+    first, second = batch_of(device, *lengths), batch_of(device, *lengths)
+    # the first call of each kind: without a gradient states and parts, with one forward and backward
+    gradients_of(model, first)
+    with torch.no_grad():
+        model(**first)
+    expected = as_modules(lambda: gradients_of(model, second))
+    count = len(by_address)
+    assert_same_gradients(gradients_of(model, second), expected)
+    assert len(by_address) - count > 2 * 25
+    count = len(by_address)
+    with torch.no_grad():
+        assert_same_but_for_rounding(model(**second).last_hidden_state, expected["output"])
+    assert len(by_address) - count >= 2 * 10
