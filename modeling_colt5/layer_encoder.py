@@ -96,7 +96,8 @@ class StraightPass:
         # the slots of each lie side by side
         self.routers = [(attention.budget, attention.mask)]
         if self.batch > 1:
-            self.routers = [(budget, plan.mask) for budget in attention.budget.split(self.batch)]
+            # copied, as kernels are launched by address only where that is a multiple of 16
+            self.routers = [(budget.clone(), plan.mask) for budget in attention.budget.split(self.batch)]
         self.routers.append((feed_forward.budget, feed_forward.mask))
         read = [part for pair in self.routers for part in pair if part is not None]
         self.is_readable = all(part.stride(-1) == 1 for part in read) and (
