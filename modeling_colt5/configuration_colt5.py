@@ -22,8 +22,8 @@ from .run_causal_cache import LAYER_TYPE
 from .run_release import CACHE_NAMES
 
 if TYPE_CHECKING:
-    # never run: a configuration is saved and loaded with the files that its text imports, and the models' have to be
-    # among them, which the configuration's map of Auto classes names
+    # These imports never run. A configuration is saved and loaded with the files that its text imports, and the files
+    # of the models, which its map of Auto classes names, have to be among them.
     from .modeling_colt5 import CoLT5Model  # noqa: F401
 
 ROUTINGS = ("learned", "random", "even", "none")
@@ -31,7 +31,7 @@ CAUSAL_ATTENTIONS = ("full", "local", "routed")
 CAUSAL_FEED_FORWARDS = ("dense", "routed")
 SOFT_TOPK_SOLVERS = ("exact", "coordinate_descent")
 
-# Ainslie et al. 2023, table of model sizes; what is not named here is the default of CoLT5Config
+# The sizes are those of the table in Ainslie et al. 2023. A field that is not named here has CoLT5Config's default.
 SIZES: dict[str, dict[str, int]] = {
     "base": {},
     "large": {
@@ -58,7 +58,7 @@ SIZES: dict[str, dict[str, int]] = {
     },
 }
 
-# every head travels with every model, so that any Auto class can load any checkpoint
+# Every head travels with every model, so that any Auto class can load any checkpoint.
 AUTO_MAP: dict[str, Any] = {
     "AutoConfig": "configuration_colt5.CoLT5Config",
     "AutoModel": "modeling_colt5.CoLT5Model",
@@ -72,7 +72,7 @@ AUTO_MAP: dict[str, Any] = {
 }
 
 
-# what `convert` takes
+# These are the fields that `convert` takes.
 CONVERTIBLE = ("t5", "longt5")
 # how alike an unknown field and a known one are for a slip: T5's, LongT5's and mT5's own fields stay below
 _SLIP = 0.8
@@ -93,7 +93,7 @@ def check_config(config: Any) -> None:
     Raises:
         TypeError: for another one, or for a model.
     """
-    # by name: the package's class and that of a copy from the Hub are two
+    # Classes are compared by name, because the package's class and that of a copy from the Hub are two objects.
     if not any(base.__name__ == "CoLT5Config" for base in type(config).__mro__):
         model_type = getattr(getattr(config, "config", config), "model_type", "")
         name = getattr(config, "name_or_path", None)
@@ -193,7 +193,7 @@ class CoLT5Config(PreTrainedConfig):
     """
 
     model_type = "colt5"
-    # what Trainer does not collect at evaluation: a document's states are d_model numbers a token
+    # Trainer does not collect these outputs at evaluation: a document's states are d_model numbers a token.
     keys_to_ignore_at_inference = [
         *CACHE_NAMES, "encoder_last_hidden_state",
         "encoder_routing", "decoder_routing", "cross_routing", "routing",
@@ -264,7 +264,7 @@ class CoLT5Config(PreTrainedConfig):
     is_decoder: bool = False
     use_cache: bool = True
     pad_token_id: int | None = 0
-    # T5 has none; Transformers reads the field where padding comes without a mask
+    # T5 has no such token. Transformers reads the field where padding comes without a mask.
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = 1
     decoder_start_token_id: int | None = 0
@@ -276,7 +276,7 @@ class CoLT5Config(PreTrainedConfig):
             ValueError: for the fields of another type of model, such as T5's.
         """
         model_type = kwargs.get("model_type", self.model_type)
-        # a type that Transformers does not know may be a configuration that derives from this one
+        # A model type that Transformers does not know may be a configuration that derives from this one.
         if model_type != self.model_type and model_type in CONFIG_MAPPING_NAMES:
             given = f"model_type is {model_type!r}"
             raise ValueError(_other_model(given, model_type, kwargs.get("_name_or_path")))
@@ -405,13 +405,14 @@ class CoLT5Config(PreTrainedConfig):
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> "CoLT5Config":
         """This configuration, or for the decoder alone a copy with the decoder's depth, which sizes its caches."""
-        # the inherited method takes the depth of the encoder, and renames every field that starts with "decoder"
+        # The inherited method would take the depth of the encoder, and rename every field that starts with "decoder".
         if not decoder or encoder:
             return self
         config = copy.copy(self)
         config.num_layers = self.num_decoder_layers
         if self.causal_attention != "full":
-            # on this copy alone: Transformers refuses to make or save a configuration with a layer type of others
+            # The layer types are set on this copy alone: Transformers refuses to make or save a configuration with a
+            # layer type that it does not know.
             config.layer_types = [LAYER_TYPE] * self.num_decoder_layers
         return config
 
@@ -420,7 +421,8 @@ class CoLT5Config(PreTrainedConfig):
         auto_map = copy.deepcopy(AUTO_MAP)
         if not self.is_encoder_decoder:
             auto_map["AutoModel"] = auto_map["AutoModelForTextEncoding"]
-        # a model that came from a repository has that repository's name in its map; a copy must not point back to it
+        # A model that came from a repository has that repository's name in its map; a saved copy must not point back
+        # to it.
         return super().to_dict() | {"auto_map": auto_map | self.users_classes()}
 
     def users_classes(self) -> dict[str, Any]:
@@ -438,12 +440,13 @@ class CoLT5Config(PreTrainedConfig):
         """
         folder = Path(save_directory)
         for name, reference in self.users_classes().items():
-            # a user's model saves its file before its configuration; other maps are of where this one was loaded
+            # A user's model saves its file before its configuration. Other maps are of the place that this one was
+            # loaded from.
             if "--" not in str(reference) and not (folder / f"{code_file(reference)}.py").is_file():
                 del self.auto_map[name]
         super().save_pretrained(folder)
         if type(self) is not CoLT5Config:
-            # the files of a class of a user's were saved, which import these
+            # The saved files of a user's class import the files of this package.
             custom_object_save(CoLT5Config, folder)
         for reference in self.users_classes().values():
             if "--" not in str(reference):

@@ -38,7 +38,7 @@ def _refuse_tensor_parallelism(
     for name, value in asked.items():
         inner = distributed_config.get(name) if isinstance(distributed_config, dict) else None
         given = value if value is not None else getattr(distributed_config, name, inner)
-        # one process is no tensor parallelism
+        # With one process there is no tensor parallelism.
         if given is not None and given != 1:
             raise ValueError(
                 f"{name} is {given!r}; it must be None, as CoLT5 has no plan for tensor parallelism and would stay "
@@ -82,7 +82,7 @@ class CoLT5PreTrainedModel(PreTrainedModel):
                 it names a class of a user's code and `trust_remote_code` is not True; for tensor parallelism.
         """
         _refuse_tensor_parallelism(**kwargs)
-        # an Auto class always gives both, and nothing else tells its calls from others
+        # An Auto class always gives both arguments, and nothing else tells its calls from others.
         if isinstance(config, PreTrainedConfig) and "adapter_kwargs" in kwargs:
             saved_class = cls._saved_class(pretrained_model_name_or_path, config, **kwargs)
             if saved_class is not cls:
@@ -93,10 +93,11 @@ class CoLT5PreTrainedModel(PreTrainedModel):
         )
         new = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
         if any("router" in name and "decoder.block." not in name for name in new):
-            # some of those that a dense start trains begin at random, whatever the checkpoint says of its own
+            # Some of the routers that a dense start trains are new and random, whatever the checkpoint says of its
+            # own.
             model.config.routers_trained = False
-        # without a name there is no checkpoint, but a state dict that is as the caller wants it; and who ignores
-        # weights of other sizes wants random ones in their place
+        # Without a name there is no checkpoint, but a state dict that is as the caller wants it. And a caller who
+        # ignores weights of other sizes wants random ones in their place.
         if pretrained_model_name_or_path is not None and not kwargs.get("ignore_mismatched_sizes"):
             missing, unexpected = set(info["missing_keys"]), set(info["unexpected_keys"])
             check_layers(model, missing, unexpected, str(pretrained_model_name_or_path))
@@ -237,7 +238,7 @@ class CoLT5PreTrainedModel(PreTrainedModel):
             elif part.dense_start is None or part.dense_start.device != device:
                 part.dense_start = torch.tensor(float(progress), device=device)
             else:
-                # in place, for whom a captured step reads it
+                # A captured step reads the tensor, so it is changed in place.
                 part.dense_start.fill_(progress)
 
     @property
@@ -270,7 +271,8 @@ class CoLT5Stack(CoLT5PreTrainedModel):
 
     def share_embedding_with(self, model: Any) -> None:
         """Take the embedding `shared` of a whole model, and give that model whichever replaces it here."""
-        # weak: a model that its own stacks held would stay in memory until Python looks for such circles
+        # The reference is weak: a model that its own stacks held would stay in memory until Python looks for such
+        # circles.
         self.__dict__["_model"] = weakref.ref(model)
         if self.embed_tokens is not model.shared:
             self.embed_tokens = model.shared
@@ -282,5 +284,5 @@ class CoLT5Stack(CoLT5PreTrainedModel):
             model.shared = value
 
     def __getstate__(self) -> dict[str, Any]:
-        # a copy belongs to the copied model, which says so itself
+        # A copy belongs to the copied model, which gives it its own embedding.
         return {name: value for name, value in self.__dict__.items() if name != "_model"}

@@ -178,7 +178,7 @@ class CoLT5CausalRoutedAttention(CoLT5Attention):
         """
         settings, groups, batch = plan.settings, self.groups, len(hidden_states)
         handed = HandedPool.of(plan, cache)
-        # W_k (s̃ x) = s̃ W_k x: one projection a token, scaled anew in every window's pool
+        # As W_k (s̃ x) = s̃ W_k x, each token is projected once, and scaled anew in every window's pool.
         key, value = project(hidden_states, self.k, self.v, head_size=self.d_kv)
         key = plan.pooled(_with_earlier(key, plan, cache, "heavy_key"))
         value = plan.pooled(_with_earlier(value, plan, cache, "heavy_value"))
@@ -196,7 +196,7 @@ class CoLT5CausalRoutedAttention(CoLT5Attention):
         index, weights, valid = (
             part.unflatten(0, (batch, groups)) for part in (chosen.indices, chosen.weights, chosen.valid)
         )
-        # of a sequence from its beginning a token's index is its rank
+        # In a sequence from its beginning a token's index is its rank.
         ranks = index
         if handed is not None:
             ranks = torch.cat([handed.rank, plan.ranks[:, None].expand(-1, groups, -1)], -1)
@@ -205,7 +205,7 @@ class CoLT5CausalRoutedAttention(CoLT5Attention):
 
         query = self.split_heads(self.q(query_states))
         positions = plan.starts + queries.indices
-        # what the pools' indices point into, of each group: the pool that was handed over, then the new tokens
+        # The pools' indices of each group point into these: the pool that was handed over, then the new tokens.
         keys, values = list(_parts(key, groups, 2)), list(_parts(value, groups, 2))
         if handed is not None:
             keys = [torch.cat([handed.key[:, group], keys[group]], 1) for group in range(groups)]
@@ -252,11 +252,12 @@ class CoLT5CausalRoutedAttention(CoLT5Attention):
         def chosen(part: Tensor) -> Tensor:
             return plan.handed(part.detach().transpose(1, 2))
 
-        # [batch, groups, windows that hand on, size]
+        # The shape is [batch, groups, windows that hand on, size].
         slots = chosen(index).transpose(1, 2)
 
         def states_of(groups: list[Tensor]) -> Tensor:
-            # no pool that is read holds a token of a window's open end, which may not be there
+            # No pool that is read holds a token of a window's open end, whose states may be missing: any other will
+            # do.
             parts = [
                 take(states.detach(), slots[:, group].flatten(1).clamp(max=states.shape[1] - 1))
                 for group, states in enumerate(groups)
@@ -319,7 +320,7 @@ class CoLT5LayerCausalAttention(nn.Module):
         normed, scores = self.layer_norm(hidden_states, routers, backend)
         assert scores is not None
         normed, scores = plan.enter(normed), plan.enter(scores.transpose(1, 2))
-        # one gradient for both parts
+        # A split has one gradient for both parts.
         query_scores, key_value_scores = scores.split([1, len(self.key_value_routers)], -1)
         gates, queries = _run_gates(query_scores.squeeze(-1), plan, cache, "query", plan.settings.num_queries, False)
         normed, query_states = _share_and_gather(normed, queries, plan)

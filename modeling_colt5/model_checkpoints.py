@@ -10,7 +10,7 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-# the files that a folder's map of Auto classes names where all classes are this project's
+# A folder's map of Auto classes names these files where all classes are this project's.
 OWN_FILES = ("configuration_colt5", "modeling_colt5", "tokenization_colt5")
 
 

@@ -55,7 +55,7 @@ class CoLT5CrossRouting(nn.Module):
         budget = RoutingBudget.of_memory(self.config, memory, mask, len(routers), self.progress)
         weights, scores = router_weights(*routers), None
         if weights is not None:
-            # autocast would take the scores' product in half precision
+            # Autocast would take the scores' product in half precision.
             with maybe_autocast(memory.device.type, enabled=False):
                 scores = router_scores(memory, weights.view(len(routers), -1), plan.kernel_backend)
         routed = run_routers(routers, memory, scores, plan, budget)

@@ -110,19 +110,19 @@ class CoLT5CrossAttention(CoLT5Attention):
             states = project(encoder_hidden_states, self.k, self.v)
             key, value = map(self.split_routers, states)
             if cache is not None:
-                # a dense start, which is for training alone, routes more than the budget
+                # A dense start, which is for training alone, routes more than the budget.
                 if self.is_routed and not self.training:
                     self.shorten_static_layer(cache.cross_attention_cache)
                 key, value = cache.cross_attention_cache.update(key, value, self.layer_idx)
                 cache.is_updated[self.layer_idx] = True
         if self.is_routed and encoder_mask is not None:
-            # a static cache of the caller's may be longer
+            # A static cache of the caller's may be longer than the mask.
             key, value = (states[:, :, : encoder_mask.shape[1]] for states in (key, value))
 
         query = self.split_heads(self.q(hidden_states)).transpose(1, 2)
         mask = None if encoder_mask is None else encoder_mask[:, None, None, :]
         if hidden_states.shape[1] == 1 and self.config._attn_implementation == "sdpa" and not self.training:
-            # one token's few queries: the kernels behind "sdpa" would walk along all keys with one processor a row
+            # One token has few queries: the kernels behind "sdpa" would walk along all keys with one processor a row.
             output, weights = eager_attention_forward(self, query, key, value, mask)[0], None
         else:
             output, weights = self.attend(query, key, value, None, mask)
@@ -359,8 +359,8 @@ class CoLT5Decoder(CoLT5Stack):
         memories, encoder_mask, cross_routing = self.route_memory(encoder_hidden_states, encoder_mask, cache)
         hidden_states = self.dropout(hidden_states)
         for block, memory in zip(self.block, memories, strict=True):
-            # all but the cache by position, which gradient checkpointing hands gradients through; the cache by the
-            # release's name for it, which it looks for
+            # Gradient checkpointing hands gradients through arguments by position alone, and looks for the cache by
+            # the release's name for it.
             inputs = (bias, heavy_bias_table, mask, plan, memory, encoder_mask)
             hidden_states = block(hidden_states, *inputs, **{CACHE: cache})[0]
         hidden_states, _ = self.final_layer_norm(hidden_states)
@@ -378,7 +378,7 @@ class CoLT5Decoder(CoLT5Stack):
         past = cache.get_seq_length() if cache is not None else 0
         key_length = cache.get_mask_sizes(length, 0)[0] if cache is not None else length
         check_causal_mask(f"{prefix}attention_mask", attention_mask, hidden_states, past, key_length)
-        # by position: Transformers renamed the last one
+        # The arguments go by position, because Transformers renamed the last one.
         mask = create_causal_mask(self.config, hidden_states, attention_mask, cache)
         position_bias = bias_of_sequence(self.relative_attention_bias(), length, key_length, past)
         return position_bias[None], mask
@@ -398,7 +398,7 @@ class CoLT5Decoder(CoLT5Stack):
         routing = None
         if not all(is_updated.get(layer_idx) for layer_idx in range(len(self.block))):
             memories, routing = self.cross_routing(memory, mask)
-        # without padding all slots are used; a static cache may still be longer than they are
+        # Without padding all slots are used, but a static cache may still have more.
         if mask is not None or cache is not None:
             mask = self.cross_routing.used_slots(memory, mask)
         return memories, mask, routing

@@ -38,7 +38,7 @@ class CoLT5EmbeddingModel(CoLT5PreTrainedModel):
 
     def __init__(self, config: CoLT5Config):
         super().__init__(config)
-        # adapters put other modules in its place
+        # The annotation is the wide one because adapters put other modules in its place.
         self.shared: nn.Module = nn.Embedding(config.vocab_size, config.d_model)
         self.register_load_state_dict_post_hook(_tie_assigned_head)
 
@@ -93,7 +93,8 @@ class CoLT5EmbeddingModel(CoLT5PreTrainedModel):
     def _tied_weights_keys(self) -> dict[str, str] | None:
         if not (hasattr(self, "lm_head") and self.config.tie_word_embeddings):
             return None
-        # a pattern for the stacks' names: PEFT would tie modules that it finds by name, and these are `shared` itself
+        # The stacks' names are a pattern, because PEFT would tie the modules that it finds by name, and these are
+        # `shared` itself.
         return {"lm_head.weight": "shared.weight", r"(en|de)coder\.embed_tokens\.weight": "shared.weight"}
 
     def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
@@ -123,7 +124,8 @@ class CoLT5EmbeddingModel(CoLT5PreTrainedModel):
 
     @_keys_to_ignore_on_save.setter
     def _keys_to_ignore_on_save(self, names: Any) -> None:
-        # Transformers sets what it has just read; the names depend on what is tied when they are asked for
+        # Transformers sets what it has just read, which need not be kept: the names depend on what is tied when they
+        # are asked for.
         pass
 
     def get_input_embeddings(self) -> nn.Module:

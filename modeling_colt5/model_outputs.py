@@ -157,7 +157,7 @@ def as_encoder_output(given: Any) -> CoLT5EncoderOutput:
     """
     if isinstance(given, CoLT5EncoderOutput):
         return given
-    # plain outputs of Transformers lack some of these, and other models' outputs have more
+    # Plain outputs of Transformers lack some of these fields, and other models' outputs have more.
     names = list(CoLT5EncoderOutput.__dataclass_fields__)
     if isinstance(given, torch.Tensor):
         return CoLT5EncoderOutput(last_hidden_state=given)

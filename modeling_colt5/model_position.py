@@ -31,7 +31,7 @@ def relative_position_bucket(
         bucket = torch.zeros_like(relative_position)
         distance = (-relative_position).clamp(min=0)
     exact = num_buckets // 2
-    # distances below `exact` never read this branch; the clamp keeps the logarithm finite there
+    # Distances below `exact` never read this branch; the clamp keeps the logarithm finite there.
     ratio = torch.log(distance.clamp(min=1).float() / exact) / math.log(max_distance / exact)
     logarithmic = (exact + (ratio * (num_buckets - exact)).long()).clamp(max=num_buckets - 1)
     return bucket + torch.where(distance < exact, distance, logarithmic)
@@ -44,7 +44,7 @@ class CoLT5RelativePositionBias(nn.Embedding):
         super().__init__(num_buckets, num_heads)
         self.max_distance = max_distance
         self.bidirectional = bidirectional
-        # no buffer: one that checkpoints lack is lost where a model without data is filled
+        # It is no buffer, because a buffer that checkpoints lack is lost where a model without data is filled.
         distance = torch.arange(-max_distance, max_distance + 1, device="cpu")
         self.bucket = relative_position_bucket(distance, bidirectional, num_buckets, max_distance)
 
@@ -62,7 +62,7 @@ class CoLT5RelativePositionBias(nn.Embedding):
             return self.bucket
         if device.type == "meta" or not runs_eagerly():
             return self.bucket.to(device)
-        # a tensor of inference mode could not be kept for a gradient later
+        # A tensor that was made in inference mode could not be kept for a gradient later.
         with torch.inference_mode(False):
             self.bucket = self.bucket.to(device)
         return self.bucket

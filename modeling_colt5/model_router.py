@@ -115,7 +115,7 @@ class CoLT5Router(nn.Module):
         device = hidden_states.device
         if self.routing == "random" and self.training:
             return torch.rand(batch, length, device=device)
-        # by rank among the real tokens, so that padding changes nothing
+        # Tokens count by rank among the real ones, so that padding changes nothing.
         if mask is None:
             rank = torch.arange(length, device=device).expand(batch, length)
             real = torch.full((batch, 1), length, device=device)
@@ -124,10 +124,10 @@ class CoLT5Router(nn.Module):
         if self.routing == "even":
             budget = budget[:, None]
             return ((rank + 1) * budget // real > rank * budget // real).float()
-        # multiplicative hashing (Knuth), twice with a shift between to mix the high bits down
+        # This is Knuth's multiplicative hashing, twice, with a shift between that mixes the high bits down.
         hashed = (rank + 1 + self.seed * 7919) * 2654435761 % 2**32
         hashed = (hashed ^ (hashed >> 15)) * 2246822519 % 2**32
-        # the upper 24 bits, which fp32 holds exactly
+        # fp32 holds the upper 24 bits exactly.
         return (hashed >> 8).float()
 
 
@@ -165,7 +165,7 @@ def run_routers(
         scores = torch.stack([router.control_scores(hidden_states, plan.mask, b) for router, b in kinds], 1)
     slots, select = reduce(larger, budget.capacities), routers[0].select
     if len(routers) > 1 and plan.kernel_backend == "triton" and isinstance(slots, int):
-        # so that each router's part begins where kernels may read 16 bytes at once, and is launched without inspection
+        # Each router's part then begins where kernels may read 16 bytes at once, and is launched without inspection.
         slots += -slots % 16
     rows = scores.transpose(0, 1).flatten(0, 1)
     if plan.dense_start is None:
@@ -185,8 +185,8 @@ def run_routers(
         budget.capacities, *(part.split_with_sizes(sizes) for part in (indices, weights, valid)), strict=True
     ):
         if not isinstance(capacity, int) or capacity != slots:
-            # used slots come first, so that a router with fewer than the largest has all of its own at the front;
-            # side by side, as kernels read them, once for all that do
+            # Used slots come first, so that a router with fewer slots than the largest has all of its own at the
+            # front. The copy lies side by side, as all kernels read it.
             own = [part.narrow(1, 0, capacity).contiguous() for part in own]
         tokens.append(RoutedTokens(*own))
     return tokens

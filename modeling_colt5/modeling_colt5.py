@@ -29,7 +29,7 @@ from .model_outputs import (
     as_encoder_output,
 )
 
-# not used here: a saved copy of a user's code imports from this file what it imported from the package
+# This import is for a saved copy of a user's code, which imports from this file what it imported from the package.
 from .op_soft_topk import soft_topk  # noqa: F401
 from .run_inputs import (
     ForwardFlags,
@@ -41,8 +41,7 @@ from .run_inputs import (
 )
 from .run_release import CACHE, cache_of_forward, is_called_by_peft, one_cache
 
-# not used here either: a saved model takes along the files that this one imports, and the tokenizer's has to be among
-# them
+# This one is for saved models: they take along the files that this file imports, and need the tokenizer's.
 from .tokenization_colt5 import CoLT5Tokenizer  # noqa: F401
 
 
@@ -90,7 +89,7 @@ class CoLT5GenerationMixin(GenerationMixin):
             if 0 < past < input_ids.shape[1]:
                 next_sequence_length = input_ids.shape[1] - past
         kwargs |= {"next_sequence_length": next_sequence_length, "is_first_iteration": is_first_iteration}
-        # named, as `generate` looks for it in this signature
+        # `generate` looks for the name `inputs_embeds` in this signature.
         inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
         # PEFT's prompts and prefixes look for the cache under its older name, under every release
         if CACHE in inputs and is_called_by_peft():
@@ -106,7 +105,7 @@ class CoLT5GenerationMixin(GenerationMixin):
             return create_masks_for_generate(config, inputs_embeds, attention_mask, **kwargs)
         if attention_mask is None:
             return None
-        # a view has the strides of the whole mask, and a compiler would see another one at every token
+        # A view would have the strides of the whole mask, and a compiler would see another tensor at every token.
         return attention_mask[:, -inputs_embeds.shape[1] :].clone(memory_format=torch.contiguous_format)
 
 
@@ -197,7 +196,7 @@ class CoLT5Model(CoLT5Seq2SeqPreTrainedModel):
 
     @classmethod
     def _from_config(cls, config: CoLT5Config, **kwargs: Any) -> CoLT5PreTrainedModel:
-        # what `AutoModel.from_config` calls
+        # `AutoModel.from_config` calls this method.
         kind = cls._class_of_kind(config)
         return super()._from_config(config, **kwargs) if kind is cls else kind._from_config(config, **kwargs)
 
@@ -311,7 +310,7 @@ class CoLT5ForConditionalGeneration(CoLT5Seq2SeqPreTrainedModel, CoLT5Generation
         loss = None
         if labels is not None:
             check_labels("labels", labels, logits, 2)
-            # not `self.loss_function`, which would shift the labels once more
+            # `self.loss_function` would shift the labels a second time.
             scores = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
             loss = fixed_cross_entropy(
                 scores, labels.to(logits.device).flatten(), num_items_in_batch, ignore_index=-100
@@ -321,9 +320,10 @@ class CoLT5ForConditionalGeneration(CoLT5Seq2SeqPreTrainedModel, CoLT5Generation
     def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """As of every model that generates; takes `encoder_outputs` in each form that `forward` takes."""
         if kwargs.get("encoder_outputs") is not None:
-            # Transformers repeats its rows in place for beams, which a second call with the same output would notice
+            # This is a copy: for beams Transformers repeats the rows in place, and a second call with the same output
+            # would get the repeated ones.
             kwargs["encoder_outputs"] = CoLT5EncoderOutput(**as_encoder_output(kwargs["encoder_outputs"]))
-        # Trainer hands over whole batches, and Transformers would pass these on to the encoder
+        # Trainer hands over whole batches, and Transformers would pass the labels on to the encoder.
         kwargs.pop("labels", None)
         return super().generate(inputs, *args, **kwargs)
 
@@ -395,7 +395,7 @@ class CoLT5ForCausalLM(CoLT5EmbeddingModel, CoLT5GenerationMixin):
             )
         )
         hidden_states = outputs.pop("last_hidden_state")
-        # without an encoder there is no such attention, but a place for its weights
+        # The decoder's output has a place for these weights even where there is no cross-attention.
         outputs.pop("cross_attentions", None)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         hidden_states = hidden_states[:, kept]
@@ -469,7 +469,7 @@ class CoLT5ForSequenceClassification(CoLT5EncoderHeadModel):
     """The encoder with a head for whole sequences: the mean of the real tokens' states, taken in fp32."""
 
     _auto_class = "AutoModelForSequenceClassification"
-    # the losses of regression and of several labels do not take `num_items_in_batch`: Trainer averages them
+    # The losses of regression and of several labels do not take `num_items_in_batch`, so Trainer averages them.
     accepts_loss_kwargs = False
 
     def __init__(self, config: CoLT5Config):
@@ -544,7 +544,7 @@ class CoLT5ForQuestionAnswering(CoLT5EncoderHeadModel):
     """The encoder with a head for the first and the last token of an answer."""
 
     _auto_class = "AutoModelForQuestionAnswering"
-    # a question has one answer, however long its batch: Trainer averages the loss
+    # Each question has one answer, so the losses of batches are simply averaged by Trainer.
     accepts_loss_kwargs = False
 
     def __init__(self, config: CoLT5Config):

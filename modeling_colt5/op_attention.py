@@ -23,13 +23,13 @@ if triton_is_available():
 
 BLOCK_LENGTH = 128
 
-# (query [N, H, Q, D], key [N, G, K, D], value, bias [1 or N, H, Q, K], mask bool [N, 1, 1 or Q, K] or None)
-# -> (output [N, Q, H, D], weights [N, H, Q, K] or None)
+# A dense attention takes query [N, H, Q, D], key and value [N, G, K, D], bias [1 or N, H, Q, K], and a bool mask [N,
+# 1, 1 or Q, K] or None. It returns the output [N, Q, H, D], and the weights [N, H, Q, K] or None.
 Attend = Callable[
     [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None],
     tuple[torch.Tensor, torch.Tensor | None],
 ]
-# the same, without values: the weights alone
+# This takes the same without values, and returns the weights alone.
 Weigh = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 
@@ -114,7 +114,8 @@ def local_attention_reference(
         [batch, heads, length, 2 * r + 1] with r = min(radius, length - 1): entry r + d is for the token d away.
     """
     batch, length, heads = query.shape[:3]
-    # always one block too many, never a pad of zero: an exported program then holds for every length
+    # There is always one block too many, so that the padding is never empty: an exported program then holds for every
+    # length.
     if is_free(length):
         num_blocks = computed_size(as_tensor(length) // BLOCK_LENGTH + 1, length)
     else:
@@ -123,10 +124,10 @@ def local_attention_reference(
     pad = num_blocks * BLOCK_LENGTH - length
     window = BLOCK_LENGTH + 2 * radius
 
-    # overlapping windows fold into one dimension only as a copy, except for a batch of 1: copied here, an exported
-    # program does not ask which of the two it has
-    # padded with its heads flat: otherwise the gradient of the padding, where there is one block, has another order in
-    # memory than a program compiled for more expects
+    # Overlapping windows fold into one dimension only as a copy, except for a batch of 1. They are always copied here,
+    # so that an exported program does not ask for the batch. The query is padded with its heads flat: otherwise the
+    # gradient of the padding has another order in memory with one block than a program that was compiled for more
+    # expects.
     query = F.pad(query.flatten(-2), (0, 0, 0, pad))
     query = rearrange(query, "b (n l) (h d) -> (b n) h l d", l=BLOCK_LENGTH, h=heads)
     key, value = (
@@ -137,7 +138,7 @@ def local_attention_reference(
         .flatten(0, 1)
         for states in (key, value)
     )
-    # positions within a window: its queries stand `radius` after its first key
+    # Positions count from a window's first key; its queries begin `radius` behind it.
     query_positions = torch.arange(BLOCK_LENGTH, device=query.device) + radius
     key_positions = torch.arange(window, device=query.device)
     bias = bias_by_position(bias_table, query_positions, key_positions)[None]
@@ -152,7 +153,7 @@ def local_attention_reference(
     else:
         weights = weigh(query, key, bias, block_mask)
     if weights is not None:
-        # those of the band alone
+        # Only the weights of the band are returned.
         band = torch.arange(BLOCK_LENGTH, device=query.device)[:, None]
         band = band + torch.arange(2 * radius + 1, device=query.device)
         band = band.expand(*weights.shape[:2], -1, -1)
@@ -190,7 +191,7 @@ def routed_attention_reference(
         The output [batch, queries, heads, d_kv] in the query's dtype and, where `attend` gives weights, the weights
         [batch, heads, queries, keys].
     """
-    # in the order of its shape also for a batch of 1, so that an exported program does not ask for the batch
+    # The copy has the order of its shape for a batch of 1 too, so that an exported program does not ask for the batch.
     bias = bias_by_position(bias_table, query_positions, key_positions).clone(memory_format=torch.contiguous_format)
     mask = None if key_mask is None else key_mask[:, None, None, :]
     return attend(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), bias, mask)

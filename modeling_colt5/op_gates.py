@@ -69,7 +69,7 @@ def fill_slots(routed: Tensor, weights: Tensor, capacity: int) -> tuple[Tensor, 
     """
     rows, n = routed.shape
     slot = (routed.cumsum(-1) - 1).masked_fill(~routed, capacity)
-    # the column past the last slot takes what is not routed and is cut off
+    # The column past the last slot takes what is not routed, and is cut off.
     indices = torch.full((rows, capacity + 1), n - 1, dtype=torch.int64, device=routed.device)
     indices.scatter_(-1, slot, torch.arange(n, device=routed.device).expand(rows, n))
     valid = torch.arange(capacity, device=routed.device) < routed.sum(-1, keepdim=True)
@@ -108,7 +108,7 @@ def causal_gates_reference(
     evenly = (slot + 1) * target // window > slot * target // window
     reach = torch.where(is_first, evenly & fill_first, scores.detach() >= least.detach())
     reach = reach & (ranks < total[:, None, None])
-    # earlier tokens count for the capacity
+    # Tokens before the new ones count for the capacity too.
     routed = reach & (reach.cumsum(-1) <= capacity) & (ranks >= before[:, None, None])
     weights = ((scores - soft) / epsilon).clamp(max=0).exp()
     weights = torch.where(is_first, torch.ones_like(weights), weights).masked_fill(~routed, 0)
@@ -230,7 +230,7 @@ def causal_gates(
             tokens with a weight of 1; else it routes none.
         kernel_backend: as in `uses_triton` of run_backend.py.
     """
-    # a configuration's ratio may be a whole number, which a kernel would take for one of integers
+    # The product is made a float, because a kernel would take a configuration's whole number for an integer.
     soft_target = float(soft_topk_ratio * target)
     weights, routed, thresholds, indices, slot_weights, valid = _gates.call(
         kernel_backend, scores, past, total, carried, target, capacity, soft_target, epsilon, fill_first

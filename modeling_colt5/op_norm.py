@@ -71,7 +71,7 @@ def combine_norm_reference(
     returned = normed if wanted_dtype is None else normed.to(wanted_dtype)
     if router_weights is None:
         return combined, returned, rstd, rstd.new_empty(0)
-    # not as a matrix product, whose rounding differs with a row's place: equal tokens must get equal scores
+    # The rounding of a matrix product differs with a row's place, but equal tokens must get equal scores.
     wide = normed.to(dtype)
     scores = [(wide * vector).sum(-1) for vector in router_weights.to(dtype).unbind(0)]
     return combined, returned, rstd, torch.stack(scores, 1)
@@ -218,7 +218,8 @@ _combine_norm = Operator(
 )
 
 
-# tokens of all rows together; 48 MiB in fp32 at d = 768, which stays in the L2 of an H100
+# So many tokens, of all rows together, are scored at once. In fp32 they take 48 MiB at d = 768, which stays in the L2
+# of an H100.
 _SCORED_AT_ONCE = 16_384
 
 

@@ -24,7 +24,7 @@ if triton_is_available():
     from .op_pools_triton import pool_gather as gather_kernel
     from .op_pools_triton import pool_gather_backward as gather_backward_kernel
 
-# candidates that stand for no token sort behind all others
+# Candidates that stand for no token have this number, which sorts behind all others.
 NO_TOKEN = 2**31 - 1
 
 
@@ -124,7 +124,7 @@ def pool_candidates_reference(
         tokens = torch.arange(base, base + length, device=scores.device).view(1, -1, window).expand(rows, -1, -1)
         candidates = F.pad(torch.cat([before, tokens], -1), (0, 0, 1, 0), value=NO_TOKEN)
         present = candidates != NO_TOKEN
-        # a place that unused slots can point at
+        # Unused slots need a token that they can point at.
         candidates[:, 0, size:] = tokens[:, 0]
     places = candidates.masked_fill(~present, 0).flatten(1)
     return known.gather(1, places).view(candidates.shape), candidates, present, links(candidates, size)
@@ -160,7 +160,7 @@ def pool_gather_reference(
     factors = weights[:, :-1].flatten(1).masked_fill(~used, 0)[..., None, None]
 
     def gather(states: Tensor) -> Tensor:
-        # a token is in many pools: its gradient is summed in fp32, whatever the states' dtype
+        # A token is in many pools, and its gradient is summed in fp32, whatever the states' dtype.
         wide = states.to(torch.promote_types(states.dtype, torch.float32))
         rows = wide.flatten(0, 1).index_select(0, _flat(index, states.shape[1])).view(*index.shape, *states.shape[2:])
         rows = rows.masked_fill(~used[..., None, None], 0) * factors

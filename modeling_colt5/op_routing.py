@@ -73,7 +73,7 @@ def select_tokens(scores: torch.Tensor, budget: torch.Tensor, capacity: int) -> 
     room = budget.unsqueeze(-1) - above.sum(-1, keepdim=True)
     selected = above | (equal & (equal.cumsum(-1) <= room))
     slot = (selected.cumsum(-1) - 1).masked_fill(~selected, capacity)
-    # the column past the last slot takes what was not selected and is cut off
+    # The column past the last slot takes what was not selected, and is cut off.
     indices = torch.full((rows, capacity + 1), n - 1, dtype=torch.int64, device=scores.device)
     indices = indices.scatter(-1, slot, torch.arange(n, device=scores.device).expand(rows, n))
     valid = torch.arange(capacity, device=scores.device) < budget.unsqueeze(-1)
@@ -107,7 +107,7 @@ def route_reference(
     rows, n = scores.shape
     masked = mask_scores(scores, real_tokens(scores, mask, lengths))
     budget = budget.minimum((masked != -torch.inf).sum(-1)).clamp(0, smaller(capacity, n))
-    # at least ceil(k) of every row, in integers, which symbolic sizes may be computed with too
+    # This is at least ceil(k) of every row. It is computed in integers, as symbolic sizes can be too.
     largest = (
         n if soft_budget is not None else smaller(n, (capacity * math.ceil(1024 * soft_topk_ratio) + 1023) // 1024)
     )
@@ -180,7 +180,7 @@ def _save_route(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, Tensor
 def _route_autograd(ctx: Any, grad_weights: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     grad_scores = grad_soft_budget = None
     if grad_weights is not None:
-        # unpacked once: gradient checkpointing recomputes at the first time and refuses a second
+        # They are unpacked once: gradient checkpointing recomputes them the first time and refuses a second.
         saved = ctx.saved_tensors
         grad_scores, grad_k = _route_backward(grad_weights, *saved, *ctx.settings)
         soft_budget = saved[2]

@@ -38,7 +38,7 @@ def slot_weights(valid: Tensor, weights: Tensor | None, dtype: torch.dtype) -> T
 def gather_rows(hidden_states: Tensor, indices: Tensor, valid: Tensor) -> Tensor:
     """The routed positions' rows `[batch, k, d]`, zeros where unused."""
     rows = hidden_states.flatten(0, 1).index_select(0, flat_rows(indices, hidden_states.shape[1]))
-    # an unused slot points at a row that may hold anything, NaN included: times 0 would not do
+    # An unused slot points at a row that may hold NaN, which a product with 0 would keep.
     return rows.view(*indices.shape, hidden_states.shape[-1]).masked_fill(~valid[..., None], 0)
 
 
@@ -54,10 +54,10 @@ def weighted_scatter_add(
 ) -> Tensor:
     """`base` `[batch, n, d]` with `weights * updates` added at the routed positions, in the base's dtype."""
     updates = updates.to(base.dtype).masked_fill(~valid[..., None], 0) * slot_weights(valid, weights, base.dtype)
-    # on the CPU PyTorch's out-of-place index_add takes many times as long as a copy and the in-place one
+    # On the CPU PyTorch's out-of-place `index_add` takes many times as long as a copy and the in-place one.
     rows = base.flatten(0, 1).clone(memory_format=torch.contiguous_format)
     rows.index_add_(0, flat_rows(indices, base.shape[1]), updates.flatten(0, 1))
-    # not a view of the whole shape, of which an exporter with free sizes makes other strides
+    # An exporter with free sizes would make other strides of a view of the whole shape.
     return rows.unflatten(0, base.shape[:2])
 
 
@@ -215,7 +215,7 @@ def _fake_gather(
 
 
 def _save_gather(ctx: Any, inputs: tuple[Any, ...], _: tuple[Tensor, ...]) -> None:
-    # the states are needed for the weights' gradients alone
+    # The states are needed for the weights' gradients alone.
     weighted = any(ctx.needs_input_grad[position] for position in (3, 6))
     ctx.save_for_backward(inputs[0] if weighted else None, *inputs[1:])
     ctx.length = inputs[0].shape[1]

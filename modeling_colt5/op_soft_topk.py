@@ -28,7 +28,7 @@ def mask_scores(scores: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor
 def soft_topk_weights(exponents: torch.Tensor, is_absent: torch.Tensor) -> torch.Tensor:
     """Weights min(1, exp(exponent)), and 0 where `is_absent`; both of one shape."""
     exponents = exponents.masked_fill(is_absent, -torch.inf)
-    # before the exponential: an infinite one would turn its gradient of 0 into NaN
+    # The mask comes before the exponential: an infinite one would turn its gradient of 0 into NaN.
     return exponents.masked_fill(_is_saturated(exponents.detach().exp()), 0).exp()
 
 
@@ -67,7 +67,7 @@ def solve_exactly(
     others = values.scatter(-1, positions, -torch.inf).logsumexp(-1, keepdim=True)
     top = values.gather(-1, positions)
     tail = torch.cat((top, others), -1).flip(-1).logcumsumexp(-1).flip(-1)
-    # what is left of k, in place of the rank and the tail together, which would lose the tail's digits
+    # The tail is compared with what the rank leaves of k: a sum of rank and tail would lose the tail's digits.
     left = rank - torch.arange(largest, device=scores.device)
     saturated = ((tail[:, :-1] - top).exp() <= left).sum(-1, keepdim=True).minimum(last)
     offset = tail.gather(-1, saturated) - (rank - saturated).log()
@@ -86,7 +86,7 @@ def solve_exactly(
     weights = (values - offset).exp()
     is_saturated = _is_saturated(weights) | (values == -torch.inf)
     mass = weights.masked_fill(is_saturated, 0).sum(-1, keepdim=True)
-    # no weight that could move
+    # In such a row no weight could move.
     is_fixed = mass == 0
     free = scaled.masked_fill(is_saturated, -torch.inf).masked_fill(is_fixed, 0)
     rest = mass.masked_fill(is_fixed, 1) + (k - rank)
@@ -99,7 +99,7 @@ def epsilon_schedule(
 ) -> list[float]:
     """ε of every coordinate-descent iteration, then that of the weights: from `epsilon_init` down to `epsilon`."""
     if epsilon_init is None:
-        # one number, which a tracer that keeps numbers as symbols need not compute step by step
+        # A tracer that keeps numbers as symbols need not compute one number step by step.
         return [epsilon] * (num_iterations + 1)
     current = max(epsilon_init, epsilon)
     schedule = [current]
@@ -125,7 +125,7 @@ def descend_coordinates(scores: torch.Tensor, k: torch.Tensor, schedule: list[fl
     k = k.unsqueeze(-1)
     real = (scores > -torch.inf).sum(-1, keepdim=True)
     all_saturated = k >= real
-    # numbers with finite logarithms and derivatives, in place of those that nobody looks at
+    # Rows that nobody looks at get numbers with finite logarithms and derivatives.
     scores, log_k = scores.masked_fill(all_saturated, 0), k.masked_fill(all_saturated, 1).log()
     threshold = schedule[0] * (real.clamp(min=1).to(scores.dtype).log() - log_k)
     for epsilon in schedule[1:-1]:
@@ -163,7 +163,7 @@ def check_scores(scores: Tensor) -> None:
 
 def check_positive(name: str, value: float) -> None:
     """Refuse a setting that is no finite number above 0."""
-    # what is nearly always given comes first: a router checks its settings at every call
+    # The usual type is looked at first, because a router checks its settings at every call.
     if type(value) is not float and (isinstance(value, bool) or not isinstance(value, int | float)):
         raise TypeError(f"{name} is {value!r}; it must be a number")
     if not 0 < value < math.inf:

@@ -10,11 +10,11 @@ from torch.nn.modules import module as torch_module
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 KERNEL_BACKENDS = ("auto", "triton", "torch")
 ENVIRONMENT_VARIABLE = "COLT5_KERNEL_BACKEND"
-# read once, like the next two: a look into the environment takes the host longer than most of a launch
+# This and the next two are read once: a look into the environment takes the host longer than most of a launch.
 FORCED_BACKEND = os.environ.get(ENVIRONMENT_VARIABLE)
-# looked up once: a compiler could not trace the search
+# A compiler could not trace the search.
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
-# whether kernels run in interpreter mode, which takes CPU tensors; read once, as Triton does when it decorates one
+# In interpreter mode kernels take CPU tensors. Triton too reads the variable once, when it decorates a kernel.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
@@ -23,7 +23,7 @@ def triton_is_available() -> bool:
     return _HAS_TRITON
 
 
-# of each device, asked once: the question takes the host as long as a launch
+# Each device is asked once, because the question takes the host as long as a launch.
 _bfloat16: dict[int, bool] = {}
 
 
@@ -127,7 +127,7 @@ def is_hooked(module: torch.nn.Module) -> bool:
         return True
     if "forward" in module.__dict__:
         return True
-    # Transformers leaves its hooks for `output_hidden_states` and the like in place, idle
+    # Transformers leaves its hooks for `output_hidden_states` and the like in place, where they do nothing.
     return any(getattr(hook, "__name__", "") != "output_capturing_hook" for hook in module._forward_hooks.values())
 
 

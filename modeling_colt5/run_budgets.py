@@ -7,7 +7,7 @@ import torch
 from .configuration_colt5 import CoLT5Config
 from .run_sizes import as_tensor, computed_size, is_free, routed_budget, routed_capacity, smaller
 
-# the share of its tokens that a row's weights sum to when a dense start begins
+# When a dense start begins, a row's weights sum to this share of its tokens.
 DENSE_SHARE = 0.9
 
 
@@ -46,11 +46,11 @@ class RoutingBudget:
             kinds: for each budget the fractions of its routers.
         """
         batch, length = states.shape[:2]
-        # routers of one fraction share their budget
+        # Routers of the same fraction share the numbers of rows.
         each = dict.fromkeys(fraction for fractions in kinds for fraction in fractions)
         capacities = {fraction: routed_capacity(length, fraction, minimum) for fraction in each}
         if mask is None:
-            # what `routed_budget` says of whole rows, without its launches
+            # Of whole rows `routed_budget` would say the same, with more launches.
             rows = {fraction: torch.full((batch,), capacities[fraction], device=states.device) for fraction in each}
         else:
             lengths = mask.sum(-1)

@@ -139,7 +139,7 @@ class CoLT5StaticRoutedLayer(_RoutedState, StaticLayer):
     """The cache layer of `StaticCache` for a causally routed layer: tensors keep their addresses, for compilers."""
 
     _layer_type = LAYER_TYPE
-    # assisted generation asks before it begins: rings and carried states would stay as they are
+    # Assisted generation asks for this before it begins. A crop would leave rings and carried states as they are.
     is_croppable = False
     cumulative_length: Tensor
 
@@ -189,7 +189,8 @@ def routed_layer(cache: Cache | None, layer_idx: int) -> Any:
     if cache is None:
         return None
     layer = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
-    # by its type's name: where another copy of this code is loaded too, Transformers makes caches of the newest copy's
+    # The layer is known by its type's name: where another copy of this code is loaded too, Transformers makes caches
+    # of the newest copy's classes.
     if getattr(layer, "_layer_type", None) != LAYER_TYPE:
         raise TypeError(
             f"layer {layer_idx} of the cache is {layer!r}; a decoder with causal_attention 'local' or 'routed' needs "

@@ -259,7 +259,7 @@ class CausalPlan(ABC):
         real = self.counts.new_ones(batch, self.length, dtype=torch.bool) if mask is None else mask
         recent = counters["recent"] if counters else real.new_zeros(batch, self.ring_size)
         floor = counters["floor"] if counters else torch.zeros_like(self.counts)
-        # the window before the current one starts here
+        # The window before the current one starts here.
         start = (self.total // window - 1).clamp(min=0) * window
         return {
             "lengths": self.total,
@@ -344,9 +344,9 @@ class ChunkPlan(CausalPlan):
         self.completed = (self.total - first) // window
         self.starts = self._window_starts()
         recent = self.past[:, None] + torch.arange(-self.num_before, self.length, device=device)
-        # slots of no token yet are before rank 0, or behind the row's last real one
+        # Slots that hold no token yet are before rank 0, or behind the row's last real one.
         self.light_mask = (recent >= 0) & (recent < self.total[:, None])
-        # what the methods below take is the same for all layers
+        # The methods below take rows that are the same for all layers, and so are computed once.
         self._new = _rows((slots - offset[:, None]).clamp(0, self.length - 1), self.length)
         self._back = _rows(torch.arange(self.length, device=device) + offset[:, None], len(slots))
         self._framed, self._recent = self._joined_rows(self.ranks), self._joined_rows(recent)
@@ -446,7 +446,7 @@ class StepPlan(ChunkPlan):
         return joined
 
     def handed(self, values: Tensor) -> Tensor:
-        # all else is in the cache
+        # A step needs the last one alone, because everything else is in the cache.
         return values[:, 1:]
 
     def keep_carried(self, carried: Tensor | None, handed: Tensor) -> Tensor:

@@ -16,16 +16,17 @@ from torch import Tensor, nn
 
 from .run_backend import Mode, is_hooked
 
-# beyond so many tokens the GPU takes longer than the host, and a graph's memory is no longer small
+# Beyond so many tokens the GPU takes longer than the host, and a graph's memory is no longer small.
 MOST_TOKENS = 2**16
-# of one module; the least recently used goes first
+# A module has at most so many graphs; the least recently used one goes first.
 MOST_GRAPHS = 8
-# calls of one kind before its graph is made: kernels are compiled by then, and lengths that come once make none
+# A graph is made after so many calls of one kind: kernels are compiled by then, and lengths that come once make none.
 CALLS_BEFORE = 2
-# kinds of call that are counted
+# So many kinds of call are counted at once.
 MOST_COUNTED = 8 * MOST_GRAPHS
 
-# torch's layers, Transformers' activations, and this code as a package or out of a repository
+# Plain modules come from here: torch's layers, Transformers' activations, and this code as a package or out of a
+# repository.
 _PLAIN = ("torch.nn.modules.", "transformers.activations.", __name__.rpartition(".")[0] + ".")
 
 
@@ -49,13 +50,14 @@ class _Recording:
             if static is not None and given is not None:
                 static.copy_(given)
         self.graph.replay()
-        # the next replay writes where this one did
+        # The output is copied because the next replay writes to the same place.
         output = self.output.clone()
         self.done.record(torch.cuda.current_stream(output.device))
         return output
 
     def __del__(self) -> None:
-        # expandable segments go back to the device when the stream of the recording is idle; replays run on another
+        # PyTorch gives expandable segments back to the device when the stream of the recording is idle, but replays
+        # run on another stream.
         with contextlib.suppress(Exception):
             if not torch.cuda.is_current_stream_capturing():
                 self.done.synchronize()
@@ -75,7 +77,7 @@ class _Parts:
 
     def __init__(self, module: nn.Module):
         parts = list(module.modules())
-        # a module that held itself would never be freed
+        # The references are weak, because a module that held itself would never be freed.
         self.parts = [weakref.ref(part) for part in parts]
         self.state = self.look(parts)
         self.weights: tuple[int, ...] | None = None
@@ -123,9 +125,9 @@ class _Recordings:
     parts: _Parts
     calls: OrderedDict[Hashable, int] = field(default_factory=OrderedDict)
     graphs: OrderedDict[Hashable, _Recording] = field(default_factory=OrderedDict)
-    # recordings that were ever made
+    # This counts all recordings that were ever made.
     made: int = 0
-    # whether one failed: then there will be no other
+    # After a recording that failed there will be no other.
     failed: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -152,7 +154,7 @@ class _Recordings:
 
 _recordings: WeakKeyDictionary[nn.Module, _Recordings] = WeakKeyDictionary()
 _recording_now = threading.Lock()
-# PyTorch may go on asking a graph whose recording broke off
+# PyTorch may go on asking a graph whose recording broke off, so such graphs are kept.
 _broken: list[torch.cuda.CUDAGraph] = []
 
 
@@ -224,7 +226,7 @@ def _find(
     device = next(tensor.device for tensor in inputs if tensor is not None)
     place = (device, torch.cuda.current_stream(device).cuda_stream)
     shapes = tuple(None if tensor is None else (tensor.shape, tensor.dtype, tensor.device) for tensor in inputs)
-    # a tensor made in inference mode can be written in inference mode alone
+    # Inference mode is part of the kind, because a tensor made in it can be written in it alone.
     modes = (torch.is_inference_mode_enabled(), torch.are_deterministic_algorithms_enabled(), *_matmul_modes())
     kind = (shapes, settings, place, modes, recordings.parts.weights)
     recording = recordings.graphs.get(kind)
@@ -232,8 +234,8 @@ def _find(
         recordings.graphs.move_to_end(kind)
     elif recordings.is_due(kind) and _recording_now.acquire(blocking=False):
         try:
-            # one memory for all graphs of a place: they never run at once, and their outputs are copied out. It goes
-            # with the last of them, so that there is no handle to keep
+            # All graphs of a place share their memory: they never run at once, and their outputs are copied out. The
+            # memory goes with the last of them, so that there is no handle to keep.
             pools = [other.graph.pool() for other in recordings.graphs.values() if other.place == place]
             recording = _record(call, inputs, pools[0] if pools else None, place)
         finally:
@@ -265,8 +267,8 @@ def _record(
     # could be freed under this graph; so the graph makes its own, in its own memory, and leaves none behind
     torch._C._cuda_clearCublasWorkspaces()
     try:
-        # the outer context gives device and stream back where the end of the recording fails; other threads may go on
-        # allocating
+        # The outer context gives device and stream back where the end of the recording fails. Other threads may go on
+        # allocating.
         with torch.cuda.stream(torch.cuda.current_stream(device)):
             static = [None if tensor is None else tensor.clone() for tensor in inputs]
             with torch.cuda.graph(graph, pool=pool, stream=graph_stream(device, 0), capture_error_mode="thread_local"):

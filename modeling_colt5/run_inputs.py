@@ -30,24 +30,25 @@ class ForwardFlags(TypedDict, total=False):
     return_dict: bool | None
 
 
-# what every model may be given beside its forward's named arguments: Trainer's count, and what Transformers' wrappers
-# of a forward read
+# Every model may be given these beside its forward's named arguments: Trainer's count, and what Transformers' wrappers
+# of a forward read.
 _READ_BY_ALL = frozenset(
     (*ForwardFlags.__annotations__, "use_cache", "cache", "num_items_in_batch")
     + ("is_causal", "debug_io", "debug_io_dir", "prune_layers")
 )
-# several texts in one row: Transformers' names begin so, or are these; the last two are T5X's and Megatron's
+# Arguments of these names put several texts in one row. Transformers' names begin so or are these; the last two are
+# T5X's and Megatron's.
 _PACKING_PREFIX = "cu_seq"
 _PACKING = frozenset({"seq_idx", "segment_ids", "encoder_segment_ids", "decoder_segment_ids", "packed_seq_params"})
-# positions, and the mask without which they would say where texts begin
+# Without the mask that stands beside them, positions would say where texts begin.
 _POSITIONS = {"position_ids": "attention_mask", "decoder_position_ids": "decoder_attention_mask"}
 
-# what each model has been warned of
+# The topics that each model has been warned of.
 _warned: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 
 
 def _warn_once(model: nn.Module, topic: str, message: Callable[[], str]) -> None:
-    # a tracer keeps no warnings, and cannot follow what makes some of the messages
+    # A tracer keeps no warnings, and cannot follow what makes some of the messages.
     if not runs_eagerly():
         return
     topics = _warned.setdefault(model, set())
@@ -237,7 +238,7 @@ def check_cache(cache: Cache | None, states: Tensor) -> None:
         if part is None or not part.layers:
             continue
         layer = part.layers[0]
-        # a causally routed layer keeps no keys
+        # A causally routed layer keeps no keys, but counters.
         tensor = getattr(layer, "counters", {}).get("lengths")
         if tensor is None and layer.is_initialized:
             tensor = layer.keys

@@ -8,7 +8,7 @@ import torch
 
 from .run_backend import kernel_takes, runs_eagerly, uses_triton
 
-# a function of an operator's arguments that needs Triton; None where that is not installed
+# A function of an operator's arguments that needs Triton, or None where Triton is not installed.
 Kernel = Callable[..., Any] | None
 
 
@@ -46,7 +46,7 @@ def refuse_transforms_of_kernels(name: str) -> None:
     Raises:
         RuntimeError: inside of grad, vmap and the other transforms of torch.func, whose tensors kernels cannot read.
     """
-    # a compiler transforms by itself, or says that it cannot
+    # A compiler transforms operators by itself, or says that it cannot.
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         raise RuntimeError(
             f"colt5::{name} runs as a Triton kernel, which torch.func (grad, vmap and others) cannot transform: use "
@@ -91,7 +91,8 @@ class Operator:
         self.function: type[torch.autograd.Function] | None = None
         if save is not None and backward is not None:
             self.function = self._make_function(name, save, backward)
-            # Function.apply itself looks through the arguments for what functorch left behind, 4 µs a call
+            # `Function.apply` would look through the arguments for what functorch left behind, which takes 4 µs a
+            # call.
             self.apply = super(torch.autograd.Function, self.function).apply  # type: ignore[misc]
         if not hasattr(torch.ops.colt5, name):
             self._register(name, schema, fake)
@@ -110,7 +111,8 @@ class Operator:
     def _make_function(
         self, name: str, save: Callable[..., None], backward: Callable[..., Any]
     ) -> type[torch.autograd.Function]:
-        # no separate setup_context: with one, PyTorch binds the arguments by inspection, 30 µs a call
+        # There is no separate `setup_context`: with one, PyTorch binds the arguments by inspection, which takes 30 µs
+        # a call.
         def forward(ctx: Any, *inputs: Any) -> Any:
             if runs_eagerly():
                 outputs = self.implementation(*inputs)

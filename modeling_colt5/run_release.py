@@ -14,9 +14,10 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-# the newest release that the tests were run with
+# The tests were run with releases up to this one.
 NEWEST_TESTED = (5, 24)
-# the cache's name in outputs, in calls of layers and of masks: "past_key_values" up to 5.23, "cache" from 5.24 on
+# This is the cache's name in outputs, in calls of layers and of masks: "past_key_values" up to 5.23, "cache" from 5.24
+# on.
 CACHE = "cache" if "cache" in {field.name for field in fields(Seq2SeqLMOutput)} else "past_key_values"
 CACHE_NAMES = ("cache", "past_key_values")
 
@@ -64,7 +65,7 @@ def cache_of_forward(cache: Cache | None, past_key_values: Cache | None) -> Cach
     is_deprecated = CACHE == "cache" and past_key_values is not None
     if is_deprecated and not torch.compiler.is_compiling() and not is_called_by_peft():
         message = "`past_key_values` is deprecated, as in Transformers' own models from 5.24 on; use `cache`."
-        # a FutureWarning of who calls the forward, as Transformers' own
+        # The warning is attributed to who calls the forward, as Transformers' own is.
         warnings.warn(message, FutureWarning, stacklevel=3)
     return given
 

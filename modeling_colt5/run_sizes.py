@@ -58,7 +58,7 @@ def share_of(length: Any, fraction: float) -> Any:
     bits = -(-(denominator.bit_length() - 1) // 31) * 31
     one = 1 << bits
     numerator *= one // denominator
-    # what is more than 1e-6 above an integer is rounded up
+    # With this constant, what is more than 1e-6 above an integer is rounded up.
     constant = one - 1 - one // 10**6
     carried, part = 0, (1 << 31) - 1
     for shift in range(0, bits, 31):

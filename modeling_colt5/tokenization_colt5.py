@@ -6,12 +6,12 @@ from typing import Any
 from tokenizers import AddedToken, Regex, decoders
 from transformers import T5Tokenizer
 
-# the encoder has no position limit: this bounds nothing but `truncation=True` without a `max_length`.
-# it is four times the longest input of the paper's main results (16k)
+# The encoder has no limit of positions: this number bounds `truncation=True` without a `max_length` alone. It is four
+# times the longest input of the paper's main results (16k).
 DEFAULT_MODEL_MAX_LENGTH = 65_536
 
-# the paper writes [R], [S] and [X]; its published checkpoints write these. The paper's are ordinary text
-# in source code (`Generic[S]`), where they would turn into mode tokens
+# The paper writes [R], [S] and [X], and its published checkpoints write these. The paper's forms are ordinary text in
+# source code (`Generic[S]`), where they would turn into mode tokens.
 UL2_MODE_TOKENS = {"R": "[NLU]", "S": "[S2S]", "X": "[NLG]"}
 
 
@@ -65,8 +65,8 @@ class CoLT5Tokenizer(T5Tokenizer):
         )
         self.mode_tokens = mode_tokens
         if "\n" in self.get_vocab():
-            # pieces never hold a real space, so a space, tab or newline before "▁" ends a layout token;
-            # elsewhere this decodes as T5's Metaspace does
+            # Pieces never hold a real space, so a space, tab or newline before "▁" ends a layout token. Elsewhere this
+            # decodes as T5's Metaspace does.
             self._tokenizer.decoder = decoders.Sequence(
                 [
                     decoders.Fuse(),
@@ -106,7 +106,7 @@ class CoLT5Tokenizer(T5Tokenizer):
 
         The base class knows T5's order by the class name `T5Tokenizer` only, and calls this for other classes.
         """
-        # sentencepiece's control symbols (pad, eos) are named tokens already
+        # Sentencepiece's control symbols (pad, eos) are named tokens already.
         kwargs.pop("additional_special_tokens", None)
         sentinels = [(f"<extra_id_{i}>", 0.0) for i in reversed(range(extra_ids))]
         return {**kwargs, "vocab": [*vocab, *sentinels], "extra_ids": extra_ids}
@@ -130,5 +130,5 @@ class CoLT5Tokenizer(T5Tokenizer):
         return {name: self.convert_tokens_to_ids(token) for name, token in UL2_MODE_TOKENS.items()}
 
 
-# a saved copy carries this file and the `auto_map` entry, and so does whatever that copy saves in turn
+# A saved copy carries this file and the `auto_map` entry, and so does whatever that copy saves in turn.
 CoLT5Tokenizer.register_for_auto_class("AutoTokenizer")
