@@ -220,6 +220,7 @@ class _Program:
         self.batch, self.n, self.d = common.batch, common.n, weights[0].numel()
         self.dtype, self.device, self.settings = common.dtype, common.device, common.settings
         self.numbers, self.eps, self.radius = layer.numbers, layer.eps, layer.radius
+        self.drops = layer.drops
         self.dtypes, self.sizes = list(map(_DTYPE, weights)), list(map(Tensor.numel, weights))
         self.capacities = queries, keys, tokens = common.capacities
         self.light_size, self.heavy_size = layer.head_sizes
@@ -457,7 +458,8 @@ class StraightLayer:
             tables, plan: as above.
         """
         common = plan.straight
-        program = None if any(layer.drops) else _Program.of(common, layer, weights, tables)
+        drops = any(layer.drops) and (not torch.is_grad_enabled() or max(layer.drops) >= 1)
+        program = None if drops else _Program.of(common, layer, weights, tables)
         if program is None:
             return None
         residual, light, heavy, routed = parts
@@ -511,6 +513,26 @@ def _products(joins: bool, states: Tensor, *weights: Tensor) -> tuple[Tensor, ..
 
 def _rounded(states: Tensor, dtype: torch.dtype) -> Tensor:
     return states if states.dtype == dtype else states.to(dtype)
+
+
+def _seed(program: _Program, place: int) -> Tensor | None:
+    """What attention's dropout of a place in `PlainLayer.drops` follows from, drawn as the modules draw it."""
+    return torch.randint(2**63 - 1, (1,), device=program.device) if program.drops[place] > 0 else None
+
+
+def _drop(states: Tensor, probability: float) -> tuple[Tensor, Tensor]:
+    """What `torch.nn.functional.dropout` gives for the same state of the generator, and what `_drop_again` needs."""
+    if states.is_cuda:
+        return torch.native_dropout(states, probability, True)
+    factors = torch.empty_like(states).bernoulli_(1 - probability).div_(1 - probability)
+    return states * factors, factors
+
+
+def _drop_again(states: Tensor, dropped: Tensor, probability: float) -> Tensor:
+    """The same for other states, such as their gradient, by what `_drop` gave."""
+    if dropped.dtype == torch.bool:
+        return torch.ops.aten.native_dropout_backward(states, dropped, 1 / (1 - probability))
+    return states * dropped
 
 
 def _route(line: StraightLayer, router: int, name: str, scores: Any, results: list[Any]) -> None:
@@ -575,13 +597,15 @@ def _attention(line: StraightLayer, parts: list[Any], kept: list[Tensor] | None)
         width, size = program.heavy, program.heavy_size
         attended = torch.empty(batch * queries, width, dtype=program.attended, device=device)
         states = way.read(way.heads(query, size), *way.head_parts(key_value, width, size))
+        heavy_seed = _seed(program, 1)
         run(
             "heavy attention", attention_forward_into,
             (
-                *states, at(line.tables[1]), query_slots[0], key_slots[0], key_slots[1], None,
+                *states, at(line.tables[1]), query_slots[0], key_slots[0], key_slots[1],
+                None if heavy_seed is None else at(heavy_seed),
                 way.heads(attended, size), places[program.heavy_sums],
             ),
-            0, 0.0,
+            0, program.drops[1],
         )  # fmt: skip
         attended = _rounded(attended, dtype)
         heavy = linear(attended, heavy_o)
@@ -591,19 +615,21 @@ def _attention(line: StraightLayer, parts: list[Any], kept: list[Tensor] | None)
     query_key_value = _products(program.joins_light, normed, q, k, v)
     attended = torch.empty(batch * program.n, width, dtype=program.attended, device=device)
     states = way.read(*way.head_parts(query_key_value, width, size))
+    seed = _seed(program, 0)
     run(
         "light attention", attention_forward_into,
         (
-            *states, at(line.tables[0]), None, None, None if common.mask is None else at(common.mask), None,
-            way.heads(attended, size), places[program.light_sums],
+            *states, at(line.tables[0]), None, None, None if common.mask is None else at(common.mask),
+            None if seed is None else at(seed), way.heads(attended, size), places[program.light_sums],
         ),
-        program.radius, 0.0,
+        program.radius, program.drops[0],
     )  # fmt: skip
     attended = _rounded(attended, dtype)
     light = linear(attended, o)
     line.plan.join()
     if kept is not None:
-        kept += (attended, *query_key_value)
+        seeds = [part for part in (heavy_seed, seed) if part is not None]
+        kept += (attended, *query_key_value, *seeds)
     return [hidden_states, light, heavy, query_slots, memory]
 
 
@@ -615,6 +641,7 @@ def _dense(
     wi_0: Tensor,
     wi_1: Tensor,
     wo: Tensor,
+    drop: float,
     kept: list[Tensor] | None,
 ) -> Tensor:
     """A gated feed-forward, [tokens, d_model] → the same shape."""
@@ -625,6 +652,10 @@ def _dense(
     activated = torch.empty(states.shape[0], width, dtype=states.dtype, device=states.device)
     way.run(name, gated_gelu_into, (*way.row_parts(products, width), way.rows(activated)))
     del products
+    if drop > 0:
+        activated, dropped = _drop(activated, drop)
+        if kept is not None:
+            kept.append(dropped)
     return linear(_rounded(activated, wo.dtype), wo)
 
 
@@ -643,7 +674,16 @@ def _feed_forward(line: StraightLayer, parts: list[Any], kept: list[Tensor] | No
     hidden_states = torch.empty_like(residual)
     summands = (at(residual), rows(light), rows(heavy), *routed)
     vectors = (at(norm_weight), way.vectors(router))
-    if dtype == torch.float16:
+    dropped = None
+    if program.drops[2] > 0:
+        update = torch.empty_like(residual)
+        run("branches", combine_into, (rows(light), None, rows(heavy), *routed, *[None] * 4, at(update)))
+        update, dropped = _drop(update, program.drops[2])
+        summands = (at(residual), at(update), *[None] * 4)
+        results = (at(hidden_states), rows(normed), *places[:2])
+        run("second sum and norm", combine_norm_into, (*summands, *vectors, *results), program.eps[1])
+        del update
+    elif dtype == torch.float16:
         run("sum", combine_into, (*summands, None, None, None, None, at(hidden_states)))
         states = at(_clamped(hidden_states))
         results = (None, rows(normed), *places[:2])
@@ -663,8 +703,19 @@ def _feed_forward(line: StraightLayer, parts: list[Any], kept: list[Tensor] | No
         run("gather tokens", gather_into, (rows(normed), *slots, None, rows(states), None, None, None, None))
         if kept is not None:
             kept += (hidden_states, memory, normed, factors, indices, valid, states)
-        heavy = _dense(line, "heavy gelu", program.joins_heavy_ff, states, heavy_wi_0, heavy_wi_1, heavy_wo, kept)
-    light = _dense(line, "light gelu", program.joins_light_ff, normed, wi_0, wi_1, wo, kept)
+            kept += [] if dropped is None else [dropped]
+        heavy = _dense(
+            line,
+            "heavy gelu",
+            program.joins_heavy_ff,
+            states,
+            heavy_wi_0,
+            heavy_wi_1,
+            heavy_wo,
+            program.drops[5],
+            kept,
+        )
+    light = _dense(line, "light gelu", program.joins_light_ff, normed, wi_0, wi_1, wo, program.drops[4], kept)
     line.plan.join()
     if kept is not None:
         kept.append(heavy)
@@ -680,10 +731,15 @@ class _Straight(torch.autograd.Function):
         after = _attention(line, [hidden_states, None, None, None], kept)
         states, light, heavy, routed = _feed_forward(line, after, kept)
         result = torch.empty_like(states)
-        at = line.way.at
-        slots = map(at, routed)  # type: ignore[arg-type]
-        run_with = (at(states), at(light), at(heavy), *slots, None, None, None, None, at(result))
-        line.way.run("sum of all", combine_into, run_with)
+        at, drop = line.way.at, line.program.drops[3]
+        slots = [*map(at, routed), None, None, None, None]  # type: ignore[arg-type]
+        if drop > 0:
+            line.way.run("last branches", combine_into, (at(light), None, at(heavy), *slots, at(result)))
+            result, dropped = _drop(result, drop)
+            kept.append(dropped)
+            result += states
+        else:
+            line.way.run("sum of all", combine_into, (at(states), at(light), at(heavy), *slots, at(result)))
         line.way.done()
         ctx.set_materialize_grads(False)
         ctx.common, ctx.program, ctx.plan = line.common, line.program, line.plan
@@ -707,8 +763,8 @@ class _Straight(torch.autograd.Function):
         count_of_first = _kept_of_attention(ctx.program)
         first, second = kept[:count_of_first], kept[count_of_first:]
         del kept
-        grad = _feed_forward_backward(line, grad, second, needs[4:], gradients)
-        hidden, light_table, heavy_table = _attention_backward(line, grad, first, needs, gradients)
+        grads = _feed_forward_backward(line, grad, second, needs[4:], gradients)
+        hidden, light_table, heavy_table = _attention_backward(line, *grads, first, needs, gradients)
         way.done()
         return None, hidden, light_table, heavy_table, *gradients
 
@@ -718,7 +774,8 @@ _apply = super(torch.autograd.Function, _Straight).apply
 
 def _kept_of_attention(program: _Program) -> int:
     """How many tensors `_attention` keeps."""
-    return 10 + (1 if program.joins_heavy else 2) + (0 if program.joins_light else 2)
+    seeds = sum(drop > 0 for drop in program.drops[:2])
+    return 10 + (1 if program.joins_heavy else 2) + (0 if program.joins_light else 2) + seeds
 
 
 def _weight_gradients(
@@ -736,22 +793,31 @@ def _dense_backward(
     name: str,
     grad: Tensor,
     states: Tensor,
-    products: tuple[Tensor, ...],
+    products: list[Tensor],
     weights: tuple[Tensor, Tensor, Tensor],
+    drop: float,
     needs: tuple[bool, ...],
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """The gradients of `_dense`: of its states, and of wi_0, wi_1 and wo as far as they are needed."""
+    """The gradients of `_dense`, which kept the products: of its states, and of wi_0, wi_1 and wo as far as they are
+    needed."""
     way, width = line.way, weights[0].shape[0]
+    dropped = None
+    if drop > 0:
+        *products, dropped = products
     tokens, dtype, device = states.shape[0], states.dtype, states.device
-    parts = way.row_parts(products, width)
+    parts = way.row_parts(tuple(products), width)
     wo_grad = None
     if needs[2]:
         # cheaper to compute again than to keep
         activated = torch.empty(tokens, width, dtype=dtype, device=device)
         way.run(name, gated_gelu_into, (*parts, way.rows(activated)))
+        if dropped is not None:
+            activated = _drop_again(activated, dropped, drop)
         wo_grad = torch.mm(grad.t(), activated)
         del activated
     activated_grad = torch.mm(grad, weights[2])
+    if dropped is not None:
+        activated_grad = _drop_again(activated_grad, dropped, drop)
     joined = torch.empty(tokens, 2 * width, dtype=dtype, device=device)
     run_with = (way.rows(activated_grad), *parts, *way.row_parts((joined,), width))
     way.run(f"{name} backward", gated_gelu_backward_into, run_with)
@@ -779,18 +845,22 @@ def _feed_forward_backward(
     kept: list[Tensor],
     needs: tuple[bool, ...],
     gradients: list[Tensor | None],
-) -> Tensor:
-    """The gradient of what the feed-forward got, [batch, n, d_model], and those of its weights into their places; it
-    takes what was kept."""
+) -> tuple[Tensor, Tensor]:
+    """The gradients of what the feed-forward got, [batch, n, d_model], of the residual and of the branches before it,
+    and those of its weights into their places; it takes what was kept."""
     program, way = line.program, line.way
     norm_weight, wi_0, wi_1, wo, router, heavy_wi_0, heavy_wi_1, heavy_wo = line.weights[11:]
     at, rows, run = way.at, way.rows, way.run
     dtype, device, d, batch = program.dtype, program.device, program.d, program.batch
     tokens = program.capacities[2]
+    branch_grad = grad
+    if program.drops[3] > 0:
+        branch_grad = _drop_again(grad, kept.pop(), program.drops[3])
     hidden_states, memory, normed, factors, indices, valid, states, *products, heavy = kept
     kept.clear()
-    heavy_products = products[: 1 if program.joins_heavy_ff else 2]
-    light_products = products[1 if program.joins_heavy_ff else 2 :]
+    dropped = products.pop(0) if program.drops[2] > 0 else None
+    count = (1 if program.joins_heavy_ff else 2) + (program.drops[5] > 0)
+    heavy_products, light_products = products[:count], products[count:]
     del products
     room = program.second_back.take(device)
     places, back = way.places(program.second, memory), way.places(program.second_back, room)
@@ -799,7 +869,7 @@ def _feed_forward_backward(
     heavy_grad = torch.empty(batch * tokens, d, dtype=dtype, device=device)
     run(
         "heavy feed-forward's gradient", gather_dot_into,
-        (at(grad), rows(heavy), *slots, at(factors), rows(heavy_grad), back[gradient.weights[0]]),
+        (at(branch_grad), rows(heavy), *slots, at(factors), rows(heavy_grad), back[gradient.weights[0]]),
     )  # fmt: skip
     ((scores, *_, state),) = program.second_slots.launches
     (places_back,) = gradient.launches
@@ -809,13 +879,15 @@ def _feed_forward_backward(
         tuple([None if place is None else back[place] for place in places_back]),
     )  # fmt: skip
     states_grad, gradients[16:19] = _dense_backward(
-        line, "heavy gelu", heavy_grad, states, tuple(heavy_products), (heavy_wi_0, heavy_wi_1, heavy_wo), needs[16:19]
-    )
+        line, "heavy gelu", heavy_grad, states, heavy_products, (heavy_wi_0, heavy_wi_1, heavy_wo),
+        program.drops[5], needs[16:19],
+    )  # fmt: skip
     del heavy_products, heavy_grad, states
     normed_grad, gradients[12:15] = _dense_backward(
-        line, "light gelu", grad.view(-1, d), normed, tuple(light_products), (wi_0, wi_1, wo), needs[12:15]
-    )
-    del light_products, normed
+        line, "light gelu", branch_grad.view(-1, d), normed, light_products, (wi_0, wi_1, wo),
+        program.drops[4], needs[12:15],
+    )  # fmt: skip
+    del light_products, normed, branch_grad
     total = torch.empty_like(normed_grad)
     run(
         "sum of the feed-forward's gradients", combine_into,
@@ -832,12 +904,13 @@ def _feed_forward_backward(
         ),
     )  # fmt: skip
     gradients[11], gradients[15] = norm_grad, router_grad
-    return result
+    return result, result if dropped is None else _drop_again(result, dropped, program.drops[2])
 
 
 def _attention_backward(
     line: StraightLayer,
     grad: Tensor,
+    branch_grad: Tensor,
     kept: list[Tensor],
     all_needs: tuple[bool, ...],
     gradients: list[Tensor | None],
@@ -854,6 +927,8 @@ def _attention_backward(
     hidden_states, memory, normed, heavy, query_states, key_states, attended, query, *rest = kept
     kept.clear()
     key_value, rest = rest[: 1 if program.joins_heavy else 2], rest[1 if program.joins_heavy else 2 :]
+    seed = rest.pop() if program.drops[0] > 0 else None
+    heavy_seed = rest.pop() if program.drops[1] > 0 else None
     light_attended, *query_key_value = rest
     del rest
     room = program.first_back.take(device)
@@ -864,7 +939,7 @@ def _attention_backward(
     heavy_grad = torch.empty(batch * queries, d, dtype=dtype, device=device)
     run(
         "heavy attention's gradient", gather_dot_into,
-        (at(grad), rows(heavy), *query_slots, rows(heavy_grad), back[gradient.weights[0]]),
+        (at(branch_grad), rows(heavy), *query_slots, rows(heavy_grad), back[gradient.weights[0]]),
     )  # fmt: skip
     if needs[10]:
         gradients[10] = torch.mm(heavy_grad.t(), attended)
@@ -882,11 +957,12 @@ def _attention_backward(
         f"heavy attention backward {heavy_table_needed}", attention_backward_into,
         (
             *outputs, places[program.heavy_sums], *inputs,
-            at(line.tables[1]), query_slots[0], key_slots[0], key_slots[1], None, back[program.heavy_delta],
+            at(line.tables[1]), query_slots[0], key_slots[0], key_slots[1],
+            None if heavy_seed is None else at(heavy_seed), back[program.heavy_delta],
             heads(query_grad, size), *way.head_parts((key_value_grad,), width, size),
             None if partials is None else at(partials),
         ),
-        0, 0.0,
+        0, program.drops[1],
     )  # fmt: skip
     del attended, attended_grad, query, key_value, outputs, inputs
     heavy_table = None if partials is None else partials.sum((0, 2))
@@ -899,7 +975,7 @@ def _attention_backward(
     del query_states, key_states, query_grad, key_value_grad
 
     width, size = program.light, program.light_size
-    light_grad = grad.view(-1, d)
+    light_grad = branch_grad.view(-1, d)
     if needs[4]:
         gradients[4] = torch.mm(light_grad.t(), light_attended)
     attended_grad = torch.mm(light_grad, o)
@@ -913,11 +989,11 @@ def _attention_backward(
         f"light attention backward {light_table_needed}", attention_backward_into,
         (
             *outputs, places[program.light_sums], *inputs,
-            at(line.tables[0]), None, None, None if common.mask is None else at(common.mask), None,
-            back[program.light_delta], *way.head_parts((query_key_value_grad,), width, size),
+            at(line.tables[0]), None, None, None if common.mask is None else at(common.mask),
+            None if seed is None else at(seed), back[program.light_delta], *way.head_parts((query_key_value_grad,), width, size),
             None if partials is None else at(partials),
         ),
-        program.radius, 0.0,
+        program.radius, program.drops[0],
     )  # fmt: skip
     del light_attended, attended_grad, query_key_value, outputs, inputs
     light_table = None if partials is None else partials.sum((0, 2))

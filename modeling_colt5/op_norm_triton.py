@@ -71,9 +71,11 @@ def combine_norm_kernel(
     rows = tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     if light_ptr is not None:
         rows += tl.load(light_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        rows += routed_rows(
-            positions, batch, columns, column_mask, heavy_ptr, indices_ptr, valid_ptr, weights_ptr, capacity, d, ROWS
-        )
+        if heavy_ptr is not None:
+            rows += routed_rows(
+                positions, batch, columns, column_mask, heavy_ptr, indices_ptr, valid_ptr, weights_ptr, capacity, d,
+                ROWS,
+            )  # fmt: skip
         combined = rows.to(hidden_ptr.dtype.element_ty)
         tl.store(hidden_ptr + offsets, combined, mask=mask)
         rows = combined.to(tl.float32)
