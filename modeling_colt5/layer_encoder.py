@@ -63,13 +63,22 @@ def may_run_straight(hidden_states: Tensor, solver: str) -> bool:
         and runs_eagerly()
         and type(hidden_states) in (Tensor, torch.nn.Parameter)
         and hidden_states.numel() > 0
-        and not torch.is_autocast_enabled(hidden_states.device.type)
+        and _product_dtype(hidden_states) is not None
         and not torch.are_deterministic_algorithms_enabled()
         and forward_ad._current_level < 0
         and not torch_module._has_any_global_hook()
         and kernels_take(hidden_states.shape[1], solver, hidden_states.device)
         and not (torch.is_grad_enabled() and hidden_states.dtype == torch.float16)
     )
+
+
+def _product_dtype(hidden_states: Tensor) -> torch.dtype | None:
+    """The dtype of products of these states; None where autocast takes other states than those of fp32 to another."""
+    dtype, kind = hidden_states.dtype, hidden_states.device.type
+    if not torch.is_autocast_enabled(kind):
+        return dtype
+    wanted = torch.get_autocast_dtype(kind)
+    return wanted if dtype in (wanted, torch.float32) else None
 
 
 class StraightPass:
@@ -83,7 +92,9 @@ class StraightPass:
     def __init__(self, hidden_states: Tensor, plan: Any):
         attention, feed_forward, settings = plan.attention, plan.feed_forward, plan.settings
         self.batch, self.n, _ = hidden_states.shape
-        self.dtype, self.device = hidden_states.dtype, hidden_states.device
+        # of the states, and of products
+        self.hidden_dtype, self.device = hidden_states.dtype, hidden_states.device
+        self.dtype = _product_dtype(hidden_states) or self.hidden_dtype
         self.device_index = hidden_states.get_device()
         self.mask = plan.mask
         self.capacities = (*attention.capacities, *feed_forward.capacities)
@@ -104,7 +115,8 @@ class StraightPass:
             self.mask is None or self.mask.is_contiguous()
         )
         strides = None if self.mask is None else tuple(mask.stride(0) for _, mask in self.routers)
-        self.key = (self.batch, self.n, self.dtype, self.device, strides, self.capacities, self.settings)
+        dtypes = (self.hidden_dtype, self.dtype)
+        self.key = (self.batch, self.n, dtypes, self.device, strides, self.capacities, self.settings)
         self.by_address = (
             not INTERPRETED
             and torch._C._cuda_getDevice() == hidden_states.get_device()
@@ -218,7 +230,10 @@ class _Program:
 
     def __init__(self, common: StraightPass, layer: PlainLayer, weights: tuple[Tensor, ...]):
         self.batch, self.n, self.d = common.batch, common.n, weights[0].numel()
-        self.dtype, self.device, self.settings = common.dtype, common.device, common.settings
+        self.device, self.settings = common.device, common.settings
+        self.hidden_dtype, self.dtype = common.hidden_dtype, common.dtype
+        # whether autocast takes the matrices to another dtype
+        self.casts = self.hidden_dtype != self.dtype
         self.numbers, self.eps, self.radius = layer.numbers, layer.eps, layer.radius
         self.drops = layer.drops
         self.dtypes, self.sizes = list(map(_DTYPE, weights)), list(map(Tensor.numel, weights))
@@ -293,7 +308,7 @@ class _Program:
 
 def _fits(common: StraightPass, layer: PlainLayer, weights: tuple[Tensor, ...], tables: tuple[Tensor, Tensor]) -> bool:
     """Whether weights have the shapes and dtypes that the straight lines are written for."""
-    dtype, d = common.dtype, weights[0].shape[-1]
+    dtype, hidden_dtype, d = common.dtype, common.hidden_dtype, weights[0].shape[-1]
     light, heavy = weights[1].shape[0], weights[7].shape[0]
     light_ff, heavy_ff = weights[12].shape[0], weights[16].shape[0]
     light_size, heavy_size = layer.head_sizes
@@ -302,16 +317,22 @@ def _fits(common: StraightPass, layer: PlainLayer, weights: tuple[Tensor, ...], 
         (heavy, d), (heavy, d), (heavy, d), (d, heavy),
         (d,), (light_ff, d), (light_ff, d), (d, light_ff), (d,), (heavy_ff, d), (heavy_ff, d), (d, heavy_ff),
     ]  # fmt: skip
-    # `wo` stays in fp32 in an fp16 model
-    outputs = (dtype, torch.float32) if dtype == torch.float16 else (dtype,)
     matrices = _MATRICES(weights)
+    if dtype != hidden_dtype:
+        # autocast takes all of these
+        fit = all(matrix.dtype in (torch.float32, torch.bfloat16, torch.float16) for matrix in matrices)
+    else:
+        # `wo` stays in fp32 in an fp16 model
+        outputs = (dtype, torch.float32) if dtype == torch.float16 else (dtype,)
+        kinds = [outputs if place in (10, 13) else (dtype,) for place in range(len(matrices))]
+        fit = all(matrix.dtype in kind for matrix, kind in zip(matrices, kinds, strict=True))
     return (
         [tuple(weight.shape) for weight in weights] == shapes
         and light % light_size == 0
         and heavy % heavy_size == 0
         and (tables[0].shape[0], tables[1].shape[0]) == (light // light_size, heavy // heavy_size)
-        and all(normed_dtype(dtype, weights[norm].dtype, None) == dtype for norm in (0, 11))
-        and all(matrix.dtype in (outputs if place in (10, 13) else (dtype,)) for place, matrix in enumerate(matrices))
+        and all(normed_dtype(hidden_dtype, weights[norm].dtype, None) == hidden_dtype for norm in (0, 11))
+        and fit
         and weights[5].dtype == weights[6].dtype
     )
 
@@ -482,10 +503,39 @@ class StraightLayer:
     def run(self, parts: list[Any]) -> Parts:
         """Without gradients, from parts to parts; those that go in are taken out of their list, so that their memory
         comes back as soon as it can."""
+        if self.program.casts:
+            _cast(self)
         after = _attention(self, parts, None)
         result = _feed_forward(self, after, None)
         self.way.done()
         return result
+
+
+def _cast(line: StraightLayer) -> Tensor:
+    """Put copies of the matrices in the products' dtype in the place of the layer's; gives the memory of all."""
+    matrices = list(_MATRICES(line.weights))
+    memory = torch.empty(sum(map(Tensor.numel, matrices)), dtype=line.program.dtype, device=line.program.device)
+    copies = _copies(memory, matrices)
+    torch._foreach_copy_(copies, matrices)
+    line.weights = _with_matrices(line.weights, copies)
+    return memory
+
+
+def _copies(memory: Tensor, matrices: list[Tensor]) -> list[Tensor]:
+    """The matrices' places in a memory."""
+    parts = memory.split_with_sizes(list(map(Tensor.numel, matrices)))
+    return [part.view(matrix.shape) for part, matrix in zip(parts, matrices, strict=True)]
+
+
+def _with_matrices(weights: tuple[Tensor, ...], matrices: list[Tensor]) -> tuple[Tensor, ...]:
+    """Weights with other matrices."""
+    query, *rest = matrices
+    key, value, output, *heavy = rest
+    first, second = heavy[:4], heavy[4:]
+    return (
+        weights[0], query, key, value, output, weights[5], weights[6], *first,
+        weights[11], *second[:3], weights[15], *second[3:],
+    )  # fmt: skip
 
 
 def combined(parts: Parts) -> Tensor:
@@ -561,7 +611,7 @@ def _attention(line: StraightLayer, parts: list[Any], kept: list[Tensor] | None)
     normed = torch.empty(batch * program.n, d, dtype=dtype, device=device)
     residual, light, heavy, routed = parts
     parts.clear()
-    if light is not None and dtype == torch.float16:
+    if light is not None and program.hidden_dtype == torch.float16:
         residual, light = combined((residual, light, heavy, routed)), None
     if light is None:
         hidden_states = residual
@@ -676,14 +726,14 @@ def _feed_forward(line: StraightLayer, parts: list[Any], kept: list[Tensor] | No
     vectors = (at(norm_weight), way.vectors(router))
     dropped = None
     if program.drops[2] > 0:
-        update = torch.empty_like(residual)
+        update = torch.empty(residual.shape, dtype=dtype, device=device)
         run("branches", combine_into, (rows(light), None, rows(heavy), *routed, *[None] * 4, at(update)))
         update, dropped = _drop(update, program.drops[2])
         summands = (at(residual), at(update), *[None] * 4)
         results = (at(hidden_states), rows(normed), *places[:2])
         run("second sum and norm", combine_norm_into, (*summands, *vectors, *results), program.eps[1])
         del update
-    elif dtype == torch.float16:
+    elif program.hidden_dtype == torch.float16:
         run("sum", combine_into, (*summands, None, None, None, None, at(hidden_states)))
         states = at(_clamped(hidden_states))
         results = (None, rows(normed), *places[:2])
@@ -728,22 +778,24 @@ class _Straight(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, line: StraightLayer, hidden_states: Tensor, *inputs: Tensor) -> Tensor:
         kept: list[Tensor] = []
+        memory = [_cast(line)] if line.program.casts else []
         after = _attention(line, [hidden_states, None, None, None], kept)
         states, light, heavy, routed = _feed_forward(line, after, kept)
-        result = torch.empty_like(states)
+        assert light is not None and heavy is not None and routed is not None
         at, drop = line.way.at, line.program.drops[3]
-        slots = [*map(at, routed), None, None, None, None]  # type: ignore[arg-type]
+        result = torch.empty(states.shape, dtype=light.dtype if drop > 0 else states.dtype, device=states.device)
+        slots = [*map(at, routed), None, None, None, None]
         if drop > 0:
             line.way.run("last branches", combine_into, (at(light), None, at(heavy), *slots, at(result)))
             result, dropped = _drop(result, drop)
             kept.append(dropped)
-            result += states
+            result = states + result
         else:
             line.way.run("sum of all", combine_into, (at(states), at(light), at(heavy), *slots, at(result)))
         line.way.done()
         ctx.set_materialize_grads(False)
         ctx.common, ctx.program, ctx.plan = line.common, line.program, line.plan
-        ctx.save_for_backward(*inputs, *kept)
+        ctx.save_for_backward(*inputs, *memory, *kept)
         return result
 
     @staticmethod
@@ -755,6 +807,10 @@ class _Straight(torch.autograd.Function):
         saved = [part if part.is_contiguous() else part.contiguous() for part in (grad, *ctx.saved_tensors)]
         needs = ctx.needs_input_grad
         grad, tables, weights, kept = saved[0], tuple(saved[1:3]), tuple(saved[3 : count - 1]), saved[count - 1 :]
+        dtypes = list(map(_DTYPE, weights))
+        if ctx.program.casts:
+            matrices = list(_MATRICES(weights))
+            weights = _with_matrices(weights, _copies(kept.pop(0), matrices))
         kind = f"backward {needs[2:4]}"
         way = _choose(ctx.common, ctx.program, kind, [grad, *tables, *_VECTORS(weights), *kept])
         line = StraightLayer(ctx.common, ctx.program, way, weights, tables, ctx.plan)
@@ -766,6 +822,11 @@ class _Straight(torch.autograd.Function):
         grads = _feed_forward_backward(line, grad, second, needs[4:], gradients)
         hidden, light_table, heavy_table = _attention_backward(line, *grads, first, needs, gradients)
         way.done()
+        if ctx.program.casts:
+            gradients = [
+                None if gradient is None else _rounded(gradient, dtype)
+                for gradient, dtype in zip(gradients, dtypes, strict=True)
+            ]
         return None, hidden, light_table, heavy_table, *gradients
 
 
@@ -779,13 +840,18 @@ def _kept_of_attention(program: _Program) -> int:
 
 
 def _weight_gradients(
-    joined: Tensor, states: Tensor, widths: list[int], needs: tuple[bool, ...]
+    line: StraightLayer, joined: Tensor, states: Tensor, width: int, places: slice, all_needs: tuple[bool, ...]
 ) -> list[Tensor | None]:
-    """The gradients of weights whose products' gradients lie side by side, [tokens, sum of widths]."""
-    if all(needs):
-        return list(torch.mm(joined.t(), states).split_with_sizes(widths))
+    """The gradients of the weights of some places, whose products' gradients [tokens, width] lie side by side."""
+    needs, dtypes = all_needs[places], line.program.dtypes[places]
+    widths = [width] * len(needs)
+    if all(needs) and len(set(dtypes)) == 1:
+        return list(_rounded(torch.mm(joined.t(), states), dtypes[0]).split_with_sizes(widths))
     parts = joined.split_with_sizes(widths, -1)
-    return [torch.mm(part.t(), states) if need else None for part, need in zip(parts, needs, strict=True)]
+    return [
+        _rounded(torch.mm(part.t(), states), dtype) if need else None
+        for part, need, dtype in zip(parts, needs, dtypes, strict=True)
+    ]
 
 
 def _dense_backward(
@@ -796,10 +862,11 @@ def _dense_backward(
     products: list[Tensor],
     weights: tuple[Tensor, Tensor, Tensor],
     drop: float,
+    first: int,
     needs: tuple[bool, ...],
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """The gradients of `_dense`, which kept the products: of its states, and of wi_0, wi_1 and wo as far as they are
-    needed."""
+    """The gradients of `_dense`, which kept the products: of its states, and of wi_0, wi_1 and wo, the weights from
+    `first` on, as far as they are needed."""
     way, width = line.way, weights[0].shape[0]
     dropped = None
     if drop > 0:
@@ -807,7 +874,7 @@ def _dense_backward(
     tokens, dtype, device = states.shape[0], states.dtype, states.device
     parts = way.row_parts(tuple(products), width)
     wo_grad = None
-    if needs[2]:
+    if needs[first + 2]:
         # cheaper to compute again than to keep
         activated = torch.empty(tokens, width, dtype=dtype, device=device)
         way.run(name, gated_gelu_into, (*parts, way.rows(activated)))
@@ -822,7 +889,7 @@ def _dense_backward(
     run_with = (way.rows(activated_grad), *parts, *way.row_parts((joined,), width))
     way.run(f"{name} backward", gated_gelu_backward_into, run_with)
     del activated_grad
-    gradients = _weight_gradients(joined, states, [width, width], needs[:2])
+    gradients = _weight_gradients(line, joined, states, width, slice(first, first + 2), needs)
     return torch.mm(joined, torch.cat(weights[:2])), [*gradients, wo_grad]
 
 
@@ -853,9 +920,9 @@ def _feed_forward_backward(
     at, rows, run = way.at, way.rows, way.run
     dtype, device, d, batch = program.dtype, program.device, program.d, program.batch
     tokens = program.capacities[2]
-    branch_grad = grad
+    branch_grad, light_grad = grad, _rounded(grad, dtype)
     if program.drops[3] > 0:
-        branch_grad = _drop_again(grad, kept.pop(), program.drops[3])
+        branch_grad = light_grad = _drop_again(light_grad, kept.pop(), program.drops[3])
     hidden_states, memory, normed, factors, indices, valid, states, *products, heavy = kept
     kept.clear()
     dropped = products.pop(0) if program.drops[2] > 0 else None
@@ -880,14 +947,14 @@ def _feed_forward_backward(
     )  # fmt: skip
     states_grad, gradients[16:19] = _dense_backward(
         line, "heavy gelu", heavy_grad, states, heavy_products, (heavy_wi_0, heavy_wi_1, heavy_wo),
-        program.drops[5], needs[16:19],
+        program.drops[5], 16, needs,
     )  # fmt: skip
     del heavy_products, heavy_grad, states
     normed_grad, gradients[12:15] = _dense_backward(
-        line, "light gelu", branch_grad.view(-1, d), normed, light_products, (wi_0, wi_1, wo),
-        program.drops[4], needs[12:15],
+        line, "light gelu", light_grad.view(-1, d), normed, light_products, (wi_0, wi_1, wo),
+        program.drops[4], 12, needs,
     )  # fmt: skip
-    del light_products, normed, branch_grad
+    del light_products, normed, branch_grad, light_grad
     total = torch.empty_like(normed_grad)
     run(
         "sum of the feed-forward's gradients", combine_into,
@@ -904,7 +971,9 @@ def _feed_forward_backward(
         ),
     )  # fmt: skip
     gradients[11], gradients[15] = norm_grad, router_grad
-    return result, result if dropped is None else _drop_again(result, dropped, program.drops[2])
+    if dropped is None:
+        return result, result
+    return result, _drop_again(_rounded(result, dtype), dropped, program.drops[2])
 
 
 def _attention_backward(
@@ -969,13 +1038,13 @@ def _attention_backward(
     query_grad, key_value_grad = _rounded(query_grad, dtype), _rounded(key_value_grad, dtype)
     if needs[7]:
         gradients[7] = torch.mm(query_grad.t(), query_states)
-    gradients[8:10] = _weight_gradients(key_value_grad, key_states, [width, width], needs[8:10])
+    gradients[8:10] = _weight_gradients(line, key_value_grad, key_states, width, slice(8, 10), needs)
     query_states_grad = torch.mm(query_grad, heavy_q)
     key_states_grad = torch.mm(key_value_grad, torch.cat((heavy_k, heavy_v)))
     del query_states, key_states, query_grad, key_value_grad
 
     width, size = program.light, program.light_size
-    light_grad = branch_grad.view(-1, d)
+    light_grad = _rounded(branch_grad, dtype).view(-1, d)
     if needs[4]:
         gradients[4] = torch.mm(light_grad.t(), light_attended)
     attended_grad = torch.mm(light_grad, o)
@@ -990,7 +1059,8 @@ def _attention_backward(
         (
             *outputs, places[program.light_sums], *inputs,
             at(line.tables[0]), None, None, None if common.mask is None else at(common.mask),
-            None if seed is None else at(seed), back[program.light_delta], *way.head_parts((query_key_value_grad,), width, size),
+            None if seed is None else at(seed), back[program.light_delta],
+            *way.head_parts((query_key_value_grad,), width, size),
             None if partials is None else at(partials),
         ),
         program.radius, program.drops[0],
@@ -998,7 +1068,7 @@ def _attention_backward(
     del light_attended, attended_grad, query_key_value, outputs, inputs
     light_table = None if partials is None else partials.sum((0, 2))
     query_key_value_grad = _rounded(query_key_value_grad, dtype)
-    gradients[1:4] = _weight_gradients(query_key_value_grad, normed, [width] * 3, needs[1:4])
+    gradients[1:4] = _weight_gradients(line, query_key_value_grad, normed, width, slice(1, 4), needs)
     normed_grad = torch.mm(query_key_value_grad, torch.cat((q, k, v)))
     del query_key_value_grad
 

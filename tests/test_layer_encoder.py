@@ -397,7 +397,9 @@ def gradients_of(model: CoLT5EncoderModel, batch: dict[str, torch.Tensor]) -> di
     return {"output": output.detach(), **gradients}
 
 
-def assert_same_gradients(actual: dict[str, Any], expected: dict[str, Any]) -> None:
+def assert_same_gradients(
+    actual: dict[str, Any], expected: dict[str, Any], rounded_to: torch.dtype | None = None
+) -> None:
     """The same but for rounding, by the size of the tensor; one in which all cancels is nothing but rounding of the
     larger ones that it was summed of."""
     assert actual.keys() == expected.keys()
@@ -405,7 +407,7 @@ def assert_same_gradients(actual: dict[str, Any], expected: dict[str, Any]) -> N
     for name, gradient in expected.items():
         assert (gradient is None) == (actual[name] is None), name
         if gradient is not None:
-            atol = ROUNDING[gradient.dtype] * max(gradient.abs().max().item(), 0.1 * largest)
+            atol = ROUNDING[rounded_to or gradient.dtype] * max(gradient.abs().max().item(), 0.1 * largest)
             torch.testing.assert_close(
                 actual[name], gradient, rtol=0, atol=atol, msg=lambda text, at=name: f"{at}: {text}"
             )
@@ -492,3 +494,23 @@ def test_repeated_launches_read_and_write_what_they_should(lengths: tuple[int, .
     with torch.no_grad():
         assert_same_but_for_rounding(model(**second).last_hidden_state, expected["output"])
     assert len(by_address) - count >= 2 * 10
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+def test_autocast_is_that_of_the_modules(rate: float, device: torch.device, layers: list) -> None:
+    model = encoder(device, num_layers=1, dropout_rate=rate)
+    model.train(rate > 0)
+    batch = batch_of(device, 9)
+
+    def call() -> dict[str, Any]:
+        with torch.autocast(device.type, torch.bfloat16):
+            return gradients_of(model, batch)
+
+    expected = as_modules(call)
+    assert not layers
+    for _ in range(1 if device.type == "cpu" else 3):
+        actual = call()
+        assert {gradient.dtype for gradient in actual.values()} == {torch.float32}
+        # products are rounded to bf16
+        assert_same_gradients(actual, expected, torch.bfloat16)
+    assert layers
