@@ -467,7 +467,7 @@ class StraightLayer:
         cls,
         layer: PlainLayer,
         weights: tuple[Tensor, ...],
-        parts: Parts,
+        parts: Parts | list[Any],
         tables: tuple[Tensor, Tensor],
         plan: Any,
     ) -> "StraightLayer | None":
@@ -538,13 +538,14 @@ def _with_matrices(weights: tuple[Tensor, ...], matrices: list[Tensor]) -> tuple
     )  # fmt: skip
 
 
-def combined(parts: Parts) -> Tensor:
+def combined(parts: Parts | list[Any]) -> Tensor:
     """The sum of a sublayer's parts, [batch, n, d_model]."""
     residual, light, heavy, routed = parts
     if light is None or heavy is None or routed is None:
         return residual
     hidden_states = torch.empty_like(residual)
-    combine_into(residual, light, heavy, *routed, None, None, None, None, hidden_states)
+    indices, valid, weights = routed
+    combine_into(residual, light, heavy, indices, valid, weights, None, None, None, None, hidden_states)
     return _clamped(hidden_states)
 
 

@@ -60,7 +60,6 @@ class RoutingPlan(RouterPlan):
         mode: how PyTorch runs the pass.
         attention: the budgets of queries and of keys/values; None with `routing="none"`.
         feed_forward: the budget of the feed-forward; None with `routing="none"`.
-        merges_late: whether blocks return their hidden states alone, and in parts, for the next norm to sum.
         straight: what the straight lines of kernels have in common (`StraightPass` of layer_encoder.py), where plain
             blocks may run as such; None where all run as modules.
         side: the stream that heavy branches run on next to the light ones, while a CUDA graph is captured; None
@@ -71,7 +70,6 @@ class RoutingPlan(RouterPlan):
     mode: Mode
     attention: RoutingBudget | None = None
     feed_forward: RoutingBudget | None = None
-    merges_late: bool = False
     straight: Any = None
     side: torch.cuda.Stream | None = None
 
