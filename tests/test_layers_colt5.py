@@ -353,6 +353,14 @@ def test_eager_and_sdpa_agree_in_every_attention(dtype, groups):
         assert (eager - sdpa).abs().max() <= limit * eager.abs().max(), module
 
 
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+def test_a_stack_sets_the_attention_of_all(part):
+    model = tiny_model()
+    getattr(model, part).set_attn_implementation("eager")
+    output = model(input_ids=random_ids(1, 9), decoder_input_ids=random_ids(1, 3), output_attentions=True)
+    assert len(output.encoder_attentions) == 2 and len(output.cross_attentions) == 3
+
+
 def test_encoder_attentions_are_not_causal():
     """sdpa takes an attention module without `is_causal=False` for causal when there is no mask."""
     config = tiny_config()
