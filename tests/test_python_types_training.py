@@ -278,7 +278,7 @@ ALONE = train.Processes(0, 1, torch.device("cpu"))
 
 def test_a_resumed_run_goes_on_where_it_was(corpus, tmp_path):
     def training(out: str) -> train.Training:
-        arguments = ["--tokens", f"{corpus}/tokens", "--out", str(tmp_path / out), "--dropout", "0", "--steps", "10"]
+        arguments = ["--tokens", f"{corpus}/tokens", "--out", str(tmp_path / out), "--closed", "0.5", "--steps", "10"]
         size, parsed_arguments = parsed(arguments)
         parsed_arguments.out.mkdir(exist_ok=True)
         return train.Training(parsed_arguments, size, ALONE, time.time() + 60)

@@ -135,7 +135,7 @@ def answered(
         questions: the modules.
         common: the commonest types, which are not rare.
         deadline: of `time.monotonic`; no batch begins that would end behind it, if it took as long as the longest. Of
-            modules that are taken together none is given then, because those with few annotations come first.
+            modules that are taken together none is given then, because the short ones come first.
     """
     common, longest = set(common), 0.0
     # a module may have no annotation

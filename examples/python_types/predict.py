@@ -15,14 +15,14 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from modeling_colt5.tokenization_colt5 import CoLT5Tokenizer
 
-# lengths of batches are multiples of it: as many kernels are compiled as there are such lengths
-MULTIPLE = 512
+# tokens of the shortest rows on a GPU
+LEAST_PADDED = 2048
 # tokens of one answer, and of many in the mean: of the training split's types 95 % have 11 at most, the mean 4
 LONGEST_ANSWER, MEAN_ANSWER = 64, 8
 # tokens that are encoded together, and decoded together, on a CPU and on a GPU
 ENCODED_TOKENS = 2**16, 2**19
-DECODED_TOKENS = 2**16, 2**21
-MOST_ROWS = 256
+DECODED_TOKENS = 2**16, 2**20
+MOST_ROWS = 128
 
 
 def load(folder: str | os.PathLike[str]) -> tuple[PreTrainedModel, CoLT5Tokenizer]:
@@ -90,9 +90,13 @@ class AnswersInOrder(LogitsProcessor):
         return kept
 
 
-def padded(rows: Sequence[Sequence[int]], multiple: int, device: torch.device) -> dict[str, Tensor]:
-    """int64 `input_ids` and `attention_mask` [batch, the longest, rounded up to a multiple]."""
-    length = -(-max(map(len, rows)) // multiple) * multiple
+def padded_length(length: int, device: torch.device) -> int:
+    """How long the encoder takes a row: on a GPU as a power of two, for kernels are compiled for each length."""
+    return max(LEAST_PADDED, 2 ** (length - 1).bit_length()) if device.type == "cuda" else length
+
+
+def padded(rows: Sequence[Sequence[int]], length: int, device: torch.device) -> dict[str, Tensor]:
+    """int64 `input_ids` and `attention_mask` [batch, length]."""
     ids, mask = np.zeros((2, len(rows), length), dtype=np.int64)
     for number, row in enumerate(rows):
         ids[number, : len(row)], mask[number, : len(row)] = row, 1
@@ -100,18 +104,19 @@ def padded(rows: Sequence[Sequence[int]], multiple: int, device: torch.device) -
 
 
 def encode(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """The encoder's output [batch, n, d_model] and mask [batch, n] of many rows, of which it reads a few at a time."""
-    device = model.device
-    # on a CPU nothing is gained by padding
-    multiple = MULTIPLE if device.type == "cuda" else 1
-    length = -(-max(map(len, rows)) // multiple) * multiple
-    states = torch.zeros(len(rows), length, model.config.d_model, device=device)
-    mask = torch.zeros(len(rows), length, dtype=torch.int64, device=device)
-    for batch in in_batches([len(row) for row in rows], ENCODED_TOKENS[device.type == "cuda"]):
-        inputs = padded([rows[number] for number in batch], multiple, device)
-        output = model.get_encoder()(**inputs).last_hidden_state
-        states[batch, : output.shape[1]] = output.float()
-        mask[batch, : output.shape[1]] = inputs["attention_mask"]
+    """The encoder's output fp32 [batch, n, d_model] and mask [batch, n] of rows, of which it reads a few at a time."""
+    device, lengths = model.device, [len(row) for row in rows]
+    # attention's kernels want multiples of 8
+    longest = -(-max(lengths) // 8) * 8
+    states = torch.zeros(len(rows), longest, model.config.d_model, device=device)
+    mask = padded(rows, longest, device)["attention_mask"]
+    for batch in in_batches(
+        [padded_length(length, device) for length in lengths], ENCODED_TOKENS[device.type == "cuda"]
+    ):
+        length = padded_length(max(lengths[number] for number in batch), device)
+        output = model.get_encoder()(**padded([rows[number] for number in batch], length, device)).last_hidden_state
+        length = min(length, longest)
+        states[batch, :length] = output[:, :length].float()
     return states, mask
 
 
@@ -181,19 +186,12 @@ def in_batches(lengths: Sequence[int], most_tokens: int, most_rows: int = 2**30)
 def predict_all(
     model: PreTrainedModel, tokenizer: Any, rows: Sequence[Sequence[int]], counts: Sequence[int]
 ) -> Iterator[dict[int, list[Prediction]]]:
-    """`predict` of any number of rows, in as few batches as memory allows: a step of the decoder takes about as long
-    for many rows as for one. Those with as many sentinels come together, for all wait for the last.
+    """`predict` of any number of rows, in batches as large as memory allows: a step of the decoder takes little longer
+    for many rows than for one.
 
     Yields:
         From the numbers of a batch's rows to their predictions.
     """
-    most = DECODED_TOKENS[model.device.type == "cuda"]
-    batch: list[int] = []
-    for number in [*sorted(range(len(rows)), key=lambda number: (counts[number], len(rows[number]))), None]:
-        longest = max(len(rows[each]) for each in (*batch, number) if each is not None)
-        if batch and (number is None or (len(batch) + 1) * longest > most or len(batch) == MOST_ROWS):
-            answers = predict(model, tokenizer, [rows[each] for each in batch], [counts[each] for each in batch])
-            yield dict(zip(batch, answers, strict=True))
-            batch = []
-        if number is not None:
-            batch.append(number)
+    for batch in in_batches([len(row) for row in rows], DECODED_TOKENS[model.device.type == "cuda"], MOST_ROWS):
+        answers = predict(model, tokenizer, [rows[each] for each in batch], [counts[each] for each in batch])
+        yield dict(zip(batch, answers, strict=True))

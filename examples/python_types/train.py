@@ -145,7 +145,7 @@ class Arguments:
     lengths: list[int] = field(
         default_factory=lambda: [2048, 4096, 8192, 16_384], metadata={"help": "tokens of an input afterwards"}
     )
-    closed: float = field(default=0.5, metadata={"help": "the dense start's `closed`"})
+    closed: float = field(default=0.4, metadata={"help": "the dense start's `closed`"})
     opening: float = field(default=0.1, metadata={"help": "the dense start's `opening`"})
     start_types: float = field(default=0.5, metadata={"help": "share of the batches of types in the dense start"})
     types: float = field(default=0.75, metadata={"help": "share of the batches of types afterwards"})
@@ -412,7 +412,7 @@ class Training:
                 log.write(line + "\n")
 
     def loader(self, phase: str) -> Iterator[tuple[str, Batch]]:
-        """The phase's batches from where the run is, made ahead by two other processes."""
+        """The phase's batches from where the run is, made ahead by other processes."""
         arguments, taken = self.arguments, self.progress.taken[phase]
         is_start = phase == "start"
         batches = Batches(
@@ -424,8 +424,8 @@ class Training:
             2 * arguments.seed + PHASES.index(phase),
             self.processes.rank,
         )
-        order = range(taken, len(batches))
-        return iter(DataLoader(batches, batch_size=None, sampler=order, num_workers=2, prefetch_factor=8))
+        order, workers = range(taken, len(batches)), min(3, os.cpu_count() or 1)
+        return iter(DataLoader(batches, batch_size=None, sampler=order, num_workers=workers, prefetch_factor=8))
 
     def resume(self) -> None:
         """Go on where the state was saved, if there is one."""
