@@ -1,6 +1,6 @@
 """All benchmarks by one command: each verified before it is timed, peers in the same run, results added to a history.
 
-python benchmarks/run.py                                   encoder, generation, training, dense: the table of targets
+python benchmarks/run.py                                   called, encoder, generation, training, dense: and the targets
 python benchmarks/run.py encoder training --seconds 480    some of them, within a time
 python benchmarks/run.py tables                            only render tables, targets and picture from the history
 
@@ -22,6 +22,7 @@ from results import render
 
 # what a benchmark's share of the time is
 SHARES = {
+    "called": 2,
     "encoder": 4,
     "encoder_kernels": 1,
     "generation": 3,
@@ -34,7 +35,7 @@ SHARES = {
     "encoder_cpu": 4,
     "causal": 4,
 }
-DEFAULT = ("encoder", "generation", "training", "dense")
+DEFAULT = ("called", "encoder", "generation", "training", "dense")
 TABLES = "tables"
 
 
