@@ -1,6 +1,6 @@
 """All benchmarks by one command: each verified before it is timed, peers in the same run, results added to a history.
 
-python benchmarks/run.py                                   called, encoder, generation, training, dense: and the targets
+python benchmarks/run.py                                   called, encoder, generation, training, dense
 python benchmarks/run.py encoder training --seconds 480    some of them, within a time
 python benchmarks/run.py tables                            only render tables, targets and picture from the history
 
