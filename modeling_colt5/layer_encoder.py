@@ -8,8 +8,11 @@ The first call of a kind, which is one of its shapes, dtypes and numbers, gives 
 are repeated with the addresses of other tensors, which spares looking at any of them again.
 """
 
+import threading
 from collections.abc import Callable
-from operator import attrgetter, itemgetter
+from contextlib import AbstractContextManager
+from functools import reduce
+from operator import attrgetter, itemgetter, or_
 from typing import Any
 
 import torch
@@ -39,6 +42,11 @@ if triton_is_available():
 
 # False lets every block run as modules, for a comparison
 enabled = True
+
+# from so many tokens on heavy branches run beside the light ones on a stream of their own, where nobody wants a
+# gradient: a change of streams costs the host more than shorter inputs gain by it. None for never
+beside_from: int | None = 8192
+_streams: dict[tuple[int, int, int], torch.cuda.Stream] = {}
 
 # of the weights those that kernels read, and those of products
 _VECTORS = itemgetter(0, 5, 6, 11, 15)
@@ -124,6 +132,22 @@ class StraightPass:
             and not has_listeners()
         )
         self.program: _Program | None = None
+        self.side: torch.cuda.Stream | None = None
+        is_long = beside_from is not None and self.batch * self.n >= beside_from
+        if is_long and self.device.type == "cuda" and plan.side is None and not torch.is_grad_enabled():
+            self.side = _stream_beside(self.device_index)
+
+
+def _stream_beside(device: int) -> torch.cuda.Stream:
+    """The stream for heavy branches of this thread, beside its current one.
+
+    Memory belongs to the stream that took it. What is taken on this one is read on the current one at last, and the
+    next heavy branch waits for that before it takes any; so no other stream may share it.
+    """
+    key = (device, torch.cuda.current_stream(device).cuda_stream, threading.get_ident())
+    if key not in _streams:
+        _streams[key] = torch.cuda.Stream(device)
+    return _streams[key]
 
 
 class _Room:
@@ -429,10 +453,15 @@ class _Addresses:
         pass
 
 
-def _choose(common: StraightPass, program: _Program, kind: str, read: list[Tensor]) -> Any:
-    """The way of a call of a kind that reads these tensors from outside of itself."""
+def _are_readable(common: StraightPass, tensors: list[Tensor]) -> bool:
+    """Whether kernels can read tensors as they are: contiguous, and beside what goes into the first layer."""
+    return all(map(Tensor.is_contiguous, tensors)) and set(map(Tensor.get_device, tensors)) == {common.device_index}
+
+
+def _choose(common: StraightPass, program: _Program, kind: str, addresses: list[int]) -> Any:
+    """The way of a call of a kind that reads at these addresses from outside of itself."""
     # kernels are compiled for addresses that are multiples of 16
-    if kind in program.ready and common.by_address and not any([part.data_ptr() & 15 for part in read]):
+    if kind in program.ready and common.by_address and not reduce(or_, addresses) & 15:
         return program.way
     return _Tensors(program, kind)
 
@@ -484,15 +513,18 @@ class StraightLayer:
         if program is None:
             return None
         residual, light, heavy, routed = parts
-        read = [*_VECTORS(weights), *tables, residual]
+        held, given = [*_VECTORS(weights), *tables], [residual]
         if light is not None and heavy is not None and routed is not None:
-            read += (light, heavy, *routed)
-        if not (common.is_readable and all(map(Tensor.is_contiguous, read))):
-            return None
-        if any([part.get_device() != common.device_index for part in read]):
+            given += (light, heavy, *routed)
+        addresses = [common.device_index, *map(Tensor.data_ptr, held)]
+        if addresses != layer.addresses:
+            if not _are_readable(common, held):
+                return None
+            layer.addresses = addresses
+        if not (common.is_readable and _are_readable(common, given)):
             return None
         kind = "parts" if light is not None else "training" if torch.is_grad_enabled() else "states"
-        way = _choose(common, program, kind, read)
+        way = _choose(common, program, kind, [*addresses[1:], *map(Tensor.data_ptr, given)])
         return cls(common, program, way, weights, tables, plan)
 
     def run_with_gradient(self, hidden_states: Tensor) -> Tensor:
@@ -599,6 +631,25 @@ def _route(line: StraightLayer, router: int, name: str, scores: Any, results: li
     line.way.run(name, route_forward_into, (*rows, *results, *shared), *program.settings)
 
 
+def _heavy(line: StraightLayer) -> AbstractContextManager:
+    """Inside, a heavy branch, which may run next to what comes after until `_join`; what it reads must live until
+    then."""
+    side = line.common.side
+    if side is None:
+        return line.plan.heavy()
+    side.wait_stream(torch.cuda.current_stream())
+    return torch.cuda.stream(side)
+
+
+def _join(line: StraightLayer) -> None:
+    """Wait for the heavy branch."""
+    side = line.common.side
+    if side is None:
+        line.plan.join()
+    else:
+        torch.cuda.current_stream().wait_stream(side)
+
+
 def _attention(line: StraightLayer, parts: list[Any], kept: list[Tensor] | None) -> list[Any]:
     """The conditional attention: its parts, whose slots lie in the memory that comes last."""
     program, way, common = line.program, line.way, line.common
@@ -632,7 +683,7 @@ def _attention(line: StraightLayer, parts: list[Any], kept: list[Tensor] | None)
             program.eps[0],
         )  # fmt: skip
     del residual, light, heavy, routed
-    with line.plan.heavy():
+    with _heavy(line):
         slots = program.first_slots
         for router, (scores, *results) in enumerate(slots.launches):
             _route(line, router, f"route {router}", places[scores], [places[result] for result in results])
@@ -677,7 +728,7 @@ def _attention(line: StraightLayer, parts: list[Any], kept: list[Tensor] | None)
     )  # fmt: skip
     attended = _rounded(attended, dtype)
     light = linear(attended, o)
-    line.plan.join()
+    _join(line)
     if kept is not None:
         seeds = [part for part in (heavy_seed, seed) if part is not None]
         kept += (attended, *query_key_value, *seeds)
@@ -743,7 +794,7 @@ def _feed_forward(line: StraightLayer, parts: list[Any], kept: list[Tensor] | No
         results = (at(hidden_states), rows(normed), *places[:2])
         run("second sum and norm", combine_norm_into, (*summands, *vectors, *results), program.eps[1])
     del residual, light, heavy, memory_of_slots
-    with line.plan.heavy():
+    with _heavy(line):
         ((scores, *_, state),) = program.second_slots.launches
         factors = torch.empty(batch, tokens, dtype=torch.float32, device=device)
         indices = torch.empty(batch, tokens, dtype=torch.int64, device=device)
@@ -767,7 +818,7 @@ def _feed_forward(line: StraightLayer, parts: list[Any], kept: list[Tensor] | No
             kept,
         )
     light = _dense(line, "light gelu", program.joins_light_ff, normed, wi_0, wi_1, wo, program.drops[4], kept)
-    line.plan.join()
+    _join(line)
     if kept is not None:
         kept.append(heavy)
     return hidden_states, light.view(batch, -1, d), heavy.view(batch, -1, d), (indices, valid, factors)
@@ -813,7 +864,8 @@ class _Straight(torch.autograd.Function):
             matrices = list(_MATRICES(weights))
             weights = _with_matrices(weights, _copies(kept.pop(0), matrices))
         kind = f"backward {needs[2:4]}"
-        way = _choose(ctx.common, ctx.program, kind, [grad, *tables, *_VECTORS(weights), *kept])
+        read = [grad, *tables, *_VECTORS(weights), *kept]
+        way = _choose(ctx.common, ctx.program, kind, list(map(Tensor.data_ptr, read)))
         line = StraightLayer(ctx.common, ctx.program, way, weights, tables, ctx.plan)
         del saved
         gradients: list[Tensor | None] = [None] * len(weights)

@@ -31,6 +31,7 @@ _NUMBERS = (
     ("light_ff", "is_gated_act"), ("heavy_ff", "is_gated_act"),
     ("query_router", "routing"), ("key_value_router", "routing"), ("router", "routing"),
 )  # fmt: skip
+_ATTRIBUTES = [attribute for _, attribute in _NUMBERS]
 
 
 class PlainBlock:
@@ -79,17 +80,20 @@ class PlainLayer:
         drops: probabilities of dropout as the modules' modes have them: light and heavy attention's, what the
             attention and what the feed-forward adds, light and heavy feed-forward's hidden states.
         numbers: all of them.
+        addresses: of vectors and tables that were found to be as kernels read them, behind their device's number.
     """
 
     __slots__ = (
-        "_children", "_classes", "_dicts", "_forwards", "_kinds_of_values", "_lengths", "_modules", "_parents",
-        "_with_numbers", "_with_parameters", "drops", "eps", "head_sizes", "numbers", "radius",
+        "_children", "_classes", "_dicts", "_forwards", "_kinds", "_kinds_of_values", "_lengths", "_modules",
+        "_parents", "_with_numbers", "_with_parameters", "addresses", "drops", "eps", "head_sizes", "numbers",
+        "radius",
     )  # fmt: skip
 
     def __init__(self, block: Any, parts: dict[str, nn.Module]):
         self._modules = list(parts.values())
         self._classes = list(map(type, self._modules))
-        self._forwards = list(map(_FORWARD, dict.fromkeys(self._classes)))
+        self._kinds = list(dict.fromkeys(self._classes))
+        self._forwards = list(map(_FORWARD, self._kinds))
         self._dicts = [part.__dict__ for part in self._modules]
         self._lengths = list(map(len, self._dicts))
         self._parents = [part.__dict__ for part in (block.layer, *self._modules) if part._modules]
@@ -97,9 +101,10 @@ class PlainLayer:
         self._with_parameters = [parts[name].__dict__ for name in WEIGHTS]
         values = chain.from_iterable(map(dict.values, map(_PARAMETERS, self._with_parameters)))
         self._kinds_of_values = [type(None) if value is None else nn.Parameter for value in values]
-        self._with_numbers = [(parts[name].__dict__, attribute) for name, attribute in _NUMBERS]
-        numbers: list[Any] = [part.get(attribute) for part, attribute in self._with_numbers]
+        self._with_numbers = [parts[name].__dict__ for name, _ in _NUMBERS]
+        numbers: list[Any] = list(map(dict.get, self._with_numbers, _ATTRIBUTES))
         self.numbers = numbers
+        self.addresses: list[int] = []
         self.eps = tuple(numbers[:2])
         self.head_sizes, self.radius = (numbers[2], numbers[4]), numbers[3]
         light_trains, light_p, heavy_trains, heavy_p = numbers[5:9]
@@ -144,8 +149,8 @@ class PlainLayer:
             or list(map(len, self._dicts)) != self._lengths
             or list(chain.from_iterable(map(dict.values, map(_MODULES, self._parents)))) != self._children
             or list(map(type, values)) != self._kinds_of_values
-            or [part.get(attribute) for part, attribute in self._with_numbers] != self.numbers
-            or list(map(_FORWARD, dict.fromkeys(self._classes))) != self._forwards
+            or list(map(dict.get, self._with_numbers, _ATTRIBUTES)) != self.numbers
+            or list(map(_FORWARD, self._kinds)) != self._forwards
         ):
             return None
         return tuple([value for value in values if value is not None])
