@@ -45,8 +45,8 @@ enabled = True
 
 # from so many tokens on heavy branches run beside the light ones on a stream of their own, where nobody wants a
 # gradient: a change of streams costs the host more than shorter inputs gain by it. None for never
-beside_from: int | None = 8192
-_streams: dict[tuple[int, int, int], torch.cuda.Stream] = {}
+beside_from: int | None = None
+_streams: dict[tuple[int, int], torch.cuda.Stream] = {}
 
 # of the weights those that kernels read, and those of products
 _VECTORS = itemgetter(0, 5, 6, 11, 15)
@@ -139,14 +139,11 @@ class StraightPass:
 
 
 def _stream_beside(device: int) -> torch.cuda.Stream:
-    """The stream for heavy branches of this thread, beside its current one.
-
-    Memory belongs to the stream that took it. What is taken on this one is read on the current one at last, and the
-    next heavy branch waits for that before it takes any; so no other stream may share it.
-    """
-    key = (device, torch.cuda.current_stream(device).cuda_stream, threading.get_ident())
+    """The stream for this thread's heavy branches, one of a priority that few ask for: PyTorch hands out the same
+    streams again and again, and what is launched on one that somebody records would be recorded too."""
+    key = (device, threading.get_ident())
     if key not in _streams:
-        _streams[key] = torch.cuda.Stream(device)
+        _streams[key] = torch.cuda.Stream(device, priority=-1)
     return _streams[key]
 
 
@@ -641,13 +638,17 @@ def _heavy(line: StraightLayer) -> AbstractContextManager:
     return torch.cuda.stream(side)
 
 
-def _join(line: StraightLayer) -> None:
-    """Wait for the heavy branch."""
+def _join(line: StraightLayer, *made: Tensor) -> None:
+    """Wait for the heavy branch, which made these tensors for later."""
     side = line.common.side
     if side is None:
         line.plan.join()
-    else:
-        torch.cuda.current_stream().wait_stream(side)
+        return
+    stream = torch.cuda.current_stream()
+    stream.wait_stream(side)
+    for tensor in made:
+        # its memory goes back to the other stream, where nobody knows of who reads it here
+        tensor.record_stream(stream)
 
 
 def _attention(line: StraightLayer, parts: list[Any], kept: list[Tensor] | None) -> list[Any]:
@@ -728,7 +729,7 @@ def _attention(line: StraightLayer, parts: list[Any], kept: list[Tensor] | None)
     )  # fmt: skip
     attended = _rounded(attended, dtype)
     light = linear(attended, o)
-    _join(line)
+    _join(line, heavy)
     if kept is not None:
         seeds = [part for part in (heavy_seed, seed) if part is not None]
         kept += (attended, *query_key_value, *seeds)
@@ -818,7 +819,7 @@ def _feed_forward(line: StraightLayer, parts: list[Any], kept: list[Tensor] | No
             kept,
         )
     light = _dense(line, "light gelu", program.joins_light_ff, normed, wi_0, wi_1, wo, program.drops[4], kept)
-    _join(line)
+    _join(line, heavy, factors, indices, valid)
     if kept is not None:
         kept.append(heavy)
     return hidden_states, light.view(batch, -1, d), heavy.view(batch, -1, d), (indices, valid, factors)

@@ -258,6 +258,15 @@ class CoLT5EncoderBlock(GradientCheckpointingLayer):
         return StraightLayer.of(*found, parts, (light_bias_table, heavy_bias_table), plan)
 
 
+BLOCK_FORWARD = CoLT5EncoderBlock.forward
+
+
+def _is_as_written(block: nn.Module) -> bool:
+    """Whether a call of an encoder's block is no more than what is written here: no hook, no other class."""
+    is_own = type(block) is CoLT5EncoderBlock and CoLT5EncoderBlock.forward is BLOCK_FORWARD
+    return is_own and not is_hooked(block)
+
+
 def _heavy_attentions_too(forward: Callable) -> Callable:
     """`output_attentions` asks for the heavy branch's weights as well as the light branch's."""
 
@@ -368,7 +377,7 @@ class CoLT5Encoder(CoLT5Stack):
         heavy_bias_table = None if self.config.routing == "none" else self.heavy_relative_attention_bias()
         tables = (light_bias_table, heavy_bias_table)
         try:
-            if plan.straight is not None and not plan.mode.keeps_gradients and not any(map(is_hooked, self.block)):
+            if plan.straight is not None and not plan.mode.keeps_gradients and all(map(_is_as_written, self.block)):
                 hidden_states = self.run_straight(hidden_states, tables, plan)
             else:
                 for block in self.block:
