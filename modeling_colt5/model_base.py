@@ -254,19 +254,6 @@ class CoLT5PreTrainedModel(PreTrainedModel):
         return inputs | {"decoder_input_ids": ids} if self.config.is_encoder_decoder else inputs
 
 
-def refuse_jit_trace() -> None:
-    """Refuse `torch.jit.trace`, which would keep its example's length.
-
-    Raises:
-        RuntimeError: while it traces.
-    """
-    if torch.jit.is_tracing():  # type: ignore[attr-defined]
-        raise RuntimeError(
-            "torch.jit.trace would keep its example's length, and with it how many tokens are routed; use "
-            "torch.export.export, whose programs take any length, and for ONNX torch.onnx.export(..., dynamo=True)"
-        )
-
-
 class CoLT5Stack(CoLT5PreTrainedModel):
     """What encoder and decoder share: the embedding, which in a whole model is the one of all its stacks."""
 

@@ -11,7 +11,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_colt5 import CoLT5Config
-from .model_base import CoLT5Stack, refuse_jit_trace
+from .model_base import CoLT5Stack
 from .model_causal import CoLT5LayerCausalAttention, CoLT5LayerCausalFF
 from .model_cross_routing import CoLT5CrossRouting
 from .model_layers import (
@@ -36,6 +36,7 @@ from .run_inputs import (
     embed,
     padding_mask,
     read_arguments,
+    refuse_jit_trace,
     warn_of_missing_attentions,
 )
 from .run_release import CACHE, cache_of_forward, one_cache

@@ -14,7 +14,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .configuration_colt5 import CoLT5Config
 from .layer_encoder import StraightLayer, StraightPass, combined, may_run_straight
 from .layer_plain import PlainBlock
-from .model_base import CoLT5Stack, refuse_jit_trace
+from .model_base import CoLT5Stack
 from .model_layers import (
     CoLT5Attention,
     CoLT5DenseActDense,
@@ -31,7 +31,14 @@ from .op_routing import RoutedTokens
 from .op_rows import combine_branches, scatter_add_tokens, share_and_gather
 from .run_backend import Mode, is_hooked, uses_triton
 from .run_graphs import replayed
-from .run_inputs import ForwardFlags, embed, padding_mask, read_arguments, warn_of_missing_attentions
+from .run_inputs import (
+    ForwardFlags,
+    embed,
+    padding_mask,
+    read_arguments,
+    refuse_jit_trace,
+    warn_of_missing_attentions,
+)
 from .run_plan import RoutingPlan
 
 

@@ -13,7 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .configuration_colt5 import CoLT5Config
 from .op_gelu import gated_gelu
 from .op_norm import rms_norm_scores
-from .run_backend import is_hooked, runs_eagerly
+from .run_backend import is_autocast, is_hooked, product_dtype, runs_eagerly
 from .run_sizes import is_free
 
 
@@ -84,22 +84,6 @@ def clamp_half(hidden_states: torch.Tensor) -> torch.Tensor:
         return hidden_states
     limit = torch.finfo(torch.float16).max - 1000
     return hidden_states.clamp(-limit, limit)
-
-
-def _is_autocast(states: torch.Tensor) -> bool:
-    # PyTorch has no answer for tensors without data
-    return not states.is_meta and torch.is_autocast_enabled(states.device.type)
-
-
-def product_dtype(states: torch.Tensor) -> torch.dtype | None:
-    """The dtype that autocast will take a product of fp32 states in; None where it would leave them.
-
-    Who makes such states can round them to it at once, which saves each product a copy of its own, and its gradient
-    another.
-    """
-    if states.dtype == torch.float32 and _is_autocast(states):
-        return torch.get_autocast_dtype(states.device.type)
-    return None
 
 
 def project(states: torch.Tensor, *projections: nn.Linear, head_size: int | None = None) -> tuple[torch.Tensor, ...]:
@@ -305,6 +289,6 @@ class CoLT5DenseActDense(nn.Module):
         # `wo` stays in fp32 in an fp16 model; a quantised weight may be no float, or no tensor at all
         weight = self.wo.weight
         is_float = isinstance(weight, torch.Tensor) and weight.is_floating_point()
-        if is_float and weight.dtype != hidden_states.dtype and not _is_autocast(hidden_states):
+        if is_float and weight.dtype != hidden_states.dtype and not is_autocast(hidden_states):
             hidden_states = hidden_states.to(weight.dtype)
         return self.wo(hidden_states)

@@ -1,18 +1,24 @@
 """Routing forward as one Triton kernel: a row is held in the registers of one program, or of several that share it."""
 
-from .op_routing_sharing_triton import COUNTER_STRIDE, PLACES, exchange, leave, meet, read, sum_over_programs
 from .op_routing_steps_triton import (
+    COUNTER_STRIDE,
     HIGHEST_KEY,
     LOWEST_FINITE_KEY,
     LOWEST_KEY,
+    PLACES,
     descent_epsilon,
+    exchange,
     is_settled,
     key_to_score,
     last_step,
+    leave,
     load_keys,
+    meet,
     newton_step,
+    read,
     row_budgets,
     score_to_key,
+    sum_over_programs,
     sum_three,
     weigh,
 )

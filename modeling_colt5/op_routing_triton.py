@@ -11,7 +11,7 @@ import torch
 
 from .op_routing_forward_triton import route_kernel
 from .op_routing_gradient_triton import descent_backward_kernel, route_backward_kernel, slot_sums_kernel
-from .op_routing_sharing_triton import COUNTER_STRIDE, PLACES
+from .op_routing_steps_triton import COUNTER_STRIDE, PLACES
 from .run_backend import INTERPRETED
 from .run_launch_triton import adjacent, cdiv, launch, next_power_of_2
 

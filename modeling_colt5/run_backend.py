@@ -93,6 +93,22 @@ def runs_eagerly() -> bool:
     )
 
 
+def is_autocast(states: torch.Tensor) -> bool:
+    """Whether autocast is on for products of these states. PyTorch has no answer for tensors without data."""
+    return not states.is_meta and torch.is_autocast_enabled(states.device.type)
+
+
+def product_dtype(states: torch.Tensor) -> torch.dtype | None:
+    """The dtype that autocast will take a product of fp32 states in; None where it would leave them.
+
+    Who makes such states can round them to it at once, which saves each product a copy of its own, and its gradient
+    another.
+    """
+    if states.dtype == torch.float32 and is_autocast(states):
+        return torch.get_autocast_dtype(states.device.type)
+    return None
+
+
 class Mode(NamedTuple):
     """How PyTorch runs a pass, asked once at its beginning.
 
@@ -101,19 +117,22 @@ class Mode(NamedTuple):
         keeps_gradients: whether autograd records.
         is_captured: whether what is eager becomes a CUDA graph.
         is_watched: whether hooks are on all modules of the process.
+        is_autocast: whether autocast is on.
     """
 
     is_eager: bool
     keeps_gradients: bool
     is_captured: bool
     is_watched: bool
+    is_autocast: bool
 
     @classmethod
     def of_now(cls, states: torch.Tensor) -> "Mode":
         """The mode of a pass over these states."""
         is_eager = runs_eagerly()
         is_captured = is_eager and states.is_cuda and torch.cuda.is_current_stream_capturing()
-        return cls(is_eager, torch.is_grad_enabled(), is_captured, torch_module._has_any_global_hook())
+        is_watched = torch_module._has_any_global_hook()
+        return cls(is_eager, torch.is_grad_enabled(), is_captured, is_watched, is_autocast(states))
 
 
 def can_look(tensor: torch.Tensor) -> bool:

@@ -30,6 +30,10 @@ MOST_COUNTED = 8 * MOST_GRAPHS
 _PLAIN = ("torch.nn.modules.", "transformers.activations.", __name__.rpartition(".")[0] + ".")
 
 
+# the mode of the calls that are replayed
+PLAIN_INFERENCE = Mode(is_eager=True, keeps_gradients=False, is_captured=False, is_watched=False, is_autocast=False)
+
+
 @dataclass
 class _Recording:
     """A graph, the tensors that it reads and the one that it writes.
@@ -190,13 +194,12 @@ def replayed(module: nn.Module, settings: Hashable, call: Callable[..., Tensor],
     first = inputs[0]
     assert first is not None
     if (
-        Mode.of_now(first) != Mode(is_eager=True, keeps_gradients=False, is_captured=False, is_watched=False)
+        Mode.of_now(first) != PLAIN_INFERENCE
         or type(first) is not Tensor
         or not first.is_cuda
         or module.training
         or first.shape[0] * first.shape[1] > MOST_TOKENS
         or first.numel() == 0
-        or torch.is_autocast_enabled("cuda")
     ):
         return call(*inputs)
     recordings = _recordings.get(module)

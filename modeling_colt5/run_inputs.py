@@ -127,6 +127,19 @@ def warn_of_missing_attentions(model: PreTrainedModel, arguments: dict[str, Any]
         )
 
 
+def refuse_jit_trace() -> None:
+    """Refuse `torch.jit.trace`, which would keep its example's length.
+
+    Raises:
+        RuntimeError: while it traces.
+    """
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]
+        raise RuntimeError(
+            "torch.jit.trace would keep its example's length, and with it how many tokens are routed; use "
+            "torch.export.export, whose programs take any length, and for ONNX torch.onnx.export(..., dynamo=True)"
+        )
+
+
 def _shape_error(name: str, tensor: Tensor, wanted: str) -> ValueError:
     return ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be {wanted}")
 
