@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import pad, random_ids, tiny_model
+from models import checkpoint_activations, pad, random_ids, tiny_model
 from rounding import ROUNDING, assert_same_but_for_rounding
 from torch import nn
 
@@ -514,3 +514,132 @@ def test_autocast_is_that_of_the_modules(rate: float, device: torch.device, laye
         # products are rounded to bf16
         assert_same_gradients(actual, expected, torch.bfloat16)
     assert layers
+
+
+# what else trains and runs models
+
+
+@pytest.fixture
+def trained(device: torch.device) -> tuple[CoLT5EncoderModel, dict[str, torch.Tensor], dict[str, Any]]:
+    """A model of one layer with dropout in training mode, a batch, and what the modules give for it."""
+    model = encoder(device, num_layers=1, dropout_rate=0.3).train()
+    batch = batch_of(device, 6)
+    return model, batch, as_modules(lambda: gradients_of(model, batch))
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointed_layers_drop_the_same_again(use_reentrant: bool, trained: tuple, layers: list) -> None:
+    model, batch, expected = trained
+    checkpoint_activations(model, use_reentrant)
+    assert_same_gradients(gradients_of(model, batch), expected)
+    # the reentrant kind runs without gradients first, and what drops then are modules
+    assert len(layers) == (1 if use_reentrant else 2)
+
+
+def test_saved_tensors_may_lie_elsewhere(trained: tuple, layers: list) -> None:
+    model, batch, expected = trained
+    with torch.autograd.graph.save_on_cpu():
+        assert_same_gradients(gradients_of(model, batch), expected)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.numpy(force=True), torch.from_numpy):
+        if not batch["input_ids"].is_cuda:
+            assert_same_gradients(gradients_of(model, batch), expected)
+    assert layers
+
+
+def test_gradients_add_up_and_are_each_others_neighbours_at_most(trained: tuple, layers: list) -> None:
+    model, batch, expected = trained
+    gradients_of(model, batch)
+    torch.manual_seed(3)
+    output = model(**batch).last_hidden_state
+    output.backward(torch.randn(output.shape, generator=torch.Generator().manual_seed(5)).to(output))
+    doubled = {name: parameter.grad / 2 for name, parameter in model.named_parameters()}
+    assert_same_gradients({"output": output.detach(), **doubled}, expected)
+    # those of one product are parts of one tensor: to change one in place changes no other
+    before = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad.mul_(-1)
+    assert all(torch.equal(parameter.grad, -before[name]) for name, parameter in model.named_parameters())
+    assert len(layers) == 2
+
+
+def test_an_optimizer_may_step_within_the_backward_pass(trained: tuple, layers: list) -> None:
+    model, batch, expected = trained
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+    def step(parameter: nn.Parameter) -> None:
+        with torch.no_grad():
+            parameter -= 0.5 * parameter.grad
+        parameter.grad = None
+
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(step)
+    output = gradients_of(model, batch)["output"]
+    moved = {name: (before[name] - parameter).detach() * 2 for name, parameter in model.named_parameters()}
+    assert_same_gradients({"output": output, **moved}, expected, torch.float16)
+    assert layers
+
+
+def test_second_derivatives_are_refused(trained: tuple, layers: list) -> None:
+    model, batch, _ = trained
+    output = model(**batch).last_hidden_state
+    with pytest.raises(RuntimeError, match="create_graph"):
+        torch.autograd.grad(output.sum(), list(model.parameters()), create_graph=True)
+    assert layers
+
+
+def test_weights_that_changed_before_the_backward_pass_are_noticed(trained: tuple, layers: list) -> None:
+    model, batch, _ = trained
+    output = model(**batch).last_hidden_state
+    with torch.no_grad():
+        model.encoder.block[0].layer[0].light_attention.q.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
+    assert layers
+
+
+def test_copies_and_files_after_a_call_and_weights_after_loading(device: torch.device, layers: list) -> None:
+    model = encoder(device, num_layers=1)
+    batch = batch_of(device, 5)
+    with torch.inference_mode():
+        first = model(**batch).last_hidden_state.clone()
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+    other = encoder(device, num_layers=1)
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        assert not torch.equal(other(**batch).last_hidden_state, first)
+        other.load_state_dict(torch.load(file))
+        for one in (other, copied):
+            assert_same_but_for_rounding(one(**batch).last_hidden_state, first)
+        # other memory, another dtype, and values that change behind PyTorch's back
+        copied.to(torch.float64).to(torch.bfloat16).float()
+        copied.load_state_dict(model.state_dict())
+        query = copied.encoder.block[0].layer[0].light_attention.q.weight
+        query.data = query.data.clone().mul_(0.5)
+        query.data.mul_(2)
+        assert_same_but_for_rounding(copied(**batch).last_hidden_state, first)
+    assert len(layers) == 5
+
+
+def test_distributed_data_parallel_averages_the_same_gradients(trained: tuple, layers: list, tmp_path: Any) -> None:
+    model, batch, expected = trained
+    if batch["input_ids"].is_cuda:
+        pytest.skip("the processes of this test talk by gloo")
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        model.zero_grad(set_to_none=True)
+        parallel = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+        torch.manual_seed(3)
+        output = parallel(**batch).last_hidden_state
+        output.backward(torch.randn(output.shape, generator=torch.Generator().manual_seed(5)))
+        gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+        assert_same_gradients({"output": output.detach(), **gradients}, expected)
+        assert layers
+        # sharded weights are another class's, and a sharded block is of another class too
+        block = block_of(tiny_model(CoLT5EncoderModel, num_layers=1))
+        assert is_plain(block)
+        torch.distributed.fsdp.fully_shard(block, mesh=torch.distributed.init_device_mesh("cpu", (1,)))
+        assert not is_plain(block)
+    finally:
+        torch.distributed.destroy_process_group()
