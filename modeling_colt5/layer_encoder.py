@@ -94,7 +94,7 @@ class StraightPass:
 
     Args:
         hidden_states: [batch, n, d_model], what goes into the first layer.
-        plan: the pass's `RoutingPlan`.
+        plan: the pass's `EncoderPlan`.
     """
 
     def __init__(self, hidden_states: Tensor, plan: Any):
@@ -471,7 +471,7 @@ class StraightLayer:
         program, way: how it runs.
         weights: in the order of `WEIGHTS`.
         tables: light and heavy bias tables [heads, 2 * max_distance + 1] in fp32.
-        plan: the pass's `RoutingPlan`.
+        plan: the pass's `EncoderPlan`.
     """
 
     __slots__ = ("common", "plan", "program", "tables", "way", "weights")

@@ -39,7 +39,7 @@ from .run_inputs import (
     refuse_jit_trace,
     warn_of_missing_attentions,
 )
-from .run_plan import RoutingPlan
+from .run_plan import EncoderPlan
 
 
 def add_branches(
@@ -71,7 +71,7 @@ class CoLT5LocalAttention(CoLT5Attention):
     """The light branch: every token attends to its neighbours."""
 
     def forward(
-        self, hidden_states: torch.Tensor, bias_table: torch.Tensor, plan: RoutingPlan
+        self, hidden_states: torch.Tensor, bias_table: torch.Tensor, plan: EncoderPlan
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[batch, n, d_model] → the same shape, and the weights where the implementation gives them."""
         query, key, value = project(hidden_states, self.q, self.k, self.v, head_size=self.d_kv)
@@ -93,7 +93,7 @@ class CoLT5RoutedAttention(CoLT5Attention):
         bias_table: torch.Tensor,
         queries: RoutedTokens,
         keys: RoutedTokens,
-        plan: RoutingPlan,
+        plan: EncoderPlan,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[batch, query slots, d_model], [batch, key/value slots, d_model] → [batch, query slots, d_model], and the
         weights where the implementation gives them."""
@@ -124,7 +124,7 @@ class CoLT5LayerConditionalAttention(nn.Module):
         hidden_states: torch.Tensor,
         light_bias_table: torch.Tensor,
         heavy_bias_table: torch.Tensor | None,
-        plan: RoutingPlan,
+        plan: EncoderPlan,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, RoutedTokens | None, RoutedTokens | None]:
         """X + LightAttn(X) + s̃ᵩ · HeavyAttn(X, s̃ᵏᵛ ⊙ X) (Ainslie et al. 2023, eq. of conditional attention).
 
@@ -172,7 +172,7 @@ class CoLT5LayerConditionalFF(nn.Module):
             self.heavy_feed_forward = CoLT5DenseActDense(config, config.heavy_d_ff)
         self.dropout = nn.Dropout(config.dropout_rate)
 
-    def forward(self, hidden_states: torch.Tensor, plan: RoutingPlan) -> tuple[torch.Tensor, RoutedTokens | None]:
+    def forward(self, hidden_states: torch.Tensor, plan: EncoderPlan) -> tuple[torch.Tensor, RoutedTokens | None]:
         """X + LightFF(X) + s̃ · HeavyFF(X) (Ainslie et al. 2023, eq. of the conditional feed-forward).
 
         Args:
@@ -228,7 +228,7 @@ class CoLT5EncoderBlock(GradientCheckpointingLayer):
         hidden_states: torch.Tensor,
         light_bias_table: torch.Tensor,
         heavy_bias_table: torch.Tensor | None,
-        plan: RoutingPlan,
+        plan: EncoderPlan,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, CoLT5LayerRouting | None]:
         """The new hidden states [batch, n, d_model]; where the block runs as modules also light and heavy attention
         weights (None where not given), and what was routed."""
@@ -246,7 +246,7 @@ class CoLT5EncoderBlock(GradientCheckpointingLayer):
         return hidden_states, light_weights, heavy_weights, routing
 
     def straight_line(
-        self, parts: list[Any], tables: tuple[torch.Tensor, torch.Tensor | None], plan: RoutingPlan
+        self, parts: list[Any], tables: tuple[torch.Tensor, torch.Tensor | None], plan: EncoderPlan
     ) -> StraightLayer | None:
         """This block as a straight line of kernels, where it is plain and may run so; None for modules.
 
@@ -376,7 +376,7 @@ class CoLT5Encoder(CoLT5Stack):
 
         `records_blocks` says that somebody reads what the blocks return.
         """
-        plan = RoutingPlan.make(self.config, hidden_states, mask, self.dense_start if self.training else None)
+        plan = EncoderPlan.make(self.config, hidden_states, mask, self.dense_start if self.training else None)
         is_common = plan.fused_attention and plan.dense_start is None and self.config.routing == "learned"
         if is_common and not records_blocks and may_run_straight(hidden_states, self.config.soft_topk_solver):
             plan.straight = StraightPass(hidden_states, plan)
@@ -395,7 +395,7 @@ class CoLT5Encoder(CoLT5Stack):
         return self.final_layer_norm(hidden_states, None, plan.kernel_backend)[0]
 
     def run_straight(
-        self, hidden_states: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor | None], plan: RoutingPlan
+        self, hidden_states: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor | None], plan: EncoderPlan
     ) -> torch.Tensor:
         """All layers without gradients, where nobody sees what goes from block to block: a straight line leaves its
         last sum to the norm of the next one. A block that is not plain is called as it is."""

@@ -52,7 +52,7 @@ class RouterPlan:
 
 
 @dataclass
-class RoutingPlan(RouterPlan):
+class EncoderPlan(RouterPlan):
     """What all encoder layers share in one forward pass.
 
     Args:
@@ -80,7 +80,7 @@ class RoutingPlan(RouterPlan):
         hidden_states: torch.Tensor,
         mask: torch.Tensor | None,
         dense_start: torch.Tensor | None = None,
-    ) -> "RoutingPlan":
+    ) -> "EncoderPlan":
         """The plan for a batch [batch, n, d_model]: a row's budgets depend on its own number of real tokens.
 
         `dense_start` is fp32 [], how far a dense start has come; None for the paper's routing.
@@ -123,7 +123,7 @@ class RoutingPlan(RouterPlan):
         if self.side is not None:
             torch.cuda.current_stream().wait_stream(self.side)
 
-    def to(self, device: torch.device, non_blocking: bool = False) -> "RoutingPlan":
+    def to(self, device: torch.device, non_blocking: bool = False) -> "EncoderPlan":
         """The same on another device; Accelerate calls it where a device map spreads the blocks."""
 
         def moved(part: Any) -> Any:

@@ -20,7 +20,7 @@ from modeling_colt5 import (
 )
 from modeling_colt5.model_encoder import CoLT5EncoderBlock, CoLT5LocalAttention
 from modeling_colt5.model_layers import CoLT5DenseActDense
-from modeling_colt5.run_plan import RoutingPlan
+from modeling_colt5.run_plan import EncoderPlan
 
 
 @torch.no_grad()
@@ -677,8 +677,8 @@ def test_a_hook_on_a_block_reads_and_changes_the_hidden_states():
 @pytest.mark.parametrize("length", [1, 15, 40, 333])
 def test_budgets_of_whole_rows_are_those_of_a_full_mask(length):
     config, states = tiny_config(), torch.zeros(2, length, 32)
-    whole = RoutingPlan.make(config, states, None)
-    masked = RoutingPlan.make(config, states, torch.ones(2, length, dtype=torch.bool))
+    whole = EncoderPlan.make(config, states, None)
+    masked = EncoderPlan.make(config, states, torch.ones(2, length, dtype=torch.bool))
     for ours, theirs in ((whole.attention, masked.attention), (whole.feed_forward, masked.feed_forward)):
         assert torch.equal(ours.budget, theirs.budget) and ours.capacities == theirs.capacities
 
