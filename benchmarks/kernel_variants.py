@@ -169,7 +169,9 @@ def routing_jobs(quick: bool) -> None:
                         routed = op_routing_triton.route_forward(
                             scores, budget, soft, *masks, capacity, 9 / 8, *settings
                         )
-                        op_routing_triton.route_backward(routed[0], scores, soft, *masks, *routed, *settings)
+                        op_routing_triton.route_backward(
+                            routed[0], scores, budget, soft, *masks, *routed, 9 / 8, *settings
+                        )
 
 
 def causal_jobs(quick: bool) -> None:

@@ -30,7 +30,7 @@ with recorded(variants):
             capacity = max(1, n // 16)
             budget = torch.full((rows,), capacity)
             routed = op_routing_triton.route_forward(scores, budget, None, mask, None, capacity, 9 / 8, *settings)
-            op_routing_triton.route_backward(routed[0], scores, None, mask, None, *routed, *settings)
+            op_routing_triton.route_backward(routed[0], scores, budget, None, mask, None, *routed, 9 / 8, *settings)
             routing = (*routed[1:3], routed[0])
             op_rows_triton.gather(torch.zeros(rows, n, 32), *routing, *routing)
 print(json.dumps(collections.Counter(variant.kernel for variant in variants)))
