@@ -16,7 +16,7 @@ from measure import Call, captured, gpu_ms, make_parser, matrix_rate, median_ms,
 from peers import COLT5, DEVICE, DTYPE, GLOBAL, LOCAL, colt5_config, make_encoder, random_ids, scaled_length
 from results import Row, Table
 
-from modeling_colt5 import CoLT5EncoderModel, model_router
+from modeling_colt5 import CoLT5EncoderModel, layer_encoder, model_router
 from modeling_colt5.encoder_costs import encoder_flops
 
 EAGER, REPLAYED = "eager", "eager, use_cuda_graphs=True"
@@ -208,7 +208,8 @@ def routing_row(model: torch.nn.Module, tiny: bool) -> Row:
     # a replay would not call it
     model.config.use_cuda_graphs = False
     forward = forward_call(model, ids, torch.ones_like(ids))
-    with mock.patch.object(model_router, "route", recording):
+    # a straight line would not call it
+    with mock.patch.object(model_router, "route", recording), mock.patch.object(layer_encoder, "enabled", False):
         forward()
     assert len(calls) >= model.config.num_layers, "the encoder does not route through model_router.route any more"
     with torch.no_grad():
