@@ -195,7 +195,7 @@ class CoLT5LayerConditionalFF(nn.Module):
         return add_branches(hidden_states, light, heavy, tokens, self.dropout, backend), tokens
 
 
-# the modules of a plain block, and the forwards that they are written with
+# A plain block has modules of these classes, with these forwards.
 PLAIN: dict[str, tuple[type[nn.Module], Any]] = {
     kind: (module_class, vars(module_class)["forward"])
     for kind, module_class in {

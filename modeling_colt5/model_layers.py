@@ -22,7 +22,7 @@ def product_by_heads(states: torch.Tensor, factors: torch.Tensor) -> torch.Tenso
     heads, groups = states.shape[1], factors.shape[1]
     if heads == groups:
         return torch.matmul(states, factors)
-    # heads that share a key/value head are just more rows for it
+    # Heads that share a key/value head are just more rows for it.
     rows = rearrange(states, "b (g h) n x -> b g (h n) x", g=groups)
     return rearrange(torch.matmul(rows, factors), "b g (h n) y -> b (g h) n y", h=heads // groups)
 
@@ -101,14 +101,14 @@ def project(states: torch.Tensor, *projections: nn.Linear, head_size: int | None
         Each projection's [batch, n, width], or [batch, n, width / head_size, head_size].
     """
     widths = [linear.out_features for linear in projections] if all(map(_is_plain, projections)) else None
-    # a tracer comes before the length: it must not meet a choice by a length that it keeps open
+    # The tracer is asked for before the length: it must not meet a choice by a length that it keeps open.
     if not widths or not runs_eagerly() or states.numel() < 2 * states.shape[-1] * sum(widths):
         projected = tuple(linear(states) for linear in projections)
         if head_size is None:
             return projected
         return tuple(part.view(*part.shape[:-1], part.shape[-1] // head_size, head_size) for part in projected)
     joined = nn.functional.linear(states, torch.cat([linear.weight for linear in projections]))
-    # past Tensor.split, which inspects its arguments first
+    # `Tensor.split` would inspect its arguments first.
     if head_size is None:
         return joined.split_with_sizes(widths, -1)
     heads = [width // head_size for width in widths]
@@ -179,7 +179,8 @@ class CoLT5LayerNorm(nn.Module):
         states go into matrix products alone."""
         backend = kernel_backend or self.config.kernel_backend
         dtype = product_dtype(hidden_states) if for_products else None
-        # not by the caller: PyTorch's module hooks (FlopCounterMode) take no view that was made without gradients
+        # The vectors are viewed as rows here and not by the caller: PyTorch's module hooks (FlopCounterMode) take no
+        # view that was made without gradients.
         vectors = as_rows(router_weights)
         return rms_norm_scores(hidden_states, self.weight, vectors, self.eps, backend, dtype)
 
@@ -234,7 +235,7 @@ class CoLT5Attention(nn.Module):
             return eager_attention_forward(self, query, key, value, mask, dropout, position_bias=bias)
         heads, groups = query.shape[1], key.shape[1]
         if heads > groups:
-            # heads that share a key/value head are just more queries for it
+            # Heads that share a key/value head are just more queries for it.
             query = rearrange(query, "b (g h) n d -> b g (h n) d", g=groups)
         output, weights = interface(self, query, key, value, mask, dropout=dropout, scaling=1.0, position_bias=bias)
         if heads > groups:
@@ -266,7 +267,7 @@ class CoLT5DenseActDense(nn.Module):
         self.wo = nn.Linear(d_ff, config.d_model, bias=False)
         self.dropout = nn.Dropout(config.dropout_rate)
         self.act = ACT2FN[config.dense_act_fn]
-        # the fused kernel is of this activation alone
+        # The fused kernel has this activation alone.
         self.has_gated_gelu = self.is_gated_act and config.dense_act_fn == "gelu_new"
 
     def forward(self, hidden_states: torch.Tensor, kernel_backend: str | None = None) -> torch.Tensor:
@@ -280,13 +281,14 @@ class CoLT5DenseActDense(nn.Module):
         activated = gated_gelu(gate, up, backend)
         if self.training and self.dropout.p > 0:
             return self.project_out(self.dropout(activated))
-        # cheap to compute again, and with gate and up the largest of what a layer would keep for its backward
+        # The result is cheap to compute again, and with gate and up the largest of what a layer would keep for its
+        # backward.
         with recomputed_in_backward(activated, lambda: gated_gelu(gate, up, backend)):
             return self.project_out(activated)
 
     def project_out(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[..., d_ff] → [..., d_model]."""
-        # `wo` stays in fp32 in an fp16 model; a quantised weight may be no float, or no tensor at all
+        # `wo` stays in fp32 in an fp16 model. A quantised weight may be no float, or no tensor at all.
         weight = self.wo.weight
         is_float = isinstance(weight, torch.Tensor) and weight.is_floating_point()
         if is_float and weight.dtype != hidden_states.dtype and not is_autocast(hidden_states):

@@ -19,7 +19,7 @@ except ImportError as error:
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
-# a new length must not mean a new compilation
+# A new length must not mean a new compilation.
 UNSPECIALIZED = ["num_queries", "num_keys", "radius", "max_distance", "num_partials"]
 
 
@@ -45,7 +45,7 @@ def _near_tiles(positions, length, first, last, max_distance, BLOCK: tl.constexp
 def _load_rows(base, start, length, stride, HEAD: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
     """Rows [start, start + BLOCK) of one head as [BLOCK, BLOCK_D], zeros beyond `length` and HEAD."""
     rows, columns = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
-    # only the tile's own offset can pass 2^31
+    # Only the tile's own offset can pass 2^31.
     pointers = base + tl.cast(start, tl.int64) * stride + rows[:, None] * stride + columns[None, :]
     inside = (start + rows < length)[:, None]
     if HEAD != BLOCK_D:
@@ -98,7 +98,7 @@ def _keeps(row_keys, columns, DROPOUT: tl.constexpr):
     state = (state ^ (state >> 16)) * 0x85EBCA6B
     state = (state ^ (state >> 13)) * 0xC2B2AE35
     state = state ^ (state >> 16)
-    # 24 bits, which fp32 holds exactly
+    # fp32 holds 24 bits exactly.
     return (state >> 8).to(tl.float32) >= DROPOUT * 16777216.0
 
 
@@ -155,7 +155,7 @@ def attention_forward_kernel(
     maximum = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
     accumulator = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
-    # the first pass takes the routed keys far from these queries, whose bias is one of the table's two ends
+    # The first pass takes the routed keys far from these queries, whose bias is one of the table's two ends.
     for NEAR in tl.static_range(0 if ROUTED else 1, 2):
         steps = near_end - near_begin if NEAR else tl.cdiv(num_keys, BLOCK_K) - (near_end - near_begin)
         for step in range(0, steps):
@@ -174,7 +174,8 @@ def attention_forward_kernel(
                 distance = columns[None, :] - row_positions[:, None]
                 scores = _add_bias(scores, distance, valid, table, max_distance, radius, ROUTED, WIDE)
             new_maximum = tl.maximum(maximum, tl.max(scores, 1))
-            # a row that has met no real key yet keeps a maximum of minus infinity, which must not meet itself
+            # A row that has met no real key yet has a maximum of minus infinity, from which itself must not be
+            # subtracted.
             finite = tl.where(new_maximum == float("-inf"), 0.0, new_maximum) * LOG2_E
             rescale = tl.exp2(maximum * LOG2_E - finite)
             probabilities = tl.exp2(scores * LOG2_E - finite[:, None])
@@ -188,7 +189,7 @@ def attention_forward_kernel(
             )
             maximum = new_maximum
 
-    # a row without any real key: output 0, and probabilities of 0 in the backward
+    # A row without any real key has an output of 0, and probabilities of 0 in the backward.
     empty = total == 0.0
     total = tl.where(empty, 1.0, total)
     accumulator = accumulator / (total * (1.0 - DROPOUT))[:, None]
@@ -260,7 +261,7 @@ def attention_backward_query_kernel(
     right = tl.zeros([BLOCK_Q], tl.float32)
     carried = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
     lanes = tl.arange(0, BLOCK_K)
-    # column j of a skewed tile holds its entries at the distances j and j - BLOCK_K from the tile's own
+    # Column j of a skewed tile holds its entries at the distances j and j - BLOCK_K from the tile's own.
     skew = (tl.arange(0, BLOCK_Q)[:, None] + lanes[None, :]) % BLOCK_K
     before = tl.arange(0, BLOCK_Q)[:, None] + lanes[None, :] >= BLOCK_K
     for NEAR in tl.static_range(0 if ROUTED else 1, 2):
@@ -319,7 +320,7 @@ def attention_backward_query_kernel(
             tl.store(partial_rows, left, mask=rows < num_queries)
             tl.store(partial_rows + 2 * max_distance, right, mask=rows < num_queries)
         else:
-            # what the last tile holds past its own distance, for want of a next one
+            # No tile follows the last one, so what it holds past its own distance is added here.
             diagonals = tl.sum(tl.where(before, 0.0, carried), 0)
             diagonal = (near_end - 1) * BLOCK_K - start + lanes
             inside = (diagonal > -max_distance) & (diagonal < max_distance)
@@ -393,7 +394,7 @@ def attention_backward_key_kernel(
                 row_delta = tl.load(delta + head_vector + rows, mask=in_rows, other=0.0)
                 scores = tl.dot(key_tile, tl.trans(query_tile), input_precision=PRECISION)
                 if not NEAR:
-                    # the first queries stand far before these keys, which are then on their right
+                    # The first queries stand far before these keys, which are then on their right.
                     bias = tl.load(head_table + tl.where(step < near_begin, 2 * max_distance, 0))
                     scores = tl.where(valid, scores + bias, float("-inf"))
                 else:
@@ -421,9 +422,9 @@ def attention_backward_key_kernel(
     _store_rows(value_gradient + offset, value_accumulator, start, num_keys, gradient_stride, HEAD, BLOCK_K, BLOCK_D)
 
 
-# (queries, keys, warps, stages) of a tile, by kernel and by whether positions are given; the rest of the head
-# sizes and dtypes take others below. From benchmarks/attention.py --sweep on one H200; of two within 5 %, the one
-# with less shared memory, so that smaller cards have room.
+# A tile has these (queries, keys, warps, stages), by kernel and by whether positions are given; other head sizes and
+# dtypes take others below. They are from benchmarks/attention.py --sweep on one H200; of two within 5 %, the one with
+# less shared memory was taken, so that smaller cards have room.
 BLOCKS = {
     ("forward", False): (64, 64, 4, 3),
     ("forward", True): (64, 128, 4, 2),
@@ -434,14 +435,14 @@ BLOCKS = {
 }
 
 
-# bytes of shared memory from which on the tiles of large heads fit; they take up to 98,304
+# The tiles of large heads fit from so many bytes of shared memory on; they take up to 98,304.
 LARGE_SHARED_MEMORY = 98_304
 
 
 @functools.cache
 def _has_large_shared_memory(device: torch.device) -> bool:
     """Whether a program may have `LARGE_SHARED_MEMORY`: not on NVIDIA's cards before Ampere, nor on AMD's."""
-    # without a card launches are recorded at most, as those on one with much of it
+    # Without a card launches are recorded at most, and as those on a card with much shared memory.
     if INTERPRETED or device.type != "cuda":
         return True
     properties = torch.cuda.get_device_properties(device)
@@ -467,7 +468,8 @@ def _launch_options(
     block_q, block_k, warps, stages = blocks
     block_d = max(16, next_power_of_2(head_size))
     if dtype == torch.float32:
-        # without tensor cores a product's operands live in registers: smaller tiles and more warps, or they spill
+        # Without tensor cores a product's operands live in registers: they would spill with larger tiles or fewer
+        # warps.
         block_q, block_k, warps, stages = 32, 32, 8, 1
         if block_d > 64 and kernel != "forward" and not has_large_shared_memory:
             block_q, block_k, warps = 16, 16, 4

@@ -12,9 +12,9 @@ try:
 except ImportError as error:
     raise ImportError("op_gates_triton needs triton; use kernel_backend='torch' without it") from error
 
-# a program compares all pairs of a window's tokens, so many at a time
+# A program compares all pairs of a window's tokens, so many at a time.
 CHUNK = 16
-# tokens of the longest window whose program stays within its registers
+# In windows of up to so many tokens a program stays within its registers.
 LONGEST_WINDOW = 4096
 
 
@@ -100,10 +100,10 @@ def gates_kernel(
         if FILL_FIRST:
             evenly = (slot + 1) * target // window > slot * target // window
         reach = tl.where(is_first, evenly, score >= least) & inside & (rank < tl.load(total + row))
-        # earlier tokens count for the capacity
+        # Tokens before the new ones count for the capacity too.
         chosen = reach & (tl.cumsum(reach.to(tl.int32), 0) <= capacity) & (rank >= before)
         gap = (score - soft) / epsilon
-        # a comparison instead of a minimum keeps NaN
+        # A comparison instead of a minimum keeps NaN.
         weight = tl.where(is_first | (gap > 0), 1.0, tl.exp(gap))
         weight = tl.where(chosen, weight, 0.0)
 

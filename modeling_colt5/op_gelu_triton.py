@@ -16,7 +16,7 @@ except ImportError as error:
 def gelu_parts(gate):
     """The tanh form's ½·(1 + tanh u) and du/dgate."""
     inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
-    # ½·(1 + tanh u) is the sigmoid of 2u, which needs no tanh of the device's library
+    # The value ½·(1 + tanh u) is the sigmoid of 2u, which needs no tanh of the device's library.
     return tl.sigmoid(2.0 * inner), 0.7978845608028654 * (1.0 + 0.134145 * gate * gate)
 
 
@@ -53,7 +53,7 @@ def gated_gelu_backward_kernel(
     gate = tl.load(gate_ptr + row * gate_stride + columns, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * up_stride + columns, mask=mask, other=0.0).to(tl.float32)
     share, slope = gelu_parts(gate)
-    # d(½·(1 + tanh u))/du = ½·(1 − tanh² u) = 2·s·(1 − s)
+    # The slope is d(½·(1 + tanh u))/du = ½·(1 − tanh² u) = 2·s·(1 − s).
     grad_gate = grad * up * (share + gate * 2.0 * share * (1.0 - share) * slope)
     grad_up = grad * gate * share
     tl.store(grad_gate_ptr + row * grad_stride + columns, grad_gate.to(grad_gate_ptr.dtype.element_ty), mask=mask)

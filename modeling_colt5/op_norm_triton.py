@@ -19,10 +19,10 @@ try:
 except ImportError as error:
     raise ImportError("op_norm_triton needs triton; use kernel_backend='torch' without it") from error
 
-# a constant, not the device's number of processors: the order of the weights' gradient sums is then the same on
-# every device
+# This is a constant and not the device's number of processors, so that the weights' gradients are summed in the same
+# order on every device.
 GRADIENT_PROGRAMS = 512
-# the backward keeps more of each element than the forward, and smaller programs let four share a processor
+# The backward keeps more of each element than the forward, and smaller programs let four share a processor.
 BACKWARD_TILE, BACKWARD_WARP = 2048, 512
 
 

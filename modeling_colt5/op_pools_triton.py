@@ -17,11 +17,12 @@ try:
 except ImportError as error:
     raise ImportError("op_pools_triton needs triton; use kernel_backend='torch' without it") from error
 
-# lists that are merged at once
+# So many lists are merged at once.
 RADIX = 8
-# a program compares all pairs of its keys, so many at a time
+# A program compares all pairs of its keys, so many at a time.
 CHUNK = 16
-# keys of a window or a pool: Triton's tensors have at most 2**20 entries, and lists are a power of two long
+# A window or a pool has at most so many keys: Triton's tensors have at most 2**20 entries, and lists are a power of
+# two long.
 LONGEST_LIST = 2**20 // CHUNK
 NO_TOKEN = tl.constexpr(2**31 - 1)
 NO_KEY = tl.constexpr(-(2**63))
@@ -59,7 +60,7 @@ def tops_kernel(
             other_keys = token_keys(scores, row, row_stride, first, others, count, base + first)
             rank += tl.sum((other_keys[None, :] > keys[:, None]).to(tl.int32), 1)
     elif initial is not None:
-        # used slots come first
+        # Used slots come first.
         count = tl.sum(tl.load(initial_valid + row * size + slots, mask=slots < size, other=0).to(tl.int32))
         keys = token_keys(initial, row, initial_stride, 0, slots, count, 0)
         for chunk in range(0, count, CHUNK):
@@ -114,7 +115,7 @@ def candidates_kernel(
     if number > 0:
         list_ptr = tops + (row * windows + number - 1) * LIST
         position = positions_of(tl.load(list_ptr + slots, mask=slots < size, other=NO_KEY))
-        # what is missing stands last in both orders
+        # What is missing stands last in both orders.
         place = tl.where(position == NO_TOKEN, slots, 0)
         for chunk in range(0, size, CHUNK):
             others = chunk + tl.arange(0, CHUNK)
@@ -187,7 +188,7 @@ def candidates_backward_kernel(grad, following, grad_scores, windows, window, si
     total = tl.zeros([BLOCK], dtype=tl.float32)
     while tl.max(place) >= 0:
         total += tl.load(grad + pool + place, mask=place >= 0, other=0.0).to(tl.float32)
-        # the last pool has no links
+        # The last pool has no links.
         place = tl.load(following + pool + place, mask=place >= 0, other=-1)
         pool += width
     tl.store(
@@ -211,7 +212,7 @@ def gather_kernel(
     """A slot of a pool a program: its token's key and value, scaled; zeros where unused."""
     out = tl.program_id(0).to(tl.int64)
     row = out // (windows * size)
-    # every row has one more pool, which nobody reads here
+    # Every row has one more pool, which nobody reads here.
     slot = out + row * size
     used = tl.load(valid + slot).to(tl.int32)
     weight = tl.load(weights + slot)
@@ -262,12 +263,12 @@ def gather_backward_kernel(
         slot = (row * windows + pool) * size + place
         key_grad = tl.load(grad_keys + slot * width + columns, mask=inside, other=0.0).to(tl.float32)
         value_grad = tl.load(grad_values + slot * width + columns, mask=inside, other=0.0).to(tl.float32)
-        # every row has one more pool
+        # Every row has one more pool.
         weight = tl.load(weights + slot + row * size)
         key_sum += key_grad * weight
         value_sum += value_grad * weight
         tl.store(grad_weights + slot + row * size, tl.sum(key_grad * key_states + value_grad * value_states))
-        # the last pool, which was not gathered, has no links
+        # The last pool, which was not gathered, has no links.
         link += size + window
         pool += 1
         place = tl.load(link + place)
@@ -374,7 +375,7 @@ def pool_gather_backward(
     _, pools, size = indices.shape
     key, value = _readable(key), _readable(value)
     grad_key, grad_value = (states.new_empty(states.shape) for states in (key, value))
-    # what is not used has no token to write its gradient
+    # A slot that is not used has no token to write its gradient.
     grad_weights = torch.zeros_like(weights, memory_format=torch.contiguous_format)
     width = heads * d_kv
     block = next_power_of_2(width)

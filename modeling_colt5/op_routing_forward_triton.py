@@ -29,12 +29,12 @@ try:
 except ImportError as error:
     raise ImportError("op_routing_forward_triton needs triton; use kernel_backend='torch' without it") from error
 
-# of the solver, which is settled after 12 in all rows tried
+# The solver makes at most so many passes; in all rows tried it was settled after 12.
 MOST_PASSES = tl.constexpr(24)
 
-# of a normal order statistic's standard deviation, to either side of where it is expected
+# The first probes stand so many standard deviations of a normal order statistic to either side of its expectation.
 FIRST_MARGIN = tl.constexpr(2.5)
-# of that of a count between two counts
+# Later ones stand so many of a count's between two counts.
 LATER_MARGIN = tl.constexpr(0.6)
 FEW_KEYS = tl.constexpr(4)
 
@@ -120,7 +120,7 @@ def _find_rank(
     beyond_high = tl.zeros([], tl.int32)
 
     share = (rank.to(tl.float32) - 0.5) / tl.maximum(real_tokens, 1).to(tl.float32)
-    # the normal quantile by a difference of powers
+    # The normal quantile is approximated by a difference of powers.
     quantile = 4.91 * (tl.exp(0.14 * tl.log(1.0 - share)) - tl.exp(0.14 * tl.log(share)))
     expected = mean + deviation * quantile
     margin = tl.sqrt((share * (1.0 - share)) / tl.maximum(real_tokens, 1).to(tl.float32))
@@ -145,7 +145,7 @@ def _find_rank(
         left = from_low - beyond_high
         if (from_low != rank) & ((left <= FEW_KEYS) | (2 * left > within)):
             largest = tl.where(keys <= high, keys, LOWEST_KEY)
-            # the complement turns the order around
+            # The complement turns the order around.
             smallest = tl.where(keys >= low, ~keys, LOWEST_KEY)
             largest, smallest, turn = _largest_of_both(
                 largest, smallest, turn, numbers, arrived, program, programs, SHARED, PROGRAMS
@@ -205,7 +205,7 @@ def _route_row(
         scores, mask, lengths, row, positions, n,
         score_row_stride, 1, mask_row_stride, 1, HAS_MASK, HAS_LENGTHS,
     )  # fmt: skip
-    # a first guess of the search: it needs neither NaN nor what would overflow
+    # The search begins with a guess, which needs neither NaN nor what would overflow.
     score = key_to_score(keys)
     score = tl.where(tl.abs(score) < 1e15, score, 0.0)
     real = (keys != LOWEST_KEY).to(tl.float32)
@@ -230,14 +230,15 @@ def _route_row(
     low, high, from_low, beyond_high, turn = _find_rank(
         keys, hard_rank, real_tokens, mean, deviation, turn, numbers, arrived, program, programs, SHARED, PROGRAMS
     )
-    # keys above this one are taken, and of the equal ones as many as there is room for
+    # Keys above this one are taken, and of the equal ones as many as there is room for.
     hard_key = tl.where(from_low == hard_rank, low - 1, high)
     room = tl.where(from_low == hard_rank, 0, budget - beyond_high)
     hard_key = tl.where(budget > 0, hard_key, HIGHEST_KEY)
     room = tl.where(budget > 0, room, 0)
 
     if EXACT:
-        # any score will do that has fewer than k above it, and from which the weights below 1 make up for the rest
+        # Any score will do as a centre that has fewer than k above it, and from which the weights below 1 make up for
+        # the rest.
         centre = key_to_score(tl.maximum(low, LOWEST_FINITE_KEY))
         saturated, free, turn = _saturated_and_free(
             _relative_weights(keys, centre, epsilon, 0.0), 1.0,
@@ -247,7 +248,7 @@ def _route_row(
             soft_key, _, _, _, turn = _find_rank(
                 keys, rank, real_tokens, mean, deviation, turn, numbers, arrived, program, programs, SHARED, PROGRAMS
             )
-            # the least key from there on, by the largest complement
+            # The least key from there on is found by the largest complement.
             lowest_key, _, turn = _largest_of_both(
                 tl.where(keys >= soft_key, ~keys, LOWEST_KEY), keys,
                 turn, numbers, arrived, program, programs, SHARED, PROGRAMS,
@@ -259,7 +260,7 @@ def _route_row(
             )  # fmt: skip
         centre = tl.where(all_saturated, 0.0, centre)
         last_epsilon = epsilon
-        # from the upper end of the bracket on the threshold is kept apart from it: then passes need no exponentials
+        # The threshold is kept as its distance from the upper end of the bracket: then passes need no exponentials.
         upper = tl.log(free / (k - saturated))
         relative = _relative_weights(keys, centre, epsilon, upper)
         lowest = -upper
@@ -293,7 +294,7 @@ def _route_row(
         for iteration in range(1, num_iterations):
             current = descent_epsilon(iteration * 1.0, epsilon, epsilon_init, log2_decay)
             top = tl.minimum(largest, centre)
-            # a comparison instead of a minimum keeps NaN
+            # A comparison instead of a minimum keeps NaN.
             total = tl.sum(tl.exp((tl.where(score > centre, centre, score) - top) / current))
             centre = top + current * (tl.log(total) - log_k)
             tl.store(state + row * num_iterations + iteration, tl.where(all_saturated, float("-inf"), centre))
@@ -328,7 +329,7 @@ def _route_row(
             tl.store(valid + slots, slots < budget, mask=unused)
             tl.store(indices + slots, tl.zeros([BLOCK], tl.int64) + (n - 1), mask=unused)
     else:
-        # weights by slot: the slots are few, and other threads of the program found their tokens
+        # Weights are computed by slot: the slots are few, and other threads of the program found their tokens.
         tl.debug_barrier()
         for start in range(0, capacity, SLOTS):
             slots = start + tl.arange(0, SLOTS)

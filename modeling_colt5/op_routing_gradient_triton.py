@@ -14,7 +14,7 @@ try:
 except ImportError as error:
     raise ImportError("op_routing_gradient_triton needs triton; use kernel_backend='torch' without it") from error
 
-# a new length must not mean a new compilation
+# A new length must not mean a new compilation.
 STRIDES = ["grad_row_stride", "score_row_stride", "mask_row_stride", "grad_score_row_stride"]
 
 
@@ -43,7 +43,7 @@ def slot_sums_kernel(grad_weights, weights, sums, grad_row_stride, capacity, par
     slots = part * PART + tl.arange(0, PART)
     inside = slots < capacity
     weight = tl.load(weights + row * capacity + slots, mask=inside, other=0.0)
-    # an unused slot has weight 0, and its cotangent may be anything
+    # An unused slot has weight 0, and its cotangent may be anything.
     free = inside & (weight < 1.0) & (weight > 0.0)
     grad = tl.load(grad_weights + row * grad_row_stride + slots, mask=free, other=0.0)
     tl.store(sums + row * parts + part, tl.sum(tl.where(free, weight * grad, 0.0)))
@@ -93,7 +93,7 @@ def route_backward_kernel(
     free_weight = tl.exp((key_to_score(keys) - centre) / epsilon - threshold)
     free_weight = tl.where((keys != LOWEST_KEY) & (free_weight < 1.0), free_weight, 0.0)
     tl.store(grad_scores + positions, -free_weight * mean / epsilon, mask=positions < n)
-    # the stores below overwrite some of those above, from other threads of the program
+    # The stores below overwrite some of those above, which came from other threads of the program.
     tl.debug_barrier()
     more = 1
     while more != 0:
@@ -157,7 +157,7 @@ def descent_backward_kernel(
         saturated = tl.sum((score >= threshold).to(tl.int32)).to(tl.float32)
         free_weight = tl.where(score < threshold, tl.exp((score - threshold) / current), 0.0)
         free = tl.sum(free_weight)
-        # far above all scores nothing is left of the sum, nor of the threshold's effect
+        # Far above all scores nothing is left of the sum, nor of the threshold's effect.
         share = tl.where(free + saturated > 0.0, grad_threshold / (free + saturated), 0.0)
         grad_score += share * free_weight
         grad_threshold = share * saturated

@@ -20,14 +20,14 @@ HIGHEST_KEY = tl.constexpr(2**31 - 1)
 
 SIGN_SHIFT = tl.constexpr(31)
 
-# of the negative of the largest finite score
+# The key of the least finite score.
 LOWEST_FINITE_KEY = tl.constexpr(-0x7F800000)
 
 LARGEST_SCORE = tl.constexpr(3.4028234663852886e38)
 
-# 32-bit numbers that a program can leave in an exchange
+# A program can leave so many 32-bit numbers in an exchange.
 PLACES = tl.constexpr(3)
-# integers from one row's counter of arrivals to the next one's: a cache line
+# From one row's counter of arrivals to the next one's it is so many integers, which is a cache line.
 COUNTER_STRIDE = tl.constexpr(32)
 
 
@@ -48,7 +48,7 @@ def load_keys(
     score = score.to(tl.float32)
     is_nan = score != score
     score = tl.where(score > LARGEST_SCORE, LARGEST_SCORE, tl.where(score < -LARGEST_SCORE, -LARGEST_SCORE, score))
-    # both zeros are one score
+    # Both zeros are one score.
     key = tl.where(is_nan, HIGHEST_KEY, score_to_key(tl.where(score == 0.0, 0.0, score)))
     return tl.where(real, key, LOWEST_KEY)
 
@@ -111,7 +111,7 @@ def sum_three(first, second, third):
 @triton.jit
 def is_settled(saturated, free, k):
     """Whether the solver is done."""
-    # the last step makes up for what is left, as long as it does not change the saturated set; NaN is settled
+    # The last step makes up for what is left, as long as it does not change the saturated set. NaN counts as settled.
     return (tl.abs((saturated - k) + free) > 2e-6 * free) == 0
 
 
@@ -126,7 +126,7 @@ def last_step(threshold, saturated, free, k):
 @triton.jit
 def weigh(z, threshold):
     """The soft top-k weight min(1, exp(z - threshold))."""
-    # a comparison instead of a minimum keeps NaN
+    # A comparison instead of a minimum keeps NaN.
     weight = tl.exp(z - threshold)
     return tl.where(weight > 1.0, 1.0, weight)
 
@@ -160,7 +160,7 @@ def meet(turn, arrived, programs):
     """
     tl.debug_barrier()
     tl.atomic_add(arrived, 1, sem="release")
-    # the counter only grows, so that the order of the arrivals does not matter
+    # The counter only grows, so that the order of the arrivals does not matter.
     while tl.atomic_add(arrived, 0, sem="acquire") < (turn + 1) * programs:
         pass
     tl.debug_barrier()

@@ -15,18 +15,19 @@ from .op_routing_steps_triton import COUNTER_STRIDE, PLACES
 from .run_backend import INTERPRETED
 from .run_launch_triton import adjacent, cdiv, launch, next_power_of_2
 
-# of a row that is one program's; below 32,768, so that two counts in one integer never reach its sign
+# A row of up to so many tokens is one program's. It is below 32,768, so that two counts in one integer never reach its
+# sign.
 LONGEST_ROW = 16384
-# tokens of a program that has a row to itself at least, so that all short rows share one compiled kernel
+# A program that has a row to itself takes at least so many tokens, so that all short rows share one compiled kernel.
 SHORTEST_BLOCK = 2048
-# tokens of a program of the backward, and slots of any program that it takes at once
+# A program of the backward takes so many tokens, and any program so many slots at once.
 GRADIENT_BLOCK = 2048
 SLOTS_AT_ONCE = 1024
-# of a program that shares a row of up to so many tokens
+# In rows of up to so many tokens, a program that shares one takes so many of them.
 PARTS = ((65536, 2048), (1 << 20, 4096))
-# of a program at most: its counts must fit 16 bits
+# A program takes at most so many tokens, because its counts must fit 16 bits.
 LONGEST_PART = 32768
-# slots that one program of the backward sums by itself
+# One program of the backward sums so many slots by itself.
 SLOTS_OF_A_PART = 4096
 
 
@@ -40,7 +41,7 @@ def _row_warps(block: int) -> int:
 
 @functools.cache
 def _multiprocessors(device: torch.device) -> int:
-    # the interpreter runs one program after the other, so that one is all there is at the same time
+    # The interpreter runs one program after the other, so that one is all there is at the same time.
     return 1 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
 
 
@@ -51,7 +52,7 @@ def _parts(n: int, device: torch.device) -> tuple[int, int, int]:
     each row has the bits that it would have alone.
     """
     most = _multiprocessors(device)
-    # the interpreter's one program has to take the whole row
+    # The interpreter's one program has to take the whole row.
     for longest, part in () if INTERPRETED else PARTS:
         if n <= min(longest, 2 * most * part):
             return part, 8, 2
@@ -151,7 +152,7 @@ def route_forward_into(
     exact = solver == "exact"
     inputs = (scores, budget, soft_budget, mask, lengths)
     strides = (scores.stride(0), 0 if mask is None else mask.stride(0))
-    # constants by position, which costs the host less than by name
+    # Constants are given by position, which costs the host less than by name.
     given = (soft_budget is not None, mask is not None, lengths is not None)
     highest = max(epsilon, epsilon_init or epsilon)
     schedule = (soft_topk_ratio, epsilon, highest, math.log2(epsilon_decay), num_iterations)
@@ -167,7 +168,7 @@ def route_forward_into(
     block, num_warps, together = _parts(n, scores.device)
     programs = cdiv(n, block)
     groups = min(rows, together * _multiprocessors(scores.device) // programs)
-    # a power of two of at least 16, so that fewer lengths compile anew
+    # This is a power of two of at least 16, so that fewer lengths compile anew.
     columns = max(16, next_power_of_2(programs))
     launch(
         route_kernel, (groups * programs,),

@@ -18,10 +18,10 @@ try:
 except ImportError as error:
     raise ImportError("op_rows_triton needs triton; use kernel_backend='torch' without it") from error
 
-# indices that a search looks at in one step
+# A search looks at so many indices in one step.
 PROBES = tl.constexpr(64)
-# elements that a program and a warp hold. What moves memory gains from small programs: of nine shapes at 768 features
-# 2 rows by 2 warps were the fastest at 4,096 to 65,536 tokens (NVIDIA H100)
+# A program and a warp hold so many elements. Kernels that move memory gain from small programs: of nine shapes at 768
+# features 2 rows by 2 warps were the fastest at 4,096 to 65,536 tokens (NVIDIA H100).
 FORWARD_TILE, FORWARD_WARP = 2048, 1024
 
 
@@ -42,7 +42,7 @@ def slots_before(position, first, indices_ptr, capacity):
     width = capacity
     probes = tl.arange(0, PROBES)
     while width > 0:
-        # the range in PROBES parts, each known by its last index
+        # The range is cut in PROBES parts, each known by its last index.
         part = tl.cdiv(width, PROBES)
         ends = (probes + 1) * part - 1
         found = tl.load(indices_ptr + first + low + ends, mask=ends < width, other=position)
@@ -57,7 +57,7 @@ def routed_slots(positions, batch, indices_ptr, valid_ptr, capacity, ROWS: tl.co
     """The slot that holds each of ROWS adjacent positions, as a row of `[batch · capacity]`, and whether one does."""
     first = batch * capacity
     low = slots_before(tl.min(positions, axis=0), first, indices_ptr, capacity)
-    # adjacent positions have adjacent slots, so no more than ROWS come into question
+    # Adjacent positions have adjacent slots, so no more than ROWS come into question.
     slots = low + tl.arange(0, ROWS)
     inside = slots < capacity
     indices = tl.load(indices_ptr + first + slots, mask=inside, other=-1)

@@ -14,14 +14,14 @@ try:
 except ImportError as error:
     raise ImportError("run_launch_triton needs triton; use kernel_backend='torch' without it") from error
 
-# of a multiprocessor, on all of NVIDIA's GPUs since Kepler
+# A multiprocessor has so many registers, on all of NVIDIA's GPUs since Kepler.
 REGISTERS = 65536
 
-# of each kernel: of its arguments that are no constants, whether Triton looks at an integer's value; what was compiled
-# of it, by all that Triton's code generation looks at; and itself, so that no other gets its id. By identity: a
-# kernel's own hash is over its source
+# Of each kernel: whether Triton looks at an integer's value, of each argument that is no constant; what was compiled
+# of it, by all that Triton's code generation looks at; and the kernel itself, so that no other gets its id. Kernels
+# are known by identity, because a kernel's own hash is taken over its source.
 _kernels: dict[int, tuple[tuple[bool, ...], dict[tuple[Any, ...], "_Compiled"], Any]] = {}
-# the axes that a grid of one, two or three leaves out
+# A grid of one, two or three axes leaves these out.
 _AXES = ((), (1, 1), (1,), ())
 
 
@@ -34,7 +34,7 @@ class _Compiled(NamedTuple):
     metadata: Any
 
 
-# what the launches of a thread are noted in, while `bind` runs a function
+# The launches of a thread are noted here while `bind` runs a function.
 _notes = threading.local()
 
 
@@ -48,7 +48,7 @@ def has_listeners() -> bool:
     """Whether a profiler wants to hear of launches."""
     runtime = triton.knobs.runtime
     enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
-    # a chain of hooks, as Triton has it, or what somebody put in its place
+    # Triton has a chain of hooks here, unless somebody put another callable in its place.
     return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
@@ -109,7 +109,7 @@ def launch(
         specialized = tuple(not parameter.do_not_specialize for parameter in parameters)
         known = _kernels[id(kernel)] = (specialized, {}, kernel)
     specialized, compiled_kernels, _ = known
-    # what the kernel is called with: the arguments, their tensors' addresses in place of them
+    # The kernel is called with the arguments, in which addresses stand for tensors.
     values: list[Any] = [*arguments]
     key: list[Any] = [num_warps, num_stages, together]
     key += values[len(specialized) :]
@@ -122,7 +122,7 @@ def launch(
         kind = type(argument)
         if kind is int:
             if is_specialized:
-                # 1, and whether it is a multiple of 16, among those of 32 bits and among the larger ones
+                # Triton tells apart 1, multiples of 16 and all others, of 32 bits and of more.
                 add(-1 if argument == 1 else not argument & 15 if argument < 2**31 else 2 + (not argument & 15))
             else:
                 add(argument < 2**31)
@@ -137,7 +137,7 @@ def launch(
                 elsewhere = True
             values[number] = address = argument.data_ptr()
             addresses |= address
-    # the binding under torch.cuda.current_device, which first looks whether CUDA is initialised
+    # `torch.cuda.current_device` would first look whether CUDA is initialised.
     if device != torch._C._cuda_getDevice():
         with torch.cuda.device(device):
             return launch(kernel, grid, *arguments, num_warps=num_warps, num_stages=num_stages, together=together)
@@ -161,7 +161,7 @@ def launch(
     if has_listeners():
         kernel_made[axes](*values, stream=stream)
     else:
-        # what the line above comes to, without the description of the launch that nobody would read
+        # The line above comes to this, with a description of the launch that nobody would read.
         run(*axes, stream, function, metadata, None, None, None, *values)
 
 
