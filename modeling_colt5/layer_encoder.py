@@ -127,6 +127,7 @@ class StraightPass:
         self.key = (self.batch, self.n, dtypes, self.device, strides, self.capacities, self.settings)
         self.by_address = (
             not INTERPRETED
+            and hidden_states.is_cuda
             and torch._C._cuda_getDevice() == hidden_states.get_device()
             and not any(part.data_ptr() & 15 for part in read)
             and not has_listeners()
