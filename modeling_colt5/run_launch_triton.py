@@ -137,7 +137,7 @@ def launch(
                 elsewhere = True
             values[number] = address = argument.data_ptr()
             addresses |= address
-    # `torch.cuda.current_device` would first look whether CUDA is initialised.
+    # torch.cuda.current_device would first look whether CUDA is initialised.
     if device != torch._C._cuda_getDevice():
         with torch.cuda.device(device):
             return launch(kernel, grid, *arguments, num_warps=num_warps, num_stages=num_stages, together=together)
