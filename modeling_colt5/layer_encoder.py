@@ -8,9 +8,7 @@ The first call of a kind, which is one of its shapes, dtypes and numbers, gives 
 are repeated with the addresses of other tensors, which spares looking at any of them again.
 """
 
-import threading
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from functools import reduce
 from operator import attrgetter, itemgetter, or_
 from typing import Any
@@ -42,11 +40,6 @@ if triton_is_available():
 
 # False lets every block run as modules, for a comparison
 enabled = True
-
-# from so many tokens on heavy branches run beside the light ones on a stream of their own, where nobody wants a
-# gradient: a change of streams costs the host more than shorter inputs gain by it. None for never
-beside_from: int | None = None
-_streams: dict[tuple[int, int], torch.cuda.Stream] = {}
 
 # of the weights those that kernels read, and those of products
 _VECTORS = itemgetter(0, 5, 6, 11, 15)
@@ -133,19 +126,6 @@ class StraightPass:
             and not has_listeners()
         )
         self.program: _Program | None = None
-        self.side: torch.cuda.Stream | None = None
-        is_long = beside_from is not None and self.batch * self.n >= beside_from
-        if is_long and self.device.type == "cuda" and plan.side is None and not torch.is_grad_enabled():
-            self.side = _stream_beside(self.device_index)
-
-
-def _stream_beside(device: int) -> torch.cuda.Stream:
-    """The stream for this thread's heavy branches, one of a priority that few ask for: PyTorch hands out the same
-    streams again and again, and what is launched on one that somebody records would be recorded too."""
-    key = (device, threading.get_ident())
-    if key not in _streams:
-        _streams[key] = torch.cuda.Stream(device, priority=-1)
-    return _streams[key]
 
 
 class _Room:
@@ -629,29 +609,6 @@ def _route(line: StraightLayer, router: int, name: str, scores: Any, results: li
     line.way.run(name, route_forward_into, (*rows, *results, *shared), *program.settings)
 
 
-def _heavy(line: StraightLayer) -> AbstractContextManager:
-    """Inside, a heavy branch, which may run next to what comes after until `_join`; what it reads must live until
-    then."""
-    side = line.common.side
-    if side is None:
-        return line.plan.heavy()
-    side.wait_stream(torch.cuda.current_stream())
-    return torch.cuda.stream(side)
-
-
-def _join(line: StraightLayer, *made: Tensor) -> None:
-    """Wait for the heavy branch, which made these tensors for later."""
-    side = line.common.side
-    if side is None:
-        line.plan.join()
-        return
-    stream = torch.cuda.current_stream()
-    stream.wait_stream(side)
-    for tensor in made:
-        # its memory goes back to the other stream, where nobody knows of who reads it here
-        tensor.record_stream(stream)
-
-
 def _attention(line: StraightLayer, parts: list[Any], kept: list[Tensor] | None) -> list[Any]:
     """The conditional attention: its parts, whose slots lie in the memory that comes last."""
     program, way, common = line.program, line.way, line.common
@@ -685,7 +642,7 @@ def _attention(line: StraightLayer, parts: list[Any], kept: list[Tensor] | None)
             program.eps[0],
         )  # fmt: skip
     del residual, light, heavy, routed
-    with _heavy(line):
+    with line.plan.heavy():
         slots = program.first_slots
         for router, (scores, *results) in enumerate(slots.launches):
             _route(line, router, f"route {router}", places[scores], [places[result] for result in results])
@@ -730,7 +687,7 @@ def _attention(line: StraightLayer, parts: list[Any], kept: list[Tensor] | None)
     )  # fmt: skip
     attended = _rounded(attended, dtype)
     light = linear(attended, o)
-    _join(line, heavy)
+    line.plan.join()
     if kept is not None:
         seeds = [part for part in (heavy_seed, seed) if part is not None]
         kept += (attended, *query_key_value, *seeds)
@@ -796,7 +753,7 @@ def _feed_forward(line: StraightLayer, parts: list[Any], kept: list[Tensor] | No
         results = (at(hidden_states), rows(normed), *places[:2])
         run("second sum and norm", combine_norm_into, (*summands, *vectors, *results), program.eps[1])
     del residual, light, heavy, memory_of_slots
-    with _heavy(line):
+    with line.plan.heavy():
         ((scores, *_, state),) = program.second_slots.launches
         factors = torch.empty(batch, tokens, dtype=torch.float32, device=device)
         indices = torch.empty(batch, tokens, dtype=torch.int64, device=device)
@@ -820,7 +777,7 @@ def _feed_forward(line: StraightLayer, parts: list[Any], kept: list[Tensor] | No
             kept,
         )
     light = _dense(line, "light gelu", program.joins_light_ff, normed, wi_0, wi_1, wo, program.drops[4], kept)
-    _join(line, heavy, factors, indices, valid)
+    line.plan.join()
     if kept is not None:
         kept.append(heavy)
     return hidden_states, light.view(batch, -1, d), heavy.view(batch, -1, d), (indices, valid, factors)
@@ -894,6 +851,17 @@ def _kept_of_attention(program: _Program) -> int:
     return 10 + (1 if program.joins_heavy else 2) + (0 if program.joins_light else 2) + seeds
 
 
+def _states_gradient(joins: bool, joined: Tensor, *weights: Tensor) -> Tensor:
+    """The gradient of states, from those of their products [tokens, sum of widths] with these weights."""
+    if joins:
+        return torch.mm(joined, torch.cat(weights))
+    first, *rest = joined.split_with_sizes([weight.shape[0] for weight in weights], -1)
+    gradient = torch.mm(first, weights[0])
+    for part, weight in zip(rest, weights[1:], strict=True):
+        gradient.addmm_(part, weight)
+    return gradient
+
+
 def _weight_gradients(
     line: StraightLayer, joined: Tensor, states: Tensor, width: int, places: slice, all_needs: tuple[bool, ...]
 ) -> list[Tensor | None]:
@@ -945,7 +913,7 @@ def _dense_backward(
     way.run(f"{name} backward", gated_gelu_backward_into, run_with)
     del activated_grad
     gradients = _weight_gradients(line, joined, states, width, slice(first, first + 2), needs)
-    return torch.mm(joined, torch.cat(weights[:2])), [*gradients, wo_grad]
+    return _states_gradient(len(products) == 1, joined, *weights[:2]), [*gradients, wo_grad]
 
 
 def _route_backward(
@@ -1095,7 +1063,7 @@ def _attention_backward(
         gradients[7] = torch.mm(query_grad.t(), query_states)
     gradients[8:10] = _weight_gradients(line, key_value_grad, key_states, width, slice(8, 10), needs)
     query_states_grad = torch.mm(query_grad, heavy_q)
-    key_states_grad = torch.mm(key_value_grad, torch.cat((heavy_k, heavy_v)))
+    key_states_grad = _states_gradient(program.joins_heavy, key_value_grad, heavy_k, heavy_v)
     del query_states, key_states, query_grad, key_value_grad
 
     width, size = program.light, program.light_size
@@ -1124,7 +1092,7 @@ def _attention_backward(
     light_table = None if partials is None else partials.sum((0, 2))
     query_key_value_grad = _rounded(query_key_value_grad, dtype)
     gradients[1:4] = _weight_gradients(line, query_key_value_grad, normed, width, slice(1, 4), needs)
-    normed_grad = torch.mm(query_key_value_grad, torch.cat((q, k, v)))
+    normed_grad = _states_gradient(program.joins_light, query_key_value_grad, q, k, v)
     del query_key_value_grad
 
     run(
