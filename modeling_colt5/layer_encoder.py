@@ -82,6 +82,11 @@ def _product_dtype(hidden_states: Tensor) -> torch.dtype | None:
     return wanted if dtype in (wanted, torch.float32) else None
 
 
+def _may_repeat(states: Tensor) -> bool:
+    """Whether bound launches reach these states: on the device that is the current one, by what was compiled."""
+    return not INTERPRETED and states.is_cuda and torch._C._cuda_getDevice() == states.get_device()
+
+
 class StraightPass:
     """What the straight lines of one pass have in common: sizes, budgets and masks.
 
@@ -119,11 +124,7 @@ class StraightPass:
         dtypes = (self.hidden_dtype, self.dtype)
         self.key = (self.batch, self.n, dtypes, self.device, strides, self.capacities, self.settings)
         self.by_address = (
-            not INTERPRETED
-            and hidden_states.is_cuda
-            and torch._C._cuda_getDevice() == hidden_states.get_device()
-            and not any(part.data_ptr() & 15 for part in read)
-            and not has_listeners()
+            _may_repeat(hidden_states) and not any(part.data_ptr() & 15 for part in read) and not has_listeners()
         )
         self.program: _Program | None = None
 
