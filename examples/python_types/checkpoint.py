@@ -66,9 +66,9 @@ belong to their authors. `examples/python_types/corpus.py` makes the same corpus
 {summary}
 15 to 100 % of a module's annotations were hidden at random each time that it was read; the other batches were span
 corruption of the same text. {steps:,} steps in {minutes:.1f} minutes of training on {gpus}, bf16, seed {seed}: a
-dense start on inputs of up to {start:,} tokens, then learned routing (one query and one token of the feed-forward
-among {budget}, keys and values twice as many) on inputs of up to {trained:,}. `examples/python_types/train.py` is the
-recipe.
+dense start on inputs that grow from {shortest:,} to {start:,} tokens, then learned routing (one query and one token of
+the feed-forward among {budget}, keys and values twice as many) on inputs of up to {trained:,}.
+`examples/python_types/train.py` is the recipe.
 
 ## What it is not
 
@@ -123,6 +123,7 @@ def card(about: dict[str, Any], config: Any, parameters: int, numbers: dict[str,
         minutes=about["seconds"] / 60,
         gpus=gpus,
         seed=about["seed"],
+        shortest=min(about["start_lengths"]),
         start=max(about["start_lengths"]),
         trained=max(about["lengths"]),
         most=MOST_TOKENS,

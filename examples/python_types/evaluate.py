@@ -32,8 +32,8 @@ SHARES = (0.3, 1.0)
 # longer modules are left out
 MOST_TOKENS = 65_536
 LENGTHS = (2048, 4096, 8192, 16_384, 32_768, MOST_TOKENS)
-# modules that are taken together into batches, at first and later
-TOGETHER = 64, 256
+# modules that are taken together into batches: at first, so that there is a result early, and later
+TOGETHER = 16, 256
 
 
 @dataclass(frozen=True)
@@ -80,16 +80,21 @@ def _tokenizer(vocabulary: Path) -> CoLT5Tokenizer:
     return CoLT5Tokenizer.from_pretrained(vocabulary)
 
 
-def question_of(table: dict[str, str], vocabulary: Path, task: tuple[dict[str, Any], float]) -> Question:
+@lru_cache
+def _baselines(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def question_of(baselines: Path, vocabulary: Path, task: tuple[dict[str, Any], float]) -> Question:
     """Hide a share of a module's annotations; the same ones every time.
 
     Args:
-        table: the baselines', of `commonest`.
+        baselines: the file of what they know; read once in each process, for it is large.
         vocabulary: the tokenizer's folder.
         task: a row of the corpus, and the share.
     """
     row, share = task
-    text, tokenizer = row["text"], _tokenizer(vocabulary)
+    text, tokenizer, table = row["text"], _tokenizer(vocabulary), _baselines(baselines)["table"]
     holes = holes_of(text)
     name = f"{row['package']}/{row['path']}"
     chosen = choose(holes, zlib.crc32(name.encode()), share)
@@ -272,7 +277,7 @@ def main(argv: list[str] | None = None) -> None:
     tasks = tasks_of(arguments.corpus, arguments.shares)[: arguments.most_tasks]
     arguments.out.mkdir(parents=True, exist_ok=True)
     with Pool(arguments.processes) as pool:
-        questions = pool.imap(partial(question_of, baselines["table"], VOCABULARY), tasks)
+        questions = pool.imap(partial(question_of, arguments.baselines, VOCABULARY), tasks)
         modules = answered(partial(predict_all, model, tokenizer), questions, baselines["common"])
         write_records(arguments.out / "records.jsonl", modules)
     write_summary(arguments.out, read_records([arguments.out / "records.jsonl"]))

@@ -9,9 +9,10 @@ The first command tokenises what corpus.py wrote. The second trains: it writes t
 minutes, and all that is needed to go on to `--state`; started again it goes on there. At the end it asks the model for
 the types of the held-out modules (evaluate.py), and the tables come to `--out`.
 
-A step is two CUDA graphs, one to the gradients and one for the optimizer, because so small a model keeps a GPU waiting
-for Python. What a step does depends on how much of the time is gone: a dense start on short inputs (docs/routers.md),
-then the paper's routing on long ones; the learning rate falls to zero at the end.
+A step is two CUDA graphs, one to the gradients and one for the optimizer, because so small a model keeps a GPU
+waiting for Python. What a step does depends on how much of the time is gone: a dense start (docs/routers.md) on inputs
+that grow longer, because the decoder finds its sentinel among few tokens first, then the paper's routing on long ones;
+the learning rate falls to zero at the end.
 """
 
 import json
@@ -66,7 +67,7 @@ SAVING_SECONDS = 8.0
 SUMMARY_SECONDS = 15.0
 SECONDS_BETWEEN_LINES = 10.0
 HELD_OUT_BATCHES = 2
-PHASES = ("start", "routed")
+ROUTED = "routed"
 
 Batch = dict[str, Tensor]
 
@@ -140,7 +141,8 @@ class Arguments:
     warmup_steps: int = field(default=300, metadata={"help": "steps of rising learning rate"})
     batch_tokens: int = field(default=32_768, metadata={"help": "tokens of a step in each process"})
     start_lengths: list[int] = field(
-        default_factory=lambda: [2048, 4096], metadata={"help": "tokens of an input in the dense start"}
+        default_factory=lambda: [256, 1024, 4096],
+        metadata={"help": "tokens of an input in equal parts of the dense start, one after the other"},
     )
     lengths: list[int] = field(
         default_factory=lambda: [2048, 4096, 8192, 16_384], metadata={"help": "tokens of an input afterwards"}
@@ -324,12 +326,12 @@ class Progress:
     Attributes:
         step: steps done.
         seconds: of training, without the first steps, which compile.
-        taken: batches of each phase that have been read.
+        taken: batches that have been read of each phase: a length of the dense start, or "routed".
     """
 
     step: int = 0
     seconds: float = 0.0
-    taken: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PHASES, 0))
+    taken: dict[str, int] = field(default_factory=dict)
 
 
 def learning_rate_share(step: int, share: float, warmup_steps: int) -> float:
@@ -350,6 +352,15 @@ def rounded(value: Any) -> Any:
     if isinstance(value, list):
         return [rounded(part) for part in value]
     return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+def with_sentinels_moved(batch: Batch, sentinels: Tensor) -> Batch:
+    """The batch with each row's first sentinel in the place of its second, and so on; the last in the first's."""
+    ids = batch["input_ids"].clone()
+    for row in ids:
+        places = torch.isin(row, sentinels).nonzero()[:, 0]
+        row[places] = row[places.roll(1)]
+    return batch | {"input_ids": ids}
 
 
 def describe_routing(outputs: Any, batch: Batch, sentinels: Tensor) -> dict[str, list[list[float]]]:
@@ -399,7 +410,8 @@ class Training:
         self.resume()
         # processes begin with the same weights, and drop different ones of their states
         torch.manual_seed(arguments.seed + 1000 * processes.rank + self.progress.step)
-        self.loaders = {phase: self.loader(phase) for phase in PHASES}
+        self.phase = ""
+        self.batches: Iterator[tuple[str, Batch]] = iter(())
         self.losses: list[tuple[str, Tensor]] = []
         self.read = 0
 
@@ -413,15 +425,15 @@ class Training:
 
     def loader(self, phase: str) -> Iterator[tuple[str, Batch]]:
         """The phase's batches from where the run is, made ahead by other processes."""
-        arguments, taken = self.arguments, self.progress.taken[phase]
-        is_start = phase == "start"
+        arguments, taken = self.arguments, self.progress.taken.setdefault(phase, 0)
+        is_start = phase != ROUTED
         batches = Batches(
             self.splits["train"],
-            shapes_of(arguments.start_lengths if is_start else arguments.lengths, arguments.batch_tokens),
+            shapes_of([int(phase)] if is_start else arguments.lengths, arguments.batch_tokens),
             arguments.start_types if is_start else arguments.types,
             self.tokenizer.get_sentinel_token_ids(),
             # other batches in each phase
-            2 * arguments.seed + PHASES.index(phase),
+            100 * arguments.seed + (arguments.start_lengths.index(int(phase)) if is_start else 99),
             self.processes.rank,
         )
         order, workers = range(taken, len(batches)), min(3, os.cpu_count() or 1)
@@ -454,15 +466,21 @@ class Training:
         """A step, where so much of the run is over."""
         progress = self.progress
         # a finished run that is given more time has no second dense start
-        if self.schedule is None or progress.taken["routed"]:
+        if self.schedule is None or ROUTED in progress.taken:
             start = None
         else:
             start = self.schedule.progress(int(share * 10**6), 10**6)
-        phase = "routed" if start is None else "start"
+        phase = ROUTED
+        if self.schedule is not None and start is not None:
+            lengths, ends = self.arguments.start_lengths, self.schedule.closed + self.schedule.opening
+            phase = str(lengths[min(int(share / ends * len(lengths)), len(lengths) - 1)])
+        if phase != self.phase:
+            # the processes of the last one end with it
+            self.phase, self.batches = phase, self.loader(phase)
         if self.schedule is not None:
             self.model.set_dense_start(start)
             self.model.config.routers_trained = start is None
-        task, batch = next(self.loaders[phase])
+        task, batch = next(self.batches)
         progress.taken[phase] += 1
         self.read += int(batch["attention_mask"].sum())
         batch = {name: tensor.to(self.processes.device, non_blocking=True) for name, tensor in batch.items()}
@@ -518,8 +536,9 @@ class Training:
 
     @torch.no_grad()
     def held_out(self) -> None:
-        """A line on packages that are not trained on, 30 % of their annotations hidden: the loss, the tokens of types
-        that are right after the right ones, and what the routers do."""
+        """A line on packages that are not trained on, 30 % of their annotations hidden: the loss, the share of types'
+        tokens that are right after the right ones, the same where the input's sentinels have changed places, and what
+        the routers do. As long as the two shares are equal, the decoder does not look where its sentinel is."""
         shapes = shapes_of(self.arguments.lengths[-1:], self.arguments.batch_tokens)
         device, ids = self.processes.device, self.tokenizer.get_sentinel_token_ids()
         sentinels = torch.tensor(ids, device=device)
@@ -527,7 +546,7 @@ class Training:
         numbers: dict[str, Any] = {"held_out": self.progress.step}
         for split in sorted(set(self.splits) - {"train"}):
             batches = Batches(self.splits[split], shapes, 1.0, ids, 0, self.processes.rank, SHARES[0])
-            sums = torch.zeros(3, device=device)
+            sums = torch.zeros(4, device=device)
             for number in range(HELD_OUT_BATCHES):
                 batch = {name: tensor.to(device) for name, tensor in batches[number][1].items()}
                 with autocast(device):
@@ -535,9 +554,13 @@ class Training:
                 labels = batch["labels"]
                 is_type = (labels >= 0) & ~torch.isin(labels, sentinels)
                 is_right = outputs.logits.argmax(-1) == labels
-                sums += torch.stack([outputs.loss, is_right[is_type].float().mean(), torch.ones_like(outputs.loss)])
-            loss, right, count = self.processes.mean(sums).tolist()
-            numbers[split] = {"loss": loss / count, "tokens": right / count}
+                right = is_right[is_type].float().mean()
+                with autocast(device):
+                    logits = self.model(**with_sentinels_moved(batch, sentinels), use_cache=False).logits
+                moved = (logits.argmax(-1) == labels)[is_type].float().mean()
+                sums += torch.stack([outputs.loss, right, moved, torch.ones_like(outputs.loss)])
+            loss, right, moved, count = self.processes.mean(sums).tolist()
+            numbers[split] = {"loss": loss / count, "tokens": right / count, "moved": moved / count}
         numbers["routing"] = describe_routing(outputs, batch, sentinels)
         self.model.train()
         self.say(**numbers)
@@ -562,7 +585,7 @@ def evaluate(arguments: Arguments, processes: Processes, pool: Any, deadline: fl
         ask = partial(predict_all, model.to(processes.device), tokenizer)
         baselines = json.loads((arguments.tokens / "baselines.json").read_text())
         tasks = tasks_of(arguments.corpus, SHARES)[processes.rank :: processes.world]
-        questions = pool.imap(partial(question_of, baselines["table"], VOCABULARY), tasks)
+        questions = pool.imap(partial(question_of, arguments.tokens / "baselines.json", VOCABULARY), tasks)
         write_records(mine, answered(ask, questions, baselines["common"], deadline))
     except Exception:
         # the weights are there, and so is what was answered before

@@ -210,7 +210,8 @@ class Shape:
 
 def shapes_of(lengths: Iterable[int], tokens: int) -> list[Shape]:
     """The shapes of batches of so many tokens each, by length. A short target is enough for a short input."""
-    return [Shape(max(1, tokens // length), length, 512 if length <= 4096 else 768) for length in sorted(lengths)]
+    targets = {length: min(length // 2, 512 if length <= 4096 else 768) for length in lengths}
+    return [Shape(max(1, tokens // length), length, targets[length]) for length in sorted(lengths)]
 
 
 class Batches(Dataset):
