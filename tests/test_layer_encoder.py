@@ -55,21 +55,23 @@ def as_modules(call: Callable[[], torch.Tensor]) -> torch.Tensor:
         layer_encoder.enabled = True
 
 
+# one layer where nothing is left to the next one's first norm that another case has not
 CASES = {
-    "padded": (torch.float32, (11, 6), True, {}),
+    "padded": (torch.float32, (11, 6), True, {"num_layers": 2}),
     "one row": (torch.float32, (13,), True, {}),
     "no mask": (torch.float32, (7, 7), False, {}),
     "bf16": (torch.bfloat16, (9, 4), True, {}),
-    "fp16": (torch.float16, (9,), False, {}),
+    "fp16": (torch.float16, (9,), False, {"num_layers": 2}),
     "one token": (torch.float32, (1,), False, {}),
     "coordinate descent": (torch.float32, (8,), True, {"soft_topk_solver": "coordinate_descent"}),
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+# a training pass compares its output too
+@pytest.mark.parametrize("case", ["padded", "no mask", "fp16", "one token"])
 def test_a_forward_pass_is_that_of_the_modules(case: str, device: torch.device, layers: list) -> None:
     dtype, lengths, masked, fields = CASES[case]
-    model = encoder(device, dtype, **fields)
+    model = encoder(device, dtype, **{"num_layers": 1} | fields)
     batch = batch_of(device, *lengths, masked=masked)
 
     def call() -> torch.Tensor:
@@ -413,14 +415,14 @@ def assert_same_gradients(
             )
 
 
-TRAINED = {name: CASES[name] for name in ("padded", "one row", "bf16", "coordinate descent", "one token")}
+TRAINED = {name: CASES[name] for name in ("one row", "bf16", "coordinate descent", "one token")}
 TRAINED["dropout"] = (torch.float32, (11, 6), True, {"dropout_rate": 0.3})
 
 
 @pytest.mark.parametrize("case", TRAINED)
 def test_gradients_are_those_of_the_modules(case: str, device: torch.device, layers: list) -> None:
     dtype, lengths, masked, fields = TRAINED[case]
-    model = encoder(device, dtype, num_layers=1, **fields)
+    model = encoder(device, dtype, **fields | {"num_layers": 1})
     model.train()
     batch = batch_of(device, *lengths, masked=masked)
     expected = as_modules(lambda: gradients_of(model, batch))
