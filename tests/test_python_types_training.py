@@ -218,6 +218,26 @@ def test_many_rows_are_answered_as_each_alone(tokenizer, monkeypatch):
         assert [one.probability for one in answer] == pytest.approx([one.probability for one in alone], rel=1e-3)
 
 
+def test_a_new_model_looks_where_its_sentinel_is(tokenizer):
+    torch.manual_seed(0)
+    size, _ = HfArgumentParser((train.Size, train.Arguments)).parse_args_into_dataclasses(["--tokens", "x"])
+    sentinels = tokenizer.get_sentinel_token_ids()[:20]
+    ids = torch.randint(100, 7000, (1, 200), generator=torch.Generator().manual_seed(0))
+    places = torch.arange(5, 200, 10)
+    ids[0, places] = torch.tensor(sentinels)
+    looks = {}
+    for name, change in (("new", train.reading_from_the_start), ("T5", lambda model: model)):
+        model = change(train.CoLT5ForConditionalGeneration(size.config())).eval()
+        model.set_attn_implementation("eager")
+        with torch.no_grad():
+            outputs = model(input_ids=ids, decoder_input_ids=ids[:, places], output_attentions=True)
+        # of the first layer, the mean over its heads: [sentinels, tokens]
+        weights = outputs.cross_attentions[0][0].mean(0)
+        looks[name] = weights[torch.arange(20), places].mean().item()
+    # of 200 tokens each has 0.005 in the mean
+    assert looks["new"] > 0.1 and looks["T5"] < 0.02
+
+
 def test_sentinels_change_places():
     batch = {"input_ids": torch.tensor([[5, 90, 6, 91, 92, 1], [7, 90, 8, 9, 1, 0]]), "labels": torch.ones(2)}
     moved = train.with_sentinels_moved(batch, torch.tensor([90, 91, 92]))
@@ -364,7 +384,7 @@ def test_two_processes_train_as_one_with_both_batches(corpus, tmp_path):
     trained, _ = load_weights(tmp_path)
     size, own = parsed(arguments)
     torch.manual_seed(own.seed)
-    model = train.CoLT5ForConditionalGeneration(size.config()).train()
+    model = train.reading_from_the_start(train.CoLT5ForConditionalGeneration(size.config())).train()
     step = train.TrainingStep(model, own.learning_rate, ALONE)
     tokens = load_tokens(corpus / "tokens/tokens.npz.xz")["train"]
     shapes = shapes_of(own.start_lengths[:1], own.batch_tokens)

@@ -319,6 +319,17 @@ class TrainingStep:
         return norm
 
 
+def reading_from_the_start(model: CoLT5ForConditionalGeneration) -> CoLT5ForConditionalGeneration:
+    """The model with initial weights of cross-attention that look for the decoder's own token: a sentinel finds its
+    place. T5's own come to it only after many steps, and until then answers do not depend on their places."""
+    with torch.no_grad():
+        for block in model.decoder.block:
+            attention = block.layer[1].EncDecAttention
+            # ⟨q, k⟩ of a token with itself is 1 at T5's scale of q, times this
+            attention.k.weight.copy_(attention.q.weight * 16)
+    return model
+
+
 @dataclass
 class Progress:
     """How far a run has come; saved with it.
@@ -396,7 +407,7 @@ class Training:
         self.progress = Progress()
         torch.manual_seed(arguments.seed)
         with processes.device:
-            self.model = CoLT5ForConditionalGeneration(size.config()).train()
+            self.model = reading_from_the_start(CoLT5ForConditionalGeneration(size.config())).train()
         # before other weights come: rates are relative to the sizes that parameters begin with
         self.step = TrainingStep(self.model, arguments.learning_rate, processes, arguments.graphs)
         if arguments.initial is not None:
