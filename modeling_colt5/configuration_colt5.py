@@ -16,8 +16,8 @@ from transformers.activations import ACT2FN
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
+from .kernel_backend import KERNEL_BACKENDS
 from .model_checkpoints import OWN_FILES, code_file, import_copies
-from .run_backend import KERNEL_BACKENDS
 from .run_causal_cache import LAYER_TYPE
 from .run_release import CACHE_NAMES
 

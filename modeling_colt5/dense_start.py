@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from .configuration_colt5 import CoLT5Config
 from .encoder_costs import encoder_flops, kept_values
-from .run_backend import uses_triton
+from .kernel_backend import uses_triton
 
 logger = logging.get_logger(__name__)
 

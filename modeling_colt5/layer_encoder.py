@@ -19,8 +19,8 @@ from torch.autograd import forward_ad
 from torch.nn.functional import linear
 from torch.nn.modules import module as torch_module
 
+from .kernel_backend import INTERPRETED, normed_dtype, runs_eagerly, triton_is_available
 from .layer_plain import WEIGHTS, PlainLayer
-from .run_backend import INTERPRETED, normed_dtype, runs_eagerly, triton_is_available
 from .run_operator import refuse_derivatives_of_kernels
 
 if triton_is_available():

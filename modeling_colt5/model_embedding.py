@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from .configuration_colt5 import CoLT5Config
+from .kernel_backend import runs_eagerly
 from .model_base import CoLT5PreTrainedModel, CoLT5Stack
-from .run_backend import runs_eagerly
 
 
 def _tie_assigned_head(model: "CoLT5EmbeddingModel", incompatible_keys: Any) -> None:

@@ -12,6 +12,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_colt5 import CoLT5Config
+from .kernel_backend import Mode, is_hooked, uses_triton
 from .layer_encoder import StraightLayer, StraightPass, combined, may_run_straight
 from .layer_plain import PlainBlock
 from .model_base import CoLT5Stack
@@ -29,7 +30,6 @@ from .model_router import CoLT5Router, CoLT5Routing, router_weights, run_routers
 from .op_attention import local_attention, local_attention_reference, routed_attention, routed_attention_reference
 from .op_routing import RoutedTokens
 from .op_rows import combine_branches, scatter_add_tokens, share_and_gather
-from .run_backend import Mode, is_hooked, uses_triton
 from .run_graphs import replayed
 from .run_inputs import (
     ForwardFlags,

@@ -11,9 +11,9 @@ from transformers.activations import ACT2FN
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_colt5 import CoLT5Config
+from .kernel_backend import is_autocast, is_hooked, product_dtype, runs_eagerly
 from .op_gelu import gated_gelu
 from .op_norm import rms_norm_scores
-from .run_backend import is_autocast, is_hooked, product_dtype, runs_eagerly
 from .run_sizes import is_free
 
 

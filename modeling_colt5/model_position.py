@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from .run_backend import runs_eagerly
+from .kernel_backend import runs_eagerly
 
 
 def relative_position_bucket(

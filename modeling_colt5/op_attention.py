@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from .run_backend import INTERPRETED, triton_is_available
+from .kernel_backend import INTERPRETED, triton_is_available
 from .run_operator import Kernel, Operator
 from .run_sizes import as_tensor, computed_size, is_free
 

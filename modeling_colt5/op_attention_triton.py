@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .run_backend import INTERPRETED
+from .kernel_backend import INTERPRETED
 from .run_launch_triton import adjacent, launch, next_power_of_2
 
 try:

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .kernel_backend import triton_is_available
 from .op_routing import RoutedTokens
 from .op_soft_topk import mask_scores, solve_exactly
-from .run_backend import triton_is_available
 from .run_operator import Kernel, Operator
 
 gates_kernel: Kernel = None
@@ -228,7 +228,7 @@ def causal_gates(
         epsilon: its temperature.
         fill_first: whether a row's very first window, which nothing was handed to, routes `target` evenly spaced
             tokens with a weight of 1; else it routes none.
-        kernel_backend: as in `uses_triton` of run_backend.py.
+        kernel_backend: as in `uses_triton` of kernel_backend.py.
     """
     # The product is made a float, because a kernel would take a configuration's whole number for an integer.
     soft_target = float(soft_topk_ratio * target)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .run_backend import accumulation_dtype, triton_is_available
+from .kernel_backend import accumulation_dtype, triton_is_available
 from .run_operator import Kernel, Operator
 
 gelu_kernel: Kernel = None
@@ -70,7 +70,7 @@ def gated_gelu(gate: Tensor, up: Tensor, kernel_backend: str = "auto") -> Tensor
 
     Args:
         gate, up: `[..., d_ff]`, of one shape and dtype; halves of one projection are read in place.
-        kernel_backend: as in `uses_triton` of run_backend.py.
+        kernel_backend: as in `uses_triton` of kernel_backend.py.
 
     Returns:
         `[..., d_ff]` in their dtype.

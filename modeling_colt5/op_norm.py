@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .kernel_backend import HALF_DTYPES, accumulation_dtype, normed_dtype, triton_is_available
 from .op_rows import combine_reference, scatter_gradients
-from .run_backend import HALF_DTYPES, accumulation_dtype, normed_dtype, triton_is_available
 from .run_operator import Kernel, Operator
 
 combine_norm_kernel: Kernel = None
@@ -302,7 +302,7 @@ def rms_norm_scores(
             the product, as T5LayerNorm does.
         router_weights: one learned vector a router `[routers, d]`, or None for a norm alone.
         eps: added to the mean square.
-        kernel_backend: as in `uses_triton` of run_backend.py, here and in the functions below.
+        kernel_backend: as in `uses_triton` of kernel_backend.py, here and in the functions below.
         wanted_dtype: of the normalised states: None for the weight's where that is half precision and else the hidden
             states'. The scores are those of the states before the rounding to another.
 

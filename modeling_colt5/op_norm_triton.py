@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .kernel_backend import normed_dtype
 from .op_rows_triton import routed_rows, tile_shape
-from .run_backend import normed_dtype
 from .run_launch_triton import adjacent, cdiv, launch, next_power_of_2
 
 try:

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .kernel_backend import triton_is_available
 from .op_routing import RoutedTokens, route
 from .op_soft_topk import mask_scores
-from .run_backend import triton_is_available
 from .run_operator import Kernel, Operator
 
 candidates_kernel: Kernel = None
@@ -253,7 +253,7 @@ def routed_pools(
         size: tokens of a pool.
         initial: where window 0 was handed a pool: its scores [rows, size], and what it is, used slots first. None for
             none.
-        kernel_backend: as in `uses_triton` of run_backend.py.
+        kernel_backend: as in `uses_triton` of kernel_backend.py.
         settings: keywords of `route`.
     """
     rows = scores.shape[0]
@@ -340,7 +340,7 @@ def gather_pools(
         key, value: [batch, n, heads, d_kv]. Of the last window's tokens, which no pool read here holds, any may lack.
         pools: in rows [batch].
         base: how many of the n tokens are the initial pool's; 0 without one.
-        kernel_backend: as in `uses_triton` of run_backend.py.
+        kernel_backend: as in `uses_triton` of kernel_backend.py.
 
     Returns:
         [batch, windows, size, heads, d_kv] in the states' dtype: all pools but the last, which later windows read.

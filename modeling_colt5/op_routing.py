@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .kernel_backend import triton_is_available
 from .op_soft_topk import (
     check_mask,
     check_positive,
@@ -18,7 +19,6 @@ from .op_soft_topk import (
     solve,
     weights_dtype,
 )
-from .run_backend import triton_is_available
 from .run_operator import Kernel, Operator
 from .run_sizes import smaller
 
@@ -252,7 +252,7 @@ def route(
             gradient.
         soft_topk_ratio: at least 1.
         epsilon, solver, num_iterations, epsilon_init, epsilon_decay: as in `soft_topk`.
-        kernel_backend: as in `uses_triton` of run_backend.py.
+        kernel_backend: as in `uses_triton` of kernel_backend.py.
 
     Raises:
         TypeError: for scores that are not floating point, a mask that is not bool, a setting of another type.

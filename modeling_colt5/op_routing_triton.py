@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
+from .kernel_backend import INTERPRETED
 from .op_routing_forward_triton import route_kernel
 from .op_routing_gradient_triton import descent_backward_kernel, route_backward_kernel, slot_sums_kernel
 from .op_routing_steps_triton import COUNTER_STRIDE, PLACES
-from .run_backend import INTERPRETED
 from .run_launch_triton import adjacent, cdiv, launch, next_power_of_2
 
 # A row of up to so many tokens is one program's. It is below 32,768, so that two counts in one integer never reach its

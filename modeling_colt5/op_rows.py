@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .run_backend import accumulation_dtype, runs_eagerly, triton_is_available, uses_triton
+from .kernel_backend import accumulation_dtype, runs_eagerly, triton_is_available, uses_triton
 from .run_operator import Kernel, Operator, refuse_derivatives_of_kernels
 
 combine_kernel: Kernel = None

@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from .run_backend import can_look
+from .kernel_backend import can_look
 
 SOLVERS = ("exact", "coordinate_descent")
 

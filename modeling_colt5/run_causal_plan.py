@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .configuration_colt5 import CoLT5Config
+from .kernel_backend import backend_of
 from .op_attention import bias_of_sequence
 from .op_routing import RoutedTokens
-from .run_backend import backend_of
 from .run_sizes import share_of
 
 

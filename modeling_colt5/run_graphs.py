@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from .run_backend import Mode, is_hooked
+from .kernel_backend import Mode, is_hooked
 
 # Beyond so many tokens the GPU takes longer than the host, and a graph's memory is no longer small.
 MOST_TOKENS = 2**16

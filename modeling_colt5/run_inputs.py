@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
-from .run_backend import can_look, runs_eagerly
+from .kernel_backend import can_look, runs_eagerly
 
 
 class ForwardFlags(TypedDict, total=False):

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .run_backend import INTERPRETED
+from .kernel_backend import INTERPRETED
 
 try:
     import triton

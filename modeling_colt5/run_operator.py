@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .run_backend import kernel_takes, runs_eagerly, uses_triton
+from .kernel_backend import kernel_takes, runs_eagerly, uses_triton
 
 # A function of an operator's arguments that needs Triton, or None where Triton is not installed.
 Kernel = Callable[..., Any] | None
@@ -142,7 +142,7 @@ class Operator:
         """The result on the backend that the caller names; on "torch" the reference, with derivatives of any order.
 
         Args:
-            kernel_backend: as in `uses_triton` of run_backend.py.
+            kernel_backend: as in `uses_triton` of kernel_backend.py.
             inputs: the schema's arguments.
         """
         if not uses_triton(inputs[self.operand], kernel_backend):

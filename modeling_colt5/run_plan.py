@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from .configuration_colt5 import CoLT5Config
-from .run_backend import Mode, backend_of
+from .kernel_backend import Mode, backend_of
 from .run_budgets import RoutingBudget
 from .run_graphs import graph_stream
 

@@ -8,7 +8,7 @@ import torch
 from dense_attention import band, dense_attention, random_positions
 from rounding import assert_all_same_but_for_rounding, assert_same_but_for_rounding
 
-from modeling_colt5 import run_backend
+from modeling_colt5 import kernel_backend
 from modeling_colt5.op_attention import local_attention, local_attention_reference, routed_attention
 
 pytest.importorskip("triton")
@@ -23,7 +23,7 @@ DTYPES = list(TOLERANCE)
 @pytest.fixture(autouse=True)
 def kernels(monkeypatch):
     """Without a GPU the operators still take the kernels, interpreted, whatever the environment says."""
-    monkeypatch.setattr(run_backend, "FORCED_BACKEND", None)
+    monkeypatch.setattr(kernel_backend, "FORCED_BACKEND", None)
 
 
 def draw(batch, queries, keys, heads, kv_heads, head_size, max_distance, dtype, device):
@@ -278,14 +278,14 @@ def operator_inputs(device, routed):
 @pytest.mark.parametrize("routed", [False, True])
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 def test_the_operator_passes_opcheck(routed, backend, device, monkeypatch):
-    monkeypatch.setattr(run_backend, "FORCED_BACKEND", backend)
+    monkeypatch.setattr(kernel_backend, "FORCED_BACKEND", backend)
     torch.library.opcheck(torch.ops.colt5.attention.default, operator_inputs(device, routed))
 
 
 @pytest.mark.parametrize("routed", [False, True])
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 def test_compiled_without_graph_break_it_gives_the_same(routed, backend, device, monkeypatch):
-    monkeypatch.setattr(run_backend, "FORCED_BACKEND", backend)
+    monkeypatch.setattr(kernel_backend, "FORCED_BACKEND", backend)
 
     def attend(query, key, value, table, radius, query_positions, key_positions, mask, *_):
         if routed:
@@ -380,7 +380,7 @@ def test_dropout_follows_the_generator_and_is_refused_by_the_reference(device, m
     torch.manual_seed(1)
     assert_same_but_for_rounding(local_attention(*inputs, 20, dropout=0.5), first)
     assert (first - second).abs().max() > 0.1
-    monkeypatch.setattr(run_backend, "FORCED_BACKEND", "torch")
+    monkeypatch.setattr(kernel_backend, "FORCED_BACKEND", "torch")
     with pytest.raises(NotImplementedError, match="attend"):
         local_attention(*inputs, 20, dropout=0.5)
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from modeling_colt5 import run_backend
-from modeling_colt5.run_backend import ENVIRONMENT_VARIABLE, uses_triton
+from modeling_colt5 import kernel_backend
+from modeling_colt5.kernel_backend import ENVIRONMENT_VARIABLE, uses_triton
 from modeling_colt5.run_operator import Operator
 
 # an operator stays registered as long as the process lives
@@ -55,15 +55,15 @@ def test_the_environment_is_read_when_the_code_is_imported(
     if forced:
         monkeypatch.setenv(ENVIRONMENT_VARIABLE, forced)
     # another copy of the file, as beside code from the Hub
-    spec = importlib.util.spec_from_file_location("kernel_backend_once_more", run_backend.__file__)
+    spec = importlib.util.spec_from_file_location("kernel_backend_once_more", kernel_backend.__file__)
     imported = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(imported)
     assert forced == imported.FORCED_BACKEND
 
 
 def test_the_environment_has_the_last_word(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_backend, "FORCED_BACKEND", "torch")
+    monkeypatch.setattr(kernel_backend, "FORCED_BACKEND", "torch")
     assert not uses_triton(torch.empty(1), "triton")
-    monkeypatch.setattr(run_backend, "FORCED_BACKEND", "tritn")
+    monkeypatch.setattr(kernel_backend, "FORCED_BACKEND", "tritn")
     with pytest.raises(ValueError, match="'tritn'"):
         uses_triton(torch.empty(1), "torch")

@@ -12,11 +12,11 @@ from transformers import T5Config, T5EncoderModel, T5ForConditionalGeneration
 from transformers.models.t5.modeling_t5 import T5Attention, T5LayerNorm
 
 from modeling_colt5 import CoLT5EncoderModel, CoLT5ForConditionalGeneration
+from modeling_colt5.kernel_backend import product_dtype
 from modeling_colt5.model_decoder import CoLT5CrossAttention, CoLT5SelfAttention
 from modeling_colt5.model_encoder import CoLT5LayerConditionalFF, CoLT5LocalAttention, CoLT5RoutedAttention
 from modeling_colt5.model_layers import CoLT5Attention, CoLT5LayerNorm, clamp_half
 from modeling_colt5.model_router import CoLT5Router
-from modeling_colt5.run_backend import product_dtype
 from modeling_colt5.run_sizes import routed_budget, routed_capacity
 
 

@@ -14,9 +14,9 @@ from rounding import assert_all_same_but_for_rounding, assert_same_but_for_round
 
 import modeling_colt5
 from modeling_colt5 import op_routing_forward_triton, op_routing_triton
+from modeling_colt5.kernel_backend import INTERPRETED
 from modeling_colt5.op_routing import RoutedTokens, route
 from modeling_colt5.op_soft_topk import soft_topk
-from modeling_colt5.run_backend import INTERPRETED
 from modeling_colt5.run_sizes import routed_budget, routed_capacity
 
 # weights: 2 ulp of exp, and the exponent's own rounding, below 2.4e-7 for exponents to 4; sums over 1e4 terms
