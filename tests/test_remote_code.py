@@ -83,6 +83,8 @@ def test_report_names_the_heads_own_weights_and_no_others(auto_class, tmp_path, 
     assert rows == dict.fromkeys(hub_steps.OWN_WEIGHTS.get(auto_class, set()), "MISSING")
 
 
+# every head, saved and loaded in processes of their own: eighteen seconds
+@pytest.mark.slow
 def test_code_goes_round_with_and_without_the_package(tmp_path):
     first = str(make_folder(tmp_path / "first", seed=1))
     other = str(make_folder(tmp_path / "other", seed=2))

@@ -445,6 +445,8 @@ class Router(torch.nn.Module):
         return routed.indices, routed.weights, routed.valid
 
 
+# Dynamo and AOTAutograd trace it: seven seconds
+@pytest.mark.slow
 def test_compiles_in_one_graph_at_any_length(device):
     router = torch.compile(Router(), fullgraph=True, dynamic=True, backend="aot_eager")
     for n in (100, 128, 333):

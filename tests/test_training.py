@@ -292,6 +292,7 @@ def test_lora_with_gradient_checkpointing(model_class: type[nn.Module], use_reen
 
 
 # Dynamo and AOTAutograd trace a layer and a decoder's: ten seconds
+@pytest.mark.slow
 def test_trainer_compiles_one_graph_and_never_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Under autocast, over batches of one shape and other tokens, lengths and numbers of labels."""
     data = []
