@@ -65,7 +65,7 @@ def test_warm_start_goes_on_where_it_was_stopped(tmp_path: Path, capsys: pytest.
     (line,) = results.read_runs("warm_start", tmp_path)
     assert line["complete"]
     (exact,) = (row for row in line["rows"] if "radius over the whole input" in row["model"])
-    # issue 6: the same function
+    # it computes the same function
     assert exact["largest logit difference"] < 1e-4
     assert exact["held-out loss"] == pytest.approx(line["rows"][0]["held-out loss"], rel=1e-4)
     (steps,) = results.read_runs("warm_start_steps", tmp_path)

@@ -16,7 +16,7 @@ from modeling_colt5 import CoLT5Config, CoLT5ForConditionalGeneration
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# issue 2: the defaults are the paper's base model
+# the defaults are the paper's base model
 DEFAULTS = {
     "vocab_size": 32128,
     "d_model": 768,
@@ -255,7 +255,7 @@ def test_parameter_counts_and_layer_shapes_are_the_papers(size):
     with torch.device("meta"):
         model = CoLT5ForConditionalGeneration(CoLT5Config.from_size(size))
     count = sum(parameter.numel() for parameter in model.parameters())
-    # issue 2: within 1 M of 432.7 M, 1462.5 M and 5296.9 M, which COLT5.md counts from the paper's matrices
+    # within 1 M of 432.7 M, 1462.5 M and 5296.9 M, which the matrices of the paper's sizes come to
     assert abs(count - {"base": 432.7e6, "large": 1462.5e6, "xl": 5296.9e6}[size]) < 1e6
     assert abs(count / 1e6 - millions) < 1
 

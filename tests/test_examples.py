@@ -444,7 +444,7 @@ def test_conversion_from_a_folder(tmp_path):
     batch = AutoTokenizer.from_pretrained(tmp_path / "colt5")("def f(x):\n    return x", return_tensors="pt")
     target = torch.tensor([[5, 6, 7]])
     expected = source.eval()(**batch, decoder_input_ids=target).logits
-    # issue 6: 1e-4
+    # what rounding in fp32 may come to: 1e-4
     assert (model(**batch, decoder_input_ids=target).logits - expected).abs().max() < 1e-4
 
 

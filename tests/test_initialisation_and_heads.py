@@ -103,7 +103,7 @@ def test_submodule_initialises_alone():
 
 
 def test_router_scores_start_near_unit_spread():
-    """COLT5.md: the routers' standard deviation d_model^-1/2 makes scores of unit spread."""
+    """The routers' standard deviation d_model^-1/2 makes scores of unit spread."""
     model = tiny_model(CoLT5EncoderModel, d_model=256)
     normed, *_ = model.encoder.block[0].layer[0].layer_norm(model.shared(random_ids(4, 200)))
     for _ in range(5):

@@ -81,7 +81,7 @@ def brute_norm(states: torch.Tensor, norm, config) -> torch.Tensor:
 
 
 def brute_layer(encoder, block, states: torch.Tensor, positions: torch.Tensor, config) -> torch.Tensor:
-    """The two equations of COLT5.md for the real tokens [n, d_model] of one row, which stand at `positions`."""
+    """The paper's two equations for the real tokens [n, d_model] of one row, which stand at `positions`."""
     attention, feed_forward = block.layer
     x = brute_norm(states, attention.layer_norm, config)
     queries, query_weights = brute_route(x, attention.query_router.weight, config.routed_query_fraction, config)

@@ -98,7 +98,7 @@ def test_t5_is_the_limit(version, dtype, attn_implementation):
     inputs = {**batch, "decoder_input_ids": decoder_ids, "decoder_attention_mask": decoder_mask}
     expected = t5(**inputs).logits
     logits = model(**inputs).logits
-    # issue 2: 1e-9 in float64, 1e-5 of the largest logit in fp32
+    # sums of another order: 1e-9 in float64, 1e-5 of the largest logit in fp32
     limit = 1e-9 if dtype == torch.float64 else 1e-5 * expected.abs().max()
     assert (logits - expected).abs().max() <= limit
     labels = random_ids(3, 17)
@@ -131,7 +131,7 @@ def test_padding_never_changes_the_encoders_output(routing):
         for row, i in enumerate(members):
             if i is not None:
                 real = states[row, batch["attention_mask"][row].bool()]
-                # issue 2
+                # sums of another order, in fp32
                 torch.testing.assert_close(real, alone[i], atol=1e-5, rtol=0)
 
 
@@ -169,7 +169,7 @@ def test_padding_never_changes_the_gradients(dtype):
     for side, length in (("right", None), ("left", 61), ("right", 140)):
         gradients = seq2seq_loss_gradients(model, pad(rows, side, length), labels)
         for name, gradient in gradients.items():
-            # sums of another order; in fp32 issue 2's 1e-5, of the largest entry
+            # sums of another order; in fp32 1e-5 of the largest entry
             limit = (1e-5 if dtype == torch.float32 else 1e-12) * max(1, expected[name].abs().max())
             assert (gradient - expected[name]).abs().max() <= limit, name
 
