@@ -131,7 +131,8 @@ class Mode(NamedTuple):
         """The mode of a pass over these states."""
         is_eager = runs_eagerly()
         is_captured = is_eager and states.is_cuda and torch.cuda.is_current_stream_capturing()
-        is_watched = torch_module._has_any_global_hook()
+        # PyTorch answers with the hooks themselves
+        is_watched = bool(torch_module._has_any_global_hook())
         return cls(is_eager, torch.is_grad_enabled(), is_captured, is_watched, is_autocast(states))
 
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from modeling_colt5 import CoLT5EncoderModel, CoLT5ForConditionalGeneration, model_encoder
 from modeling_colt5 import run_graphs as graphs
+from modeling_colt5.kernel_backend import Mode
 
 
 def count_graphs(model: nn.Module) -> int:
@@ -38,6 +39,18 @@ def batches(device: torch.device, count: int) -> list[dict[str, torch.Tensor]]:
         batch = pad([random_ids(150 - 7 * index), random_ids(40 + index)], "left" if index % 2 else "right", 160)
         made.append({name: tensor.to(device) for name, tensor in batch.items()})
     return made
+
+
+def test_plain_inference_is_what_graphs_are_made_of():
+    states = torch.ones(1, 2, 3)
+    with torch.no_grad():
+        assert Mode.of_now(states) == graphs.PLAIN_INFERENCE
+        handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+        assert Mode.of_now(states) != graphs.PLAIN_INFERENCE
+        handle.remove()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert Mode.of_now(states) != graphs.PLAIN_INFERENCE
+    assert Mode.of_now(states) != graphs.PLAIN_INFERENCE
 
 
 @pytest.mark.gpu

@@ -238,6 +238,26 @@ def test_a_new_model_looks_where_its_sentinel_is(tokenizer):
     assert looks["new"] > 0.1 and looks["T5"] < 0.02
 
 
+def test_the_encoder_is_asked_for_the_first_token_at_each_sentinel(tokens, tokenizer):
+    torch.manual_seed(0)
+    size, _ = parsed(["--tokens", "unused"])
+    model = train.CoLT5ForConditionalGeneration(size.config())
+    batch = Batches(tokens, shapes_of([256], 1024), 0.5, SENTINELS, 0)[0][1]
+    states = torch.randn(*batch["input_ids"].shape, model.config.d_model)
+    losses = []
+    for row, ids in enumerate(batch["input_ids"].tolist()):
+        labels = batch["labels"][row].tolist()
+        for place, token in enumerate(ids):
+            if token in SENTINELS:
+                logits = states[row, place] @ model.lm_head.weight.T * model.config.d_model**-0.5
+                losses.append(-logits.log_softmax(0)[labels[labels.index(token) + 1]])
+    assert len(losses) > 4
+    found = train.encoder_loss_at_sentinels(
+        model, states, batch["input_ids"], batch["labels"], torch.tensor(SENTINELS)
+    )
+    torch.testing.assert_close(found, torch.stack(losses).mean())
+
+
 def test_sentinels_change_places():
     batch = {"input_ids": torch.tensor([[5, 90, 6, 91, 92, 1], [7, 90, 8, 9, 1, 0]]), "labels": torch.ones(2)}
     moved = train.with_sentinels_moved(batch, torch.tensor([90, 91, 92]))
@@ -385,7 +405,7 @@ def test_two_processes_train_as_one_with_both_batches(corpus, tmp_path):
     size, own = parsed(arguments)
     torch.manual_seed(own.seed)
     model = train.reading_from_the_start(train.CoLT5ForConditionalGeneration(size.config())).train()
-    step = train.TrainingStep(model, own.learning_rate, ALONE)
+    step = train.TrainingStep(model, own.learning_rate, ALONE, torch.tensor(SENTINELS), own.encoder_loss)
     tokens = load_tokens(corpus / "tokens/tokens.npz.xz")["train"]
     shapes = shapes_of(own.start_lengths[:1], own.batch_tokens)
     batches = [Batches(tokens, shapes, own.start_types, SENTINELS, 0, rank) for rank in (0, 1)]

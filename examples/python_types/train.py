@@ -41,7 +41,7 @@ from python_types.evaluate import (
     write_summary,
 )
 from python_types.predict import predict_all
-from python_types.training_rows import TASKS, Batches, load_tokens, prepare, shapes_of
+from python_types.training_rows import IGNORED, TASKS, Batches, load_tokens, prepare, shapes_of
 from python_types.weights import load_weights, save_weights
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -139,6 +139,7 @@ class Arguments:
     save_minutes: float = field(default=2.0, metadata={"help": "between two savings"})
     learning_rate: float = field(default=1e-2, metadata={"help": "the highest, relative to each parameter's size"})
     warmup_steps: int = field(default=300, metadata={"help": "steps of rising learning rate"})
+    encoder_loss: float = field(default=1.0, metadata={"help": "weight of the encoder's own loss at the sentinels"})
     batch_tokens: int = field(default=32_768, metadata={"help": "tokens of a step in each process"})
     start_lengths: list[int] = field(
         default_factory=lambda: [256, 1024, 4096],
@@ -213,11 +214,22 @@ class TrainingStep:
         model: in training mode, on the device of its batches.
         learning_rate: the highest, relative to each parameter's size.
         processes: with whom to train.
+        sentinels: the sentinels' ids, int64 [sentinels].
+        encoder_loss: the weight of the encoder's own loss (`encoder_loss_at_sentinels`).
         graphs: whether to make graphs.
     """
 
-    def __init__(self, model: nn.Module, learning_rate: float, processes: Processes, graphs: bool = True):
+    def __init__(
+        self,
+        model: CoLT5ForConditionalGeneration,
+        learning_rate: float,
+        processes: Processes,
+        sentinels: Tensor,
+        encoder_loss: float,
+        graphs: bool = True,
+    ):
         self.model, self.processes, self.device = model, processes, processes.device
+        self.sentinels, self.encoder_loss = sentinels, encoder_loss
         parameters = list(model.parameters())
         self.gradients = torch.zeros(sum(map(torch.numel, parameters)), device=self.device)
         for parameter, gradient in zip(parameters, self.gradients.split([*map(torch.numel, parameters)]), strict=True):
@@ -240,7 +252,7 @@ class TrainingStep:
         self.pool = torch.cuda.graph_pool_handle() if on_gpu else None
 
     def __call__(self, batch: Batch, phase: Hashable, share: float) -> Tensor:
-        """Do a step, and give the loss before it, on the device.
+        """Do a step, and give the losses before it, the decoder's and the encoder's, [2] on the device.
 
         Args:
             batch: the input, on the device; of a kind of step always with the same shapes.
@@ -308,15 +320,48 @@ class TrainingStep:
     def _gradients(self, batch: Batch) -> Tensor:
         self.gradients.zero_()
         with autocast(self.device):
-            loss = self.model(**batch, use_cache=False).loss
-        loss.backward()
-        return loss.detach()
+            outputs = self.model(**batch, use_cache=False)
+            of_encoder = encoder_loss_at_sentinels(
+                self.model, outputs.encoder_last_hidden_state, batch["input_ids"], batch["labels"], self.sentinels
+            )
+        (outputs.loss + self.encoder_loss * of_encoder).backward()
+        return torch.stack([outputs.loss.detach(), of_encoder.detach()])
 
     def _update(self, batch: Batch) -> Tensor:
         norm = self.gradients.norm()
         self.gradients.mul_((1 / (norm + 1e-6)).clamp(max=1.0))
         self.optimizer.step()
         return norm
+
+
+def encoder_loss_at_sentinels(
+    model: CoLT5ForConditionalGeneration, states: Tensor, input_ids: Tensor, labels: Tensor, sentinels: Tensor
+) -> Tensor:
+    """What the encoder alone knows of the first hidden token at each sentinel: the mean cross-entropy, a scalar.
+
+    Without it a new model learns in a circle: the decoder has no use for a sentinel's place before the encoder has
+    written there what is missing, and the encoder has no reason to write it before the decoder looks.
+
+    Args:
+        model: its head turns the encoder's states into logits, as it does with the decoder's.
+        states: the encoder's output, [rows, length, d_model].
+        input_ids: int64 [rows, length].
+        labels: a sentinel, the tokens that it hides, the next sentinel, ..., int64 [rows, target_length].
+        sentinels: their ids, int64 [sentinels].
+    """
+    most = min(len(sentinels), labels.shape[1] // 2)
+    # `torch.isin` waits for the GPU, which a graph cannot
+    is_sentinel = (input_ids[:, :, None] == sentinels).any(2)
+    # the places of the sentinels come first
+    places = is_sentinel.byte().argsort(dim=1, descending=True, stable=True)[:, :most]
+    asked = input_ids.gather(1, places)
+    answers = asked[:, :, None] == labels[:, None, :-1]
+    found = answers.any(2) & is_sentinel.gather(1, places)
+    first = labels.gather(1, answers.byte().argmax(2) + 1).masked_fill(~found, IGNORED)
+    at_sentinels = states.gather(1, places[:, :, None].expand(-1, -1, states.shape[-1]))
+    logits = model.lm_head(at_sentinels * model.config.d_model**-0.5)
+    total = nn.functional.cross_entropy(logits.flatten(0, 1).float(), first.flatten(), reduction="sum")
+    return total / (first != IGNORED).sum().clamp(min=1)
 
 
 def reading_from_the_start(model: CoLT5ForConditionalGeneration) -> CoLT5ForConditionalGeneration:
@@ -408,15 +453,23 @@ class Training:
         torch.manual_seed(arguments.seed)
         with processes.device:
             self.model = reading_from_the_start(CoLT5ForConditionalGeneration(size.config())).train()
+        self.tokenizer = CoLT5Tokenizer.from_pretrained(VOCABULARY)
+        self.sentinels = torch.tensor(self.tokenizer.get_sentinel_token_ids(), device=processes.device)
         # before other weights come: rates are relative to the sizes that parameters begin with
-        self.step = TrainingStep(self.model, arguments.learning_rate, processes, arguments.graphs)
+        self.step = TrainingStep(
+            self.model,
+            arguments.learning_rate,
+            processes,
+            self.sentinels,
+            arguments.encoder_loss,
+            arguments.graphs,
+        )
         if arguments.initial is not None:
             earlier, _ = load_weights(arguments.initial)
             self.model.load_state_dict(earlier.state_dict())
             self.model.config.routers_trained = earlier.config.routers_trained
         is_learned = size.routing == "learned" and not self.model.config.routers_trained
         self.schedule = DenseStart(arguments.closed, arguments.opening) if is_learned else None
-        self.tokenizer = CoLT5Tokenizer.from_pretrained(VOCABULARY)
         self.splits = load_tokens(arguments.tokens / "tokens.npz.xz")
         self.resume()
         # processes begin with the same weights, and drop different ones of their states
@@ -442,7 +495,7 @@ class Training:
             self.splits["train"],
             shapes_of([int(phase)] if is_start else arguments.lengths, arguments.batch_tokens),
             arguments.start_types if is_start else arguments.types,
-            self.tokenizer.get_sentinel_token_ids(),
+            self.sentinels.tolist(),
             # other batches in each phase
             100 * arguments.seed + (arguments.start_lengths.index(int(phase)) if is_start else 99),
             self.processes.rank,
@@ -500,13 +553,16 @@ class Training:
         progress.step += 1
 
     def mean_losses(self) -> dict[str, float]:
-        """The mean of each task's losses since the last call; waits for the GPU."""
-        sums = torch.zeros(len(TASKS), 2, device=self.processes.device)
-        for task, loss in self.losses:
-            sums[TASKS.index(task)] += torch.stack([loss, torch.ones_like(loss)])
+        """The mean of each task's losses since the last call, and the encoder's; waits for the GPU."""
+        sums = torch.zeros(len(TASKS), 3, device=self.processes.device)
+        for task, losses in self.losses:
+            sums[TASKS.index(task)] += torch.cat([losses, torch.ones_like(losses[:1])])
         self.losses.clear()
-        sums = self.processes.mean(sums).tolist()
-        return {f"loss_{task}": total / count for task, (total, count) in zip(TASKS, sums, strict=True) if count}
+        means: dict[str, float] = {}
+        for task, (total, of_encoder, count) in zip(TASKS, self.processes.mean(sums).tolist(), strict=True):
+            if count:
+                means |= {f"loss_{task}": total / count, f"encoder_{task}": of_encoder / count}
+        return means
 
     def run(self) -> None:
         """Train until the steps are done, or the time is over."""
@@ -551,12 +607,11 @@ class Training:
         tokens that are right after the right ones, the same where the input's sentinels have changed places, and what
         the routers do. As long as the two shares are equal, the decoder does not look where its sentinel is."""
         shapes = shapes_of(self.arguments.lengths[-1:], self.arguments.batch_tokens)
-        device, ids = self.processes.device, self.tokenizer.get_sentinel_token_ids()
-        sentinels = torch.tensor(ids, device=device)
+        device, sentinels = self.processes.device, self.sentinels
         self.model.eval()
         numbers: dict[str, Any] = {"held_out": self.progress.step}
         for split in sorted(set(self.splits) - {"train"}):
-            batches = Batches(self.splits[split], shapes, 1.0, ids, 0, self.processes.rank, SHARES[0])
+            batches = Batches(self.splits[split], shapes, 1.0, sentinels.tolist(), 0, self.processes.rank, SHARES[0])
             sums = torch.zeros(4, device=device)
             for number in range(HELD_OUT_BATCHES):
                 batch = {name: tensor.to(device) for name, tensor in batches[number][1].items()}
