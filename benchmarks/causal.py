@@ -25,6 +25,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from modeling_colt5 import CoLT5Config, CoLT5ForCausalLM
 from modeling_colt5.model_causal import CoLT5LayerCausalAttention
+from modeling_colt5.model_from_config import causal_settings, implementation
 from modeling_colt5.model_layers import CoLT5LayerNorm
 from modeling_colt5.run_causal_plan import CausalPlan
 from modeling_colt5.run_release import CACHE
@@ -61,7 +62,9 @@ class RoutedAttention(nn.Module):
         super().__init__()
         config._attn_implementation = "sdpa"
         self.config = config
-        self.layer = CoLT5LayerCausalAttention(config, 0)
+        self.layer = CoLT5LayerCausalAttention(
+            config.d_model, config.d_kv, config.num_light_heads, config.num_heavy_heads
+        )
         for name, parameter in self.named_parameters():
             if parameter.dim() == 1 and "norm" not in name:
                 nn.init.normal_(parameter, std=config.d_model**-0.5)
@@ -73,7 +76,7 @@ class RoutedAttention(nn.Module):
         self.tables = (light.requires_grad_(), heavy.requires_grad_())
 
     def forward(self, states: Tensor) -> Tensor:
-        plan = CausalPlan.make(self.config, states, None, None)
+        plan = CausalPlan.make(causal_settings(self.config), implementation(self.config), states, None, None)
         return self.layer(states, *self.tables, plan, None)[0] - states
 
 
@@ -84,7 +87,7 @@ class FullAttention(nn.Module):
         super().__init__()
         heads = config.num_light_heads + config.num_heavy_heads
         self.d_kv = config.d_kv
-        self.norm = CoLT5LayerNorm(config)
+        self.norm = CoLT5LayerNorm(config.d_model)
         self.qkv = nn.Linear(config.d_model, 3 * heads * config.d_kv, bias=False)
         self.o = nn.Linear(heads * config.d_kv, config.d_model, bias=False)
 

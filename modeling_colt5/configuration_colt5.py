@@ -136,6 +136,16 @@ def _is_feed_forward(value: str) -> bool:
     return value.removeprefix("gated-") in ACT2FN
 
 
+def is_gated(feed_forward_proj: str) -> bool:
+    """Whether feed-forwards of this kind are gated."""
+    return feed_forward_proj.startswith("gated-")
+
+
+def activation_name(feed_forward_proj: str) -> str:
+    """The activation's name in Transformers; T5's "gated-gelu" is the tanh form of GELU."""
+    return "gelu_new" if feed_forward_proj == "gated-gelu" else feed_forward_proj.removeprefix("gated-")
+
+
 @strict
 class CoLT5Config(PreTrainedConfig):
     """The configuration of a CoLT5 model (Ainslie et al. 2023); the defaults are the paper's base size.
@@ -321,12 +331,12 @@ class CoLT5Config(PreTrainedConfig):
     @property
     def is_gated_act(self) -> bool:
         """Whether the feed-forwards are gated."""
-        return self.feed_forward_proj.startswith("gated-")
+        return is_gated(self.feed_forward_proj)
 
     @property
     def dense_act_fn(self) -> str:
-        """The activation's name in Transformers; T5's "gated-gelu" is the tanh form of GELU."""
-        return "gelu_new" if self.feed_forward_proj == "gated-gelu" else self.feed_forward_proj.removeprefix("gated-")
+        """The activation's name in Transformers."""
+        return activation_name(self.feed_forward_proj)
 
     def validate_architecture(self) -> None:
         """Check the rules between fields.

@@ -243,7 +243,7 @@ def _convert_encoder(
 
 def _copy_heads(source: Any, target: CoLT5Attention, heads: torch.Tensor) -> None:
     """The given heads come first; the target's others give zero."""
-    d_kv = target.config.d_kv
+    d_kv = target.d_kv
     rows = (heads[:, None] * d_kv + torch.arange(d_kv)).flatten()
     for name in ("q", "k", "v"):
         getattr(target, name).weight[: len(rows)] = getattr(source, name).weight[rows]
@@ -253,7 +253,7 @@ def _copy_heads(source: Any, target: CoLT5Attention, heads: torch.Tensor) -> Non
 
 def _copy_units(source: Any, target: CoLT5DenseActDense, units: torch.Tensor) -> None:
     """The given units come first; the target's others give zero."""
-    for name in ("wi_0", "wi_1") if target.config.is_gated_act else ("wi",):
+    for name in ("wi_0", "wi_1") if target.is_gated_act else ("wi",):
         getattr(target, name).weight[: len(units)] = getattr(source, name).weight[units]
     target.wo.weight.zero_()
     target.wo.weight[:, : len(units)] = source.wo.weight[:, units]

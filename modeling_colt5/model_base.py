@@ -10,21 +10,19 @@ from transformers import initialization as init
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from .configuration_colt5 import CoLT5Config, check_config
-from .model_causal import CoLT5LayerCausalAttention
 from .model_checkpoints import OWN_FILES, check_layers, code_file
-from .model_layers import CoLT5Attention, CoLT5DenseActDense, CoLT5LayerNorm
+from .model_initialisation import init_layer, init_normal
 from .model_position import CoLT5RelativePositionBias
-from .model_router import CoLT5Router
 
 
 class CoLT5ClassificationHead(nn.Module):
     """T5's head for sequences: dense, tanh, projection to the labels."""
 
-    def __init__(self, config: CoLT5Config):
+    def __init__(self, d_model: int, num_labels: int, dropout_rate: float = 0.0):
         super().__init__()
-        self.dense = nn.Linear(config.d_model, config.d_model)
-        self.dropout = nn.Dropout(config.classifier_dropout)
-        self.out_proj = nn.Linear(config.d_model, config.num_labels)
+        self.dense = nn.Linear(d_model, d_model)
+        self.dropout = nn.Dropout(dropout_rate)
+        self.out_proj = nn.Linear(d_model, num_labels)
 
     def forward(self, pooled: torch.Tensor) -> torch.Tensor:
         """[batch, d_model] → [batch, num_labels]."""
@@ -131,46 +129,22 @@ class CoLT5PreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """T5's initialisation; the standard deviations are times `initializer_factor`.
 
-        embeddings 1; q (d_model · d_kv)^-½; k, v, wi, biases by distance, routers and heads d_model^-½;
-        o (heads · d_kv)^-½; wo (hidden size)^-½; norms 1, biases 0. An untied lm_head starts as in T5 1.1's original
-        code, d_model^-½, which gives the logits of T5 1.0 with its scaled and tied one.
+        embeddings 1; heads d_model^-½; of layers what `init_layer` says; biases 0. An untied lm_head starts as in T5
+        1.1's original code, d_model^-½, which gives the logits of T5 1.0 with its scaled and tied one.
         """
         factor = self.config.initializer_factor
-        d_model = self.config.d_model**-0.5
-
-        def normal(linear: nn.Linear, std: float) -> None:
-            init.normal_(linear.weight, mean=0.0, std=factor * std)
-            if linear.bias is not None:
-                init.zeros_(linear.bias)
-
-        if isinstance(module, CoLT5LayerNorm):
-            init.constant_(module.weight, factor)
-        elif isinstance(module, CoLT5RelativePositionBias):
-            init.normal_(module.weight, mean=0.0, std=factor * d_model)
-        elif isinstance(module, CoLT5Router):
-            if hasattr(module, "weight"):
-                init.normal_(module.weight, mean=0.0, std=factor * d_model)
-        elif isinstance(module, CoLT5Attention):
-            normal(module.q, d_model * self.config.d_kv**-0.5)
-            normal(module.k, d_model)
-            normal(module.v, d_model)
-            normal(module.o, module.o.in_features**-0.5)
-        elif isinstance(module, CoLT5DenseActDense):
-            for name in ("wi_0", "wi_1") if self.config.is_gated_act else ("wi",):
-                normal(getattr(module, name), d_model)
-            normal(module.wo, module.wo.in_features**-0.5)
-        elif isinstance(module, CoLT5LayerCausalAttention):
-            if hasattr(module, "unrouted"):
-                init.zeros_(module.unrouted)
-        elif isinstance(module, CoLT5ClassificationHead):
-            normal(module.dense, d_model)
-            normal(module.out_proj, d_model)
+        std = factor * self.config.d_model**-0.5
+        if isinstance(module, CoLT5ClassificationHead):
+            init_normal(module.dense, std)
+            init_normal(module.out_proj, std)
         elif isinstance(module, CoLT5PreTrainedModel):
             for name in ("lm_head", "classifier", "qa_outputs"):
                 if isinstance(getattr(module, name, None), nn.Linear):
-                    normal(getattr(module, name), d_model)
-        elif isinstance(module, nn.Embedding):
+                    init_normal(getattr(module, name), std)
+        elif isinstance(module, nn.Embedding) and not isinstance(module, CoLT5RelativePositionBias):
             init.normal_(module.weight, mean=0.0, std=factor)
+        else:
+            init_layer(module, self.config.d_model, factor)
 
     def _initialize_weights(self, module: nn.Module, *args: Any, **kwargs: Any) -> None:
         # Transformers takes a module of custom code that holds no parameter of its own for initialised, and would

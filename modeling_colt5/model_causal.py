@@ -1,12 +1,12 @@
 """Conditional attention and feed-forward of a causal decoder: no output depends on any later token."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .configuration_colt5 import CoLT5Config
 from .model_layers import CoLT5Attention, CoLT5DenseActDense, CoLT5LayerNorm, clamp_half, project
 from .model_router import CoLT5Router, router_weights
 from .op_attention import local_attention, local_attention_reference, routed_attention, routed_attention_reference
@@ -61,7 +61,7 @@ def _run_gates(
         soft_topk_ratio=settings.soft_topk_ratio,
         epsilon=settings.epsilon,
         fill_first=fill_first,
-        kernel_backend=settings.kernel_backend,
+        kernel_backend=plan.implementation.kernel_backend,
     )
     if cache is not None:
         _hand_on(plan.handed(gates.thresholds.detach()), plan, cache, name)
@@ -71,14 +71,14 @@ def _run_gates(
 def _share_and_gather(states: Tensor, tokens: RoutedTokens, plan: CausalPlan) -> tuple[Tensor, Tensor]:
     """The states [batch, n, d], for all that reads them, and their routed tokens in slots [rows, capacity, d]."""
     routing = (tokens.indices, tokens.valid, None)
-    windows, rows = share_and_gather(plan.windows(states), routing, kernel_backend=plan.settings.kernel_backend)
+    windows, rows = share_and_gather(plan.windows(states), routing, kernel_backend=plan.implementation.kernel_backend)
     return plan.tokens(windows), rows
 
 
 def _scatter_add(light: Tensor, heavy: Tensor, tokens: RoutedTokens, plan: CausalPlan) -> Tensor:
     """The light branch [batch, n, d] with the weighted heavy rows [rows, capacity, d] added where they belong."""
     routing = (tokens.indices, tokens.valid, tokens.weights)
-    return plan.tokens(scatter_add_tokens(plan.windows(light), heavy, *routing, plan.settings.kernel_backend))
+    return plan.tokens(scatter_add_tokens(plan.windows(light), heavy, *routing, plan.implementation.kernel_backend))
 
 
 def _parts(states: Tensor, groups: int, dim: int) -> tuple[Tensor, ...]:
@@ -99,14 +99,16 @@ class CoLT5CausalLocalAttention(CoLT5Attention):
         mask, before = plan.light_mask, plan.num_before
         if plan.is_one_token:
             query, keys, values = (states.transpose(1, 2) for states in (query, keys, values))
-            output, _ = self.attend(query, keys, values, bias, None if mask is None else mask[:, None, None])
+            mask = None if mask is None else mask[:, None, None]
+            output, _ = self.attend(query, keys, values, bias, mask, plan.implementation.attention)
             return self.o(output.flatten(-2))
         padded = nn.functional.pad(query, (0, 0, 0, 0, before, 0)) if before else query
         inputs = (padded, keys, values, bias, plan.settings.radius, mask)
-        if plan.settings.fused_attention:
+        if plan.implementation.fuses_attention:
             output = local_attention(*inputs, self.dropout if self.training else 0.0)
         else:
-            output, _ = local_attention_reference(*inputs, self.attend)
+            attend = partial(self.attend, implementation=plan.implementation.attention)
+            output, _ = local_attention_reference(*inputs, attend)
         return self.o((output[:, before:] if before else output).flatten(-2))
 
 
@@ -143,13 +145,18 @@ class HandedPool:
 
 
 class CoLT5CausalRoutedAttention(CoLT5Attention):
-    """The heavy branch: a window's routed queries attend to the keys/values that its pool holds."""
+    """The heavy branch: a window's routed queries attend to the keys/values that its pool holds.
+
+    Args:
+        d_model, d_kv, num_heads, dropout_rate: as of `CoLT5Attention`.
+        groups: groups of heads, each with a pool of its own.
+    """
 
     is_causal = True
 
-    def __init__(self, config: CoLT5Config):
-        super().__init__(config, config.num_heavy_heads)
-        self.groups = config.num_causal_key_value_routers
+    def __init__(self, d_model: int, d_kv: int, num_heads: int, groups: int = 1, dropout_rate: float = 0.0):
+        super().__init__(d_model, d_kv, num_heads, dropout_rate=dropout_rate)
+        self.groups = groups
 
     def forward(
         self,
@@ -190,7 +197,7 @@ class CoLT5CausalRoutedAttention(CoLT5Attention):
             None if handed is None else handed.initial(),
             soft_topk_ratio=settings.soft_topk_ratio,
             epsilon=settings.epsilon,
-            kernel_backend=settings.kernel_backend,
+            kernel_backend=plan.implementation.kernel_backend,
         )
         chosen, following = pools.tokens, pools.following.unflatten(0, (batch, groups))
         index, weights, valid = (
@@ -210,13 +217,13 @@ class CoLT5CausalRoutedAttention(CoLT5Attention):
         if handed is not None:
             keys = [torch.cat([handed.key[:, group], keys[group]], 1) for group in range(groups)]
             values = [torch.cat([handed.value[:, group], values[group]], 1) for group in range(groups)]
-        outputs = []
+        outputs, num_handed = [], 0 if handed is None else settings.pool_size
         for group, (own_query, table) in enumerate(
             zip(_parts(query, groups, 2), _parts(bias_table, groups, 0), strict=True)
         ):
             pool = Pools(RoutedTokens(index[:, group], weights[:, group], valid[:, group]), following[:, group])
             own_keys, own_values = gather_pools(
-                keys[group], values[group], pool, 0 if handed is None else settings.pool_size, settings.kernel_backend
+                keys[group], values[group], pool, num_handed, plan.implementation.kernel_backend
             )
             inputs = (
                 own_query,
@@ -227,10 +234,11 @@ class CoLT5CausalRoutedAttention(CoLT5Attention):
                 ranks[:, group, :-1].flatten(0, 1),
                 valid[:, group, :-1].flatten(0, 1),
             )
-            if settings.fused_attention and not plan.is_one_token:
+            if plan.implementation.fuses_attention and not plan.is_one_token:
                 outputs.append(routed_attention(*inputs, self.dropout if self.training else 0.0))
             else:
-                outputs.append(routed_attention_reference(*inputs, self.attend)[0])
+                attend = partial(self.attend, implementation=plan.implementation.attention)
+                outputs.append(routed_attention_reference(*inputs, attend)[0])
         routed = RoutedTokens(ranks, weights, valid)
         if cache is not None:
             self._carry(plan, cache, keys, values, known, index, routed)
@@ -273,21 +281,41 @@ class CoLT5CausalRoutedAttention(CoLT5Attention):
 
 
 class CoLT5LayerCausalAttention(nn.Module):
-    """Norm, causal local attention for every token, routed attention for the few important ones, residual."""
+    """Norm, causal local attention for every token, routed attention for the few important ones, residual.
 
-    def __init__(self, config: CoLT5Config, layer_idx: int):
+    Args:
+        d_model: width of the states.
+        d_kv: width of a head.
+        num_light_heads, num_heavy_heads: of the branches; None for no heavy branch.
+        num_key_value_routers: routers of the heavy branch's keys/values, each for a group of heads.
+        unrouted_vector: whether tokens without a heavy part get a learned vector.
+        dropout_rate: of the weights and of what the layer adds.
+        layer_norm_epsilon: of the norm.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_kv: int,
+        num_light_heads: int,
+        num_heavy_heads: int | None,
+        num_key_value_routers: int = 1,
+        unrouted_vector: bool = False,
+        dropout_rate: float = 0.0,
+        layer_norm_epsilon: float = 1e-6,
+    ):
         super().__init__()
-        self.layer_norm = CoLT5LayerNorm(config)
-        self.light_attention = CoLT5CausalLocalAttention(config, config.num_light_heads)
-        if config.causal_attention == "routed":
-            self.query_router = CoLT5Router(config, seed=0)
-            self.key_value_routers = nn.ModuleList(
-                CoLT5Router(config, seed=0) for _ in range(config.num_causal_key_value_routers)
+        self.layer_norm = CoLT5LayerNorm(d_model, layer_norm_epsilon)
+        self.light_attention = CoLT5CausalLocalAttention(d_model, d_kv, num_light_heads, dropout_rate=dropout_rate)
+        if num_heavy_heads is not None:
+            self.query_router = CoLT5Router(d_model)
+            self.key_value_routers = nn.ModuleList(CoLT5Router(d_model) for _ in range(num_key_value_routers))
+            self.heavy_attention = CoLT5CausalRoutedAttention(
+                d_model, d_kv, num_heavy_heads, num_key_value_routers, dropout_rate
             )
-            self.heavy_attention = CoLT5CausalRoutedAttention(config)
-            if config.causal_unrouted_vector:
-                self.unrouted = nn.Parameter(torch.empty(config.d_model))
-        self.dropout = nn.Dropout(config.dropout_rate)
+            if unrouted_vector:
+                self.unrouted = nn.Parameter(torch.empty(d_model))
+        self.dropout = nn.Dropout(dropout_rate)
 
     def forward(
         self,
@@ -310,7 +338,7 @@ class CoLT5LayerCausalAttention(nn.Module):
             The new hidden states, the queries' routing weights [batch, n] and the pools, the last two None with
             causal_attention "local".
         """
-        backend = plan.settings.kernel_backend
+        backend = plan.implementation.kernel_backend
         if heavy_bias_table is None:
             normed, _ = self.layer_norm(hidden_states, None, backend)
             update = self.light_attention(plan.enter(normed), bias, plan, cache)
@@ -337,19 +365,35 @@ class CoLT5LayerCausalAttention(nn.Module):
 
 
 class CoLT5LayerCausalFF(nn.Module):
-    """Norm, a small feed-forward for every token, a large one for the few important ones, residual."""
+    """Norm, a small feed-forward for every token, a large one for the few important ones, residual.
 
-    def __init__(self, config: CoLT5Config):
+    Args:
+        d_model: width of the states.
+        light_d_ff, heavy_d_ff: hidden sizes of the branches.
+        feed_forward_proj: as of `CoLT5DenseActDense`.
+        dropout_rate: of the hidden states and of what the layer adds.
+        layer_norm_epsilon: of the norm.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        light_d_ff: int,
+        heavy_d_ff: int,
+        feed_forward_proj: str = "gated-gelu",
+        dropout_rate: float = 0.0,
+        layer_norm_epsilon: float = 1e-6,
+    ):
         super().__init__()
-        self.layer_norm = CoLT5LayerNorm(config)
-        self.light_feed_forward = CoLT5DenseActDense(config, config.light_d_ff)
-        self.router = CoLT5Router(config, seed=0)
-        self.heavy_feed_forward = CoLT5DenseActDense(config, config.heavy_d_ff)
-        self.dropout = nn.Dropout(config.dropout_rate)
+        self.layer_norm = CoLT5LayerNorm(d_model, layer_norm_epsilon)
+        self.light_feed_forward = CoLT5DenseActDense(d_model, light_d_ff, feed_forward_proj, dropout_rate)
+        self.router = CoLT5Router(d_model)
+        self.heavy_feed_forward = CoLT5DenseActDense(d_model, heavy_d_ff, feed_forward_proj, dropout_rate)
+        self.dropout = nn.Dropout(dropout_rate)
 
     def forward(self, hidden_states: Tensor, plan: CausalPlan, cache: Any) -> tuple[Tensor, Tensor]:
         """X + LightFF(X) + s̃ · HeavyFF(X); the new hidden states and the routing weights [batch, n]."""
-        backend = plan.settings.kernel_backend
+        backend = plan.implementation.kernel_backend
         normed, scores = self.layer_norm(hidden_states, router_weights(self.router), backend)
         assert scores is not None
         normed, scores = plan.enter(normed), plan.enter(scores.squeeze(1))

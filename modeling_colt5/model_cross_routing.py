@@ -6,13 +6,12 @@ import torch
 from torch import nn
 from transformers.utils.generic import maybe_autocast
 
-from .configuration_colt5 import CoLT5Config
 from .model_router import CoLT5Router, router_weights, run_routers
 from .op_norm import router_scores
 from .op_routing import RoutedTokens
 from .op_rows import share_and_gather
 from .run_budgets import RoutingBudget, memory_slots, real_lengths
-from .run_plan import RouterPlan
+from .run_plan import Implementation, RouterPlan, SoftTopK
 
 
 class CoLT5CrossRouting(nn.Module):
@@ -20,15 +19,22 @@ class CoLT5CrossRouting(nn.Module):
 
     One pass over the memory gives all scores, and its gradient comes back in a chain, not in a tensor for each layer.
     The layers get routed rows alone, whatever devices they are on.
+
+    Args:
+        d_model: the memory's width.
+        num_layers: layers that read it.
+        num_routers: routers of each layer.
+        routing: as of `CoLT5Router`.
+        first_seed: of the first router; each other one has the next.
     """
 
-    def __init__(self, config: CoLT5Config):
+    def __init__(
+        self, d_model: int, num_layers: int, num_routers: int = 1, routing: str = "learned", first_seed: int = 0
+    ):
         super().__init__()
-        self.config = config
-        self.num_routers = config.num_cross_routers
-        first_seed = 3 * config.num_layers
+        self.num_routers = num_routers
         self.routers = nn.ModuleList(
-            CoLT5Router(config, first_seed + i) for i in range(config.num_decoder_layers * self.num_routers)
+            CoLT5Router(d_model, routing, first_seed + i) for i in range(num_layers * num_routers)
         )
         self.dense_start: torch.Tensor | None = None
 
@@ -38,21 +44,29 @@ class CoLT5CrossRouting(nn.Module):
         return self.dense_start if self.training else None
 
     def forward(
-        self, memory: torch.Tensor, mask: torch.Tensor | None
+        self,
+        memory: torch.Tensor,
+        mask: torch.Tensor | None,
+        num_tokens: int | None,
+        soft_topk: SoftTopK,
+        implementation: Implementation,
     ) -> tuple[list[torch.Tensor], tuple[tuple[RoutedTokens, ...], ...]]:
         """Choose what each layer's cross-attention reads: w ⊙ M[routed], as in the encoder's heavy attention.
 
         Args:
             memory: M, [batch, n, d_model], normalised.
             mask: bool [batch, n], True for real tokens; None for all.
+            num_tokens: that each router takes of a row, or all where the row has no more; None for all.
+            soft_topk: of all routers.
+            implementation: who computes.
 
         Returns:
             Each layer's rows [batch, routers * slots, d_model], one router's after another's, zeros at unused slots;
             and what each layer's routers chose.
         """
         routers: tuple[Any, ...] = tuple(self.routers)
-        plan = RouterPlan.of(self.config, memory, mask, self.progress)
-        budget = RoutingBudget.of_memory(self.config, memory, mask, len(routers), self.progress)
+        plan = RouterPlan.of(soft_topk, implementation, memory, mask, self.progress)
+        budget = RoutingBudget.of_memory(memory, mask, num_tokens, len(routers), soft_topk.ratio, self.progress)
         weights, scores = router_weights(*routers), None
         if weights is not None:
             # Autocast would take the scores' product in half precision.
@@ -69,9 +83,9 @@ class CoLT5CrossRouting(nn.Module):
         states = [torch.cat(rows[layer], 1) if self.num_routers > 1 else rows[layer.start] for layer in layers]
         return states, tuple(tuple(routed[layer]) for layer in layers)
 
-    def used_slots(self, memory: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    def used_slots(self, memory: torch.Tensor, mask: torch.Tensor | None, num_tokens: int | None) -> torch.Tensor:
         """Which slots hold a token, bool [batch, slots]: the same in all layers and routers, as used slots come first,
         and known from the memory's mask alone, so that it need not be kept with the cached keys and values."""
-        number = memory.shape[1] if self.progress is not None else memory_slots(self.config, memory)
+        number = memory.shape[1] if self.progress is not None else memory_slots(num_tokens, memory)
         slots = torch.arange(number, device=memory.device)
         return slots < real_lengths(memory, mask)[:, None]

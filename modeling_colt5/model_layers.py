@@ -10,7 +10,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .configuration_colt5 import CoLT5Config
+from .configuration_colt5 import activation_name, is_gated
 from .kernel_backend import is_autocast, is_hooked, product_dtype, runs_eagerly
 from .op_gelu import gated_gelu
 from .op_norm import rms_norm_scores
@@ -161,28 +161,30 @@ def as_rows(router_weights: torch.Tensor | None) -> torch.Tensor | None:
 class CoLT5LayerNorm(nn.Module):
     """T5's norm: root mean square, no bias; on the way it takes the router scores of the normalised states."""
 
-    def __init__(self, config: CoLT5Config):
+    def __init__(self, d_model: int, eps: float = 1e-6):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(config.d_model))
-        self.eps = config.layer_norm_epsilon
-        self.config = config
+        self.weight = nn.Parameter(torch.ones(d_model))
+        self.eps = eps
 
     def forward(
         self,
         hidden_states: torch.Tensor,
         router_weights: torch.Tensor | None = None,
-        kernel_backend: str | None = None,
+        kernel_backend: str = "auto",
         for_products: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Normalise [batch, n, d_model]; with router vectors [routers, d_model], or one [d_model], also their scores,
-        see `rms_norm_scores`. Without a `kernel_backend` the configuration's. `for_products` says that the normalised
-        states go into matrix products alone."""
-        backend = kernel_backend or self.config.kernel_backend
+        see `rms_norm_scores`. `for_products` says that the normalised states go into matrix products alone."""
         dtype = product_dtype(hidden_states) if for_products else None
         # The vectors are viewed as rows here and not by the caller: PyTorch's module hooks (FlopCounterMode) take no
         # view that was made without gradients.
         vectors = as_rows(router_weights)
-        return rms_norm_scores(hidden_states, self.weight, vectors, self.eps, backend, dtype)
+        return rms_norm_scores(hidden_states, self.weight, vectors, self.eps, kernel_backend, dtype)
+
+
+def attention_interface(implementation: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
+    """The implementation of dense attention that Transformers has under this name."""
+    return ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
 
 
 class CoLT5Attention(nn.Module):
@@ -190,28 +192,28 @@ class CoLT5Attention(nn.Module):
 
     is_causal = False
 
-    def __init__(self, config: CoLT5Config, num_heads: int, num_key_value_heads: int | None = None):
+    def __init__(
+        self,
+        d_model: int,
+        d_kv: int,
+        num_heads: int,
+        num_key_value_heads: int | None = None,
+        dropout_rate: float = 0.0,
+    ):
         super().__init__()
-        self.config = config
         self.num_heads = num_heads
         self.num_key_value_heads = num_key_value_heads or num_heads
-        self.d_kv = config.d_kv
-        self.radius = config.local_radius
-        self.dropout = config.dropout_rate
-        self.q = nn.Linear(config.d_model, num_heads * config.d_kv, bias=False)
-        self.k = nn.Linear(config.d_model, self.num_key_value_heads * config.d_kv, bias=False)
-        self.v = nn.Linear(config.d_model, self.num_key_value_heads * config.d_kv, bias=False)
-        self.o = nn.Linear(num_heads * config.d_kv, config.d_model, bias=False)
+        self.d_kv = d_kv
+        self.dropout = dropout_rate
+        self.q = nn.Linear(d_model, num_heads * d_kv, bias=False)
+        self.k = nn.Linear(d_model, self.num_key_value_heads * d_kv, bias=False)
+        self.v = nn.Linear(d_model, self.num_key_value_heads * d_kv, bias=False)
+        self.o = nn.Linear(num_heads * d_kv, d_model, bias=False)
 
     def split_heads(self, states: torch.Tensor) -> torch.Tensor:
         """[batch, n, heads * d_kv] → [batch, n, heads, d_kv]."""
         batch, length, width = states.shape
         return states.view(batch, length, width // self.d_kv, self.d_kv)
-
-    @property
-    def attention_interface(self) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
-        """The implementation of dense attention that the configuration names."""
-        return ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
 
     def attend(
         self,
@@ -220,15 +222,16 @@ class CoLT5Attention(nn.Module):
         value: torch.Tensor,
         bias: torch.Tensor | None,
         mask: torch.Tensor | None,
+        implementation: str,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Dense attention by the implementation that the configuration names; shapes as in `Attend`, and where there
-        are fewer key/value heads than heads, no bias and a mask that all queries share.
+        """Dense attention by the implementation that Transformers has under this name; shapes as in `Attend`, and
+        where there are fewer key/value heads than heads, no bias and a mask that all queries share.
 
         Written out, whatever that is, in exported programs whose number of queries is free: "sdpa" asks if it is 1.
         """
         dropout = self.dropout if self.training else 0.0
         bias = None if bias is None else bias.to(query.dtype)
-        interface = self.attention_interface
+        interface = attention_interface(implementation)
         if not self.is_causal and is_free(query.shape[2]):
             interface = eager_attention_forward
         if interface is eager_attention_forward:
@@ -253,37 +256,35 @@ class CoLT5Attention(nn.Module):
 
 
 class CoLT5DenseActDense(nn.Module):
-    """T5's feed-forward of a given hidden size, gated or not."""
+    """T5's feed-forward of a given hidden size, gated or not; `feed_forward_proj` as in `CoLT5Config`."""
 
-    def __init__(self, config: CoLT5Config, d_ff: int):
+    def __init__(self, d_model: int, d_ff: int, feed_forward_proj: str = "gated-gelu", dropout_rate: float = 0.0):
         super().__init__()
-        self.config = config
-        self.is_gated_act = config.is_gated_act
+        self.is_gated_act = is_gated(feed_forward_proj)
         if self.is_gated_act:
-            self.wi_0 = nn.Linear(config.d_model, d_ff, bias=False)
-            self.wi_1 = nn.Linear(config.d_model, d_ff, bias=False)
+            self.wi_0 = nn.Linear(d_model, d_ff, bias=False)
+            self.wi_1 = nn.Linear(d_model, d_ff, bias=False)
         else:
-            self.wi = nn.Linear(config.d_model, d_ff, bias=False)
-        self.wo = nn.Linear(d_ff, config.d_model, bias=False)
-        self.dropout = nn.Dropout(config.dropout_rate)
-        self.act = ACT2FN[config.dense_act_fn]
+            self.wi = nn.Linear(d_model, d_ff, bias=False)
+        self.wo = nn.Linear(d_ff, d_model, bias=False)
+        self.dropout = nn.Dropout(dropout_rate)
+        self.act = ACT2FN[activation_name(feed_forward_proj)]
         # The fused kernel has this activation alone.
-        self.has_gated_gelu = self.is_gated_act and config.dense_act_fn == "gelu_new"
+        self.has_gated_gelu = self.is_gated_act and activation_name(feed_forward_proj) == "gelu_new"
 
-    def forward(self, hidden_states: torch.Tensor, kernel_backend: str | None = None) -> torch.Tensor:
-        """[..., d_model] → the same shape, in the dtype of `wo`. Without a `kernel_backend` the configuration's."""
+    def forward(self, hidden_states: torch.Tensor, kernel_backend: str = "auto") -> torch.Tensor:
+        """[..., d_model] → the same shape, in the dtype of `wo`."""
         if not self.is_gated_act:
             return self.project_out(self.dropout(self.act(self.wi(hidden_states))))
         gate, up = project(hidden_states, self.wi_0, self.wi_1)
         if not self.has_gated_gelu:
             return self.project_out(self.dropout(self.act(gate) * up))
-        backend = kernel_backend or self.config.kernel_backend
-        activated = gated_gelu(gate, up, backend)
+        activated = gated_gelu(gate, up, kernel_backend)
         if self.training and self.dropout.p > 0:
             return self.project_out(self.dropout(activated))
         # The result is cheap to compute again, and with gate and up the largest of what a layer would keep for its
         # backward.
-        with recomputed_in_backward(activated, lambda: gated_gelu(gate, up, backend)):
+        with recomputed_in_backward(activated, lambda: gated_gelu(gate, up, kernel_backend)):
             return self.project_out(activated)
 
     def project_out(self, hidden_states: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 from transformers.integrations import use_kernel_forward_from_hub
 
-from .configuration_colt5 import CoLT5Config
 from .op_routing import RoutedTokens, route
 from .run_budgets import RoutingBudget
 from .run_plan import RouterPlan
@@ -83,15 +82,21 @@ class TritonLayers:
 
 
 class CoLT5Router(nn.Module):
-    """What scores the tokens of one heavy branch: a learned vector (Ainslie et al. 2023), or a control without one."""
+    """What scores the tokens of one heavy branch: a learned vector (Ainslie et al. 2023), or a control without one.
 
-    def __init__(self, config: CoLT5Config, seed: int):
+    Args:
+        d_model: the states' width.
+        routing: "learned", or the controls "random" and "even".
+        seed: of the random control's order in evaluation.
+    """
+
+    def __init__(self, d_model: int, routing: str = "learned", seed: int = 0):
         super().__init__()
-        self.routing = config.routing
+        self.routing = routing
         self.seed = seed
         self.select = CoLT5Routing()
         if self.routing == "learned":
-            self.weight = nn.Parameter(torch.empty(config.d_model))
+            self.weight = nn.Parameter(torch.empty(d_model))
 
     def forward(self) -> torch.Tensor | None:
         """The learned vector [d_model], None for controls: to call it is what lets a hook bring an offloaded one."""

@@ -475,7 +475,9 @@ class CoLT5ForSequenceClassification(CoLT5EncoderHeadModel):
     def __init__(self, config: CoLT5Config):
         super().__init__(config)
         self.num_labels = config.num_labels
-        self.classification_head = CoLT5ClassificationHead(self.config)
+        self.classification_head = CoLT5ClassificationHead(
+            config.d_model, config.num_labels, config.classifier_dropout
+        )
         self.post_init()
 
     @can_return_tuple

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import torch
 
-from .configuration_colt5 import CoLT5Config
 from .run_sizes import as_tensor, computed_size, is_free, routed_budget, routed_capacity, smaller
 
 # When a dense start begins, a row's weights sum to this share of its tokens.
@@ -70,21 +69,23 @@ class RoutingBudget:
     @classmethod
     def of_memory(
         cls,
-        config: CoLT5Config,
         memory: torch.Tensor,
         mask: torch.Tensor | None,
+        num_tokens: int | None,
         num_routers: int,
+        soft_topk_ratio: float,
         dense_start: torch.Tensor | None,
     ) -> "RoutingBudget":
-        """Of all routers of routed cross-attention to a memory [batch, n, d_model]: each takes
-        `routed_cross_key_values` of a row's real tokens, or all where the row has no more.
+        """Of all routers of routed cross-attention to a memory [batch, n, d_model]: each takes `num_tokens` of a row's
+        real tokens, or all where the row has no more, or for None.
 
-        `dense_start` is fp32 [], how far a dense start has come, in which all are taken; None for the budget.
+        `soft_topk_ratio` is the size of the soft top-k over them. `dense_start` is fp32 [], how far a dense start has
+        come, in which all are taken; None for the budget.
         """
-        slots, lengths = memory_slots(config, memory), real_lengths(memory, mask)
+        slots, lengths = memory_slots(num_tokens, memory), real_lengths(memory, mask)
         if dense_start is not None:
             fraction = lengths.clamp(max=slots) / lengths.clamp(min=1)
-            return cls.of_dense_start(memory, mask, (fraction,) * num_routers, config.soft_topk_ratio, dense_start)
+            return cls.of_dense_start(memory, mask, (fraction,) * num_routers, soft_topk_ratio, dense_start)
         budget = lengths.clamp(max=slots).repeat(num_routers)
         return cls(budget, (slots,) * num_routers, _repeated(mask, num_routers))
 
@@ -143,9 +144,12 @@ def real_lengths(states: torch.Tensor, mask: torch.Tensor | None) -> torch.Tenso
     return torch.full((states.shape[0],), states.shape[1], dtype=torch.int64, device=states.device)
 
 
-def memory_slots(config: CoLT5Config, memory: torch.Tensor) -> int:
-    """The slots of each router of routed cross-attention to a memory [batch, n, d_model], also for a symbolic n."""
-    length, budget = memory.shape[1], config.routed_cross_key_values
-    if budget is None:
+def memory_slots(num_tokens: int | None, memory: torch.Tensor) -> int:
+    """The slots of each router that takes `num_tokens` tokens, None for all, of a memory [batch, n, d_model], also for
+    a symbolic n."""
+    length = memory.shape[1]
+    if num_tokens is None:
         return length
-    return computed_size(as_tensor(length).clamp(max=budget), length) if is_free(length) else smaller(length, budget)
+    if is_free(length):
+        return computed_size(as_tensor(length).clamp(max=num_tokens), length)
+    return smaller(length, num_tokens)

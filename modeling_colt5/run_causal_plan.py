@@ -12,10 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .configuration_colt5 import CoLT5Config
-from .kernel_backend import backend_of
 from .op_attention import bias_of_sequence
 from .op_routing import RoutedTokens
+from .run_plan import Implementation
 from .run_sizes import share_of
 
 
@@ -42,53 +41,40 @@ def take(states: Tensor, index: Tensor) -> Tensor:
     return _take_rows(states, _rows(index, states.shape[1]))
 
 
-@dataclass
+@dataclass(frozen=True)
 class CausalSettings:
-    """What the causal layers read off the configuration, once a pass: Transformers' configurations are slow to read.
+    """What all causally routed layers have in common, whatever the batch.
 
     Args:
         window: tokens of a window.
         radius: tokens that the light attention looks back.
         pool_size: keys/values that a window's heavy attention reads.
-        num_queries, num_feed_forward: tokens that a window routes on average.
-        capacity_ratio: how many more it may route at most.
+        query_fraction, feed_forward_fraction: shares of a window's tokens that are routed on average.
+        capacity_ratio: how many more a window may route at most.
         soft_topk_ratio, epsilon: of the soft top-k.
-        kernel_backend: "triton" or "torch".
-        fused_attention: whether fused kernels stand in for "sdpa".
     """
 
     window: int
     radius: int
     pool_size: int
-    num_queries: int
-    num_feed_forward: int
+    query_fraction: float
+    feed_forward_fraction: float
     capacity_ratio: float
     soft_topk_ratio: float
     epsilon: float
-    kernel_backend: str
-    fused_attention: bool
 
-    @classmethod
-    def make(cls, config: CoLT5Config, hidden_states: Tensor) -> "CausalSettings":
-        """The settings for a batch, whose device and dtype choose the kernels."""
-        kernel_backend = backend_of(hidden_states, config.kernel_backend)
-        window = config.causal_window
+    @property
+    def num_queries(self) -> int:
+        """Queries of the heavy attention that a window routes on average."""
+        return self._target(self.query_fraction)
 
-        def target(fraction: float) -> int:
-            return max(1, min(window, share_of(window, fraction)))
+    @property
+    def num_feed_forward(self) -> int:
+        """Tokens of the heavy feed-forward that a window routes on average."""
+        return self._target(self.feed_forward_fraction)
 
-        return cls(
-            window=window,
-            radius=config.local_radius,
-            pool_size=config.causal_routed_keys,
-            num_queries=target(config.routed_query_fraction),
-            num_feed_forward=target(config.routed_feed_forward_fraction),
-            capacity_ratio=config.causal_capacity_ratio,
-            soft_topk_ratio=config.soft_topk_ratio,
-            epsilon=config.routing_epsilon,
-            kernel_backend=kernel_backend,
-            fused_attention=kernel_backend == "triton" and config._attn_implementation == "sdpa",
-        )
+    def _target(self, fraction: float) -> int:
+        return max(1, min(self.window, share_of(self.window, fraction)))
 
     def capacity(self, target: int) -> int:
         """The most tokens that a window routes, given how many it routes on average."""
@@ -108,6 +94,7 @@ class CausalPlan(ABC):
 
     Args:
         settings: see there.
+        implementation: who computes, decided for the pass.
         length: n, the new tokens, padding included.
         counts: int64 [batch], the new real tokens.
         order: int64 [batch, n], positions of the real tokens in order, then of the padding; None without padding.
@@ -126,6 +113,7 @@ class CausalPlan(ABC):
     """
 
     settings: CausalSettings
+    implementation: Implementation
     length: int
     counts: Tensor
     order: Tensor | None
@@ -140,7 +128,13 @@ class CausalPlan(ABC):
     is_one_token = False
 
     @staticmethod
-    def make(config: CoLT5Config, hidden_states: Tensor, mask: Tensor | None, past: Tensor | None) -> "CausalPlan":
+    def make(
+        settings: CausalSettings,
+        implementation: Implementation,
+        hidden_states: Tensor,
+        mask: Tensor | None,
+        past: Tensor | None,
+    ) -> "CausalPlan":
         """The plan for new tokens [batch, n, d_model] with their mask, bool [batch, n] or None, and what came before:
         int64 [batch], real tokens, or None where there is no cache or an empty one."""
         batch, length = hidden_states.shape[:2]
@@ -155,11 +149,11 @@ class CausalPlan(ABC):
                 rank = torch.where(mask, mask.cumsum(-1), padding_rank) - 1
                 positions = torch.arange(length, device=device).expand(batch, length)
                 order = torch.empty_like(rank).scatter_(1, rank, positions)
-        settings = CausalSettings.make(config, hidden_states)
+        implementation = implementation.for_states(hidden_states)
         if past is None:
-            return WholePlan(settings, length, counts, order, rank, None)
+            return WholePlan(settings, implementation, length, counts, order, rank, None)
         kind = StepPlan if length == 1 else ChunkPlan
-        return kind(settings, length, counts, order, rank, past)
+        return kind(settings, implementation, length, counts, order, rank, past)
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "CausalPlan":
         """The same on another device; Accelerate calls it where a device map spreads the blocks."""

@@ -6,49 +6,116 @@ from typing import Any
 
 import torch
 
-from .configuration_colt5 import CoLT5Config
 from .kernel_backend import Mode, backend_of
 from .run_budgets import RoutingBudget
 from .run_graphs import graph_stream
 
 
-def route_settings(config: CoLT5Config, kernel_backend: str) -> dict[str, Any]:
-    """The keywords of `route` that a configuration gives."""
-    return {
-        "soft_topk_ratio": config.soft_topk_ratio,
-        "epsilon": config.routing_epsilon,
-        "solver": config.soft_topk_solver,
-        "num_iterations": config.num_soft_topk_iterations,
-        "epsilon_init": config.routing_epsilon_init,
-        "epsilon_decay": config.routing_epsilon_decay,
-        "kernel_backend": kernel_backend,
-    }
+@dataclass(frozen=True)
+class Implementation:
+    """Who computes.
+
+    Args:
+        kernel_backend: all operations: "auto", "triton" or "torch".
+        attention: dense attention, by the name that Transformers has for it, `attn_implementation`.
+    """
+
+    kernel_backend: str = "auto"
+    attention: str = "sdpa"
+
+    def for_states(self, states: torch.Tensor) -> "Implementation":
+        """The same with "auto" decided by the states' device and dtype."""
+        return Implementation(backend_of(states, self.kernel_backend), self.attention)
+
+    @property
+    def fuses_attention(self) -> bool:
+        """Whether fused kernels stand in for "sdpa"; "eager" is for those who want to see the weights."""
+        return self.kernel_backend == "triton" and self.attention == "sdpa"
+
+
+@dataclass(frozen=True)
+class SoftTopK:
+    """The soft top-k that gives routed tokens their weights; the arguments are those of `soft_topk`.
+
+    Args:
+        ratio: its size over the number of routed tokens.
+        epsilon, solver, num_iterations, epsilon_init, epsilon_decay: see there.
+    """
+
+    ratio: float = 9 / 8
+    epsilon: float = 1.0
+    solver: str = "exact"
+    num_iterations: int = 50
+    epsilon_init: float | None = None
+    epsilon_decay: float = 1.0
+
+    def keywords(self, kernel_backend: str) -> dict[str, Any]:
+        """The keywords of `route`."""
+        return {
+            "soft_topk_ratio": self.ratio,
+            "epsilon": self.epsilon,
+            "solver": self.solver,
+            "num_iterations": self.num_iterations,
+            "epsilon_init": self.epsilon_init,
+            "epsilon_decay": self.epsilon_decay,
+            "kernel_backend": kernel_backend,
+        }
+
+
+@dataclass(frozen=True)
+class EncoderSettings:
+    """What all encoder layers have in common, whatever the batch.
+
+    Args:
+        routing: how tokens are chosen, see `CoLT5Config`.
+        query_fraction, key_value_fraction, feed_forward_fraction: shares of the real tokens that are routed.
+        min_routed_tokens: least number of tokens to route, as far as a row has so many.
+        soft_topk: of all routers.
+        implementation: who computes.
+    """
+
+    routing: str
+    query_fraction: float
+    key_value_fraction: float
+    feed_forward_fraction: float
+    min_routed_tokens: int
+    soft_topk: SoftTopK
+    implementation: Implementation
 
 
 @dataclass
 class RouterPlan:
-    """What routers need to know of a pass. It is read off the configuration once for all layers, as Transformers'
-    configurations are slow to read.
+    """What routers need to know of a pass.
 
     Args:
         mask: bool [batch, n], True for real tokens; None for all.
-        kernel_backend: "triton" or "torch".
+        implementation: who computes, decided for the pass.
         settings: of the soft top-k, the keywords of `route`.
         dense_start: fp32 [], how far a dense start has come; None for the paper's routing.
     """
 
     mask: torch.Tensor | None
-    kernel_backend: str
+    implementation: Implementation
     settings: dict[str, Any]
     dense_start: torch.Tensor | None
 
     @classmethod
     def of(
-        cls, config: CoLT5Config, states: torch.Tensor, mask: torch.Tensor | None, dense_start: torch.Tensor | None
+        cls,
+        soft_topk: SoftTopK,
+        implementation: Implementation,
+        states: torch.Tensor,
+        mask: torch.Tensor | None,
+        dense_start: torch.Tensor | None,
     ) -> "RouterPlan":
         """The plan for states [batch, n, d_model], whose device and dtype choose the kernels."""
-        backend = backend_of(states, config.kernel_backend)
-        return RouterPlan(mask, backend, route_settings(config, backend), dense_start)
+        implementation = implementation.for_states(states)
+        return RouterPlan(mask, implementation, soft_topk.keywords(implementation.kernel_backend), dense_start)
+
+    @property
+    def kernel_backend(self) -> str:
+        """ "triton" or "torch"."""
+        return self.implementation.kernel_backend
 
 
 @dataclass
@@ -56,7 +123,6 @@ class EncoderPlan(RouterPlan):
     """What all encoder layers share in one forward pass.
 
     Args:
-        fused_attention: whether fused kernels stand in for "sdpa"; "eager" is for those who want to see the weights.
         mode: how PyTorch runs the pass.
         attention: the budgets of queries and of keys/values; None with `routing="none"`.
         feed_forward: the budget of the feed-forward; None with `routing="none"`.
@@ -66,7 +132,6 @@ class EncoderPlan(RouterPlan):
             elsewhere, where switching streams would cost the host more than it saves.
     """
 
-    fused_attention: bool
     mode: Mode
     attention: RoutingBudget | None = None
     feed_forward: RoutingBudget | None = None
@@ -76,7 +141,7 @@ class EncoderPlan(RouterPlan):
     @classmethod
     def make(
         cls,
-        config: CoLT5Config,
+        settings: EncoderSettings,
         hidden_states: torch.Tensor,
         mask: torch.Tensor | None,
         dense_start: torch.Tensor | None = None,
@@ -85,24 +150,20 @@ class EncoderPlan(RouterPlan):
 
         `dense_start` is fp32 [], how far a dense start has come; None for the paper's routing.
         """
-        dense_start = dense_start if config.routing == "learned" else None
-        routers = RouterPlan.of(config, hidden_states, mask, dense_start)
-        fused = routers.kernel_backend == "triton" and config._attn_implementation == "sdpa"
-        plan = cls(**vars(routers), fused_attention=fused, mode=Mode.of_now(hidden_states))
-        if config.routing == "none":
+        dense_start = dense_start if settings.routing == "learned" else None
+        routers = RouterPlan.of(settings.soft_topk, settings.implementation, hidden_states, mask, dense_start)
+        plan = cls(**vars(routers), mode=Mode.of_now(hidden_states))
+        if settings.routing == "none":
             return plan
-        kinds = (
-            (config.routed_query_fraction, config.routed_key_value_fraction),
-            (config.routed_feed_forward_fraction,),
-        )
+        kinds = ((settings.query_fraction, settings.key_value_fraction), (settings.feed_forward_fraction,))
         if dense_start is not None:
             plan.attention, plan.feed_forward = (
-                RoutingBudget.of_dense_start(hidden_states, mask, fractions, config.soft_topk_ratio, dense_start)
+                RoutingBudget.of_dense_start(hidden_states, mask, fractions, settings.soft_topk.ratio, dense_start)
                 for fractions in kinds
             )
             return plan
         plan.attention, plan.feed_forward = RoutingBudget.of_fractions(
-            hidden_states, mask, config.min_routed_tokens, *kinds
+            hidden_states, mask, settings.min_routed_tokens, *kinds
         )
         if plan.mode.is_captured and not plan.mode.keeps_gradients:
             plan.side = graph_stream(hidden_states.device, 1)

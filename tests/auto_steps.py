@@ -46,7 +46,7 @@ class ScoreModel(CoLT5EncoderModel):
 
     def __init__(self, config):
         super().__init__(config)
-        self.norm = CoLT5LayerNorm(self.config)
+        self.norm = CoLT5LayerNorm(config.d_model)
         self.score = nn.Linear(config.d_model, 1)
         self.post_init()
 

@@ -8,8 +8,9 @@ from models import pad, random_ids, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from modeling_colt5 import CoLT5ForCausalLM, CoLT5ForConditionalGeneration
-from modeling_colt5.model_decoder import CoLT5CrossAttention
-from modeling_colt5.model_encoder import CoLT5LocalAttention
+from modeling_colt5.model_decoder_layer import CoLT5CrossAttention
+from modeling_colt5.model_encoder_layer import CoLT5LocalAttention
+from modeling_colt5.run_plan import Implementation
 
 CROSS = {
     "multi-query": {"num_cross_key_value_heads": 1},
@@ -55,7 +56,8 @@ def test_the_weights_derivatives_add_up_to_the_output(fields: dict[str, int]) ->
     """The output is linear in the weights: each times its own derivative adds up to all of it."""
     eager, _ = models(**fields)
     attention = eager.decoder.block[0].layer[1].EncDecAttention
-    output, weights = attention(torch.randn(2, 7, 32).double(), torch.randn(2, 16, 32).double(), None, None)
+    states, memory = torch.randn(2, 7, 32).double(), torch.randn(2, 16, 32).double()
+    output, weights = attention(states, memory, None, None, Implementation(attention="eager"))
     heads, keys = 4, 16 // attention.num_routers
     assert weights.shape == (2, heads, 7, keys)
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, heads, 7).double())
@@ -71,7 +73,10 @@ def test_cross_attention_takes_two_products(name: str) -> None:
     assert isinstance(attention, CoLT5CrossAttention)
     for queries in (7, 1):
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            attention(torch.randn(rows, queries, width), torch.randn(rows, keys, width), None, None)
+            attention(
+                torch.randn(rows, queries, width), torch.randn(rows, keys, width), None, None,
+                Implementation(attention="eager"),
+            )  # fmt: skip
         projections = 2 * width * size * rows * (2 * heads * queries + 2 * attention.num_key_value_heads * keys)
         products = 2 * 2 * rows * heads * queries * (keys // attention.num_routers) * size
         assert counter.get_total_flops() == projections + products

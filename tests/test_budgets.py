@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from modeling_colt5 import CoLT5Config
-from modeling_colt5.run_causal_plan import CausalSettings
+from modeling_colt5.model_from_config import causal_settings
 from modeling_colt5.run_sizes import routed_budget, routed_capacity, share_of
 
 LENGTHS = 2**20
@@ -74,7 +74,7 @@ def test_causal_windows_have_the_same_budgets():
         config = CoLT5Config(
             causal_window=window, routed_query_fraction=fraction, causal_capacity_ratio=ratio, d_model=16, d_kv=4
         )
-        settings = CausalSettings.make(config, torch.zeros(1))
+        settings = causal_settings(config)
         assert settings.num_queries == max(1, min(window, exact(window, fraction)))
         target = settings.num_queries
         assert settings.capacity(target) == min(window, exact(target, ratio))

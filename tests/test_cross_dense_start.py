@@ -10,6 +10,8 @@ from models import checkpoint_activations, pad, random_ids, tiny_model
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache, StaticCache
 
 from modeling_colt5 import CoLT5ForConditionalGeneration, soft_topk
+from modeling_colt5.model_from_config import implementation
+from modeling_colt5.model_from_config import soft_topk as soft_topk_of
 
 BUDGET = 6
 
@@ -17,6 +19,12 @@ BUDGET = 6
 def training_model(**fields: Any) -> CoLT5ForConditionalGeneration:
     torch.manual_seed(0)
     return tiny_model(routed_cross_key_values=BUDGET, **fields).train()
+
+
+def route(model: CoLT5ForConditionalGeneration, memory: torch.Tensor, mask: torch.Tensor | None) -> Any:
+    """What the routers of the model's cross-attention choose."""
+    settings = (soft_topk_of(model.config), implementation(model.config))
+    return model.decoder.cross_routing(memory, mask, BUDGET, *settings)
 
 
 def soft_size(length: int, progress: float) -> float:
@@ -34,8 +42,8 @@ def test_every_token_is_read_with_the_weight_of_the_soft_top_k(backend: str, pro
     # of the second row the budget holds every token
     lengths, memory = (20, 4), torch.randn(2, 20, 32)
     mask = torch.arange(20) < torch.tensor(lengths)[:, None]
-    rows, layers = model.decoder.cross_routing(memory, mask)
-    assert model.decoder.cross_routing.used_slots(memory, mask).tolist() == mask.tolist()
+    rows, layers = route(model, memory, mask)
+    assert model.decoder.cross_routing.used_slots(memory, mask, BUDGET).tolist() == mask.tolist()
     routers = iter(model.decoder.cross_routing.routers)
     for states, layer in zip(rows, layers, strict=True):
         assert states.shape == (2, 2 * 20, 32)
@@ -57,10 +65,9 @@ def test_gradient_is_that_of_a_constant_threshold(progress: float) -> None:
     epsilon = 0.7
     model = training_model(dtype=torch.float64, routing_epsilon=epsilon, num_decoder_layers=1)
     model.set_dense_start(progress)
-    routing = model.decoder.cross_routing
     memory, direction = torch.randn(1, 20, 32, dtype=torch.float64), torch.randn(1, 20, 32, dtype=torch.float64)
-    (router,) = routing.routers
-    ((states,), _) = routing(memory, None)
+    (router,) = model.decoder.cross_routing.routers
+    ((states,), _) = route(model, memory, None)
     (gradient,) = torch.autograd.grad((states * direction).sum(), router.weight)
 
     fixed = soft_topk(memory[0] @ router.weight.detach(), soft_size(20, progress), epsilon=epsilon)
@@ -99,7 +106,7 @@ def test_kernels_agree_with_pytorch() -> None:
     leaves, found = [memory, *routing.parameters()], []
     for backend in ("torch", "triton"):
         model.config.kernel_backend = backend
-        ((states,), _) = routing(memory, mask)
+        ((states,), _) = route(model, memory, mask)
         found.append([states, *torch.autograd.grad((states * direction).sum(), leaves)])
     for expected, ours in zip(*found, strict=True):
         # sums in another order
@@ -208,17 +215,17 @@ def test_captured_step_follows_the_dense_start() -> None:
     """What is recorded once reads how far the dense start has come at every replay."""
     model = training_model().cuda()
     memory = torch.randn(2, 30, 32, device="cuda")
-    routing, graph = model.decoder.cross_routing, torch.cuda.CUDAGraph()
+    graph = torch.cuda.CUDAGraph()
     model.set_dense_start(0.0)
     with torch.no_grad():
         # kernels are compiled before anything is recorded
-        routing(memory, None)
+        route(model, memory, None)
         torch.cuda.synchronize()
         with torch.cuda.graph(graph):
-            rows, _ = routing(memory, None)
+            rows, _ = route(model, memory, None)
         for progress in (0.0, 0.5, 1.0):
             model.set_dense_start(progress)
             graph.replay()
-            for found, expected in zip(rows, routing(memory, None)[0], strict=True):
+            for found, expected in zip(rows, route(model, memory, None)[0], strict=True):
                 # the same kernels on the same numbers
                 torch.testing.assert_close(found, expected)

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache, StaticCache
 
 from modeling_colt5 import CoLT5ForConditionalGeneration, soft_topk
-from modeling_colt5.model_decoder import CoLT5CrossAttention
+from modeling_colt5.model_decoder_layer import CoLT5CrossAttention
 from modeling_colt5.run_release import CACHE
 
 # fp32 sums taken in another order over logits of size 1

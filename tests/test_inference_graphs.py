@@ -11,7 +11,7 @@ from models import pad, random_ids, tiny_config
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from modeling_colt5 import CoLT5EncoderModel, CoLT5ForConditionalGeneration, model_encoder
+from modeling_colt5 import CoLT5EncoderModel, CoLT5ForConditionalGeneration, model_encoder_layer
 from modeling_colt5 import run_graphs as graphs
 from modeling_colt5.kernel_backend import Mode
 
@@ -166,7 +166,7 @@ def test_after_a_change_of_lengths_the_new_ones_get_graphs():
 
 @pytest.mark.gpu
 def test_recording_that_fails_leaves_the_ordinary_call(model, device, monkeypatch):
-    run_routers = model_encoder.run_routers
+    run_routers = model_encoder_layer.run_routers
 
     def failing(*args):
         # where two streams are in use, the worst place
@@ -174,7 +174,7 @@ def test_recording_that_fails_leaves_the_ordinary_call(model, device, monkeypatc
             raise RuntimeError("not while recording")
         return run_routers(*args)
 
-    monkeypatch.setattr(model_encoder, "run_routers", failing)
+    monkeypatch.setattr(model_encoder_layer, "run_routers", failing)
     (batch,) = batches(device, 1)
     with torch.no_grad(), pytest.warns(RuntimeWarning, match="not while recording") as warned:
         outputs = [model(**batch).last_hidden_state for _ in range(5)]

@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 
 from modeling_colt5 import CoLT5EncoderModel, layer_encoder, run_launch_triton  # noqa: E402
 from modeling_colt5.layer_encoder import StraightLayer  # noqa: E402
-from modeling_colt5.model_encoder import PLAIN, CoLT5EncoderBlock  # noqa: E402
+from modeling_colt5.model_encoder_layer import PLAIN, CoLT5EncoderBlock  # noqa: E402
 from modeling_colt5.run_launch_triton import bind  # noqa: E402
 
 

@@ -1,6 +1,7 @@
 """The layers: an encoder layer against the paper's equations written out, routers, budgets, attention, dropout."""
 
 import math
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -13,10 +14,11 @@ from transformers.models.t5.modeling_t5 import T5Attention, T5LayerNorm
 
 from modeling_colt5 import CoLT5EncoderModel, CoLT5ForConditionalGeneration
 from modeling_colt5.kernel_backend import product_dtype
-from modeling_colt5.model_decoder import CoLT5CrossAttention, CoLT5SelfAttention
-from modeling_colt5.model_encoder import CoLT5LayerConditionalFF, CoLT5LocalAttention, CoLT5RoutedAttention
+from modeling_colt5.model_decoder_layer import CoLT5CrossAttention, CoLT5SelfAttention
+from modeling_colt5.model_encoder_layer import CoLT5LayerConditionalFF, CoLT5LocalAttention, CoLT5RoutedAttention
 from modeling_colt5.model_layers import CoLT5Attention, CoLT5LayerNorm, clamp_half
 from modeling_colt5.model_router import CoLT5Router
+from modeling_colt5.run_plan import EncoderPlan, Implementation
 from modeling_colt5.run_sizes import routed_budget, routed_capacity
 
 
@@ -246,9 +248,8 @@ def test_random_control_routes_every_token_alike():
         assert ((counts - 150).abs() < 5 * math.sqrt(600 * 0.25 * 0.75)).all()
     # in evaluation by each of many routers, which differ by their seed alone
     counts, budget = torch.zeros(200), torch.tensor([50])
-    config = tiny_config(routing="random")
     for seed in range(400):
-        scores = CoLT5Router(config, seed).eval().control_scores(torch.zeros(1, 200, 32), None, budget)
+        scores = CoLT5Router(32, "random", seed).eval().control_scores(torch.zeros(1, 200, 32), None, budget)
         counts[scores[0].topk(50).indices] += 1
     assert ((counts - 100).abs() < 5 * math.sqrt(400 * 0.25 * 0.75)).all()
 
@@ -276,7 +277,10 @@ def test_no_routing_has_no_heavy_branch():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_norm_is_t5s(dtype):
     config = tiny_config()
-    norm, expected = CoLT5LayerNorm(config), T5LayerNorm(config.d_model, config.layer_norm_epsilon)
+    norm, expected = (
+        CoLT5LayerNorm(config.d_model, config.layer_norm_epsilon),
+        T5LayerNorm(config.d_model, config.layer_norm_epsilon),
+    )
     with torch.no_grad():
         norm.weight.copy_(expected.weight.normal_())
     norm, expected = norm.to(dtype), expected.to(dtype)
@@ -297,7 +301,7 @@ def test_encoder_says_its_shape_without_data(dtype):
 
 def test_norm_scores_are_fp32_under_autocast():
     """Issue 2: scores and norms in fp32 even under autocast, where a plain matrix product would be in bf16."""
-    norm = CoLT5LayerNorm(tiny_config())
+    norm = CoLT5LayerNorm(32)
     states, routers = torch.randn(2, 50, 32), torch.randn(2, 32)
     normed, scores = norm(states, routers)
     with torch.autocast("cpu", torch.bfloat16):
@@ -342,9 +346,10 @@ def test_eager_and_sdpa_agree_in_every_attention(dtype, groups):
     calls = attention_calls(model, **batch, decoder_input_ids=random_ids(2, 9))
     kinds = {CoLT5LocalAttention: 2, CoLT5RoutedAttention: 2, CoLT5SelfAttention: 3, CoLT5CrossAttention: 3}
     assert {kind: sum(type(module) is kind for module, _, _ in calls) for kind in kinds} == kinds
-    model.set_attn_implementation("sdpa")
-    for module, args, (eager, weights) in calls:
-        sdpa, no_weights = module(*args)
+    for module, (*args, plan), (eager, weights) in calls:
+        # the encoder's attention takes it in the plan, the decoder's by itself
+        sdpa = Implementation("torch", "sdpa")
+        sdpa, no_weights = module(*args, replace(plan, implementation=sdpa) if isinstance(plan, EncoderPlan) else sdpa)
         assert weights is not None and no_weights is None
         if isinstance(module, CoLT5LocalAttention):
             real = batch["attention_mask"].bool()
@@ -364,17 +369,14 @@ def test_a_stack_sets_the_attention_of_all(part):
 
 def test_encoder_attentions_are_not_causal():
     """sdpa takes an attention module without `is_causal=False` for causal when there is no mask."""
-    config = tiny_config()
-    kinds = [CoLT5LocalAttention(config, 2), CoLT5RoutedAttention(config, 3), CoLT5CrossAttention(config, 0)]
+    kinds = [CoLT5LocalAttention(32, 8, 2, 5), CoLT5RoutedAttention(32, 8, 3), CoLT5CrossAttention(32, 8, 4, 1, 0)]
     assert not any(attention.is_causal for attention in kinds)
-    assert CoLT5SelfAttention(config, 0).is_causal
+    assert CoLT5SelfAttention(32, 8, 4, 0).is_causal
 
 
 @torch.no_grad()
 def test_multi_query_attention_is_t5s_with_one_key_and_value_repeated():
-    config = tiny_config(num_cross_key_value_heads=1)
-    config._attn_implementation = "eager"
-    attention = CoLT5CrossAttention(config, 0).double()
+    attention = CoLT5CrossAttention(d_model=32, d_kv=8, num_heads=4, num_key_value_heads=1, layer_idx=0).double()
     t5 = T5Attention(
         T5Config(d_model=32, d_kv=8, num_heads=4, is_decoder=True, attn_implementation="eager"), layer_idx=0
     )
@@ -384,7 +386,7 @@ def test_multi_query_attention_is_t5s_with_one_key_and_value_repeated():
     t5.k.weight.copy_(attention.k.weight.repeat(4, 1))
     t5.v.weight.copy_(attention.v.weight.repeat(4, 1))
     x, y = torch.randn(2, 5, 32).double(), torch.randn(2, 9, 32).double()
-    output, weights = attention(x, y, None, None)
+    output, weights = attention(x, y, None, None, Implementation(attention="eager"))
     expected, *_ = t5(x, key_value_states=y)
     torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12)
     assert weights.shape == (2, 4, 5, 9)

@@ -18,7 +18,8 @@ from modeling_colt5 import (
     CoLT5ForSequenceClassification,
     CoLT5ForTokenClassification,
 )
-from modeling_colt5.model_encoder import CoLT5EncoderBlock, CoLT5LocalAttention
+from modeling_colt5.model_encoder_layer import CoLT5EncoderBlock, CoLT5LocalAttention
+from modeling_colt5.model_from_config import encoder_settings
 from modeling_colt5.model_layers import CoLT5DenseActDense
 from modeling_colt5.run_plan import EncoderPlan
 
@@ -677,8 +678,8 @@ def test_a_hook_on_a_block_reads_and_changes_the_hidden_states():
 @pytest.mark.parametrize("length", [1, 15, 40, 333])
 def test_budgets_of_whole_rows_are_those_of_a_full_mask(length):
     config, states = tiny_config(), torch.zeros(2, length, 32)
-    whole = EncoderPlan.make(config, states, None)
-    masked = EncoderPlan.make(config, states, torch.ones(2, length, dtype=torch.bool))
+    whole = EncoderPlan.make(encoder_settings(config), states, None)
+    masked = EncoderPlan.make(encoder_settings(config), states, torch.ones(2, length, dtype=torch.bool))
     for ours, theirs in ((whole.attention, masked.attention), (whole.feed_forward, masked.feed_forward)):
         assert torch.equal(ours.budget, theirs.budget) and ours.capacities == theirs.capacities
 

@@ -1,0 +1,286 @@
+"""The decoder's layer: self-attention and feed-forward, T5's or routed, with cross-attention between."""
+
+import torch
+from einops import rearrange
+from torch import nn
+from transformers.cache_utils import Cache, EncoderDecoderCache
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .model_causal import CoLT5LayerCausalAttention, CoLT5LayerCausalFF
+from .model_layers import (
+    CoLT5Attention,
+    CoLT5DenseActDense,
+    CoLT5LayerNorm,
+    clamp_half,
+    eager_attention_forward,
+    project,
+)
+from .model_outputs import CoLT5CausalLayerRouting
+from .run_causal_cache import routed_layer
+from .run_causal_plan import CausalPlan
+from .run_plan import Implementation
+from .run_release import one_cache
+
+
+class CoLT5SelfAttention(CoLT5Attention):
+    """The decoder's causal self-attention, T5's."""
+
+    is_causal = True
+
+    def __init__(self, d_model: int, d_kv: int, num_heads: int, layer_idx: int, dropout_rate: float = 0.0):
+        super().__init__(d_model, d_kv, num_heads, dropout_rate=dropout_rate)
+        self.layer_idx = layer_idx
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_bias: torch.Tensor,
+        mask: torch.Tensor | None,
+        cache: Cache | None,
+        implementation: Implementation,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[batch, n, d_model] → the same shape, and the weights where the implementation gives them."""
+        states = project(hidden_states, self.q, self.k, self.v, head_size=self.d_kv)
+        query, key, value = (part.transpose(1, 2) for part in states)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
+        output, weights = self.attend(query, key, value, position_bias, mask, implementation.attention)
+        return self.o(output.flatten(-2)), weights
+
+
+class CoLT5CrossAttention(CoLT5Attention):
+    """The decoder's attention to the encoder's output, all of it or what was routed out of it; multi-query in the
+    paper (Shazeer 2019).
+
+    Args:
+        d_model, d_kv, num_heads, num_key_value_heads, dropout_rate: as of `CoLT5Attention`.
+        layer_idx: where a cache has this layer.
+        num_routers: that chose what it reads, each for a group of heads; None where it reads everything.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_kv: int,
+        num_heads: int,
+        num_key_value_heads: int,
+        layer_idx: int,
+        num_routers: int | None = None,
+        dropout_rate: float = 0.0,
+    ):
+        super().__init__(d_model, d_kv, num_heads, num_key_value_heads, dropout_rate)
+        self.layer_idx = layer_idx
+        self.is_routed = num_routers is not None
+        self.num_routers = num_routers or 1
+
+    def split_routers(self, states: torch.Tensor) -> torch.Tensor:
+        """[batch, routers * slots, key/value heads * d_kv] → [batch, groups, slots, d_kv], where the groups of heads
+        are as many as the routers or the key/value heads, whichever are more: each has one of both."""
+        if self.num_routers == 1:
+            return self.split_heads(states).transpose(1, 2)
+        routers, heads = self.num_routers, self.num_key_value_heads
+        common = min(routers, heads)
+        outer, inner = routers // common, heads // common
+        states = rearrange(
+            states, "b (r o s) (h i d) -> b r o s h i d", r=common, o=outer, h=common, i=inner, d=self.d_kv
+        )
+        return rearrange(states.diagonal(dim1=1, dim2=4), "b o s i d c -> b (c o i) s d")
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        encoder_mask: torch.Tensor | None,
+        cache: Cache | None,
+        implementation: Implementation,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[batch, n, d_model] → the same shape, and the weights where the implementation gives them.
+
+        `encoder_hidden_states` is [batch, encoder length, d_model], or the routed rows [batch, routers * slots,
+        d_model], and not read where the cache has its keys and values. `encoder_mask` is bool [batch, encoder length
+        or slots], True for real tokens.
+        """
+        cache = cache if isinstance(cache, EncoderDecoderCache) else None
+        if cache is not None and cache.is_updated.get(self.layer_idx):
+            layer = cache.cross_attention_cache.layers[self.layer_idx]
+            key, value = layer.keys, layer.values
+        else:
+            states = project(encoder_hidden_states, self.k, self.v)
+            key, value = map(self.split_routers, states)
+            if cache is not None:
+                key, value = cache.cross_attention_cache.update(key, value, self.layer_idx)
+                cache.is_updated[self.layer_idx] = True
+        if self.is_routed and encoder_mask is not None:
+            # A static cache of the caller's may be longer than the mask.
+            key, value = (states[:, :, : encoder_mask.shape[1]] for states in (key, value))
+
+        query = self.split_heads(self.q(hidden_states)).transpose(1, 2)
+        mask = None if encoder_mask is None else encoder_mask[:, None, None, :]
+        if hidden_states.shape[1] == 1 and implementation.attention == "sdpa" and not self.training:
+            # One token has few queries: the kernels behind "sdpa" would walk along all keys with one processor a row.
+            output, weights = eager_attention_forward(self, query, key, value, mask)[0], None
+        else:
+            output, weights = self.attend(query, key, value, None, mask, implementation.attention)
+        return self.o(output.flatten(-2)), weights
+
+
+class CoLT5LayerSelfAttention(nn.Module):
+    """Norm, causal self-attention, residual; `dropout_rate` is also that of what the layer adds."""
+
+    def __init__(
+        self,
+        d_model: int,
+        d_kv: int,
+        num_heads: int,
+        layer_idx: int,
+        dropout_rate: float = 0.0,
+        layer_norm_epsilon: float = 1e-6,
+    ):
+        super().__init__()
+        self.SelfAttention = CoLT5SelfAttention(d_model, d_kv, num_heads, layer_idx, dropout_rate)
+        self.layer_norm = CoLT5LayerNorm(d_model, layer_norm_epsilon)
+        self.dropout = nn.Dropout(dropout_rate)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_bias: torch.Tensor,
+        mask: torch.Tensor | None,
+        cache: Cache | None,
+        implementation: Implementation,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[batch, n, d_model] → the same shape, and the attention weights."""
+        normed, _ = self.layer_norm(hidden_states, None, implementation.kernel_backend, for_products=True)
+        output, weights = self.SelfAttention(normed, position_bias, mask, cache, implementation)
+        return clamp_half(hidden_states + self.dropout(output)), weights
+
+
+class CoLT5LayerCrossAttention(nn.Module):
+    """Norm, attention to the encoder's output, residual; arguments as of `CoLT5CrossAttention`, whose `dropout_rate`
+    is also that of what the layer adds."""
+
+    def __init__(
+        self,
+        d_model: int,
+        d_kv: int,
+        num_heads: int,
+        num_key_value_heads: int,
+        layer_idx: int,
+        num_routers: int | None = None,
+        dropout_rate: float = 0.0,
+        layer_norm_epsilon: float = 1e-6,
+    ):
+        super().__init__()
+        self.EncDecAttention = CoLT5CrossAttention(
+            d_model, d_kv, num_heads, num_key_value_heads, layer_idx, num_routers, dropout_rate
+        )
+        self.layer_norm = CoLT5LayerNorm(d_model, layer_norm_epsilon)
+        self.dropout = nn.Dropout(dropout_rate)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        encoder_mask: torch.Tensor | None,
+        cache: Cache | None,
+        implementation: Implementation,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[batch, n, d_model] → the same shape, and the attention weights."""
+        normed, _ = self.layer_norm(hidden_states, None, implementation.kernel_backend, for_products=True)
+        output, weights = self.EncDecAttention(normed, encoder_hidden_states, encoder_mask, cache, implementation)
+        return clamp_half(hidden_states + self.dropout(output)), weights
+
+
+class CoLT5LayerFF(nn.Module):
+    """Norm, the decoder's feed-forward, residual; arguments as of `CoLT5DenseActDense`, whose `dropout_rate` is also
+    that of what the layer adds."""
+
+    def __init__(
+        self,
+        d_model: int,
+        d_ff: int,
+        feed_forward_proj: str = "gated-gelu",
+        dropout_rate: float = 0.0,
+        layer_norm_epsilon: float = 1e-6,
+    ):
+        super().__init__()
+        self.DenseReluDense = CoLT5DenseActDense(d_model, d_ff, feed_forward_proj, dropout_rate)
+        self.layer_norm = CoLT5LayerNorm(d_model, layer_norm_epsilon)
+        self.dropout = nn.Dropout(dropout_rate)
+
+    def forward(self, hidden_states: torch.Tensor, implementation: Implementation) -> torch.Tensor:
+        """[batch, n, d_model] → the same shape."""
+        backend = implementation.kernel_backend
+        normed, _ = self.layer_norm(hidden_states, None, backend, for_products=True)
+        return clamp_half(hidden_states + self.dropout(self.DenseReluDense(normed, backend)))
+
+
+class CoLT5DecoderBlock(GradientCheckpointingLayer):
+    """One decoder layer: self-attention, cross-attention where there is an encoder, feed-forward; of the first and the
+    last either T5's or the causally routed one."""
+
+    def __init__(
+        self,
+        layer_idx: int,
+        attention: CoLT5LayerSelfAttention | CoLT5LayerCausalAttention,
+        cross_attention: CoLT5LayerCrossAttention | None,
+        feed_forward: CoLT5LayerFF | CoLT5LayerCausalFF,
+    ):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.has_cross_attention = cross_attention is not None
+        self.layer = nn.ModuleList(filter(None, (attention, cross_attention, feed_forward)))
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_bias: torch.Tensor,
+        heavy_bias_table: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        plan: CausalPlan | None,
+        encoder_hidden_states: torch.Tensor | None,
+        encoder_mask: torch.Tensor | None,
+        implementation: Implementation,
+        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, CoLT5CausalLayerRouting | None]:
+        """One layer.
+
+        Args:
+            hidden_states: [batch, n, d_model].
+            position_bias: of T5's self-attention, [1, heads, n, keys]; of a causally routed layer's light branch, what
+                `CausalPlan.light_bias` gives.
+            heavy_bias_table: of a routed layer's heavy branch; None where there is none.
+            attention_mask: of T5's self-attention.
+            plan: the windows of a causally routed layer; None for T5's.
+            encoder_hidden_states, encoder_mask: for the cross-attention; None without an encoder.
+            implementation: who computes T5's parts.
+            past_key_values, cache: the cache, by either name: gradient checkpointing looks for that of its release.
+
+        Returns:
+            The new hidden states, self-attention and cross-attention weights (None where not given), and what was
+            routed (None in T5's layer).
+        """
+        cache = one_cache(cache, past_key_values)
+        self_cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+        weights = cross_weights = routing = None
+        if plan is None:
+            hidden_states, weights = self.layer[0](
+                hidden_states, position_bias, attention_mask, self_cache, implementation
+            )
+        else:
+            routing = CoLT5CausalLayerRouting()
+            self_cache = routed_layer(self_cache, self.layer_idx)
+            hidden_states, routing.query, routing.key_value = self.layer[0](
+                hidden_states, position_bias, heavy_bias_table, plan, self_cache
+            )
+        if self.has_cross_attention:
+            hidden_states, cross_weights = self.layer[1](
+                hidden_states, encoder_hidden_states, encoder_mask, cache, implementation
+            )
+        if isinstance(self.layer[-1], CoLT5LayerCausalFF):
+            assert routing is not None
+            hidden_states, routing.feed_forward = self.layer[-1](hidden_states, plan, self_cache)
+        else:
+            hidden_states = self.layer[-1](hidden_states, implementation)
+        return hidden_states, weights, cross_weights, routing

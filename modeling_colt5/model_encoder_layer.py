@@ -1,0 +1,328 @@
+"""The encoder's layer: conditional attention and conditional feed-forward, light and heavy branches."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .kernel_backend import is_hooked
+from .layer_encoder import StraightLayer, StraightPass, combined, may_run_straight
+from .layer_plain import PlainBlock
+from .model_layers import (
+    CoLT5Attention,
+    CoLT5DenseActDense,
+    CoLT5LayerNorm,
+    attention_interface,
+    clamp_half,
+    eager_attention_forward,
+    project,
+)
+from .model_outputs import CoLT5LayerRouting
+from .model_router import CoLT5Router, CoLT5Routing, router_weights, run_routers
+from .op_attention import local_attention, local_attention_reference, routed_attention, routed_attention_reference
+from .op_routing import RoutedTokens
+from .op_rows import combine_branches, scatter_add_tokens, share_and_gather
+from .run_plan import EncoderPlan, EncoderSettings
+
+
+def add_branches(
+    hidden_states: torch.Tensor,
+    light: torch.Tensor,
+    heavy: torch.Tensor,
+    tokens: RoutedTokens,
+    dropout: nn.Dropout,
+    kernel_backend: str,
+) -> torch.Tensor:
+    """X + dropout(light + weights ⊙ heavy), [batch, n, d_model].
+
+    Args:
+        hidden_states: X, [batch, n, d_model].
+        light: [batch, n, d_model].
+        heavy: [batch, slots, d_model], at the routed positions.
+        tokens: where the heavy rows belong, and their weights.
+        dropout: of the sublayer.
+        kernel_backend: "triton" or "torch".
+    """
+    routed = (tokens.indices, tokens.valid, tokens.weights)
+    if dropout.training and dropout.p > 0:
+        update = scatter_add_tokens(light, heavy, *routed, kernel_backend)
+        return clamp_half(hidden_states + dropout(update))
+    return clamp_half(combine_branches(hidden_states, light, heavy, *routed, kernel_backend))
+
+
+class CoLT5LocalAttention(CoLT5Attention):
+    """The light branch: every token attends to its neighbours, `radius` to each side."""
+
+    def __init__(self, d_model: int, d_kv: int, num_heads: int, radius: int, dropout_rate: float = 0.0):
+        super().__init__(d_model, d_kv, num_heads, dropout_rate=dropout_rate)
+        self.radius = radius
+
+    def forward(
+        self, hidden_states: torch.Tensor, bias_table: torch.Tensor, plan: EncoderPlan
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[batch, n, d_model] → the same shape, and the weights where the implementation gives them."""
+        query, key, value = project(hidden_states, self.q, self.k, self.v, head_size=self.d_kv)
+        inputs = (query, key, value, bias_table, self.radius, plan.mask)
+        if plan.implementation.fuses_attention:
+            return self.o(local_attention(*inputs, self.dropout if self.training else 0.0).flatten(-2)), None
+        name = plan.implementation.attention
+        weigh = self.weigh if attention_interface(name) is eager_attention_forward else None
+        output, weights = local_attention_reference(*inputs, partial(self.attend, implementation=name), weigh)
+        return self.o(output.flatten(-2)), weights
+
+
+class CoLT5RoutedAttention(CoLT5Attention):
+    """The heavy branch: routed queries attend to routed keys and values."""
+
+    def forward(
+        self,
+        query_states: torch.Tensor,
+        key_value_states: torch.Tensor,
+        bias_table: torch.Tensor,
+        queries: RoutedTokens,
+        keys: RoutedTokens,
+        plan: EncoderPlan,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[batch, query slots, d_model], [batch, key/value slots, d_model] → [batch, query slots, d_model], and the
+        weights where the implementation gives them."""
+        query = self.split_heads(self.q(query_states))
+        key, value = project(key_value_states, self.k, self.v, head_size=self.d_kv)
+        inputs = (query, key, value, bias_table, queries.indices, keys.indices, keys.valid)
+        if plan.implementation.fuses_attention:
+            return self.o(routed_attention(*inputs, self.dropout if self.training else 0.0).flatten(-2)), None
+        attend = partial(self.attend, implementation=plan.implementation.attention)
+        output, weights = routed_attention_reference(*inputs, attend)
+        return self.o(output.flatten(-2)), weights
+
+
+class CoLT5LayerConditionalAttention(nn.Module):
+    """Local attention for every token, and attention among routed tokens for the few important ones.
+
+    Args:
+        d_model: width of the states.
+        d_kv: width of a head.
+        num_light_heads, num_heavy_heads: of the branches.
+        local_radius: positions to each side that the light branch sees.
+        routing: as of `CoLT5Router`; "none" for no heavy branch.
+        seed: of the queries' router; that of the keys' and values' has the next.
+        dropout_rate: of the weights and of what the layer adds.
+        layer_norm_epsilon: of the norm.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_kv: int,
+        num_light_heads: int,
+        num_heavy_heads: int,
+        local_radius: int,
+        routing: str = "learned",
+        seed: int = 0,
+        dropout_rate: float = 0.0,
+        layer_norm_epsilon: float = 1e-6,
+    ):
+        super().__init__()
+        self.layer_norm = CoLT5LayerNorm(d_model, layer_norm_epsilon)
+        self.light_attention = CoLT5LocalAttention(d_model, d_kv, num_light_heads, local_radius, dropout_rate)
+        if routing != "none":
+            self.query_router = CoLT5Router(d_model, routing, seed)
+            self.key_value_router = CoLT5Router(d_model, routing, seed + 1)
+            self.heavy_attention = CoLT5RoutedAttention(d_model, d_kv, num_heavy_heads, dropout_rate=dropout_rate)
+        self.dropout = nn.Dropout(dropout_rate)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        light_bias_table: torch.Tensor,
+        heavy_bias_table: torch.Tensor | None,
+        plan: EncoderPlan,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, RoutedTokens | None, RoutedTokens | None]:
+        """X + LightAttn(X) + s̃ᵩ · HeavyAttn(X, s̃ᵏᵛ ⊙ X) (Ainslie et al. 2023, eq. of conditional attention).
+
+        Args:
+            hidden_states: X, [batch, n, d_model].
+            light_bias_table, heavy_bias_table: [heads, 2 * max_distance + 1] of each branch.
+            plan: the batch's mask and budgets.
+
+        Returns:
+            The new hidden states, light and heavy attention weights (where the implementation gives them), and the
+            routed queries and keys/values (None with `routing="none"`).
+        """
+        backend = plan.kernel_backend
+        if plan.attention is None or heavy_bias_table is None:
+            normed, _ = self.layer_norm(hidden_states, None, backend, for_products=True)
+            light, light_weights = self.light_attention(normed, light_bias_table, plan)
+            return clamp_half(hidden_states + self.dropout(light)), light_weights, None, None, None
+
+        routers = (self.query_router, self.key_value_router)
+        normed, scores = self.layer_norm(hidden_states, router_weights(*routers), backend, for_products=True)
+        queries, keys = run_routers(routers, normed, scores, plan, plan.attention)
+        normed, query_states, key_value_states = share_and_gather(
+            normed,
+            (queries.indices, queries.valid, None),
+            (keys.indices, keys.valid, keys.weights),
+            kernel_backend=backend,
+        )
+        heavy, heavy_weights = self.heavy_attention(
+            query_states, key_value_states, heavy_bias_table, queries, keys, plan
+        )
+        light, light_weights = self.light_attention(normed, light_bias_table, plan)
+        hidden_states = add_branches(hidden_states, light, heavy, queries, self.dropout, backend)
+        return hidden_states, light_weights, heavy_weights, queries, keys
+
+
+class CoLT5LayerConditionalFF(nn.Module):
+    """A small feed-forward for every token, and a large one for the few important ones.
+
+    Args:
+        d_model: width of the states.
+        light_d_ff, heavy_d_ff: hidden sizes of the branches.
+        feed_forward_proj: as of `CoLT5DenseActDense`.
+        routing: as of `CoLT5Router`; "none" for no heavy branch.
+        seed: of the router.
+        dropout_rate: of the hidden states and of what the layer adds.
+        layer_norm_epsilon: of the norm.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        light_d_ff: int,
+        heavy_d_ff: int,
+        feed_forward_proj: str = "gated-gelu",
+        routing: str = "learned",
+        seed: int = 0,
+        dropout_rate: float = 0.0,
+        layer_norm_epsilon: float = 1e-6,
+    ):
+        super().__init__()
+        self.layer_norm = CoLT5LayerNorm(d_model, layer_norm_epsilon)
+        self.light_feed_forward = CoLT5DenseActDense(d_model, light_d_ff, feed_forward_proj, dropout_rate)
+        if routing != "none":
+            self.router = CoLT5Router(d_model, routing, seed)
+            self.heavy_feed_forward = CoLT5DenseActDense(d_model, heavy_d_ff, feed_forward_proj, dropout_rate)
+        self.dropout = nn.Dropout(dropout_rate)
+
+    def forward(self, hidden_states: torch.Tensor, plan: EncoderPlan) -> tuple[torch.Tensor, RoutedTokens | None]:
+        """X + LightFF(X) + s̃ · HeavyFF(X) (Ainslie et al. 2023, eq. of the conditional feed-forward).
+
+        Args:
+            hidden_states: X, [batch, n, d_model].
+            plan: the batch's mask and budgets.
+
+        Returns:
+            The new hidden states, and the routed tokens (None with `routing="none"`).
+        """
+        backend = plan.kernel_backend
+        if plan.feed_forward is None:
+            normed, _ = self.layer_norm(hidden_states, None, backend, for_products=True)
+            return clamp_half(hidden_states + self.dropout(self.light_feed_forward(normed, backend))), None
+
+        normed, scores = self.layer_norm(hidden_states, router_weights(self.router), backend, for_products=True)
+        (tokens,) = run_routers((self.router,), normed, scores, plan, plan.feed_forward)
+        normed, routed_states = share_and_gather(normed, (tokens.indices, tokens.valid, None), kernel_backend=backend)
+        heavy = self.heavy_feed_forward(routed_states, backend)
+        light = self.light_feed_forward(normed, backend)
+        return add_branches(hidden_states, light, heavy, tokens, self.dropout, backend), tokens
+
+
+# A plain block has modules of these classes, with these forwards.
+PLAIN: dict[str, tuple[type[nn.Module], Any]] = {
+    kind: (module_class, vars(module_class)["forward"])
+    for kind, module_class in {
+        "attention": CoLT5LayerConditionalAttention,
+        "feed_forward": CoLT5LayerConditionalFF,
+        "norm": CoLT5LayerNorm,
+        "light_attention": CoLT5LocalAttention,
+        "heavy_attention": CoLT5RoutedAttention,
+        "dense": CoLT5DenseActDense,
+        "router": CoLT5Router,
+        "select": CoLT5Routing,
+        "linear": nn.Linear,
+        "dropout": nn.Dropout,
+    }.items()
+}
+
+
+class CoLT5EncoderBlock(GradientCheckpointingLayer):
+    """One encoder layer: conditional attention, conditional feed-forward."""
+
+    def __init__(self, attention: CoLT5LayerConditionalAttention, feed_forward: CoLT5LayerConditionalFF):
+        super().__init__()
+        self.layer = nn.ModuleList([attention, feed_forward])
+        self.plain = PlainBlock()
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        light_bias_table: torch.Tensor,
+        heavy_bias_table: torch.Tensor | None,
+        plan: EncoderPlan,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, CoLT5LayerRouting | None]:
+        """The new hidden states [batch, n, d_model]; where the block runs as modules also light and heavy attention
+        weights (None where not given), and what was routed."""
+        parts: list[Any] = [hidden_states, None, None, None]
+        line = self.straight_line(parts, (light_bias_table, heavy_bias_table), plan)
+        if line is not None:
+            if torch.is_grad_enabled():
+                return line.run_with_gradient(hidden_states), None, None, None
+            return combined(line.run(parts)), None, None, None
+        hidden_states, light_weights, heavy_weights, queries, keys = self.layer[0](
+            hidden_states, light_bias_table, heavy_bias_table, plan
+        )
+        hidden_states, tokens = self.layer[1](hidden_states, plan)
+        routing = CoLT5LayerRouting(query=queries, key_value=keys, feed_forward=tokens)
+        return hidden_states, light_weights, heavy_weights, routing
+
+    def straight_line(
+        self, parts: list[Any], tables: tuple[torch.Tensor, torch.Tensor | None], plan: EncoderPlan
+    ) -> StraightLayer | None:
+        """This block as a straight line of kernels, where it is plain and may run so; None for modules.
+
+        Args:
+            parts: what goes in, `Parts` of layer_encoder.py: the hidden states and three times None, or a sum that is
+                left to the first norm.
+            tables: light and heavy bias table.
+            plan: of the pass.
+        """
+        light_bias_table, heavy_bias_table = tables
+        if plan.straight is None or heavy_bias_table is None:
+            return None
+        found = self.plain.read(self, PLAIN)
+        if found is None:
+            return None
+        return StraightLayer.of(*found, parts, (light_bias_table, heavy_bias_table), plan)
+
+
+BLOCK_FORWARD = CoLT5EncoderBlock.forward
+
+
+def encoder_plan(
+    settings: EncoderSettings,
+    hidden_states: torch.Tensor,
+    mask: torch.Tensor | None,
+    dense_start: torch.Tensor | None = None,
+    records_blocks: bool = False,
+) -> EncoderPlan:
+    """The plan of a pass, with straight lines where blocks may run as such.
+
+    Args:
+        settings: of all layers.
+        hidden_states: [batch, n, d_model].
+        mask: bool [batch, n], True for real tokens; None for all.
+        dense_start: fp32 [], how far a dense start has come; None for the paper's routing.
+        records_blocks: whether somebody reads what the blocks return beside the hidden states.
+    """
+    plan = EncoderPlan.make(settings, hidden_states, mask, dense_start)
+    is_common = plan.implementation.fuses_attention and plan.dense_start is None and settings.routing == "learned"
+    if is_common and not records_blocks and may_run_straight(hidden_states, settings.soft_topk.solver):
+        plan.straight = StraightPass(hidden_states, plan)
+    return plan
+
+
+def is_as_written(block: nn.Module) -> bool:
+    """Whether a call of an encoder's block is no more than what is written here: no hook, no other class."""
+    is_own = type(block) is CoLT5EncoderBlock and CoLT5EncoderBlock.forward is BLOCK_FORWARD
+    return is_own and not is_hooked(block)
