@@ -2,23 +2,36 @@
 
 import gzip
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 from datasets import Dataset, DatasetDict, load_dataset
-from transformers import TrainingArguments
+from run_costs import RowShape
+from transformers import BatchEncoding, TrainingArguments
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 # what `datasets` calls a file's kind
 KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+# beside a folder's texts: a row for each, with what else belongs to it
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
 
 @dataclass
 class DataArguments:
     """Where the rows come from."""
 
-    train_file: str | None = field(default=None, metadata={"help": "a JSON lines (also .gz), CSV or Parquet file"})
+    train_file: str | None = field(
+        default=None,
+        metadata={
+            "help": "a JSON lines (also .gz), CSV or Parquet file, or a folder of .txt files: a document each, whose "
+            "label is the folder that it is in, or stands in a metadata.jsonl or .csv beside its file_name"
+        },
+    )
     validation_file: str | None = field(default=None, metadata={"help": "rows for evaluation, likewise"})
     dataset_name: str | None = field(
         default=None, metadata={"help": "a dataset of the Hub, or a folder of its form, instead of files"}
@@ -75,12 +88,64 @@ def check_json_lines(file: str) -> None:
                 raise ValueError(f"{file}: row {number} is {type(row).__name__}, must be an object with columns")
 
 
-def load_rows(arguments: DataArguments) -> DatasetDict:
+def text_files(folder: Path) -> list[Path]:
+    """A folder's .txt files, packed by gzip or not, with those of the folders in it, in the order of their names.
+
+    Raises:
+        ValueError: for a folder without any.
+    """
+    files = sorted(path for pattern in ("*.txt", "*.txt.gz") for path in folder.rglob(pattern) if path.is_file())
+    if not files:
+        others = sorted({path.suffix for path in folder.rglob("*") if path.is_file()})
+        found = f"; it has files that end in {', '.join(others)}" if others else ", nor any other file"
+        raise ValueError(f"{folder} has no .txt files{found}")
+    return files
+
+
+def load_folder(folder: Path, text_column: str) -> Dataset:
+    """The rows of a folder of texts: `text_column`, `file_name`, the columns of its metadata file, and without such a
+    column `label`, the folder that a text is in, where all are in one.
+
+    Raises:
+        ValueError: for a folder without texts, a text without a row of metadata, or a row without its text.
+    """
+    files = text_files(folder)
+    names = [path.relative_to(folder).as_posix() for path in files]
+    rows = load_dataset(
+        "text",
+        data_files=[str(path) for path in files],
+        sample_by="document",
+        encoding_errors="replace",
+        split="train",
+    )
+    columns = {text_column: rows["text"], "file_name": names}
+    metadata = next((folder / name for name in METADATA if (folder / name).is_file()), None)
+    if metadata is not None:
+        table = load_dataset(file_kind([str(metadata)]), data_files=str(metadata), split="train")
+        if "file_name" not in table.column_names:
+            raise ValueError(f"{metadata} has no column file_name; its columns are {', '.join(table.column_names)}")
+        places = {name: number for number, name in enumerate(table["file_name"])}
+        for missing, where in ((set(names) - set(places), metadata), (set(places) - set(names), folder)):
+            if missing:
+                raise ValueError(f"{where} has no {sorted(missing)[0]} ({len(missing)} of {len(files)} texts)")
+        order = [places[name] for name in names]
+        more = table.select(order).to_dict()
+        columns |= {name: values for name, values in more.items() if name not in columns}
+    if "label" not in columns and all("/" in name for name in names):
+        columns["label"] = [Path(name).parent.as_posix() for name in names]
+    return Dataset.from_dict(columns)
+
+
+def load_rows(arguments: DataArguments, text_column: str = "text") -> DatasetDict:
     """The splits "train" and "validation", as far as they are given.
+
+    Args:
+        arguments: where they are.
+        text_column: what the column of a folder's texts is called.
 
     Raises:
         ValueError: without a source, with two, for a file that is missing, empty, broken or of another kind, for a
-            dataset with neither split, or for a limit below 1.
+            folder without texts or beside a file, for a dataset with neither split, or for a limit below 1.
     """
     files = {"train": arguments.train_file, "validation": arguments.validation_file}
     files = {split: file for split, file in files.items() if file is not None}
@@ -90,8 +155,13 @@ def load_rows(arguments: DataArguments) -> DatasetDict:
     for limit in limits.values():
         if limit is not None and limit < 1:
             raise ValueError(f"max_train_samples and max_eval_samples must be at least 1, one is {limit}")
+    folders = [file for file in files.values() if Path(file).is_dir()]
     if arguments.dataset_name is not None:
         dataset = load_dataset(arguments.dataset_name, arguments.dataset_config_name)
+    elif folders:
+        if len(folders) < len(files):
+            raise ValueError(f"{folders[0]} is a folder: give folders for training and validation, or files for both")
+        dataset = DatasetDict({split: load_folder(Path(folder), text_column) for split, folder in files.items()})
     else:
         kind = file_kind(list(files.values()))
         for file in files.values():
@@ -109,13 +179,25 @@ def load_rows(arguments: DataArguments) -> DatasetDict:
     )
 
 
+def refuse(split: str, problems: list[tuple[int, str]]) -> None:
+    """Raise for rows with problems, naming the first ten.
+
+    Raises:
+        ValueError: where there are any.
+    """
+    if problems:
+        more = f"\n... and {len(problems) - 10} more" if len(problems) > 10 else ""
+        lines = [f"row {number}: {problem}" for number, problem in sorted(problems)[:10]]
+        raise ValueError(f"{split} has bad rows:\n" + "\n".join(lines) + more)
+
+
 def check_rows(rows: Dataset, split: str, columns: dict[str, type]) -> None:
     """Refuse rows that would fail, or teach nothing, in the middle of training.
 
     Args:
         rows: the rows of one split.
         split: its name, for the message.
-        columns: what each column must hold: `str` (not empty), `int`, or `list` (not empty).
+        columns: what each column must hold: `str` (not empty), `int`, `list` (not empty), or `object` for anything.
 
     Raises:
         ValueError: naming the split, the first ten bad rows by number (the first is 0), and what is wrong with each.
@@ -129,15 +211,59 @@ def check_rows(rows: Dataset, split: str, columns: dict[str, type]) -> None:
         raise ValueError(f"{split} has no rows")
     problems = []
     for name, kind in columns.items():
-        for number, value in enumerate(rows[name]):
+        for number, value in enumerate(rows[name] if kind is not object else ()):
             if not isinstance(value, kind) or isinstance(value, bool):
                 problems.append((number, f"{name} is {type(value).__name__}, must be {kind.__name__}"))
             elif kind is not int and not (value.strip() if kind is str else value):
                 problems.append((number, f"{name} is empty"))
-    if problems:
-        more = f"\n... and {len(problems) - 10} more" if len(problems) > 10 else ""
-        lines = [f"row {number}: {problem}" for number, problem in sorted(problems)[:10]]
-        raise ValueError(f"{split} has bad rows:\n" + "\n".join(lines) + more)
+    refuse(split, problems)
+
+
+# what a row's label is, as Transformers' configurations name it
+SINGLE, SEVERAL, NUMBERS = "single_label_classification", "multi_label_classification", "regression"
+
+
+def label_kind(rows: DatasetDict, column: str, wanted: str | None) -> str:
+    """What the labels are, checked: names or whole numbers for one class of a row, lists of such for any number of
+    classes, other numbers or lists of them for regression.
+
+    Args:
+        rows: the splits; each has the column.
+        column: of the labels.
+        wanted: one of the three kinds, None to tell it by the first label.
+
+    Raises:
+        ValueError: naming the split and the rows whose labels are of another kind, or lists of another length.
+    """
+    first = next((part[0][column] for part in rows.values() if len(part)), None)
+    is_list = isinstance(first, list)
+    inner = next(iter(first), None) if is_list else first
+    kind = wanted or (NUMBERS if isinstance(inner, float) else SEVERAL if is_list else SINGLE)
+    if wanted == SINGLE:
+        is_list = False
+    # labels of several classes may be empty lists, of which no type is known
+    allowed = (int, float) if kind == NUMBERS else (int,) if isinstance(inner, int) else (str,)
+    name = "float" if kind == NUMBERS else allowed[0].__name__
+    is_list = is_list or kind == SEVERAL
+    for split, part in rows.items():
+        problems = []
+        for number, label in enumerate(part[column]):
+            if isinstance(label, list) != is_list:
+                must = f"a list, each of it {name}" if is_list else name
+                problems.append((number, f"{column} is {type(label).__name__}, must be {must}"))
+                continue
+            for value in label if is_list else [label]:
+                if not isinstance(value, allowed) or isinstance(value, bool):
+                    must = f"each {name}" if is_list else name
+                    problems.append((number, f"{column} is {type(value).__name__}, must be {must}"))
+                elif isinstance(value, str) and not value.strip():
+                    problems.append((number, f"{column} is empty"))
+                elif isinstance(value, float) and not math.isfinite(value):
+                    problems.append((number, f"{column} is {value}, must be finite"))
+            if kind == NUMBERS and is_list and len(label) != len(first):
+                problems.append((number, f"{column} has {len(label)} numbers, the first row has {len(first)}"))
+        refuse(split, problems)
+    return kind
 
 
 def labels_of(rows: Dataset, column: str) -> Iterator[tuple[int, Any]]:
@@ -180,14 +306,48 @@ def number_labels(rows: DatasetDict, column: str, known: Mapping[str, int] | Non
     return numbers
 
 
+def lost_tokens(inputs: BatchEncoding) -> list[int]:
+    """How many tokens of each text its truncation left out; special tokens do not count."""
+    return [sum(part.special_tokens_mask.count(0) for part in encoding.overflowing) for encoding in inputs.encodings]
+
+
 def map_rows(
     rows: DatasetDict, tokenize: Callable[[dict[str, list[Any]]], Any], training: TrainingArguments
 ) -> DatasetDict:
-    """Each split tokenized in batches, in the first process alone where there are several; the rest read its cache."""
+    """Each split tokenized in batches, in the first process alone where there are several; the rest read its cache.
+    Says how much of the texts did not fit.
+
+    Args:
+        rows: the checked splits.
+        tokenize: gives the model's inputs, and under the name of what was cut, such as "inputs", how many tokens each
+            row lost, with "lost_" before it.
+        training: the run's arguments.
+    """
     with training.main_process_first(desc="tokenization"):
-        return DatasetDict(
+        tokenized = DatasetDict(
             {split: part.map(tokenize, batched=True, remove_columns=part.column_names) for split, part in rows.items()}
         )
+    for split, part in tokenized.items():
+        for column in [name for name in part.column_names if name.startswith("lost_")]:
+            lost = part[column]
+            cut = sum(number > 0 for number in lost)
+            what = column.removeprefix("lost_")
+            if cut and training.process_index == 0:
+                kept = sum(map(len, part["labels" if what == "targets" else "input_ids"]))
+                logger.warning(
+                    f"{split}: {cut:,} of {len(part):,} {what} were cut, and {sum(lost):,} tokens of "
+                    f"{kept + sum(lost):,} lost; the longest lost {max(lost):,}"
+                )
+            tokenized[split] = tokenized[split].remove_columns(column)
+    return tokenized
+
+
+def row_shapes(rows: Dataset | None, has_targets: bool = False) -> list[RowShape]:
+    """The lengths of tokenized rows, and those of their targets where they have any; nothing for None."""
+    if rows is None:
+        return []
+    targets = map(len, rows["labels"]) if has_targets else [0] * len(rows)
+    return [RowShape(*lengths) for lengths in zip(map(len, rows["input_ids"]), targets, strict=True)]
 
 
 def describe(arguments: DataArguments) -> str:

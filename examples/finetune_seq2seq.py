@@ -4,15 +4,17 @@ r"""Fine-tune CoLT5 on long-document summarisation, or on questions about long d
         --validation_file validation.jsonl --output_dir out --num_train_epochs 3
 
 With `--query_column` the input is the query, a newline, and the document, and exact match and F1 are reported as well.
+A folder of .txt files does as well, with a metadata.jsonl in it that has a file's name and its summary in a row.
 All options of `Seq2SeqTrainingArguments` work; `--resume_from_checkpoint` continues an interrupted run.
 """
 
-import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
-from data import DataArguments, check_rows, describe, load_rows, map_rows
+from data import DataArguments, check_rows, describe, load_rows, lost_tokens, map_rows, row_shapes
 from model_arguments import (
     FineTunedModelArguments,
     RouterArguments,
@@ -22,8 +24,10 @@ from model_arguments import (
     watch_routers,
     with_lora,
 )
+from run_costs import decide_costs
 from run_record import run
 from text_metrics import exact_match_and_f1, rouge
+from training_defaults import TimeLeft, TrainingDefaults, run_script
 from transformers import (
     AutoModelForSeq2SeqLM,
     DataCollatorForSeq2Seq,
@@ -46,14 +50,19 @@ class TaskArguments(DataArguments):
     pad_to_multiple_of: int | None = field(default=128, metadata={"help": "pad batches to a multiple of this"})
 
 
-def main(argv: list[str] | None = None) -> dict[str, float]:
-    """Check the rows, train, evaluate, save; gives the metrics."""
-    kinds = (FineTunedModelArguments, RouterArguments, TaskArguments, Seq2SeqTrainingArguments)
+@dataclass
+class RunArguments(TrainingDefaults, Seq2SeqTrainingArguments):
+    """Trainer's arguments, with the defaults of these scripts."""
+
+
+def prepare(argv: list[str] | None = None) -> Callable[[], dict[str, float]]:
+    """Check the rows, load the model; gives what trains, evaluates and saves."""
+    kinds = (FineTunedModelArguments, RouterArguments, TaskArguments, RunArguments)
     model_arguments, routers, task, training = parse_arguments(kinds, __doc__, argv)
     training.predict_with_generate = True
     set_seed(training.seed)
 
-    rows = load_rows(task)
+    rows = load_rows(task, task.document_column)
     columns = [task.document_column, task.target_column, *filter(None, [task.query_column])]
     for split, part in rows.items():
         check_rows(part, split, dict.fromkeys(columns, str))
@@ -66,10 +75,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         if task.query_column is not None:
             sources = [f"{query}\n{text}" for query, text in zip(batch[task.query_column], sources, strict=True)]
         inputs = tokenizer(sources, max_length=task.max_source_length, truncation=True)
-        targets = batch[task.target_column]
-        inputs["labels"] = tokenizer(text_target=targets, max_length=task.max_target_length, truncation=True)[
-            "input_ids"
-        ]
+        targets = tokenizer(text_target=batch[task.target_column], max_length=task.max_target_length, truncation=True)
+        inputs["labels"] = targets["input_ids"]
+        inputs["lost_inputs"], inputs["lost_targets"] = lost_tokens(inputs), lost_tokens(targets)
         return inputs
 
     def metrics(prediction: EvalPrediction) -> dict[str, float]:
@@ -82,19 +90,31 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
     tokenized = map_rows(rows, tokenize, training)
     training.generation_max_length = training.generation_max_length or task.max_target_length
+    training.decide_evaluation(
+        "validation" in rows, True, "rougeLsum" if task.query_column is None else "f1", greater=True
+    )
+    optimizer = training.make_optimizer(model, is_new=model_arguments.size is not None)
     trainer = Seq2SeqTrainer(
         model,
         training,
+        optimizers=(optimizer, None),
         train_dataset=tokenized.get("train"),
         eval_dataset=tokenized.get("validation"),
         data_collator=DataCollatorForSeq2Seq(tokenizer, model, pad_to_multiple_of=task.pad_to_multiple_of),
         processing_class=tokenizer,
         compute_metrics=metrics,
+        callbacks=[TimeLeft()],
     )
-    watch_routers(trainer, routers, task.max_source_length)
+    dense_start = watch_routers(trainer, routers, task.max_source_length)
     kind = "summarization" if task.query_column is None else "question answering"
-    return run(trainer, kind, describe(task), task.dataset_name, model_arguments.model_name_or_path)
+    start = partial(run, trainer, kind, describe(task), task.dataset_name, model_arguments.model_name_or_path)
+    return decide_costs(trainer, row_shapes(tokenized.get("train"), has_targets=True), dense_start, start)
+
+
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    """Check the rows, train, evaluate, save; gives the metrics."""
+    return prepare(argv)()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_script(prepare)

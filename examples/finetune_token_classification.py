@@ -7,11 +7,22 @@ A row holds a list of words and a list of as many labels, whole numbers or names
 label, and its others are left out of loss and metrics. All options of `TrainingArguments` work.
 """
 
-import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-from data import DataArguments, check_rows, describe, load_rows, map_rows, number_labels
+from class_metrics import class_scores
+from data import (
+    DataArguments,
+    check_rows,
+    describe,
+    load_rows,
+    lost_tokens,
+    map_rows,
+    number_labels,
+    row_shapes,
+)
 from datasets import Dataset
 from model_arguments import (
     FineTunedModelArguments,
@@ -22,7 +33,9 @@ from model_arguments import (
     watch_routers,
     with_lora,
 )
+from run_costs import decide_costs
 from run_record import known_labels, run
+from training_defaults import TimeLeft, TrainingDefaults, run_script
 from transformers import (
     AutoModelForTokenClassification,
     DataCollatorForTokenClassification,
@@ -58,16 +71,20 @@ def check_lists(rows: Dataset, split: str, words: str, labels: str) -> None:
                 raise ValueError(f"{split}: row {number} has {wrong[0]!r} among its {column}")
 
 
-def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    """The share of words with the right label."""
+@dataclass
+class RunArguments(TrainingDefaults, TrainingArguments):
+    """Trainer's arguments, with the defaults of these scripts."""
+
+
+def scores(prediction: EvalPrediction) -> dict[str, float]:
+    """The metrics of the words' labels."""
     counted = prediction.label_ids != -100
-    right = prediction.predictions.argmax(-1) == prediction.label_ids
-    return {"accuracy": float(right[counted].mean())}
+    return class_scores(prediction.predictions.argmax(-1)[counted], prediction.label_ids[counted])
 
 
-def main(argv: list[str] | None = None) -> dict[str, float]:
-    """Check the rows, train, evaluate, save; gives the metrics."""
-    kinds = (FineTunedModelArguments, RouterArguments, TaskArguments, TrainingArguments)
+def prepare(argv: list[str] | None = None) -> Callable[[], dict[str, float]]:
+    """Check the rows, load the model; gives what trains, evaluates and saves."""
+    kinds = (FineTunedModelArguments, RouterArguments, TaskArguments, RunArguments)
     model_arguments, routers, task, training = parse_arguments(kinds, __doc__, argv)
     set_seed(training.seed)
 
@@ -91,7 +108,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         inputs = tokenizer(
             batch[task.words_column], is_split_into_words=True, max_length=task.max_length, truncation=True
         )
-        inputs["labels"] = []
+        inputs["lost_inputs"], inputs["labels"] = lost_tokens(inputs), []
         for i, labels in enumerate(batch[task.labels_column]):
             words = inputs.word_ids(i)
             firsts = [word is not None and word != before for word, before in zip(words, [None, *words], strict=False)]
@@ -101,18 +118,30 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         return inputs
 
     tokenized = map_rows(rows, tokenize, training)
+    training.decide_evaluation("validation" in rows, True, "f1", greater=True)
+    optimizer = training.make_optimizer(model, is_new=model_arguments.size is not None)
     trainer = Trainer(
         model,
         training,
+        optimizers=(optimizer, None),
         train_dataset=tokenized.get("train"),
         eval_dataset=tokenized.get("validation"),
         data_collator=DataCollatorForTokenClassification(tokenizer, pad_to_multiple_of=task.pad_to_multiple_of),
         processing_class=tokenizer,
-        compute_metrics=accuracy,
+        compute_metrics=scores,
+        callbacks=[TimeLeft()],
     )
-    watch_routers(trainer, routers, task.max_length)
-    return run(trainer, "token classification", describe(task), task.dataset_name, model_arguments.model_name_or_path)
+    dense_start = watch_routers(trainer, routers, task.max_length)
+    start = partial(
+        run, trainer, "token classification", describe(task), task.dataset_name, model_arguments.model_name_or_path
+    )
+    return decide_costs(trainer, row_shapes(tokenized.get("train")), dense_start, start)
+
+
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    """Check the rows, train, evaluate, save; gives the metrics."""
+    return prepare(argv)()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_script(prepare)

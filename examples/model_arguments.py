@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from training_defaults import BestOfRouted
 from transformers import (
     AutoTokenizer,
     HfArgumentParser,
@@ -228,7 +229,7 @@ def watch_routers(
     arguments: RouterArguments,
     input_length: int,
     shorten: Callable[[dict[str, Any], float], dict[str, Any]] | None = None,
-) -> None:
+) -> DenseStart | None:
     """Give a run its dense start and the log of its routers' health, as far as its model has routers to learn.
 
     Args:
@@ -237,15 +238,24 @@ def watch_routers(
         input_length: tokens of the longest inputs.
         shorten: as in `DenseStartCallback`.
 
+    Returns:
+        The dense start's schedule, None where there is none.
+
     Raises:
         ValueError: for a share that the schedule cannot have.
     """
     schedule = DenseStart(
         arguments.dense_start_closed, arguments.dense_start_opening, arguments.dense_start_input_share
     )
-    if not learned_routers(trainer.model):
-        return
+    routers = learned_routers(trainer.model)
+    if not routers:
+        return None
     if arguments.dense_start:
         trainer.add_callback(DenseStartCallback(schedule, shorten, input_length=input_length))
     if arguments.router_health_steps:
         trainer.add_callback(RouterHealthCallback(trainer.log, arguments.router_health_steps))
+    trains_routers = any(parameter.requires_grad for router in routers for parameter in router.parameters())
+    if not arguments.dense_start or trainer.model.config.routers_trained or not trains_routers:
+        return None
+    trainer.add_callback(BestOfRouted(schedule))
+    return schedule

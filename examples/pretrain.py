@@ -4,18 +4,17 @@ r"""Pre-train CoLT5 with UL2's mixture of denoisers, or with T5's span corruptio
         --output_dir out --max_steps 10000
 
 Documents are read one at a time, joined, and cut so that every input is full: no token is spent on padding.
-A new model learns much sooner with `--size_scaled_learning_rate true --learning_rate 1e-2` (docs/learning.md).
+A folder of .txt files may stand for the files in it.
 All options of `TrainingArguments` work; `--resume_from_checkpoint true` continues an interrupted run where it stopped.
 """
 
-import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from data import KINDS, check_files, file_kind, open_text
+from data import KINDS, check_files, file_kind, open_text, text_files
 from datasets import load_dataset
 from model_arguments import (
     ModelArguments,
@@ -25,7 +24,9 @@ from model_arguments import (
     parse_arguments,
     watch_routers,
 )
+from run_costs import RowShape, decide_costs
 from run_record import run
+from training_defaults import TimeLeft, TrainingDefaults, run_script
 from transformers import AutoModelForSeq2SeqLM, Trainer, TrainingArguments, set_seed
 
 from modeling_colt5.denoising import (
@@ -36,7 +37,6 @@ from modeling_colt5.denoising import (
     chunk_documents,
 )
 from modeling_colt5.dense_start import ShortenDenoising
-from modeling_colt5.parameter_groups import size_scaled_groups
 
 
 @dataclass
@@ -45,7 +45,10 @@ class CorpusArguments:
 
     train_files: list[str] = field(
         default_factory=list,
-        metadata={"help": "text files, a document each, or JSON lines, CSV or Parquet, a document a row; also .gz"},
+        metadata={
+            "help": "text files, a document each, and folders of them, or JSON lines, CSV or Parquet, a document a "
+            "row; also .gz"
+        },
     )
     validation_files: list[str] = field(
         default_factory=list, metadata={"help": "files of the same kind to evaluate on"}
@@ -61,10 +64,15 @@ class CorpusArguments:
     input_length: int = field(default=4096, metadata={"help": "tokens of every input"})
     target_length: int = field(default=910, metadata={"help": "tokens of every target at most"})
     max_eval_chunks: int = field(default=64, metadata={"help": "evaluate on so many inputs"})
-    size_scaled_learning_rate: bool = field(
-        default=False,
-        metadata={"help": "AdamW with --learning_rate relative to each parameter's size, as T5's Adafactor has it"},
-    )
+
+
+@dataclass
+class RunArguments(TrainingDefaults, TrainingArguments):
+    """Trainer's arguments, with the defaults of these scripts."""
+
+    # inputs are shorter than the documents of fine-tuning
+    per_device_train_batch_size: int = field(default=8, metadata={"help": "rows of a pass on each device"})
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "passes of a step"})
 
 
 class TextFiles(Iterable[str]):
@@ -77,6 +85,18 @@ class TextFiles(Iterable[str]):
         for name in self.names:
             with open_text(name) as file:
                 yield file.read()
+
+
+def with_folders(names: list[str]) -> list[str]:
+    """The names, each folder replaced by the text files in it.
+
+    Raises:
+        ValueError: for a folder without text files.
+    """
+    found = []
+    for name in names:
+        found += map(str, text_files(Path(name))) if Path(name).is_dir() else [name]
+    return found
 
 
 def load_documents(arguments: CorpusArguments) -> tuple[Iterable[Any], Iterable[Any] | None]:
@@ -94,7 +114,7 @@ def load_documents(arguments: CorpusArguments) -> tuple[Iterable[Any], Iterable[
             raise ValueError(f"{arguments.dataset_name} has no split train; it has {', '.join(streams)}")
     else:
         files = {"train": arguments.train_files, "validation": arguments.validation_files}
-        files = {split: names for split, names in files.items() if names}
+        files = {split: with_folders(names) for split, names in files.items() if names}
         names = sum(files.values(), [])
         if not any(Path(name.removesuffix(".gz")).suffix in KINDS for name in names):
             check_files(names)
@@ -106,9 +126,9 @@ def load_documents(arguments: CorpusArguments) -> tuple[Iterable[Any], Iterable[
     return streams["train"], streams.get("validation")
 
 
-def main(argv: list[str] | None = None) -> dict[str, float]:
-    """Train, evaluate, save; gives the metrics."""
-    kinds = (ModelArguments, RouterArguments, CorpusArguments, TrainingArguments)
+def prepare(argv: list[str] | None = None) -> Callable[[], dict[str, float]]:
+    """Check the corpus, load the model; gives what trains, evaluates and saves."""
+    kinds = (ModelArguments, RouterArguments, CorpusArguments, RunArguments)
     model_arguments, routers, corpus, training = parse_arguments(kinds, __doc__, argv)
     if training.max_steps <= 0:
         raise ValueError(f"max_steps is {training.max_steps}; a stream has no epochs: it must be above 0")
@@ -137,15 +157,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     if held_out is not None:
         chunks = chunk_documents(held_out, collator, text_column=corpus.text_column)
         eval_dataset = [chunk for _, chunk in zip(range(corpus.max_eval_chunks), chunks, strict=False)] or None
-    optimizer = None
-    if corpus.size_scaled_learning_rate:
-        optimizer = torch.optim.AdamW(
-            size_scaled_groups(model, training.learning_rate),
-            betas=(training.adam_beta1, training.adam_beta2),
-            eps=training.adam_epsilon,
-            weight_decay=training.weight_decay,
-            fused=True,
-        )
+    # the last model has seen the most text
+    training.decide_evaluation(eval_dataset is not None, keep_best=False)
+    optimizer = training.make_optimizer(model, is_new=model_arguments.size is not None)
     trainer = Trainer(
         model,
         training,
@@ -154,17 +168,26 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         eval_dataset=eval_dataset,
         data_collator=collator,
         processing_class=tokenizer,
+        callbacks=[TimeLeft()],
     )
-    watch_routers(trainer, routers, corpus.input_length, ShortenDenoising(collator.sentinels, collator.mode_ids))
+    shorten = ShortenDenoising(collator.sentinels, collator.mode_ids)
+    dense_start = watch_routers(trainer, routers, corpus.input_length, shorten)
     data = corpus.dataset_name or f"{len(corpus.train_files)} files"
-    return run(
+    start = partial(
+        run,
         trainer,
         "pre-training",
         f"{data}, {corpus.objective}, inputs of {corpus.input_length} tokens",
         corpus.dataset_name,
         model_arguments.model_name_or_path,
     )
+    return decide_costs(trainer, [RowShape(corpus.input_length, corpus.target_length)], dense_start, start)
+
+
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    """Train, evaluate, save; gives the metrics."""
+    return prepare(argv)()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_script(prepare)

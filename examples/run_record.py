@@ -17,8 +17,8 @@ class RunRecord:
     """What a model card says about a run, beside its metrics.
 
     Attributes:
-        task: what was trained: "pre-training", "summarization", "question answering", "text classification" or
-            "token classification".
+        task: what was trained: "pre-training", "summarization", "question answering", "text classification",
+            "text regression" or "token classification".
         data: name of the data: a dataset of the Hub, or files.
         dataset: the Hub's id of it, if it has one.
         base_model: the checkpoint that training began with; None for a new model.
@@ -104,7 +104,8 @@ def run(trainer: Trainer, task: str, data: str, dataset: str | None, base_model:
     settings = {name: arguments[name] for name in SETTINGS if arguments[name] not in (False, None)}
     settings |= {"steps": trainer.state.global_step, "processes": trainer.args.world_size}
     versions = {name: version(name) for name in ("torch", "transformers")}
-    labels = trainer.model.config.label2id if task.endswith("classification") else None
+    has_labels = task.split()[0] in ("text", "token")
+    labels = trainer.model.config.label2id if has_labels else None
     record = RunRecord(task, data, dataset, base_model, settings, versions, labels)
     if trainer.is_world_process_zero():
         text = json.dumps(asdict(record), indent=1) + "\n"

@@ -27,6 +27,7 @@ PIPELINES = {
     "summarization": "summarization",
     "question answering": "question-answering",
     "text classification": "text-classification",
+    "text regression": "text-classification",
     "token classification": "token-classification",
 }
 METRICS = {
@@ -36,7 +37,11 @@ METRICS = {
     "rougeLsum": "rouge",
     "exact_match": "exact_match",
     "f1": "f1",
+    "f1_micro": "f1",
     "accuracy": "accuracy",
+    "mse": "mse",
+    "mae": "mae",
+    "r2": "r_squared",
 }
 # checkpoints to resume from and what only they need
 LEFT_OUT = ["checkpoint-*/*", "runs/*", "training_args.bin", "trainer_state.json", "*.pt", "*.pth"]

@@ -11,6 +11,7 @@ TINY = (
 )
 NEW_MODEL = ["--size", "base", "--config_overrides", TINY, "--tokenizer_name", str(TOKENIZER)]
 FAST = ["--report_to", "none", "--disable_tqdm", "true", "--use_cpu", "true", "--per_device_train_batch_size", "2"]
+FAST += ["--gradient_accumulation_steps", "1"]
 
 # a T5 for that tokenizer
 TINY_T5 = {
