@@ -14,6 +14,15 @@ from transformers import (
 
 from .configuration_colt5 import CoLT5Config
 from .model_base import CoLT5PreTrainedModel
+from .model_blocks import (
+    CoLT5CausalConditionalAttention,
+    CoLT5CausalConditionalFeedForward,
+    CoLT5ConditionalAttention,
+    CoLT5ConditionalBlock,
+    CoLT5ConditionalCrossAttention,
+    CoLT5ConditionalFeedForward,
+)
+from .model_router import set_dense_start
 from .modeling_colt5 import (
     CoLT5EncoderModel,
     CoLT5ForCausalLM,
@@ -24,11 +33,18 @@ from .modeling_colt5 import (
     CoLT5Model,
 )
 from .op_soft_topk import soft_topk
+from .run_plan import SoftTopK
 from .tokenization_colt5 import CoLT5Tokenizer
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CoLT5CausalConditionalAttention",
+    "CoLT5CausalConditionalFeedForward",
+    "CoLT5ConditionalAttention",
+    "CoLT5ConditionalBlock",
+    "CoLT5ConditionalCrossAttention",
+    "CoLT5ConditionalFeedForward",
     "CoLT5Config",
     "CoLT5EncoderModel",
     "CoLT5ForCausalLM",
@@ -39,6 +55,8 @@ __all__ = [
     "CoLT5Model",
     "CoLT5PreTrainedModel",
     "CoLT5Tokenizer",
+    "SoftTopK",
+    "set_dense_start",
     "soft_topk",
 ]
 

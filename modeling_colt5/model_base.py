@@ -13,6 +13,7 @@ from .configuration_colt5 import CoLT5Config, check_config
 from .model_checkpoints import OWN_FILES, check_layers, code_file
 from .model_initialisation import init_layer, init_normal
 from .model_position import CoLT5RelativePositionBias
+from .model_router import set_dense_start
 
 
 class CoLT5ClassificationHead(nn.Module):
@@ -202,23 +203,13 @@ class CoLT5PreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: for a number outside of that, or a model without learned routers in an encoder.
         """
-        parts = [module for module in self.modules() if "dense_start" in vars(module)]
-        if not any(isinstance(part, CoLT5Stack) for part in parts) or self.config.routing != "learned":
+        has_encoder = any(isinstance(part, CoLT5Stack) and "dense_start" in vars(part) for part in self.modules())
+        if not has_encoder or self.config.routing != "learned":
             raise ValueError(
                 f"{type(self).__name__} with routing={self.config.routing!r} has no learned routers in an encoder; "
                 "a dense start needs them"
             )
-        if progress is not None and not 0 <= progress <= 1:
-            raise ValueError(f"progress is {progress}; it must be None, or a number from 0 to 1")
-        for part in parts:
-            device = next(part.parameters()).device
-            if progress is None:
-                part.dense_start = None
-            elif part.dense_start is None or part.dense_start.device != device:
-                part.dense_start = torch.tensor(float(progress), device=device)
-            else:
-                # A captured step reads the tensor, so it is changed in place.
-                part.dense_start.fill_(progress)
+        set_dense_start(self, progress)
 
     @property
     def dummy_inputs(self) -> dict[str, torch.Tensor]:

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.cache_utils import Cache, EncoderDecoderCache, StaticLayer
 from transformers.utils.generic import maybe_autocast
 
 from .model_router import CoLT5Router, router_weights, run_routers
@@ -12,6 +13,13 @@ from .op_routing import RoutedTokens
 from .op_rows import share_and_gather
 from .run_budgets import RoutingBudget, memory_slots, real_lengths
 from .run_plan import Implementation, RouterPlan, SoftTopK
+
+
+def shorten_static_layers(cache: Cache, length: int) -> None:
+    """Make a static cache's layers, which are sized for all of the encoder's output, no longer than what is routed."""
+    for layer in cache.layers:
+        if isinstance(layer, StaticLayer) and not layer.is_initialized:
+            layer.max_cache_len = min(layer.max_cache_len, length)
 
 
 class CoLT5CrossRouting(nn.Module):
@@ -82,6 +90,33 @@ class CoLT5CrossRouting(nn.Module):
         layers = [slice(first, first + self.num_routers) for first in range(0, len(routed), self.num_routers)]
         states = [torch.cat(rows[layer], 1) if self.num_routers > 1 else rows[layer.start] for layer in layers]
         return states, tuple(tuple(routed[layer]) for layer in layers)
+
+    def read(
+        self,
+        memory: torch.Tensor,
+        mask: torch.Tensor | None,
+        cache: Cache | None,
+        num_tokens: int | None,
+        soft_topk: SoftTopK,
+        implementation: Implementation,
+    ) -> tuple[list[torch.Tensor], torch.Tensor | None, tuple[tuple[RoutedTokens, ...], ...] | None]:
+        """What each layer's cross-attention reads, its mask, and what was routed; the arguments are those of
+        `forward`, and the layers' cache.
+
+        Layers whose keys and values the cache has already read nothing: they get the memory as it is.
+        """
+        num_layers = len(self.routers) // self.num_routers
+        memories, routing = [memory] * num_layers, None
+        is_updated = cache.is_updated if isinstance(cache, EncoderDecoderCache) else {}
+        if not all(is_updated.get(layer_idx) for layer_idx in range(num_layers)):
+            memories, routing = self(memory, mask, num_tokens, soft_topk, implementation)
+            # A dense start, which is for training alone, routes more than the budget.
+            if isinstance(cache, EncoderDecoderCache) and num_tokens is not None and not self.training:
+                shorten_static_layers(cache.cross_attention_cache, num_tokens)
+        # Without padding all slots are used, but a static cache may still have more.
+        if mask is not None or cache is not None:
+            mask = self.used_slots(memory, mask, num_tokens)
+        return memories, mask, routing
 
     def used_slots(self, memory: torch.Tensor, mask: torch.Tensor | None, num_tokens: int | None) -> torch.Tensor:
         """Which slots hold a token, bool [batch, slots]: the same in all layers and routers, as used slots come first,

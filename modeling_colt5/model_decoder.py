@@ -1,8 +1,10 @@
 """The decoder: T5's or causally routed, with an encoder or without."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
-from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache, StaticLayer
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.masking_utils import create_causal_mask
 from transformers.processing_utils import Unpack
 from transformers.utils.generic import merge_with_config_defaults
@@ -37,13 +39,6 @@ from .run_inputs import (
     warn_of_missing_attentions,
 )
 from .run_release import CACHE, cache_of_forward
-
-
-def shorten_static_layers(cache: Cache, length: int) -> None:
-    """Make a static cache's layers, which are sized for all of the encoder's output, no longer than what is routed."""
-    for layer in cache.layers:
-        if isinstance(layer, StaticLayer) and not layer.is_initialized:
-            layer.max_cache_len = min(layer.max_cache_len, length)
 
 
 class CoLT5Decoder(CoLT5Stack):
@@ -168,28 +163,17 @@ class CoLT5Decoder(CoLT5Stack):
 
     def route_memory(
         self, memory: torch.Tensor | None, mask: torch.Tensor | None, cache: Cache | None
-    ) -> tuple[list[torch.Tensor | None], torch.Tensor | None, tuple[tuple[RoutedTokens, ...], ...] | None]:
+    ) -> tuple[Sequence[torch.Tensor | None], torch.Tensor | None, tuple[tuple[RoutedTokens, ...], ...] | None]:
         """What each layer's cross-attention reads of a memory [batch, n, d_model], and its mask; and what was routed.
         Nothing of either in a model without an encoder.
 
         Layers whose keys and values the cache has already read nothing: they get the memory as it is.
         """
-        memories = [memory] * len(self.block)
         if memory is None or not self.is_cross_routed:
-            return memories, mask, None
+            return [memory] * len(self.block), mask, None
         num_tokens = self.config.routed_cross_key_values
-        is_updated = cache.is_updated if isinstance(cache, EncoderDecoderCache) else {}
-        routing = None
-        if not all(is_updated.get(layer_idx) for layer_idx in range(len(self.block))):
-            inputs = (num_tokens, soft_topk(self.config), implementation(self.config))
-            memories, routing = self.cross_routing(memory, mask, *inputs)
-            # A dense start, which is for training alone, routes more than the budget.
-            if isinstance(cache, EncoderDecoderCache) and num_tokens is not None and not self.training:
-                shorten_static_layers(cache.cross_attention_cache, num_tokens)
-        # Without padding all slots are used, but a static cache may still have more.
-        if mask is not None or cache is not None:
-            mask = self.cross_routing.used_slots(memory, mask, num_tokens)
-        return memories, mask, routing
+        who = implementation(self.config)
+        return self.cross_routing.read(memory, mask, cache, num_tokens, soft_topk(self.config), who)
 
     def windows_of(
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, cache: Cache | None, prefix: str
@@ -201,14 +185,10 @@ class CoLT5Decoder(CoLT5Stack):
             seen = 0 if first is None else first.get_seq_length()
             check_causal_mask(f"{prefix}attention_mask", attention_mask, hidden_states, seen)
             attention_mask = attention_mask[:, -length:].to(torch.bool)
-        past = first.counters["lengths"].clone() if first is not None and first.has_state else None
+        past = None if first is None else first.past_lengths()
         settings = causal_settings(self.config)
         plan = CausalPlan.make(settings, implementation(self.config), hidden_states, attention_mask, past)
         if first is not None:
-            counters = plan.advance_counters(first.counters, attention_mask)
-            for layer_idx in range(len(self.block)):
-                layer = routed_layer(cache, layer_idx)
-                layer.window = plan.settings.window
-                layer.write("counters", counters)
-                layer.count(length)
+            layers = [routed_layer(cache, layer_idx) for layer_idx in range(len(self.block))]
+            plan.count_in(layers, attention_mask)
         return plan

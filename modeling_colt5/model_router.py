@@ -81,6 +81,37 @@ class TritonLayers:
         return CoLT5RoutingTriton
 
 
+def set_dense_start(network: nn.Module, progress: float | None) -> None:
+    """Say how far the dense start of a network's routers has come: of models, and of the stand-alone modules.
+
+    While a module is in training mode, every token takes its heavy branches, and its weight says how much of them it
+    receives. At progress 0 the weights are near 1 and constant. From there to 1 they shrink until they sum to the
+    budgets, and the routers have a gradient. In evaluation mode, and after None, routing is the paper's. Nothing of
+    this is saved. `DenseStart` of dense_start.py has a schedule.
+
+    Args:
+        network: with routers of such modules somewhere inside.
+        progress: from 0 to 1, or None to end the dense start.
+
+    Raises:
+        ValueError: for a number outside of that, or a network without a module that knows a dense start.
+    """
+    if progress is not None and not 0 <= progress <= 1:
+        raise ValueError(f"progress is {progress}; it must be None, or a number from 0 to 1")
+    parts: list[Any] = [module for module in network.modules() if "dense_start" in vars(module)]
+    if not parts:
+        raise ValueError(f"{type(network).__name__} has no routers that a dense start could train")
+    for part in parts:
+        device = next(part.parameters()).device
+        if progress is None:
+            part.dense_start = None
+        elif part.dense_start is None or part.dense_start.device != device:
+            part.dense_start = torch.tensor(float(progress), device=device)
+        else:
+            # A captured step reads the tensor, so it is changed in place.
+            part.dense_start.fill_(progress)
+
+
 class CoLT5Router(nn.Module):
     """What scores the tokens of one heavy branch: a learned vector (Ainslie et al. 2023), or a control without one.
 

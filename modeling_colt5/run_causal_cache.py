@@ -37,6 +37,10 @@ class _RoutedState:
         """Whether a routed layer has written to it."""
         return bool(self.counters)
 
+    def past_lengths(self) -> Tensor | None:
+        """Real tokens of each row so far, int64 [batch]; None before the first one."""
+        return self.counters["lengths"].clone() if self.has_state else None
+
     def write(self, kind: str, values: dict[str, Tensor]) -> None:
         """Replace tensors of one kind, "rings", "carried" or "counters"."""
         getattr(self, kind).update(values)
@@ -197,3 +201,17 @@ def routed_layer(cache: Cache | None, layer_idx: int) -> Any:
             "a cache that was made for it, such as DynamicCache(config=model.config)"
         )
     return layer
+
+
+def check_routed_layer(layer: Any, batch: int) -> None:
+    """Check that a module's own cache is one of a causally routed layer, with as many rows as the new tokens have.
+
+    Raises:
+        TypeError: for another kind of cache.
+        ValueError: for another number of rows.
+    """
+    if getattr(layer, "_layer_type", None) != LAYER_TYPE:
+        raise TypeError(f"cache is a {type(layer).__name__}; it must be what make_cache() made, or None")
+    if layer.has_state and len(layer.counters["lengths"]) != batch:
+        rows = len(layer.counters["lengths"])
+        raise ValueError(f"cache has {rows} rows, and hidden_states has {batch}; they must have as many")

@@ -5,6 +5,7 @@ interface, so that a layer does not ask which of them it has.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -260,6 +261,19 @@ class CausalPlan(ABC):
             "floor": torch.where(self.completed > 0, start, floor),
             "recent": torch.cat([recent, real], 1)[:, -self.ring_size :],
         }
+
+    def count_in(self, layers: Sequence[Any], mask: Tensor | None) -> None:
+        """Note the new tokens in cache layers that have all seen the same ones before.
+
+        Args:
+            layers: of `run_causal_cache`.
+            mask: bool [batch, n], the new tokens'; None for all real.
+        """
+        counters = self.advance_counters(layers[0].counters, mask)
+        for layer in layers:
+            layer.window = self.settings.window
+            layer.write("counters", counters)
+            layer.count(self.length)
 
     def _window_starts(self) -> Tensor:
         """The rank of each window's first slot, int64 [batch * windows, 1]."""

@@ -168,13 +168,23 @@ def embed(stack: Any, input_ids: Tensor | None, inputs_embeds: Tensor | None, pr
             raise _shape_error(f"{prefix}input_ids", input_ids, "[batch, length] with at least one row and one token")
         return stack.embed_tokens(input_ids)
     assert inputs_embeds is not None
-    d_model = stack.config.d_model
-    if not inputs_embeds.is_floating_point():
-        raise TypeError(f"{prefix}inputs_embeds has dtype {inputs_embeds.dtype}; it must be floating point")
-    if inputs_embeds.dim() != 3 or inputs_embeds.shape[-1] != d_model or 0 in inputs_embeds.shape:
-        wanted = f"[batch, length, {d_model}], as d_model is {d_model}, with at least one row and one token"
-        raise _shape_error(f"{prefix}inputs_embeds", inputs_embeds, wanted)
+    check_states(f"{prefix}inputs_embeds", inputs_embeds, stack.config.d_model)
     return inputs_embeds.to(stack.dtype)
+
+
+def check_states(name: str, states: Any, d_model: int) -> None:
+    """Check that states are floating point [batch, n, d_model] with at least one row and one token.
+
+    Raises:
+        TypeError: for what is no floating point tensor.
+        ValueError: for another shape.
+    """
+    if not isinstance(states, Tensor) or not states.is_floating_point():
+        given = f"has dtype {states.dtype}" if isinstance(states, Tensor) else f"is {type(states).__name__}"
+        raise TypeError(f"{name} {given}; it must be floating point [batch, length, {d_model}]")
+    if states.dim() != 3 or states.shape[-1] != d_model or 0 in states.shape:
+        wanted = f"[batch, length, {d_model}], as d_model is {d_model}, with at least one row and one token"
+        raise _shape_error(name, states, wanted)
 
 
 def padding_mask(name: str, attention_mask: Tensor | None, states: Tensor) -> Tensor | None:
@@ -279,13 +289,8 @@ def check_memory(memory: Tensor, states: Tensor) -> Tensor:
         ValueError: for another width, other numbers of rows, or no row or no token.
     """
     name = "encoder_outputs' last_hidden_state (the decoder's encoder_hidden_states)"
-    if not isinstance(memory, Tensor) or not memory.is_floating_point():
-        kind = memory.dtype if isinstance(memory, Tensor) else type(memory).__name__
-        raise TypeError(f"{name} is {kind}; it must be a floating point tensor [batch, length, d_model]")
     batch, _, d_model = states.shape
-    if memory.dim() != 3 or memory.shape[-1] != d_model or 0 in memory.shape:
-        wanted = f"[batch, length, {d_model}], as d_model is {d_model}, with at least one row and one token"
-        raise _shape_error(name, memory, wanted)
+    check_states(name, memory, d_model)
     if memory.shape[0] != batch:
         raise ValueError(
             f"decoder_input_ids or decoder_inputs_embeds has {batch} rows, and {name} has {memory.shape[0]}; each "

@@ -68,16 +68,17 @@ class EncoderSettings:
 
     Args:
         routing: how tokens are chosen, see `CoLT5Config`.
-        query_fraction, key_value_fraction, feed_forward_fraction: shares of the real tokens that are routed.
+        query_fraction, key_value_fraction: shares of the real tokens that are routed; None without attention.
+        feed_forward_fraction: likewise; None without a feed-forward.
         min_routed_tokens: least number of tokens to route, as far as a row has so many.
         soft_topk: of all routers.
         implementation: who computes.
     """
 
     routing: str
-    query_fraction: float
-    key_value_fraction: float
-    feed_forward_fraction: float
+    query_fraction: float | None
+    key_value_fraction: float | None
+    feed_forward_fraction: float | None
     min_routed_tokens: int
     soft_topk: SoftTopK
     implementation: Implementation
@@ -124,8 +125,8 @@ class EncoderPlan(RouterPlan):
 
     Args:
         mode: how PyTorch runs the pass.
-        attention: the budgets of queries and of keys/values; None with `routing="none"`.
-        feed_forward: the budget of the feed-forward; None with `routing="none"`.
+        attention: the budgets of queries and of keys/values; None with `routing="none"` and without attention.
+        feed_forward: the budget of the feed-forward; None with `routing="none"` and without one.
         straight: what the straight lines of kernels have in common (`StraightPass` of layer_encoder.py), where plain
             blocks may run as such; None where all run as modules.
         side: the stream that heavy branches run on next to the light ones, while a CUDA graph is captured; None
@@ -155,16 +156,22 @@ class EncoderPlan(RouterPlan):
         plan = cls(**vars(routers), mode=Mode.of_now(hidden_states))
         if settings.routing == "none":
             return plan
-        kinds = ((settings.query_fraction, settings.key_value_fraction), (settings.feed_forward_fraction,))
-        if dense_start is not None:
-            plan.attention, plan.feed_forward = (
+        kinds: dict[str, tuple[float, ...]] = {}
+        if settings.query_fraction is not None and settings.key_value_fraction is not None:
+            kinds["attention"] = (settings.query_fraction, settings.key_value_fraction)
+        if settings.feed_forward_fraction is not None:
+            kinds["feed_forward"] = (settings.feed_forward_fraction,)
+        if dense_start is None:
+            budgets = RoutingBudget.of_fractions(hidden_states, mask, settings.min_routed_tokens, *kinds.values())
+        else:
+            budgets = [
                 RoutingBudget.of_dense_start(hidden_states, mask, fractions, settings.soft_topk.ratio, dense_start)
-                for fractions in kinds
-            )
+                for fractions in kinds.values()
+            ]
+        for name, budget in zip(kinds, budgets, strict=True):
+            setattr(plan, name, budget)
+        if dense_start is not None:
             return plan
-        plan.attention, plan.feed_forward = RoutingBudget.of_fractions(
-            hidden_states, mask, settings.min_routed_tokens, *kinds
-        )
         if plan.mode.is_captured and not plan.mode.keeps_gradients:
             plan.side = graph_stream(hidden_states.device, 1)
         return plan

@@ -1,0 +1,789 @@
+"""The models' layers on their own, for networks of a user's: states in, states out, built from plain numbers."""
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+
+from .configuration_colt5 import CoLT5Config
+from .model_causal import CoLT5LayerCausalAttention, CoLT5LayerCausalFF
+from .model_cross_routing import CoLT5CrossRouting
+from .model_decoder_layer import CoLT5LayerCrossAttention
+from .model_encoder_layer import (
+    CoLT5EncoderBlock,
+    CoLT5LayerConditionalAttention,
+    CoLT5LayerConditionalFF,
+    encoder_plan,
+)
+from .model_initialisation import init_layer
+from .model_outputs import CoLT5CausalLayerRouting, CoLT5LayerRouting
+from .model_position import CoLT5RelativePositionBias
+from .op_routing import RoutedTokens
+from .run_causal_cache import CoLT5DynamicRoutedLayer, check_routed_layer
+from .run_causal_plan import CausalPlan, CausalSettings
+from .run_inputs import check_states, padding_mask
+from .run_plan import EncoderPlan, EncoderSettings, Implementation, SoftTopK
+
+ATTENTIONS = ("sdpa", "eager")
+SOFT_TOPK = SoftTopK()
+
+
+def _check(soft_topk: SoftTopK, attn_implementation: str, **fields: Any) -> None:
+    """Check numbers by the rules of the configuration's fields of the same names.
+
+    Raises:
+        StrictDataclassError: for a number of another type, or one that breaks a rule.
+        ValueError: for another implementation of attention.
+    """
+    CoLT5Config(
+        soft_topk_ratio=soft_topk.ratio,
+        routing_epsilon=soft_topk.epsilon,
+        soft_topk_solver=soft_topk.solver,
+        num_soft_topk_iterations=soft_topk.num_iterations,
+        routing_epsilon_init=soft_topk.epsilon_init,
+        routing_epsilon_decay=soft_topk.epsilon_decay,
+        **fields,
+    )
+    if attn_implementation not in ATTENTIONS:
+        raise ValueError(
+            f"attn_implementation is {attn_implementation!r}; it must be one of {', '.join(map(repr, ATTENTIONS))}"
+        )
+
+
+class _StandAlone(nn.Module):
+    """What the stand-alone modules of the encoder's layers share.
+
+    Attributes:
+        settings: budgets, soft top-k, and who computes. Another object of its class in its place changes the budgets
+            of a module that is already there.
+        dense_start: fp32 [], how far a dense start has come; `set_dense_start` sets it.
+    """
+
+    def __init__(self, d_model: int, settings: EncoderSettings):
+        super().__init__()
+        self.d_model = d_model
+        self.settings = settings
+        self.dense_start: Tensor | None = None
+
+    def initialise(self) -> None:
+        """T5's initialisation."""
+        for module in self.modules():
+            init_layer(module, self.d_model)
+
+    def add_position_biases(self, num_light_heads: int, num_heavy_heads: int, num_buckets: int, distance: int) -> None:
+        """The biases by distance, which all layers of a model's stack share."""
+        self.light_relative_attention_bias = CoLT5RelativePositionBias(num_light_heads, num_buckets, distance, True)
+        if self.settings.routing != "none":
+            self.heavy_relative_attention_bias = CoLT5RelativePositionBias(
+                num_heavy_heads, num_buckets, distance, True
+            )
+
+    def bias_tables(self) -> tuple[Tensor, Tensor | None]:
+        """Of the light and of the heavy branch."""
+        heavy = None if self.settings.routing == "none" else self.heavy_relative_attention_bias()
+        return self.light_relative_attention_bias(), heavy
+
+    def read(self, hidden_states: Tensor, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """The mask as layers take it, and how far a dense start has come in this call.
+
+        Raises:
+            TypeError, ValueError: for states or a mask that do not fit.
+        """
+        check_states("hidden_states", hidden_states, self.d_model)
+        return padding_mask("mask", mask, hidden_states), self.dense_start if self.training else None
+
+
+class CoLT5ConditionalFeedForward(_StandAlone):
+    """X + LightFF(X) + s̃ · HeavyFF(X): a small feed-forward for every token, a large one for the few important ones
+    (Ainslie et al. 2023). The norm before it is inside, and so is the residual.
+
+    Args:
+        d_model: width of the states.
+        light_d_ff, heavy_d_ff: hidden sizes of the branches.
+        routed_feed_forward_fraction: share of a row's real tokens that go through the heavy branch.
+        min_routed_tokens: least number of tokens to route, as far as a row has so many.
+        feed_forward_proj: an activation of Transformers, with "gated-" before it for a gated feed-forward.
+        routing: "learned", the controls "random" and "even", or "none" for no heavy branch.
+        soft_topk: of the router.
+        dropout_rate: of the hidden states and of what the module adds.
+        layer_norm_epsilon: of the norm.
+        kernel_backend: "auto", "triton" or "torch".
+
+    Raises:
+        StrictDataclassError: for a number that the rule of the configuration's field of that name refuses.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        light_d_ff: int,
+        heavy_d_ff: int,
+        *,
+        routed_feed_forward_fraction: float = 1 / 16,
+        min_routed_tokens: int = 1,
+        feed_forward_proj: str = "gated-gelu",
+        routing: str = "learned",
+        soft_topk: SoftTopK = SOFT_TOPK,
+        dropout_rate: float = 0.0,
+        layer_norm_epsilon: float = 1e-6,
+        kernel_backend: str = "auto",
+    ):
+        _check(
+            soft_topk,
+            "sdpa",
+            d_model=d_model,
+            light_d_ff=light_d_ff,
+            heavy_d_ff=heavy_d_ff,
+            routed_feed_forward_fraction=routed_feed_forward_fraction,
+            min_routed_tokens=min_routed_tokens,
+            feed_forward_proj=feed_forward_proj,
+            routing=routing,
+            dropout_rate=dropout_rate,
+            layer_norm_epsilon=layer_norm_epsilon,
+            kernel_backend=kernel_backend,
+        )
+        settings = EncoderSettings(
+            routing=routing,
+            query_fraction=None,
+            key_value_fraction=None,
+            feed_forward_fraction=routed_feed_forward_fraction,
+            min_routed_tokens=min_routed_tokens,
+            soft_topk=soft_topk,
+            implementation=Implementation(kernel_backend),
+        )
+        super().__init__(d_model, settings)
+        self.layer = CoLT5LayerConditionalFF(
+            d_model=d_model,
+            light_d_ff=light_d_ff,
+            heavy_d_ff=heavy_d_ff,
+            feed_forward_proj=feed_forward_proj,
+            routing=routing,
+            dropout_rate=dropout_rate,
+            layer_norm_epsilon=layer_norm_epsilon,
+        )
+        self.initialise()
+
+    def forward(
+        self, hidden_states: Tensor, mask: Tensor | None = None, output_routing: bool = False
+    ) -> Tensor | tuple[Tensor, RoutedTokens | None]:
+        """[batch, n, d_model] → the same shape.
+
+        Args:
+            hidden_states: floating point [batch, n, d_model].
+            mask: [batch, n], 1 or True for real tokens; None for all. What padding holds is never read.
+            output_routing: whether to return what was routed beside the states.
+
+        Returns:
+            The states; with `output_routing` a pair of them and the routed tokens, whose `indices`, `weights` and
+            `valid` are [batch, slots] (None with routing="none").
+
+        Raises:
+            TypeError: for states that are no floating point tensor.
+            ValueError: for another shape of states or mask.
+        """
+        bool_mask, progress = self.read(hidden_states, mask)
+        plan = EncoderPlan.make(self.settings, hidden_states, bool_mask, progress)
+        output, tokens = self.layer(hidden_states, plan)
+        return (output, tokens) if output_routing else output
+
+
+class CoLT5ConditionalAttention(_StandAlone):
+    """X + LightAttn(X) + s̃ᵩ · HeavyAttn(X, s̃ᵏᵛ ⊙ X): local attention for every token, attention among routed tokens
+    for the few important ones (Ainslie et al. 2023). The norm before it is inside, and so is the residual.
+
+    Args:
+        d_model: width of the states.
+        d_kv: width of a head.
+        num_light_heads, num_heavy_heads: of the branches.
+        local_radius: positions to each side that the light branch sees.
+        routed_query_fraction, routed_key_value_fraction: shares of a row's real tokens that are queries, and keys and
+            values, of the heavy branch.
+        relative_attention_num_buckets, relative_attention_max_distance: of T5's biases by distance. Modules share
+            them, as a model's layers do, where `light_relative_attention_bias` of one is assigned to another, and
+            `heavy_relative_attention_bias` likewise.
+        dropout_rate: of the attention weights and of what the module adds.
+        min_routed_tokens, routing, soft_topk, layer_norm_epsilon, kernel_backend: as of `CoLT5ConditionalFeedForward`.
+        attn_implementation: "sdpa", which kernels stand in for where they run, or "eager".
+
+    Raises:
+        StrictDataclassError: for a number that the rule of the configuration's field of that name refuses.
+        ValueError: for another `attn_implementation`.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        d_kv: int = 64,
+        num_light_heads: int = 4,
+        num_heavy_heads: int = 8,
+        local_radius: int = 127,
+        routed_query_fraction: float = 1 / 16,
+        routed_key_value_fraction: float = 1 / 8,
+        min_routed_tokens: int = 1,
+        relative_attention_num_buckets: int = 32,
+        relative_attention_max_distance: int = 128,
+        routing: str = "learned",
+        soft_topk: SoftTopK = SOFT_TOPK,
+        dropout_rate: float = 0.0,
+        layer_norm_epsilon: float = 1e-6,
+        kernel_backend: str = "auto",
+        attn_implementation: str = "sdpa",
+    ):
+        _check(
+            soft_topk,
+            attn_implementation,
+            d_model=d_model,
+            d_kv=d_kv,
+            num_light_heads=num_light_heads,
+            num_heavy_heads=num_heavy_heads,
+            local_radius=local_radius,
+            routed_query_fraction=routed_query_fraction,
+            routed_key_value_fraction=routed_key_value_fraction,
+            min_routed_tokens=min_routed_tokens,
+            relative_attention_num_buckets=relative_attention_num_buckets,
+            relative_attention_max_distance=relative_attention_max_distance,
+            routing=routing,
+            dropout_rate=dropout_rate,
+            layer_norm_epsilon=layer_norm_epsilon,
+            kernel_backend=kernel_backend,
+        )
+        settings = EncoderSettings(
+            routing=routing,
+            query_fraction=routed_query_fraction,
+            key_value_fraction=routed_key_value_fraction,
+            feed_forward_fraction=None,
+            min_routed_tokens=min_routed_tokens,
+            soft_topk=soft_topk,
+            implementation=Implementation(kernel_backend, attn_implementation),
+        )
+        super().__init__(d_model, settings)
+        self.add_position_biases(
+            num_light_heads, num_heavy_heads, relative_attention_num_buckets, relative_attention_max_distance
+        )
+        self.layer = CoLT5LayerConditionalAttention(
+            d_model=d_model,
+            d_kv=d_kv,
+            num_light_heads=num_light_heads,
+            num_heavy_heads=num_heavy_heads,
+            local_radius=local_radius,
+            routing=routing,
+            dropout_rate=dropout_rate,
+            layer_norm_epsilon=layer_norm_epsilon,
+        )
+        self.initialise()
+
+    def forward(
+        self, hidden_states: Tensor, mask: Tensor | None = None, output_routing: bool = False
+    ) -> Tensor | tuple[Tensor, CoLT5LayerRouting]:
+        """[batch, n, d_model] → the same shape; arguments and errors are those of `CoLT5ConditionalFeedForward`.
+
+        Returns:
+            The states; with `output_routing` a pair of them and what was routed, `query` and `key_value`.
+        """
+        bool_mask, progress = self.read(hidden_states, mask)
+        plan = EncoderPlan.make(self.settings, hidden_states, bool_mask, progress)
+        output, _, _, queries, keys = self.layer(hidden_states, *self.bias_tables(), plan)
+        return (output, CoLT5LayerRouting(query=queries, key_value=keys)) if output_routing else output
+
+
+class CoLT5ConditionalBlock(_StandAlone):
+    """A whole layer of the encoder: conditional attention, then the conditional feed-forward, each with its norm and
+    its residual. Where kernels run and nobody looks inside, it is one straight line of launches, as in a model.
+
+    Args:
+        d_model, light_d_ff, heavy_d_ff: as of `CoLT5ConditionalFeedForward`.
+        d_kv, num_light_heads, num_heavy_heads, local_radius: as of `CoLT5ConditionalAttention`.
+        routed_query_fraction, routed_key_value_fraction, routed_feed_forward_fraction: shares of a row's real tokens
+            that are routed.
+        relative_attention_num_buckets, relative_attention_max_distance, attn_implementation: as of
+            `CoLT5ConditionalAttention`.
+        dropout_rate: of attention weights, hidden states, and of what each sublayer adds.
+        min_routed_tokens, feed_forward_proj, routing, soft_topk, layer_norm_epsilon, kernel_backend: as of
+            `CoLT5ConditionalFeedForward`.
+
+    Raises:
+        StrictDataclassError: for a number that the rule of the configuration's field of that name refuses.
+        ValueError: for another `attn_implementation`.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        light_d_ff: int,
+        heavy_d_ff: int,
+        *,
+        d_kv: int = 64,
+        num_light_heads: int = 4,
+        num_heavy_heads: int = 8,
+        local_radius: int = 127,
+        routed_query_fraction: float = 1 / 16,
+        routed_key_value_fraction: float = 1 / 8,
+        routed_feed_forward_fraction: float = 1 / 16,
+        min_routed_tokens: int = 1,
+        relative_attention_num_buckets: int = 32,
+        relative_attention_max_distance: int = 128,
+        feed_forward_proj: str = "gated-gelu",
+        routing: str = "learned",
+        soft_topk: SoftTopK = SOFT_TOPK,
+        dropout_rate: float = 0.0,
+        layer_norm_epsilon: float = 1e-6,
+        kernel_backend: str = "auto",
+        attn_implementation: str = "sdpa",
+    ):
+        _check(
+            soft_topk,
+            attn_implementation,
+            d_model=d_model,
+            d_kv=d_kv,
+            num_light_heads=num_light_heads,
+            num_heavy_heads=num_heavy_heads,
+            light_d_ff=light_d_ff,
+            heavy_d_ff=heavy_d_ff,
+            local_radius=local_radius,
+            routed_query_fraction=routed_query_fraction,
+            routed_key_value_fraction=routed_key_value_fraction,
+            routed_feed_forward_fraction=routed_feed_forward_fraction,
+            min_routed_tokens=min_routed_tokens,
+            relative_attention_num_buckets=relative_attention_num_buckets,
+            relative_attention_max_distance=relative_attention_max_distance,
+            feed_forward_proj=feed_forward_proj,
+            routing=routing,
+            dropout_rate=dropout_rate,
+            layer_norm_epsilon=layer_norm_epsilon,
+            kernel_backend=kernel_backend,
+        )
+        settings = EncoderSettings(
+            routing=routing,
+            query_fraction=routed_query_fraction,
+            key_value_fraction=routed_key_value_fraction,
+            feed_forward_fraction=routed_feed_forward_fraction,
+            min_routed_tokens=min_routed_tokens,
+            soft_topk=soft_topk,
+            implementation=Implementation(kernel_backend, attn_implementation),
+        )
+        super().__init__(d_model, settings)
+        self.add_position_biases(
+            num_light_heads, num_heavy_heads, relative_attention_num_buckets, relative_attention_max_distance
+        )
+        attention = CoLT5LayerConditionalAttention(
+            d_model=d_model,
+            d_kv=d_kv,
+            num_light_heads=num_light_heads,
+            num_heavy_heads=num_heavy_heads,
+            local_radius=local_radius,
+            routing=routing,
+            dropout_rate=dropout_rate,
+            layer_norm_epsilon=layer_norm_epsilon,
+        )
+        feed_forward = CoLT5LayerConditionalFF(
+            d_model=d_model,
+            light_d_ff=light_d_ff,
+            heavy_d_ff=heavy_d_ff,
+            feed_forward_proj=feed_forward_proj,
+            routing=routing,
+            seed=2,
+            dropout_rate=dropout_rate,
+            layer_norm_epsilon=layer_norm_epsilon,
+        )
+        self.block = CoLT5EncoderBlock(attention, feed_forward)
+        self.initialise()
+
+    def forward(
+        self, hidden_states: Tensor, mask: Tensor | None = None, output_routing: bool = False
+    ) -> Tensor | tuple[Tensor, CoLT5LayerRouting]:
+        """[batch, n, d_model] → the same shape; arguments and errors are those of `CoLT5ConditionalFeedForward`.
+
+        Returns:
+            The states; with `output_routing` a pair of them and what was routed: `query`, `key_value` and
+            `feed_forward`.
+        """
+        bool_mask, progress = self.read(hidden_states, mask)
+        plan = encoder_plan(self.settings, hidden_states, bool_mask, progress, output_routing)
+        try:
+            output, _, _, routing = self.block(hidden_states, *self.bias_tables(), plan)
+        finally:
+            # The recording of a CUDA graph that an error breaks off can end only with all of its streams joined.
+            plan.join()
+        return (output, routing) if output_routing else output
+
+
+class _CausalStandAlone(nn.Module):
+    """What the causal stand-alone modules share.
+
+    Attributes:
+        settings: windows, budgets and soft top-k. Another object of its class in its place changes the budgets of a
+            module that is already there.
+        implementation: who computes.
+    """
+
+    def __init__(self, d_model: int, settings: CausalSettings, implementation: Implementation):
+        super().__init__()
+        self.d_model = d_model
+        self.settings = settings
+        self.implementation = implementation
+
+    def initialise(self) -> None:
+        """T5's initialisation."""
+        for module in self.modules():
+            init_layer(module, self.d_model)
+
+    def make_cache(self) -> CoLT5DynamicRoutedLayer:
+        """An empty cache of this module's, whose size does not grow with the text. It can be cropped, reordered and
+        repeated as the layers of Transformers' caches can."""
+        return CoLT5DynamicRoutedLayer()
+
+    def plan(self, hidden_states: Tensor, mask: Tensor | None, cache: Any) -> CausalPlan:
+        """Where the new tokens stand in the windows; the cache has counted them.
+
+        Raises:
+            TypeError, ValueError: for states, a mask or a cache that do not fit.
+        """
+        check_states("hidden_states", hidden_states, self.d_model)
+        bool_mask = padding_mask("mask", mask, hidden_states)
+        if cache is not None:
+            check_routed_layer(cache, len(hidden_states))
+        past = None if cache is None else cache.past_lengths()
+        plan = CausalPlan.make(self.settings, self.implementation, hidden_states, bool_mask, past)
+        if cache is not None:
+            plan.count_in([cache], bool_mask)
+        return plan
+
+
+class CoLT5CausalConditionalAttention(_CausalStandAlone):
+    """X + LightAttn(X) + s̃ᵩ · HeavyAttn(X, what earlier windows handed on), where no output depends on a later token:
+    see docs/causal_routing.md. The norm before it is inside, and so is the residual.
+
+    Args:
+        d_model: width of the states.
+        d_kv: width of a head.
+        num_light_heads, num_heavy_heads: of the branches.
+        local_radius: tokens before a token that the light branch sees.
+        causal_window: tokens of a window of the routing.
+        causal_routed_keys: keys/values that a window's heavy branch reads, out of all windows before it.
+        routed_query_fraction: share of a window's tokens that are queries of the heavy branch, on average.
+        causal_capacity_ratio: how many queries a window may route at most, over how many it is to route on average.
+        num_causal_key_value_routers: routers of the heavy branch's keys/values, each for a group of heads.
+        causal_unrouted_vector: whether tokens without a heavy part get a learned vector.
+        relative_attention_num_buckets, relative_attention_max_distance: of T5's biases by distance.
+        soft_topk: of the routers; its solver is "exact".
+        dropout_rate, layer_norm_epsilon, kernel_backend, attn_implementation: as of `CoLT5ConditionalAttention`.
+
+    Raises:
+        StrictDataclassError: for a number that the rule of the configuration's field of that name refuses.
+        ValueError: for another `attn_implementation`.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        d_kv: int = 64,
+        num_light_heads: int = 4,
+        num_heavy_heads: int = 8,
+        local_radius: int = 127,
+        causal_window: int = 256,
+        causal_routed_keys: int = 512,
+        routed_query_fraction: float = 1 / 16,
+        causal_capacity_ratio: float = 2.0,
+        num_causal_key_value_routers: int = 1,
+        causal_unrouted_vector: bool = False,
+        relative_attention_num_buckets: int = 32,
+        relative_attention_max_distance: int = 128,
+        soft_topk: SoftTopK = SOFT_TOPK,
+        dropout_rate: float = 0.0,
+        layer_norm_epsilon: float = 1e-6,
+        kernel_backend: str = "auto",
+        attn_implementation: str = "sdpa",
+    ):
+        _check(
+            soft_topk,
+            attn_implementation,
+            causal_attention="routed",
+            d_model=d_model,
+            d_kv=d_kv,
+            num_light_heads=num_light_heads,
+            num_heavy_heads=num_heavy_heads,
+            local_radius=local_radius,
+            causal_window=causal_window,
+            causal_routed_keys=causal_routed_keys,
+            routed_query_fraction=routed_query_fraction,
+            causal_capacity_ratio=causal_capacity_ratio,
+            num_causal_key_value_routers=num_causal_key_value_routers,
+            causal_unrouted_vector=causal_unrouted_vector,
+            relative_attention_num_buckets=relative_attention_num_buckets,
+            relative_attention_max_distance=relative_attention_max_distance,
+            dropout_rate=dropout_rate,
+            layer_norm_epsilon=layer_norm_epsilon,
+            kernel_backend=kernel_backend,
+        )
+        settings = CausalSettings(
+            window=causal_window,
+            radius=local_radius,
+            pool_size=causal_routed_keys,
+            query_fraction=routed_query_fraction,
+            # It has no feed-forward, and nothing reads the share.
+            feed_forward_fraction=routed_query_fraction,
+            capacity_ratio=causal_capacity_ratio,
+            soft_topk_ratio=soft_topk.ratio,
+            epsilon=soft_topk.epsilon,
+        )
+        super().__init__(d_model, settings, Implementation(kernel_backend, attn_implementation))
+        buckets, distance = relative_attention_num_buckets, relative_attention_max_distance
+        self.light_relative_attention_bias = CoLT5RelativePositionBias(num_light_heads, buckets, distance, False)
+        self.heavy_relative_attention_bias = CoLT5RelativePositionBias(num_heavy_heads, buckets, distance, False)
+        self.layer = CoLT5LayerCausalAttention(
+            d_model=d_model,
+            d_kv=d_kv,
+            num_light_heads=num_light_heads,
+            num_heavy_heads=num_heavy_heads,
+            num_key_value_routers=num_causal_key_value_routers,
+            unrouted_vector=causal_unrouted_vector,
+            dropout_rate=dropout_rate,
+            layer_norm_epsilon=layer_norm_epsilon,
+        )
+        self.initialise()
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        mask: Tensor | None = None,
+        cache: CoLT5DynamicRoutedLayer | None = None,
+        output_routing: bool = False,
+    ) -> Tensor | tuple[Tensor, CoLT5CausalLayerRouting]:
+        """[batch, n, d_model] → the same shape.
+
+        Args:
+            hidden_states: floating point [batch, n, d_model]; behind a cache the new tokens alone, one or many.
+            mask: [batch, n], 1 or True for real tokens; None for all. What padding holds is never read.
+            cache: what `make_cache` made, which this call continues, and fills in place; None for a text from its
+                beginning that nothing will continue.
+            output_routing: whether to return what was routed beside the states.
+
+        Returns:
+            The states; with `output_routing` a pair of them and what was routed, `query` and `key_value` of
+            `CoLT5CausalLayerRouting`.
+
+        Raises:
+            TypeError: for states that are no floating point tensor, or another kind of cache.
+            ValueError: for another shape of states or mask, or a cache of another number of rows.
+        """
+        plan = self.plan(hidden_states, mask, cache)
+        light_bias = plan.light_bias(self.light_relative_attention_bias())
+        output, queries, pools = self.layer(
+            hidden_states, light_bias, self.heavy_relative_attention_bias(), plan, cache
+        )
+        return (output, CoLT5CausalLayerRouting(query=queries, key_value=pools)) if output_routing else output
+
+
+class CoLT5CausalConditionalFeedForward(_CausalStandAlone):
+    """X + LightFF(X) + s̃ · HeavyFF(X), where no output depends on a later token: see docs/causal_routing.md. The norm
+    before it is inside, and so is the residual.
+
+    Args:
+        d_model, light_d_ff, heavy_d_ff, feed_forward_proj, dropout_rate, layer_norm_epsilon, kernel_backend: as of
+            `CoLT5ConditionalFeedForward`.
+        causal_window: tokens of a window of the routing.
+        routed_feed_forward_fraction: share of a window's tokens that go through the heavy branch, on average.
+        causal_capacity_ratio: how many a window may route at most, over how many it is to route on average.
+        soft_topk: of the router; its solver is "exact".
+
+    Raises:
+        StrictDataclassError: for a number that the rule of the configuration's field of that name refuses.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        light_d_ff: int,
+        heavy_d_ff: int,
+        *,
+        causal_window: int = 256,
+        routed_feed_forward_fraction: float = 1 / 16,
+        causal_capacity_ratio: float = 2.0,
+        feed_forward_proj: str = "gated-gelu",
+        soft_topk: SoftTopK = SOFT_TOPK,
+        dropout_rate: float = 0.0,
+        layer_norm_epsilon: float = 1e-6,
+        kernel_backend: str = "auto",
+    ):
+        _check(
+            soft_topk,
+            "sdpa",
+            causal_attention="local",
+            causal_feed_forward="routed",
+            d_model=d_model,
+            light_d_ff=light_d_ff,
+            heavy_d_ff=heavy_d_ff,
+            causal_window=causal_window,
+            routed_feed_forward_fraction=routed_feed_forward_fraction,
+            causal_capacity_ratio=causal_capacity_ratio,
+            feed_forward_proj=feed_forward_proj,
+            dropout_rate=dropout_rate,
+            layer_norm_epsilon=layer_norm_epsilon,
+            kernel_backend=kernel_backend,
+        )
+        settings = CausalSettings(
+            window=causal_window,
+            # It has no attention, and nothing reads these three.
+            radius=0,
+            pool_size=1,
+            query_fraction=routed_feed_forward_fraction,
+            feed_forward_fraction=routed_feed_forward_fraction,
+            capacity_ratio=causal_capacity_ratio,
+            soft_topk_ratio=soft_topk.ratio,
+            epsilon=soft_topk.epsilon,
+        )
+        super().__init__(d_model, settings, Implementation(kernel_backend))
+        self.layer = CoLT5LayerCausalFF(
+            d_model=d_model,
+            light_d_ff=light_d_ff,
+            heavy_d_ff=heavy_d_ff,
+            feed_forward_proj=feed_forward_proj,
+            dropout_rate=dropout_rate,
+            layer_norm_epsilon=layer_norm_epsilon,
+        )
+        self.initialise()
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        mask: Tensor | None = None,
+        cache: CoLT5DynamicRoutedLayer | None = None,
+        output_routing: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """[batch, n, d_model] → the same shape; arguments and errors are those of `CoLT5CausalConditionalAttention`.
+
+        Returns:
+            The states; with `output_routing` a pair of them and each token's routing weight, fp32 [batch, n], 0 where
+            it was not routed.
+        """
+        plan = self.plan(hidden_states, mask, cache)
+        output, weights = self.layer(hidden_states, plan, cache)
+        return (output, weights) if output_routing else output
+
+
+class CoLT5ConditionalCrossAttention(nn.Module):
+    """X + Attn(X, w ⊙ M[routed]): attention of all tokens to what routers choose of a memory, see
+    docs/cross_routing.md. The norm of X before it is inside, and so is the residual; M is read as it is, and should be
+    normalised, as an encoder's output is.
+
+    Args:
+        d_model: width of states and memory.
+        routed_cross_key_values: how many tokens of the memory a router chooses; all where there are no more. None for
+            the whole memory, without routers.
+        d_kv: width of a head.
+        num_heads: heads.
+        num_cross_key_value_heads: key/value heads; 1 is multi-query attention.
+        num_cross_routers: routers, each with a vector of its own and for a group of heads.
+        routing: "learned", or the controls "random" and "even".
+        dropout_rate: of the attention weights and of what the module adds.
+        soft_topk, layer_norm_epsilon, kernel_backend: as of `CoLT5ConditionalFeedForward`.
+        attn_implementation: "sdpa" or "eager".
+
+    Attributes:
+        num_tokens: `routed_cross_key_values`, which may be changed.
+
+    Raises:
+        StrictDataclassError: for a number that the rule of the configuration's field of that name refuses.
+        ValueError: for another `attn_implementation`.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        routed_cross_key_values: int | None,
+        *,
+        d_kv: int = 64,
+        num_heads: int = 12,
+        num_cross_key_value_heads: int = 1,
+        num_cross_routers: int = 1,
+        routing: str = "learned",
+        soft_topk: SoftTopK = SOFT_TOPK,
+        dropout_rate: float = 0.0,
+        layer_norm_epsilon: float = 1e-6,
+        kernel_backend: str = "auto",
+        attn_implementation: str = "sdpa",
+    ):
+        super().__init__()
+        _check(
+            soft_topk,
+            attn_implementation,
+            d_model=d_model,
+            d_kv=d_kv,
+            num_heads=num_heads,
+            num_cross_key_value_heads=num_cross_key_value_heads,
+            routed_cross_key_values=routed_cross_key_values,
+            num_cross_routers=num_cross_routers,
+            routing=routing,
+            dropout_rate=dropout_rate,
+            layer_norm_epsilon=layer_norm_epsilon,
+            kernel_backend=kernel_backend,
+        )
+        self.d_model = d_model
+        self.num_tokens = routed_cross_key_values
+        self.soft_topk = soft_topk
+        self.implementation = Implementation(kernel_backend, attn_implementation)
+        is_routed = routed_cross_key_values is not None
+        if is_routed:
+            self.cross_routing = CoLT5CrossRouting(d_model, 1, num_cross_routers, routing)
+        self.layer = CoLT5LayerCrossAttention(
+            d_model=d_model,
+            d_kv=d_kv,
+            num_heads=num_heads,
+            num_key_value_heads=num_cross_key_value_heads,
+            layer_idx=0,
+            num_routers=num_cross_routers if is_routed else None,
+            dropout_rate=dropout_rate,
+            layer_norm_epsilon=layer_norm_epsilon,
+        )
+        for module in self.modules():
+            init_layer(module, d_model)
+
+    def make_cache(self) -> EncoderDecoderCache:
+        """An empty cache of one memory's keys and values, for further calls with the same memory."""
+        return EncoderDecoderCache(DynamicCache(), DynamicCache())
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        memory: Tensor,
+        memory_mask: Tensor | None = None,
+        cache: EncoderDecoderCache | None = None,
+        output_routing: bool = False,
+    ) -> Tensor | tuple[Tensor, tuple[RoutedTokens, ...] | None]:
+        """[batch, m, d_model] and a memory [batch, n, d_model] → [batch, m, d_model].
+
+        Args:
+            hidden_states: floating point [batch, m, d_model].
+            memory: floating point [batch, n, d_model]; with a filled cache only its shape is read.
+            memory_mask: [batch, n], 1 or True for real tokens; None for all. What padding holds is never read.
+            cache: what `make_cache` made: the first call with it keeps the routed tokens' keys and values there, and
+                further calls read them, with the same memory and mask; None for a call of its own.
+            output_routing: whether to return what was routed beside the states.
+
+        Returns:
+            The states; with `output_routing` a pair of them and each router's tokens, whose `indices`, `weights` and
+            `valid` are [batch, slots] (None where nothing was routed in this call).
+
+        Raises:
+            TypeError: for states or a memory that are no floating point tensor, or another kind of cache.
+            ValueError: for another shape of anything.
+        """
+        check_states("hidden_states", hidden_states, self.d_model)
+        check_states("memory", memory, self.d_model)
+        if len(memory) != len(hidden_states):
+            raise ValueError(
+                f"memory has {len(memory)} rows, and hidden_states has {len(hidden_states)}; they must have as many"
+            )
+        if not isinstance(cache, EncoderDecoderCache | None):
+            raise TypeError(f"cache is a {type(cache).__name__}; it must be what make_cache() made, or None")
+        mask = padding_mask("memory_mask", memory_mask, memory)
+        memory, routing = memory.to(hidden_states.dtype), None
+        if self.layer.EncDecAttention.is_routed:
+            memories, mask, routing = self.cross_routing.read(
+                memory, mask, cache, self.num_tokens, self.soft_topk, self.implementation
+            )
+            (memory,) = memories
+        output, _ = self.layer(hidden_states, memory, mask, cache, self.implementation)
+        return (output, None if routing is None else routing[0]) if output_routing else output
