@@ -1,8 +1,8 @@
-"""Warm start: make a CoLT5 checkpoint of a T5 1.0, T5 1.1, Flan-T5, UL2 or LongT5 one.
+"""Warm start: make a CoLT5 checkpoint of a T5 1.0, T5 1.1, Flan-T5, UL2, mT5, umT5 or LongT5 one.
 
     python examples/convert_t5.py google/long-t5-local-base my-colt5 [--sample text.txt] [--cross-key-value-heads 1]
 
-The result computes what its source computes, where docs/training.md says so.
+Says in what the result differs from its source until it is trained further, by how much docs/training.md has measured.
 """
 
 import argparse
@@ -10,16 +10,18 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoModelForSeq2SeqLM
 
-from modeling_colt5 import CoLT5Tokenizer
-from modeling_colt5.conversion import convert
+from modeling_colt5 import CoLT5Config, CoLT5Tokenizer
+from modeling_colt5.conversion import convert, differences, load_source
+
+BUDGETS = ("feed_forward_fraction", "query_fraction", "key_value_fraction")
 
 
 def main(argv: list[str] | None = None) -> None:
     """Load, convert, save."""
+    fields = CoLT5Config().to_dict()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", help="a folder or Hub id of T5 or LongT5")
+    parser.add_argument("source", help="a folder or Hub id of T5, mT5, umT5 or LongT5")
     parser.add_argument("target", type=Path, help="the folder to write; must not exist")
     parser.add_argument("--sample", type=Path, help="text to measure heads and units on; without it, by the weights")
     parser.add_argument("--sample-length", type=int, default=512, help="tokens of one piece of the sample")
@@ -28,6 +30,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--light-d-ff", type=int, help="default: half of the source's")
     parser.add_argument("--heavy-d-ff", type=int, help="default: four times the source's")
     parser.add_argument("--cross-key-value-heads", type=int, help="default: all; fewer are means of neighbours")
+    parser.add_argument("--local-radius", type=int, help=f"default: {fields['local_radius']}, for LongT5 its own")
+    for name in BUDGETS:
+        default = fields[f"routed_{name}"]
+        parser.add_argument(f"--{name.replace('_', '-')}", type=float, help=f"budget; default: {default:.4g}")
+    parser.add_argument("--routed-cross-key-values", type=int, help="default: cross-attention reads all tokens")
     options = parser.parse_args(argv)
     if options.target.exists():
         parser.error(f"{options.target} exists")
@@ -35,8 +42,14 @@ def main(argv: list[str] | None = None) -> None:
     if options.sample is not None and not options.sample.is_file():
         parser.error(f"{options.sample} is not a file")
 
-    tokenizer = CoLT5Tokenizer.from_pretrained(options.source)
-    source = AutoModelForSeq2SeqLM.from_pretrained(options.source)
+    given = {f"routed_{name}": getattr(options, name) for name in BUDGETS}
+    given |= {name: getattr(options, name) for name in ("local_radius", "routed_cross_key_values")}
+    given = {name: value for name, value in given.items() if value is not None}
+    try:
+        source, unused = load_source(options.source)
+        tokenizer = CoLT5Tokenizer.from_pretrained(options.source)
+    except (OSError, TypeError, ValueError) as error:
+        parser.error(str(error))
     samples = None
     if options.sample is not None:
         ids = tokenizer(options.sample.read_text(encoding="utf-8"), return_tensors="pt", verbose=False)["input_ids"]
@@ -50,6 +63,7 @@ def main(argv: list[str] | None = None) -> None:
             heavy_d_ff=options.heavy_d_ff,
             num_cross_key_value_heads=options.cross_key_value_heads,
             samples=samples,
+            **given,
         )
     except (TypeError, ValueError, StrictDataclassError) as error:
         parser.error(str(error))
@@ -61,6 +75,12 @@ def main(argv: list[str] | None = None) -> None:
         tokenizer.save_pretrained(whole)
         whole.rename(options.target)
     print(f"{options.target}: {sum(p.numel() for p in model.parameters()) / 1e6:.0f} M parameters")
+    changed = differences(source, model)
+    if unused:
+        changed.append(f"{len(unused)} weights of the checkpoint have no place in it, such as {unused[0]}.")
+    if changed:
+        print("In this it differs from its source:", *changed, sep="\n- ")
+        print("Train it further before you use it: docs/training.md shows the loss of a small one, step by step.")
 
 
 if __name__ == "__main__":

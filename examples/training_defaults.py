@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import parse_flag_from_env
+from huggingface_hub.errors import StrictDataclassError
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
@@ -210,7 +211,7 @@ def run_script(prepare: Callable[[list[str] | None], Callable[[], Any]]) -> None
     """
     try:
         start = prepare(sys.argv[1:])
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, StrictDataclassError) as error:
         logger.debug("The error in full:", exc_info=True)
         sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
     start()

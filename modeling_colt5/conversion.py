@@ -1,11 +1,20 @@
-"""Warm start: a T5 or LongT5 model becomes a CoLT5 model that computes the same wherever that is possible."""
+"""Warm start: a T5, mT5, umT5 or LongT5 model becomes a CoLT5 that computes the same wherever that is possible."""
 
 import math
 from collections.abc import Iterable
 from typing import Any
 
 import torch
-from transformers import LongT5ForConditionalGeneration, PreTrainedModel, T5ForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    AutoModelForSeq2SeqLM,
+    LongT5ForConditionalGeneration,
+    MT5ForConditionalGeneration,
+    PreTrainedModel,
+    T5ForConditionalGeneration,
+    UMT5ForConditionalGeneration,
+)
+from transformers.utils import find_adapter_config_file
 
 from .configuration_colt5 import CoLT5Config
 from .model_layers import CoLT5Attention, CoLT5DenseActDense
@@ -14,6 +23,53 @@ from .modeling_colt5 import CoLT5ForConditionalGeneration
 
 # one batch of a text sample, as a tokenizer makes it: input_ids and attention_mask
 Batch = dict[str, torch.Tensor]
+
+SOURCES = (
+    T5ForConditionalGeneration,
+    MT5ForConditionalGeneration,
+    UMT5ForConditionalGeneration,
+    LongT5ForConditionalGeneration,
+)
+# how checkpoints name such a model, older ones of T5 too
+_WHOLE = ("ForConditionalGeneration", "WithLMHeadModel")
+
+
+def load_source(name: str) -> tuple[PreTrainedModel, list[str]]:
+    """A model for `convert`, whole.
+
+    Args:
+        name: a folder or Hub id.
+
+    Returns:
+        The model, and the names of weights of the checkpoint that it has no place for.
+
+    Raises:
+        TypeError: for a checkpoint of a model without a decoder, or with another head than that for text.
+        ValueError: for an adapter, or a checkpoint that lacks weights, which would be random ones.
+        OSError: for a name that nothing is found under.
+    """
+    if find_adapter_config_file(name) is not None:
+        raise ValueError(
+            f"{name} holds an adapter; merge it into its model first (merge_and_unload of PEFT), and convert that"
+        )
+    config = AutoConfig.from_pretrained(name)
+    kinds = {kind.config_class.model_type for kind in SOURCES}
+    if config.model_type not in kinds:
+        raise TypeError(f"{name} holds a model of the type {config.model_type}; it must be one of {', '.join(kinds)}")
+    for architecture in config.architectures or ():
+        if not architecture.endswith(_WHOLE):
+            raise TypeError(
+                f"{name} holds a {architecture}; a CoLT5 is made of an encoder-decoder with its head for text, a "
+                "...ForConditionalGeneration: convert the checkpoint that this one was made of, and train that further"
+            )
+    source, report = AutoModelForSeq2SeqLM.from_pretrained(name, output_loading_info=True)
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ValueError(
+            f"{name} lacks {len(missing)} of the model's weights, such as {missing[0]}; they would be random. "
+            "Is it a checkpoint of another kind of model, or one that was not copied whole?"
+        )
+    return source, sorted(report["unexpected_keys"])
 
 
 def convert(
@@ -27,11 +83,12 @@ def convert(
     samples: Iterable[Batch] | None = None,
     **config_kwargs: Any,
 ) -> CoLT5ForConditionalGeneration:
-    """A CoLT5 model with the weights of a T5 1.0, T5 1.1 or LongT5 model.
+    """A CoLT5 model with the weights of a T5 1.0, T5 1.1, mT5, umT5 or LongT5 model.
 
     With every budget at 1, a radius that covers the input and all cross-attention heads kept, a converted T5 is the
     same function. A converted LongT5 (local) is, at any length and any budget, where all its heads become light ones,
-    which is the default for it. A transient-global LongT5 loses its global tokens.
+    which is the default for it. A transient-global LongT5 loses its global tokens. An umT5 has a table of biases in
+    each layer, a CoLT5 one for all layers of a branch, which becomes their mean. `differences` lists what changed.
 
     Each branch has one table of biases for all layers, so that a head goes to the same branch in every layer. The
     heads that add most from near tokens become light ones, the units that matter most become light ones, and the
@@ -54,20 +111,25 @@ def convert(
 
     Raises:
         TypeError: for a source of another kind.
-        ValueError: for sizes that the source's heads or units do not fit into.
+        ValueError: for sizes that the source's heads or units do not fit into, or a source whose weights cannot be
+            copied: quantised, on disk, or with adapters on them.
     """
-    if not isinstance(source, T5ForConditionalGeneration | LongT5ForConditionalGeneration):
+    if not isinstance(source, SOURCES):
         raise TypeError(
-            f"source is a {type(source).__name__}; it must be a T5ForConditionalGeneration or a "
-            "LongT5ForConditionalGeneration"
+            f"source is a {type(source).__name__}; it must be one of {', '.join(kind.__name__ for kind in SOURCES)}"
         )
+    _check_weights(source)
     old = source.config
     is_long = isinstance(source, LongT5ForConditionalGeneration)
     heads, units = old.num_heads, old.d_ff
-    num_light_heads = num_light_heads or (heads if is_long else math.ceil(heads / 4))
-    num_heavy_heads = num_heavy_heads or (math.ceil(heads * 3 / 4) if is_long else max(1, heads - num_light_heads))
-    light_d_ff = light_d_ff or units // 2
-    heavy_d_ff = heavy_d_ff or 4 * units
+    if num_light_heads is None:
+        num_light_heads = heads if is_long else math.ceil(heads / 4)
+    if num_heavy_heads is None:
+        num_heavy_heads = math.ceil(heads * 3 / 4) if is_long else max(1, heads - num_light_heads)
+    light_d_ff = units // 2 if light_d_ff is None else light_d_ff
+    heavy_d_ff = 4 * units if heavy_d_ff is None else heavy_d_ff
+    if num_cross_key_value_heads is None:
+        num_cross_key_value_heads = heads
     for name, light, heavy, given in (
         ("heads", num_light_heads, num_heavy_heads, heads),
         ("d_ff", light_d_ff, heavy_d_ff, units),
@@ -91,13 +153,16 @@ def convert(
         num_heavy_heads=num_heavy_heads,
         light_d_ff=light_d_ff,
         heavy_d_ff=heavy_d_ff,
-        num_cross_key_value_heads=num_cross_key_value_heads or heads,
+        num_cross_key_value_heads=num_cross_key_value_heads,
         relative_attention_num_buckets=old.relative_attention_num_buckets,
         relative_attention_max_distance=old.relative_attention_max_distance,
         layer_norm_epsilon=old.layer_norm_epsilon,
         feed_forward_proj=old.feed_forward_proj,
         tie_word_embeddings=torch.equal(source.lm_head.weight, source.shared.weight),
-        scale_decoder_outputs=old.scale_decoder_outputs,
+        # umT5 of older releases of Transformers scales without saying so, mT5 never does
+        scale_decoder_outputs=getattr(
+            old, "scale_decoder_outputs", old.model_type == "umt5" and old.tie_word_embeddings
+        ),
         pad_token_id=old.pad_token_id,
         eos_token_id=old.eos_token_id,
         decoder_start_token_id=old.pad_token_id if old.decoder_start_token_id is None else old.decoder_start_token_id,
@@ -114,6 +179,74 @@ def convert(
     return model.eval()
 
 
+def differences(source: PreTrainedModel, model: CoLT5ForConditionalGeneration) -> list[str]:
+    """In what a converted model computes something else than its source, a sentence for each; nothing where it is the
+    same function.
+
+    Args:
+        source: what was converted.
+        model: what `convert` made of it.
+    """
+    old, new = source.config, model.config
+    is_long = isinstance(source, LongT5ForConditionalGeneration)
+    found = []
+    budgets = {
+        "feed-forward's tokens": new.routed_feed_forward_fraction,
+        "queries": new.routed_query_fraction,
+        "keys and values": new.routed_key_value_fraction,
+    }
+    below = [f"{fraction:.3g} of the {what}" for what, fraction in budgets.items() if fraction < 1]
+    if below:
+        found.append(f"The heavy branches take {', '.join(below)}, chosen by routers that are new.")
+    if is_long:
+        if old.encoder_attention_type == "transient-global":
+            found.append("The global tokens of its attention are left out.")
+        if new.num_light_heads < old.num_heads:
+            found.append(
+                f"{old.num_heads - new.num_light_heads} of {old.num_heads} heads see all routed tokens, not the "
+                f"nearest {old.local_radius} to each side."
+            )
+        if new.local_radius != old.local_radius:
+            found.append(f"Light heads see {new.local_radius} tokens to each side, where it has {old.local_radius}.")
+    else:
+        found.append(
+            f"{new.num_light_heads} of {old.num_heads} heads see only the {new.local_radius} nearest tokens to each "
+            "side."
+        )
+    if new.num_cross_key_value_heads < old.num_heads:
+        found.append(
+            f"Cross-attention's {old.num_heads} heads of keys and values are {new.num_cross_key_value_heads} means."
+        )
+    if isinstance(source, UMT5ForConditionalGeneration):
+        found.append("The layers' own tables of relative biases are their mean.")
+    return found
+
+
+def _check_weights(source: PreTrainedModel) -> None:
+    """Refuse weights that a copy would make something else of.
+
+    Raises:
+        ValueError: naming one of them.
+    """
+    if getattr(source, "_hf_peft_config_loaded", False):
+        raise ValueError("source has adapters on its weights, which would be lost; merge them into the weights first")
+    for name, weight in source.named_parameters():
+        if weight.is_meta:
+            raise ValueError(f"source has {name} on disk or on the meta device; load it whole, without a device_map")
+        if type(weight) is not torch.nn.Parameter or not weight.is_floating_point():
+            raise ValueError(
+                f"source has {name} as a {type(weight).__name__} of {weight.dtype}, where a plain floating-point "
+                "parameter is needed; load it neither quantised nor sharded"
+            )
+
+
+def _bias_tables(stack: Any) -> list[torch.Tensor]:
+    """The relative biases of each layer of a stack, [buckets, heads]; umT5's layers have their own."""
+    layers = [_self_attention(block.layer[0]) for block in stack.block]
+    tables = [layer.relative_attention_bias.weight for layer in layers if layer.has_relative_attention_bias]
+    return tables if len(tables) > 1 else tables * len(layers)
+
+
 def _self_attention(layer: Any) -> Any:
     """The attention of a source's encoder layer, whatever its kind calls it."""
     names = ("SelfAttention", "LocalSelfAttention", "TransientGlobalSelfAttention")
@@ -126,23 +259,22 @@ def _read_off(source: PreTrainedModel, config: CoLT5Config) -> tuple[torch.Tenso
     buckets, far = config.relative_attention_num_buckets, config.relative_attention_max_distance
     # a text in which the radius leaves most tokens out
     distance = torch.arange(-8 * config.local_radius - 8, 8 * config.local_radius + 9)
-    bias = _self_attention(source.encoder.block[0].layer[0]).relative_attention_bias.weight.detach().cpu().float()
-    weights = bias[relative_position_bucket(distance, True, buckets, far)].softmax(0)
-    share = weights[distance.abs() <= config.local_radius].sum(0)
-    added, importance = torch.zeros_like(share), []
-    for block in source.encoder.block:
+    added, importance = torch.zeros(config.num_heads), []
+    for block, bias in zip(source.encoder.block, _bias_tables(source.encoder), strict=True):
+        weights = bias.detach().cpu().float()[relative_position_bucket(distance, True, buckets, far)].softmax(0)
+        share = weights[distance.abs() <= config.local_radius].sum(0)
         attention = _self_attention(block.layer[0])
         value = attention.v.weight.detach().float() * block.layer[0].layer_norm.weight.detach().float()
         output = attention.o.weight.detach().float()
         heads = output.unflatten(1, (config.num_heads, -1)).transpose(0, 1) @ value.unflatten(
             0, (config.num_heads, -1)
         )
-        added += heads.flatten(1).norm(dim=1).cpu()
+        added += heads.flatten(1).norm(dim=1).cpu() * share
         dense = block.layer[1].DenseReluDense
         inputs = ("wi_0", "wi_1") if config.is_gated_act else ("wi",)
         norms = [getattr(dense, name).weight.detach().cpu().float().norm(dim=1) for name in inputs]
         importance.append(torch.stack(norms).prod(0) * dense.wo.weight.detach().cpu().float().norm(dim=0))
-    return added * share, importance
+    return added, importance
 
 
 def _measure(
@@ -151,7 +283,7 @@ def _measure(
     """The same as `_read_off`, measured on a text sample."""
     added, importance = _read_off(source, config)
     # the weights of LongT5's folded attention are not by position; its heads keep their order by the weights
-    with_heads = isinstance(source, T5ForConditionalGeneration)
+    with_heads = not isinstance(source, LongT5ForConditionalGeneration)
     if with_heads:
         added = torch.zeros_like(added)
     activity = [torch.zeros_like(layer) for layer in importance]
@@ -225,7 +357,7 @@ def _convert_encoder(
     encoder: Any = model.encoder
     order = added.argsort(descending=True, stable=True)
     light_heads, heavy_heads = order[: config.num_light_heads].sort()[0], order[config.num_light_heads :].sort()[0]
-    bias = _self_attention(source.block[0].layer[0]).relative_attention_bias.weight
+    bias = torch.stack(_bias_tables(source)).mean(0)
     encoder.light_relative_attention_bias.weight.copy_(bias[:, light_heads])
     encoder.heavy_relative_attention_bias.weight[:, : len(heavy_heads)] = bias[:, heavy_heads]
     for old, new, units in zip(source.block, encoder.block, importance, strict=True):
@@ -262,7 +394,7 @@ def _copy_units(source: Any, target: CoLT5DenseActDense, units: torch.Tensor) ->
 def _convert_decoder(source: Any, model: CoLT5ForConditionalGeneration) -> None:
     config = model.config
     decoder: Any = model.decoder
-    decoder.relative_attention_bias.weight.copy_(source.block[0].layer[0].SelfAttention.relative_attention_bias.weight)
+    decoder.relative_attention_bias.weight.copy_(torch.stack(_bias_tables(source)).mean(0))
     decoder.final_layer_norm.weight.copy_(source.final_layer_norm.weight)
     for old, new in zip(source.block, decoder.block, strict=True):
         for old_layer, new_layer in zip(old.layer, new.layer, strict=True):

@@ -425,6 +425,7 @@ def test_scores_of_classes_labels_and_numbers():
         (["--train_file", "rows.jsonl", "--label_column", "class"], "train has no column class"),
         (["--train_file", "rows.jsonl", "--eval_steps", "1.5"], "eval_steps"),
         (["--train_file", "rows.jsonl", "--nonsense", "1"], "nonsense"),
+        (["--train_file", "rows.jsonl", "--config_overrides", "d_model=-1"], "d_model"),
     ],
 )
 def test_errors_of_the_input_are_one_line(tmp_path, monkeypatch, capsys, options, message):
