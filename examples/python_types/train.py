@@ -40,7 +40,9 @@ from python_types.evaluate import (
     write_records,
     write_summary,
 )
+from python_types.first_weights import looking_from_the_start
 from python_types.predict import predict_all
+from python_types.renaming import Renaming
 from python_types.training_rows import IGNORED, TASKS, Batches, load_tokens, prepare, shapes_of
 from python_types.weights import load_weights, save_weights
 from torch import Tensor, nn
@@ -137,10 +139,10 @@ class Arguments:
     evaluation_minutes: float = field(default=2.0, metadata={"help": "of these, for the evaluation"})
     steps: int | None = field(default=None, metadata={"help": "steps in all, instead of the time for training"})
     save_minutes: float = field(default=2.0, metadata={"help": "between two savings"})
-    learning_rate: float = field(default=1e-2, metadata={"help": "the highest, relative to each parameter's size"})
+    learning_rate: float = field(default=2e-2, metadata={"help": "the highest, relative to each parameter's size"})
     warmup_steps: int = field(default=300, metadata={"help": "steps of rising learning rate"})
     encoder_loss: float = field(default=1.0, metadata={"help": "weight of the encoder's own loss at the sentinels"})
-    batch_tokens: int = field(default=32_768, metadata={"help": "tokens of a step in each process"})
+    batch_tokens: int = field(default=16_384, metadata={"help": "tokens of a step in each process"})
     start_lengths: list[int] = field(
         default_factory=lambda: [256, 1024, 4096],
         metadata={"help": "tokens of an input in equal parts of the dense start, one after the other"},
@@ -152,6 +154,7 @@ class Arguments:
     opening: float = field(default=0.1, metadata={"help": "the dense start's `opening`"})
     start_types: float = field(default=0.5, metadata={"help": "share of the batches of types in the dense start"})
     types: float = field(default=0.75, metadata={"help": "share of the batches of types afterwards"})
+    renamed: float = field(default=0.5, metadata={"help": "share of the inputs that get other words (renaming.py)"})
     graphs: bool = field(default=True, metadata={"help": "whether steps are CUDA graphs, on a GPU"})
     seed: int = field(default=0, metadata={"help": "of weights, order, what is hidden, dropout"})
 
@@ -364,17 +367,6 @@ def encoder_loss_at_sentinels(
     return total / (first != IGNORED).sum().clamp(min=1)
 
 
-def reading_from_the_start(model: CoLT5ForConditionalGeneration) -> CoLT5ForConditionalGeneration:
-    """The model with initial weights of cross-attention that look for the decoder's own token: a sentinel finds its
-    place. T5's own come to it only after many steps, and until then answers do not depend on their places."""
-    with torch.no_grad():
-        for block in model.decoder.block:
-            attention = block.layer[1].EncDecAttention
-            # ⟨q, k⟩ of a token with itself is 1 at T5's scale of q, times this
-            attention.k.weight.copy_(attention.q.weight * 16)
-    return model
-
-
 @dataclass
 class Progress:
     """How far a run has come; saved with it.
@@ -452,7 +444,7 @@ class Training:
         self.progress = Progress()
         torch.manual_seed(arguments.seed)
         with processes.device:
-            self.model = reading_from_the_start(CoLT5ForConditionalGeneration(size.config())).train()
+            self.model = looking_from_the_start(CoLT5ForConditionalGeneration(size.config())).train()
         self.tokenizer = CoLT5Tokenizer.from_pretrained(VOCABULARY)
         self.sentinels = torch.tensor(self.tokenizer.get_sentinel_token_ids(), device=processes.device)
         # before other weights come: rates are relative to the sizes that parameters begin with
@@ -499,6 +491,8 @@ class Training:
             # other batches in each phase
             100 * arguments.seed + (arguments.start_lengths.index(int(phase)) if is_start else 99),
             self.processes.rank,
+            renaming=Renaming(self.tokenizer),
+            renamed=arguments.renamed,
         )
         order, workers = range(taken, len(batches)), min(3, os.cpu_count() or 1)
         return iter(DataLoader(batches, batch_size=None, sampler=order, num_workers=workers, prefetch_factor=8))

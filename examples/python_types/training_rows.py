@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from python_types.holes import MOST_SENTINELS, Hole, holes_of, holes_to_hide
+from python_types.renaming import Renaming
 from python_types.score import commonest
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -228,6 +229,8 @@ class Batches(Dataset):
         seed: of all that is drawn.
         rank: the process.
         share: of the annotations that are hidden; None for a share that is drawn each time a module is read.
+        renaming: gives rows other words.
+        renamed: the share of the rows that get other words.
     """
 
     def __init__(
@@ -239,7 +242,10 @@ class Batches(Dataset):
         seed: int,
         rank: int = 0,
         share: float | None = None,
+        renaming: Renaming | None = None,
+        renamed: float = 0.0,
     ):
+        self.renaming, self.renamed = renaming, renamed
         self.tokens, self.shapes, self.share_of_types = tokens, shapes, share_of_types
         self.sentinels, self.seed, self.rank, self.share = np.array(sentinels[:MOST_SENTINELS]), seed, rank, share
         self.corruption = SpanCorruption()
@@ -272,7 +278,11 @@ class Batches(Dataset):
         rows = []
         for point in generator.random(shape.rows):
             module = int(modules[np.searchsorted(ends, point * ends[-1], side="right")])
-            rows.append(make(module, shape, generator))
+            row, target = make(module, shape, generator)
+            if self.renaming is not None and generator.random() < self.renamed:
+                renamed = self.renaming.draw(generator)
+                row, target = renamed[row], renamed[target]
+            rows.append((row, target))
         return task, collate(rows, shape)
 
     def types(self, index: int, shape: Shape, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
