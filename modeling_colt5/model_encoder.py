@@ -12,7 +12,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_colt5 import CoLT5Config
 from .kernel_backend import Mode, uses_triton
-from .layer_encoder import combined
+from .layer_encoder import Sum
 from .model_base import CoLT5Stack
 from .model_encoder_layer import CoLT5EncoderBlock, encoder_plan, is_as_written
 from .model_from_config import encoder_block, encoder_settings, layer_norm, position_bias
@@ -149,11 +149,8 @@ class CoLT5Encoder(CoLT5Stack):
     ) -> torch.Tensor:
         """All layers without gradients, where nobody sees what goes from block to block: a straight line leaves its
         last sum to the norm of the next one. A block that is not plain is called as it is."""
-        parts: list[Any] = [hidden_states, None, None, None]
+        states = Sum(hidden_states)
         for block in self.block:
-            line = block.straight_line(parts, tables, plan)  # type: ignore[operator]
-            if line is None:
-                parts = [block(combined(parts), *tables, plan)[0], None, None, None]
-            else:
-                parts = list(line.run(parts))
-        return combined(parts)
+            line = block.straight_line(tables, plan)  # type: ignore[operator]
+            states = Sum(block(states.total(), *tables, plan)[0]) if line is None else line.run(states)
+        return states.total()

@@ -8,8 +8,9 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .kernel_backend import is_hooked
-from .layer_encoder import StraightLayer, StraightPass, combined, may_run_straight
+from .layer_encoder import StraightLayer, Sum, may_run_straight
 from .layer_plain import PlainBlock
+from .layer_program import StraightPass
 from .model_layers import (
     CoLT5Attention,
     CoLT5DenseActDense,
@@ -263,12 +264,11 @@ class CoLT5EncoderBlock(GradientCheckpointingLayer):
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, CoLT5LayerRouting | None]:
         """The new hidden states [batch, n, d_model]; where the block runs as modules also light and heavy attention
         weights (None where not given), and what was routed."""
-        parts: list[Any] = [hidden_states, None, None, None]
-        line = self.straight_line(parts, (light_bias_table, heavy_bias_table), plan)
+        line = self.straight_line((light_bias_table, heavy_bias_table), plan)
         if line is not None:
             if torch.is_grad_enabled():
                 return line.run_with_gradient(hidden_states), None, None, None
-            return combined(line.run(parts)), None, None, None
+            return line.run(Sum(hidden_states)).total(), None, None, None
         hidden_states, light_weights, heavy_weights, queries, keys = self.layer[0](
             hidden_states, light_bias_table, heavy_bias_table, plan
         )
@@ -277,13 +277,11 @@ class CoLT5EncoderBlock(GradientCheckpointingLayer):
         return hidden_states, light_weights, heavy_weights, routing
 
     def straight_line(
-        self, parts: list[Any], tables: tuple[torch.Tensor, torch.Tensor | None], plan: EncoderPlan
+        self, tables: tuple[torch.Tensor, torch.Tensor | None], plan: EncoderPlan
     ) -> StraightLayer | None:
         """This block as a straight line of kernels, where it is plain and may run so; None for modules.
 
         Args:
-            parts: what goes in, `Parts` of layer_encoder.py: the hidden states and three times None, or a sum that is
-                left to the first norm.
             tables: light and heavy bias table.
             plan: of the pass.
         """
@@ -293,7 +291,7 @@ class CoLT5EncoderBlock(GradientCheckpointingLayer):
         found = self.plain.read(self, PLAIN)
         if found is None:
             return None
-        return StraightLayer.of(*found, parts, (light_bias_table, heavy_bias_table), plan)
+        return StraightLayer.of(*found, (light_bias_table, heavy_bias_table), plan)
 
 
 BLOCK_FORWARD = CoLT5EncoderBlock.forward

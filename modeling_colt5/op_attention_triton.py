@@ -422,6 +422,26 @@ def attention_backward_key_kernel(
     _store_rows(value_gradient + offset, value_accumulator, start, num_keys, gradient_stride, HEAD, BLOCK_K, BLOCK_D)
 
 
+@triton.jit(do_not_specialize=["rows"])
+def table_sums_kernel(
+    partials, table, batch, rows, width, heads: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """The sums [heads, width] of partial sums [batch, heads, rows, width], in a fixed order."""
+    head = tl.program_id(1)
+    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
+    for row in range(batch):
+        first = partials + (row * heads + head).to(tl.int64) * rows * width
+        for start in range(0, rows, ROWS):
+            numbers = start + tl.arange(0, ROWS)
+            total += tl.load(
+                first + numbers.to(tl.int64)[:, None] * width + columns[None, :],
+                mask=(numbers < rows)[:, None] & (columns < width)[None, :],
+                other=0.0,
+            )
+    tl.store(table + head * width + columns, tl.sum(total, axis=0), mask=columns < width)
+
+
 # A tile has these (queries, keys, warps, stages), by kernel and by whether positions are given; other head sizes and
 # dtypes take others below. They are from benchmarks/attention.py --sweep on one H200; of two within 5 %, the one with
 # less shared memory was taken, so that smaller cards have room.
@@ -699,4 +719,13 @@ def attention_backward_into(
         attention_backward_key_kernel, (-(-key.shape[1] // block_k), key.shape[2], batch),
         *problem.operands, log_sum_exp, output_gradient, delta, key_gradient, value_gradient,
         *problem.sizes, key_gradient.stride(1), *constants, **options,
+    )  # fmt: skip
+
+
+def table_sums_into(partials: torch.Tensor, table_gradient: torch.Tensor) -> None:
+    """The launch that sums the `partials` of `attention_backward_into` to the table's gradient, which it writes."""
+    batch, heads, rows, width = partials.shape
+    launch(
+        table_sums_kernel, (-(-width // 32), heads),
+        partials, table_gradient, batch, rows, width, heads, 128, 32, num_warps=4,
     )  # fmt: skip

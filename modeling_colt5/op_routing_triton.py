@@ -108,22 +108,25 @@ def route_forward(
     state = weights.new_empty((rows, 3 if exact else num_iterations))
     if rows == 0:
         return weights, indices, valid, state
+    numbers = arrived = None
+    if (shapes := sharing_shapes(rows, n, scores.device)) is not None:
+        numbers = torch.empty(shapes[0], dtype=torch.int32, device=scores.device)
+        arrived = torch.zeros(shapes[1], dtype=torch.int32, device=scores.device)
     route_forward_into(
         _readable(scores), budget.contiguous(), adjacent(soft_budget), None if mask is None else _readable(mask),
-        adjacent(lengths), weights, indices, valid, state, *sharing_room(rows, n, scores.device),
+        adjacent(lengths), weights, indices, valid, state, numbers, arrived,
         soft_topk_ratio, solver, epsilon, num_iterations, epsilon_init, epsilon_decay,
     )  # fmt: skip
     return weights, indices, valid, state
 
 
-def sharing_room(rows: int, n: int, device: torch.device) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Where programs that share a row leave numbers for each other, and the counters of their arrivals at 0; None of
-    both for rows of one program each."""
+def sharing_shapes(rows: int, n: int, device: torch.device) -> tuple[tuple[int, int], tuple[int, int]] | None:
+    """Shapes of int32: of where programs that share a row leave numbers for each other, and of the counters of their
+    arrivals, which begin at 0; None for rows of one program each."""
     if n <= LONGEST_ROW:
-        return None, None
+        return None
     programs = cdiv(n, _parts(n, device)[0])
-    numbers = torch.empty((rows, 2 * PLACES.value * programs), dtype=torch.int32, device=device)
-    return numbers, torch.zeros((rows, COUNTER_STRIDE.value), dtype=torch.int32, device=device)
+    return (rows, 2 * PLACES.value * programs), (rows, COUNTER_STRIDE.value)
 
 
 def route_forward_into(
@@ -145,8 +148,8 @@ def route_forward_into(
     epsilon_init: float | None,
     epsilon_decay: float,
 ) -> None:
-    """The launch of `route_forward`: operands as kernels read them, its results, which it writes, and what
-    `sharing_room` made for it."""
+    """The launch of `route_forward`: operands as kernels read them, its results, which it writes, and memory of
+    `sharing_shapes`, None where that gives none."""
     rows, n = scores.shape
     capacity = weights.shape[1]
     exact = solver == "exact"

@@ -316,3 +316,28 @@ def gather_dot_into(
         None, None, None, None, 0,
         n, d, block, num_warps=max(1, min(8, block // 256)),
     )  # fmt: skip
+
+
+@triton.jit
+def join_kernel(first_ptr, second_ptr, third_ptr, out_ptr, size, BLOCK: tl.constexpr):
+    """Up to three tensors one behind the other, a block of one of them a program."""
+    part = tl.program_id(1)
+    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < size
+    parts = tl.zeros([BLOCK], dtype=tl.int32) + part
+    values = tl.load(first_ptr + offsets, mask=mask & (parts == 0), other=0.0)
+    if second_ptr is not None:
+        second = tl.load(second_ptr + offsets, mask=mask & (parts == 1), other=0.0)
+        values = tl.where(parts == 1, second, values)
+    if third_ptr is not None:
+        third = tl.load(third_ptr + offsets, mask=mask & (parts == 2), other=0.0)
+        values = tl.where(parts == 2, third, values)
+    tl.store(out_ptr + part.to(tl.int64) * size + offsets, values.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def join_into(out: Tensor, first: Tensor, second: Tensor | None = None, third: Tensor | None = None) -> None:
+    """One launch that writes up to three contiguous tensors of as many numbers each to a contiguous `out`, one behind
+    the other, rounded to its dtype."""
+    size, parts = first.numel(), 1 + (second is not None) + (third is not None)
+    block = min(2048, next_power_of_2(size))
+    launch(join_kernel, (cdiv(size, block), parts), first, second, third, out, size, block, num_warps=4)

@@ -1,11 +1,11 @@
 """Launching Triton kernels with little host time: a kernel compiled once is called past Triton's own inspection."""
 
+import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from .kernel_backend import INTERPRETED
 
@@ -20,12 +20,12 @@ REGISTERS = 65536
 # Of each kernel: whether Triton looks at an integer's value, of each argument that is no constant; what was compiled
 # of it, by all that Triton's code generation looks at; and the kernel itself, so that no other gets its id. Kernels
 # are known by identity, because a kernel's own hash is taken over its source.
-_kernels: dict[int, tuple[tuple[bool, ...], dict[tuple[Any, ...], "_Compiled"], Any]] = {}
+_kernels: dict[int, tuple[tuple[bool, ...], dict[tuple[Any, ...], "Compiled"], Any]] = {}
 # A grid of one, two or three axes leaves these out.
 _AXES = ((), (1, 1), (1,), ())
 
 
-class _Compiled(NamedTuple):
+class Compiled(NamedTuple):
     """What Triton compiled, and what of it a launch needs."""
 
     kernel: Any
@@ -34,14 +34,26 @@ class _Compiled(NamedTuple):
     metadata: Any
 
 
-# The launches of a thread are noted here while `bind` runs a function.
+# The launches of a thread are noted here within `noted`.
 _notes = threading.local()
 
 
-def _note(compiled: _Compiled | None, grid: tuple[int, ...], arguments: tuple[Any, ...]) -> None:
+def _note(compiled: Any, grid: tuple[int, ...], arguments: tuple[Any, ...]) -> None:
     notes = getattr(_notes, "launches", None)
     if notes is not None:
         notes.append((compiled, grid, arguments))
+
+
+@contextlib.contextmanager
+def noted(notes: list[Any] | None) -> Iterator[None]:
+    """Inside, each launch of this thread is added to the notes as what was compiled, its grid and its arguments; as
+    None, its grid and its arguments where it went to Triton itself, as those do that are not aligned to 16 bytes."""
+    before = getattr(_notes, "launches", None)
+    _notes.launches = notes
+    try:
+        yield
+    finally:
+        _notes.launches = before
 
 
 def has_listeners() -> bool:
@@ -102,6 +114,7 @@ def launch(
         arguments += tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
     if INTERPRETED:
         kernel[grid](*arguments)
+        _note(kernel, grid, arguments)
         return
     known = _kernels.get(id(kernel))
     if known is None:
@@ -151,7 +164,7 @@ def launch(
             options |= options_together(num_warps, together)
         made = kernel[grid](*arguments, **options)
         if is_plain:
-            compiled = compiled_kernels[found] = _Compiled(made, made.run, made.function, made.packed_metadata)
+            compiled = compiled_kernels[found] = Compiled(made, made.run, made.function, made.packed_metadata)
         _note(compiled, grid, arguments)
         return
     _note(compiled, grid, arguments)
@@ -163,56 +176,3 @@ def launch(
     else:
         # The line above comes to this, with a description of the launch that nobody would read.
         run(*axes, stream, function, metadata, None, None, None, *values)
-
-
-class Bound:
-    """The launches of a function for tensors of one kind, repeated with the addresses of other such tensors.
-
-    Only what differs between two calls is put in: that takes the host a fraction of what a launch takes that has to
-    find out what was compiled.
-    """
-
-    __slots__ = ("device", "launches")
-
-    def __init__(self, launches: list[tuple[Any, ...]], device: int):
-        self.launches = launches
-        self.device = device
-
-    def __call__(self, addresses: tuple[int | None, ...]) -> None:
-        """Launch on the current stream. The tensors behind the addresses have the dtypes, shapes and strides of those
-        that the function was bound with, are on its device, begin at multiples of 16 bytes, and are None where those
-        were."""
-        stream = torch._C._cuda_getCurrentRawStream(self.device)
-        for run, (x, y, z), function, metadata, constants, places in self.launches:
-            values = constants.copy()
-            for place, slot in places:
-                values[place] = addresses[slot]
-            run(x, y, z, stream, function, metadata, None, None, None, *values)
-
-
-def bind(function: Callable[..., None], tensors: tuple[Tensor | None, ...], *numbers: Any) -> Bound | None:
-    """Run `function(*tensors, *numbers)`, which does nothing but launch kernels, and keep its launches; None where one
-    went to Triton itself, as those do that are not aligned to 16 bytes, or reads what is not among the tensors."""
-    notes: list[tuple[_Compiled | None, tuple[int, ...], tuple[Any, ...]]] = []
-    _notes.launches = notes
-    try:
-        function(*tensors, *numbers)
-    finally:
-        _notes.launches = None
-    given = [(tensor.data_ptr(), slot) for slot, tensor in enumerate(tensors) if tensor is not None]
-    slots = dict(given)
-    if len(slots) != len(given) or 0 in slots:
-        return None
-    device = next(tensor.get_device() for tensor in tensors if tensor is not None)
-    launches = []
-    for compiled, grid, arguments in notes:
-        constants, places = [*arguments], []
-        for place, argument in enumerate(arguments):
-            if isinstance(argument, Tensor):
-                constants[place] = None
-                places.append((place, slots.get(argument.data_ptr())))
-        if compiled is None or any(slot is None for _, slot in places):
-            return None
-        axes = grid + _AXES[len(grid)]
-        launches.append((compiled.run, axes, compiled.function, compiled.metadata, constants, places))
-    return Bound(launches, device)

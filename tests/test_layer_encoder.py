@@ -1,25 +1,23 @@
 """Encoder layers as straight lines of launches: they give what the modules give, where nobody looks inside."""
 
 import copy
-import ctypes
 import io
 from collections import OrderedDict
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from launch_lists import interpreting_launcher
 from models import checkpoint_activations, pad, random_ids, tiny_model
 from rounding import ROUNDING, assert_same_but_for_rounding
 from torch import nn
 
 pytest.importorskip("triton")
 
-from modeling_colt5 import CoLT5EncoderModel, layer_encoder, run_launch_triton  # noqa: E402
+from modeling_colt5 import CoLT5EncoderModel, layer_encoder, layer_program, run_launch_list  # noqa: E402
 from modeling_colt5.layer_encoder import StraightLayer  # noqa: E402
 from modeling_colt5.model_encoder_layer import PLAIN, CoLT5EncoderBlock  # noqa: E402
-from modeling_colt5.run_launch_triton import bind  # noqa: E402
 
 
 @pytest.fixture
@@ -334,56 +332,6 @@ def test_modes_that_take_the_modules() -> None:
     assert asked == [False]
 
 
-# launches that are bound once and repeated by address
-
-
-class Kernel:
-    """What looks like a kernel of two tensors and a number; its launches are noted."""
-
-    arg_names = ["x", "y", "n"]
-
-    def __init__(self) -> None:
-        self.runs: list[tuple[Any, ...]] = []
-        self.params = [SimpleNamespace(is_constexpr=False, do_not_specialize=False) for _ in self.arg_names]
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        made = SimpleNamespace(run=lambda *given: self.runs.append(given), function=11, packed_metadata=(13,))
-        return lambda *arguments, **options: made
-
-
-@pytest.fixture
-def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
-    monkeypatch.setattr(run_launch_triton, "INTERPRETED", False)
-    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: -1, raising=False)
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 7, raising=False)
-    return Kernel()
-
-
-def test_bound_launches_get_the_addresses_of_now(kernel: Kernel) -> None:
-    def twice(x: torch.Tensor, y: torch.Tensor | None, out: torch.Tensor, n: int) -> None:
-        run_launch_triton.launch(kernel, (2, 3), out, x, n)
-        run_launch_triton.launch(kernel, (5,), x, y, n)
-
-    x, out = torch.zeros(8), torch.zeros(8)
-    bound = bind(twice, (x, None, out), 48)
-    assert bound is not None and not kernel.runs
-    bound((160, None, 320))
-    rest = (7, 11, (13,), None, None, None)
-    assert kernel.runs == [(2, 3, 1, *rest, 320, 160, 48), (5, 1, 1, *rest, 160, None, 48)]
-
-
-def test_what_cannot_be_repeated_is_not_bound(kernel: Kernel) -> None:
-    def launched(x: torch.Tensor, y: torch.Tensor) -> None:
-        run_launch_triton.launch(kernel, (1,), x, y, 16)
-
-    x, unaligned = torch.zeros(8), torch.zeros(9)[1:]
-    # aligned to 4 bytes, which goes to Triton each time; twice the same; and one that is not among the tensors
-    assert bind(launched, (x, unaligned)) is None
-    assert bind(launched, (x, x)) is None
-    assert bind(lambda given: launched(given, torch.zeros(8)), (x,)) is None
-    assert bind(launched, (x, torch.zeros(8))) is not None
-
-
 # gradients
 
 
@@ -445,57 +393,57 @@ def test_frozen_weights_get_no_gradients(device: torch.device, layers: list) -> 
     assert len(layers) == 2
 
 
-# calls by address
+# lists of launches
 
 
 @pytest.fixture
-def by_address(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """As on a GPU the first call of a kind binds its launches, and the next ones repeat them on whatever lies at the
-    addresses that they are given; the functions that were repeated."""
-    repeated = []
-
-    def tensor_at(address: int, like: torch.Tensor) -> torch.Tensor:
-        numbers = 1 + sum((length - 1) * stride for length, stride in zip(like.shape, like.stride(), strict=True))
-        memory = (ctypes.c_char * (numbers * like.itemsize)).from_address(address)
-        return torch.frombuffer(memory, dtype=like.dtype).as_strided(like.shape, like.stride())
-
-    def bind_here(function: Callable, tensors: tuple, *numbers: Any) -> Callable:
-        function(*tensors, *numbers)
-
-        def repeat(addresses: tuple) -> None:
-            repeated.append(function.__name__)
-            there = [
-                None if like is None else tensor_at(at, like) for at, like in zip(addresses, tensors, strict=True)
-            ]
-            function(*there, *numbers)
-
-        return repeat
-
-    monkeypatch.setattr(layer_encoder, "INTERPRETED", False)
-    monkeypatch.setattr(layer_encoder, "bind", bind_here)
-    monkeypatch.setattr(layer_encoder, "_programs", {})
-    monkeypatch.setattr(layer_encoder, "_may_repeat", lambda states: True)
+def lists(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """As on a GPU the first call of a kind notes its launches, and the next ones repeat them; what was repeated."""
+    repeated: list[str] = []
+    monkeypatch.setattr(run_launch_list, "launcher", interpreting_launcher(monkeypatch, repeated))
+    monkeypatch.setattr(layer_program, "programs", {})
+    monkeypatch.setattr(layer_program, "may_repeat", lambda states: True)
     return repeated
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there the calls above are repeated by address themselves")
-@pytest.mark.parametrize("lengths", [(6,), pytest.param((9, 5), marks=pytest.mark.slow)])
-def test_repeated_launches_read_and_write_what_they_should(lengths: tuple[int, ...], by_address: list[str]) -> None:
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there the calls above are repeated from lists themselves")
+@pytest.mark.parametrize(("lengths", "rate"), [((6,), 0.0), ((9, 5), 0.3)])
+def test_lists_read_and_write_what_they_should(lengths: tuple[int, ...], rate: float, lists: list[str]) -> None:
     device = torch.device("cpu")
-    model = encoder(device, num_layers=2)
+    model = encoder(device, num_layers=2, dropout_rate=rate).train(rate > 0)
     first, second = batch_of(device, *lengths), batch_of(device, *lengths)
-    # the first call of each kind: without a gradient states and parts, with one forward and backward
+    # the first calls of each kind
     gradients_of(model, first)
+    expected = as_modules(lambda: gradients_of(model, second))
+    count = len(lists)
+    assert_same_gradients(gradients_of(model, second), expected)
+    assert len(lists) - count > 2 * 60
+    if rate > 0:
+        return
     with torch.no_grad():
         model(**first)
-    expected = as_modules(lambda: gradients_of(model, second))
-    count = len(by_address)
-    assert_same_gradients(gradients_of(model, second), expected)
-    assert len(by_address) - count > 2 * 25
-    count = len(by_address)
-    with torch.no_grad():
+        count = len(lists)
         assert_same_but_for_rounding(model(**second).last_hidden_state, expected["output"])
-    assert len(by_address) - count >= 2 * 10
+    assert len(lists) - count >= 2 * 20
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there the calls above are repeated from lists themselves")
+def test_lists_of_frozen_weights_and_of_autocast(lists: list[str]) -> None:
+    device = torch.device("cpu")
+    model = encoder(device, num_layers=1)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("light_attention.k" in name or "router" in name or "heavy_feed_forward" in name)
+    batch = batch_of(device, 8)
+
+    def call() -> dict[str, Any]:
+        with torch.autocast("cpu", torch.float16):
+            return gradients_of(model, batch)
+
+    expected = as_modules(call)
+    call()
+    count = len(lists)
+    assert_same_gradients(call(), expected, torch.bfloat16)
+    assert len(lists) - count > 50
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.3])

@@ -1,0 +1,318 @@
+"""The backward pass of an encoder layer as a straight line of kernel launches and products."""
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from .kernel_backend import triton_is_available
+from .layer_forward import Line, drop_again
+from .layer_program import VECTORS
+
+if triton_is_available():
+    from .op_attention_triton import attention_backward_into, readable, table_sums_into
+    from .op_gelu_triton import gated_gelu_backward_into, gated_gelu_into
+    from .op_norm_triton import norm_backward_into
+    from .op_routing_triton import route_backward_into
+    from .op_rows_triton import combine_into, gather_dot_into, join_into
+
+
+class Gradients:
+    """Where the gradients of a layer's weights are written: side by side in one memory of each dtype.
+
+    Args:
+        weights: in the order of `WEIGHTS`.
+        needs: of which of them a gradient is wanted. Those of vectors come with others' and are written always.
+    """
+
+    def __init__(self, weights: Sequence[Tensor], needs: Sequence[bool]):
+        self.needs = needs
+        groups: dict[torch.dtype, list[int]] = {}
+        for place, weight in enumerate(weights):
+            if needs[place] or place in VECTORS:
+                groups.setdefault(weight.dtype, []).append(place)
+        self.memories: list[Tensor] = []
+        self.views: dict[int, Tensor] = {}
+        for dtype, places in groups.items():
+            own = [weights[place] for place in places]
+            memory = torch.empty(sum(map(Tensor.numel, own)), dtype=dtype, device=own[0].device)
+            self.memories.append(memory)
+            views = torch._C._nn.unflatten_dense_tensors(memory, own)
+            self.views.update(zip(places, views, strict=True))
+
+    def wanted(self) -> list[Tensor | None]:
+        """The gradients, None where none is wanted."""
+        return [self.views[place] if needed else None for place, needed in enumerate(self.needs)]
+
+
+class Backward:
+    """The gradients of a layer, step by step.
+
+    Args:
+        line: of the forward pass's weights, memory and extras.
+        gradients: of the weights, to be written.
+        tables: the gradients of light and heavy table, to be written; None where not wanted.
+    """
+
+    def __init__(self, line: Line, gradients: Gradients, tables: tuple[Tensor | None, Tensor | None]):
+        self.line, self.gradients, self.tables = line, gradients, tables
+        self.needs = gradients.needs
+
+    def weight_gradients(self, joined: Tensor, states: Tensor, first: int, count: int) -> None:
+        """Write the gradients of weights from a place on, whose products have gradients [tokens, sum of widths] that
+        lie side by side."""
+        program, product = self.line.program, self.line.recorder.product
+        needed = [place for place in range(first, first + count) if self.needs[place]]
+        views = [self.gradients.views[place] for place in needed]
+        if not views:
+            return
+        width = joined.shape[1] // count
+        parts = [joined]
+        if len(needed) < count:
+            parts = [joined[:, (place - first) * width :][:, :width] for place in needed]
+        elif len({view.dtype for view in views}) == 1:
+            views = [views[0].as_strided((joined.shape[1], states.shape[1]), (states.shape[1], 1))]
+        else:
+            parts = list(joined.split(width, 1))
+        for part, view in zip(parts, views, strict=True):
+            out = view
+            if view.dtype != program.dtype:
+                out = self.line.temporary(program.dtype, *view.shape)
+            product(part.t(), states, out)
+            if out is not view:
+                self.line.run(join_into, view, out)
+
+    def states_gradient(self, joined: Tensor, first: int, count: int) -> Tensor:
+        """The gradient of states, from those of their products with weights from a place on, side by side."""
+        line = self.line
+        weights = line.weights[first : first + count]
+        out = line.temporary(line.program.dtype, joined.shape[0], weights[0].shape[1])
+        if line.program.joins[first]:
+            line.recorder.product(joined, line.joined(first, count), out)
+            return out
+        for number, (part, weight) in enumerate(zip(joined.chunk(count, 1), weights, strict=True)):
+            (line.recorder.add_product if number else line.recorder.product)(part, weight, out)
+        return out
+
+    def drop_again(self, states: Tensor, name: str, probability: float) -> Tensor:
+        """What dropout of the forward pass does to other states."""
+        function = partial(drop_again, probability=probability)
+        (result,) = self.line.recorder.step(function, states, self.line.extras[name])
+        return result
+
+    def route(self, router: int, slots: Sequence[Tensor], room: Sequence[Tensor | None]) -> None:
+        """The routing's gradient of one launch: `slots` are scores, weights, indices, valid and state, `room` the
+        weights' gradient, partial sums, the scores' gradient and the budget's."""
+        _, mask = self.line.common.routers[router]
+        scores, weights, indices, valid, state = slots
+        weights_grad, sums, scores_grad, budget_grad = room
+        rows = (scores, mask, None, None, state, sums, scores_grad, budget_grad)
+        settings = self.line.program.settings[1:]
+        self.line.run(route_backward_into, weights_grad, weights, indices, valid, *rows, *settings)
+
+    def dense(self, name: str, grad: Tensor, states: Tensor, first: int, probability: float) -> Tensor:
+        """The gradient of a gated feed-forward's states, and those of its weights, from a place on, as needed."""
+        line, out = self.line, self.line.weights[first + 2]
+        products = line.place(f"{name}_products")
+        parts = [line.rows(part) for part in products.chunk(2, 1)]
+        tokens, width = states.shape[0], products.shape[1] // 2
+        if self.needs[first + 2]:
+            # cheaper to compute again than to keep
+            activated = line.temporary(states.dtype, tokens, width)
+            line.run(gated_gelu_into, *parts, line.rows(activated))
+            if probability > 0:
+                activated = self.drop_again(activated, name, probability)
+            self.weight_gradients(grad, activated, first + 2, 1)
+            del activated
+        activated_grad = line.temporary(states.dtype, tokens, width)
+        line.recorder.product(grad, out, activated_grad)
+        if probability > 0:
+            activated_grad = self.drop_again(activated_grad, name, probability)
+        joined = line.temporary(states.dtype, tokens, 2 * width)
+        line.run(
+            gated_gelu_backward_into,
+            line.rows(activated_grad), *parts, *(line.rows(part) for part in joined.chunk(2, 1)),
+        )  # fmt: skip
+        del activated_grad
+        self.weight_gradients(joined, states, first, 2)
+        return self.states_gradient(joined, first, 2)
+
+    def norm(
+        self,
+        hidden_grad: Tensor,
+        normed_grad: Tensor,
+        scores_grad: Tensor,
+        hidden_states: Tensor,
+        rstd: Tensor,
+        first: int,
+        routers: Tensor,
+        shares: Tensor,
+        out: Tensor,
+    ) -> None:
+        """Write the gradients of a norm's states, of its weight, whose place is given, and of the routers."""
+        line = self.line
+        router_first, count = (5, 2) if first == 0 else (15, 1)
+        d = line.program.d
+        # gradients of two routers lie side by side, as the routers do
+        router_grads = self.gradients.views[router_first].as_strided((count, d), (d, 1))
+        line.run(
+            norm_backward_into,
+            hidden_grad, line.rows(normed_grad), scores_grad, hidden_states, rstd, line.weights[first], routers,
+            out, shares, self.gradients.views[first], router_grads,
+        )  # fmt: skip
+
+    def run(self, grad: Tensor, hidden_states: Tensor, out: Tensor) -> None:
+        """All gradients.
+
+        Args:
+            grad: of what the layer gave, [batch, n, d_model].
+            hidden_states: what it got.
+            out: the gradient of that, to be written.
+        """
+        if self.line.program.casts:
+            self.line.cast_matrices(copies=False)
+        hidden_grad, update_grad = self.feed_forward(grad)
+        self.attention(hidden_grad, update_grad, hidden_states, out)
+
+    def feed_forward(self, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradients of what the feed-forward got, [batch, n, d_model], of the residual and of the branches before
+        it."""
+        line, program = self.line, self.line.program
+        run, rows, d = line.run, line.rows, program.d
+        light_grad = line.rounded(grad, program.dtype)
+        if program.drops[3] > 0:
+            grad_of_update = light_grad = self.drop_again(light_grad, "second", program.drops[3])
+        else:
+            grad_of_update = grad
+        places = program.second.views(line.place("second"))
+        room = program.second_back.views(line.temporary(torch.uint8, program.second_back.size))
+        gradient = program.second_gradients
+        indices, valid, weights = (places[part] for part in program.second_slots.routers[0])
+        normed, states = line.place("second_normed"), line.place("states")
+        heavy_grad = line.temporary(program.dtype, *states.shape)
+        run(
+            gather_dot_into,
+            grad_of_update, rows(line.place("heavy")), indices, valid, weights, rows(heavy_grad),
+            room[gradient.weights[0]],
+        )  # fmt: skip
+        (launch,) = program.second_slots.launches
+        (launch_back,) = gradient.launches
+        self.route(
+            -1, [places[part] for part in launch], [part if part is None else room[part] for part in launch_back]
+        )
+        states_grad = self.dense("heavy", heavy_grad, states, 16, program.drops[5])
+        del heavy_grad
+        normed_grad = self.dense("light", light_grad.view(-1, d), normed, 12, program.drops[4])
+        total = line.temporary(program.dtype, *normed.shape)
+        run(combine_into, rows(normed_grad), None, rows(states_grad), indices, valid, *[None] * 5, rows(total))
+        del normed_grad, states_grad
+        result = line.temporary(program.hidden_dtype, *grad.shape)
+        self.norm(
+            grad, total, room[gradient.scores], line.place("hidden"), places[0], 11, line.weights[15].view(1, -1),
+            room[program.second_shares], result,
+        )  # fmt: skip
+        if program.drops[2] == 0:
+            return result, result
+        return result, self.drop_again(line.rounded(result, program.dtype), "first", program.drops[2])
+
+    def attention(self, grad: Tensor, update_grad: Tensor, hidden_states: Tensor, out: Tensor) -> None:
+        """The gradient of what the attention got, of its weights and of the tables."""
+        line, program = self.line, self.line.program
+        run, rows, heads, d = line.run, line.rows, line.heads, program.d
+        o, heavy_q, heavy_o = line.weights[4], line.weights[7], line.weights[10]
+        light_table, heavy_table = self.tables
+        places = program.first.views(line.place("first"))
+        room = program.first_back.views(line.temporary(torch.uint8, program.first_back.size))
+        slots, gradient = program.first_slots, program.first_gradients
+        query_slots, key_slots = ([places[part] for part in router] for router in slots.routers)
+        query_states, key_states = line.place("query_states"), line.place("key_states")
+
+        heavy_grad = line.temporary(program.dtype, *query_states.shape)
+        run(
+            gather_dot_into,
+            update_grad, rows(line.place("heavy_update")), *query_slots, rows(heavy_grad), room[gradient.weights[0]],
+        )  # fmt: skip
+        attended, query, key_value = (line.place(name) for name in ("heavy_attended", "query", "key_value"))
+        if self.needs[10]:
+            self.weight_gradients(heavy_grad, line.rounded(attended, program.dtype), 10, 1)
+        size = program.heavy_size
+        attended_grad = line.temporary(program.dtype, *attended.shape)
+        line.recorder.product(heavy_grad, heavy_o, attended_grad)
+        del heavy_grad
+        query_grad = line.temporary(program.attended, *query.shape)
+        key_value_grad = line.temporary(program.attended, *key_value.shape)
+        partials = self.partials(program.heavy_partials, heavy_table)
+        run(
+            attention_backward_into,
+            *readable(heads(attended_grad, size), heads(attended, size)), places[program.heavy_sums],
+            *readable(heads(query, size), *(heads(part, size) for part in key_value.chunk(2, 1))),
+            line.tables[1], query_slots[0], key_slots[0], key_slots[1], line.extras.get("heavy_seed"),
+            room[program.heavy_delta], heads(query_grad, size),
+            *(heads(part, size) for part in key_value_grad.chunk(2, 1)), partials, 0, program.drops[1],
+        )  # fmt: skip
+        del attended_grad
+        if heavy_table is not None and partials is not None:
+            run(table_sums_into, partials, heavy_table)
+        del partials
+        query_grad, key_value_grad = (line.rounded(part, program.dtype) for part in (query_grad, key_value_grad))
+        self.weight_gradients(query_grad, query_states, 7, 1)
+        self.weight_gradients(key_value_grad, key_states, 8, 2)
+        query_states_grad = line.temporary(program.dtype, *query_states.shape)
+        line.recorder.product(query_grad, heavy_q, query_states_grad)
+        key_states_grad = self.states_gradient(key_value_grad, 8, 2)
+        del query_grad, key_value_grad
+
+        normed = line.place("normed")
+        attended, query_key_value = line.place("light_attended"), line.place("query_key_value")
+        light_grad, size = line.rounded(update_grad, program.dtype).view(-1, d), program.light_size
+        if self.needs[4]:
+            self.weight_gradients(light_grad, line.rounded(attended, program.dtype), 4, 1)
+        attended_grad = line.temporary(program.dtype, *attended.shape)
+        line.recorder.product(light_grad, o, attended_grad)
+        del light_grad, update_grad
+        query_key_value_grad = line.temporary(program.attended, *query_key_value.shape)
+        partials = self.partials(program.light_partials, light_table)
+        run(
+            attention_backward_into,
+            *readable(heads(attended_grad, size), heads(attended, size)), places[program.light_sums],
+            *readable(*(heads(part, size) for part in query_key_value.chunk(3, 1))),
+            line.tables[0], None, None, line.common.mask, line.extras.get("seed"), room[program.light_delta],
+            *(heads(part, size) for part in query_key_value_grad.chunk(3, 1)), partials,
+            program.radius, program.drops[0],
+        )  # fmt: skip
+        del attended_grad
+        if light_table is not None and partials is not None:
+            run(table_sums_into, partials, light_table)
+        del partials
+        query_key_value_grad = line.rounded(query_key_value_grad, program.dtype)
+        self.weight_gradients(query_key_value_grad, normed, 1, 3)
+        normed_grad = self.states_gradient(query_key_value_grad, 1, 3)
+        del query_key_value_grad
+
+        run(
+            gather_dot_into,
+            rows(normed), rows(key_states_grad), *key_slots[:2], None, None, room[gradient.weights[1]],
+        )  # fmt: skip
+        for router, (launch, launch_back) in enumerate(zip(slots.launches, gradient.launches, strict=True)):
+            back = [part if part is None else room[part] for part in launch_back]
+            self.route(router, [places[part] for part in launch], back)
+        total = line.temporary(program.dtype, *normed.shape)
+        run(
+            combine_into,
+            rows(normed_grad), None, rows(query_states_grad), *query_slots[:2], None,
+            rows(key_states_grad), *key_slots, rows(total),
+        )  # fmt: skip
+        del normed_grad, query_states_grad, key_states_grad
+        self.norm(
+            grad, total, room[gradient.scores], hidden_states, places[0], 0, line.place("routers"),
+            room[program.first_shares], out,
+        )  # fmt: skip
+
+    def partials(self, shape: tuple[int, int, int], table: Tensor | None) -> Tensor | None:
+        """Room for partial sums of a table's gradient, filled with zeros; None where that is not wanted."""
+        if table is None:
+            return None
+        partials = self.line.temporary(torch.float32, *shape, table.shape[1])
+        self.line.recorder.zeros(partials)
+        return partials

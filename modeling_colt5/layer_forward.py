@@ -1,0 +1,308 @@
+"""The forward pass of an encoder layer as a straight line of kernel launches and products."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .kernel_backend import triton_is_available
+from .layer_program import Layout, Program, StraightPass
+
+if triton_is_available():
+    from .op_attention_triton import attention_forward_into, readable
+    from .op_gelu_triton import gated_gelu_into
+    from .op_norm_triton import combine_norm_into
+    from .op_routing_triton import route_forward_into, sharing_shapes
+    from .op_rows_triton import combine_into, gather_into, join_into
+    from .run_launch_list import Recorder
+
+# the matrices whose copies in another dtype one launch makes, by their places in `WEIGHTS`
+_CAST_TOGETHER = ((1, 2, 3), (4,), (7,), (8, 9), (10,), (12, 13), (14,), (16, 17), (18,))
+
+
+class Line:
+    """A call of a layer: its weights, its memory, and what computes.
+
+    Args:
+        program, common, plan: of the pass.
+        recorder: that runs all launches and products.
+        weights: in the order of `WEIGHTS`.
+        tables: light and heavy bias tables [heads, 2 * max_distance + 1] in fp32.
+        layout, memory: of what outlives the call.
+        extras: what dropout leaves for the backward pass.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        common: StraightPass,
+        plan: Any,
+        recorder: "Recorder",
+        weights: tuple[Tensor, ...],
+        tables: tuple[Tensor, Tensor],
+        layout: Layout,
+        memory: Tensor,
+    ):
+        self.program, self.common, self.plan, self.recorder = program, common, plan, recorder
+        self.weights, self.tables, self.layout, self.memory = list(weights), tables, layout, memory
+        self.extras: dict[str, Tensor] = {}
+        self.run, self.temporary = recorder.run, recorder.temporary
+
+    def place(self, name: str) -> Tensor:
+        """The tensor of a name, in the memory of what outlives the call or as a temporary one."""
+        if name in self.layout.places:
+            return self.layout.view(self.memory, name)
+        dtype, shape = self.program.others[name]
+        return self.temporary(dtype, *shape)
+
+    def rows(self, states: Tensor) -> Tensor:
+        """States [batch * n, width] as kernels see them, [batch, n, width]."""
+        return states.unflatten(0, (self.program.batch, -1))
+
+    def heads(self, states: Tensor, size: int) -> Tensor:
+        """States [batch * n, heads * size] as [batch, n, heads, size]."""
+        return self.rows(states).unflatten(-1, (-1, size))
+
+    def cast_matrices(self, copies: bool) -> None:
+        """Let copies in the products' dtype, side by side in one memory, stand for the layer's matrices; they are made
+        only if `copies`."""
+        memory = self.place("matrices")
+        first = 0
+        for group in _CAST_TOGETHER:
+            matrices = [self.weights[place] for place in group]
+            size = matrices[0].numel()
+            if copies:
+                self.run(join_into, memory.narrow(0, first, size * len(group)), *matrices)
+            for place, matrix in zip(group, matrices, strict=True):
+                self.weights[place] = memory.narrow(0, first, size).view(matrix.shape)
+                first += size
+
+    def joined(self, first: int, count: int) -> Tensor:
+        """Weights from a place on, side by side."""
+        weights = self.weights[first : first + count]
+        width, d = weights[0].shape
+        if self.program.casts:
+            return weights[0].as_strided((count * width, d), (d, 1))
+        memory = self.temporary(weights[0].dtype, count * width, d)
+        self.run(join_into, memory, *weights)
+        return memory
+
+    def products(self, states: Tensor, first: int, count: int, out: Tensor) -> None:
+        """Write the products of states with weights from a place on to `out`, side by side."""
+        product = self.recorder.product
+        if self.program.joins[first]:
+            product(states, self.joined(first, count).t(), out)
+            return
+        width = out.shape[1] // count
+        for part, weight in zip(out.split(width, 1), self.weights[first:], strict=False):
+            product(states, weight.t(), part)
+
+    def rounded(self, states: Tensor, dtype: torch.dtype) -> Tensor:
+        """Contiguous states in a dtype."""
+        if states.dtype == dtype:
+            return states
+        result = self.temporary(dtype, *states.shape)
+        self.run(join_into, result, states)
+        return result
+
+
+def drop(states: Tensor, probability: float) -> tuple[Tensor, Tensor]:
+    """What `torch.nn.functional.dropout` gives for the same state of the generator, and what `drop_again` needs."""
+    if states.is_cuda:
+        return torch.native_dropout(states, probability, True)
+    factors = torch.empty_like(states).bernoulli_(1 - probability).div_(1 - probability)
+    return states * factors, factors
+
+
+def drop_again(states: Tensor, dropped: Tensor, probability: float) -> tuple[Tensor]:
+    """The same for other states, such as their gradient, by what `drop` gave."""
+    if dropped.dtype == torch.bool:
+        return (torch.ops.aten.native_dropout_backward(states, dropped, 1 / (1 - probability)),)
+    return (states * dropped,)
+
+
+def _draw_seed(device: torch.device) -> tuple[Tensor]:
+    """What attention's dropout follows from, drawn as the modules draw it."""
+    return (torch.randint(2**63 - 1, (1,), device=device),)
+
+
+def _clamp(hidden_states: Tensor) -> tuple[()]:
+    """`clamp_half` of model_layers.py in place."""
+    limit = torch.finfo(torch.float16).max - 1000
+    hidden_states.clamp_(-limit, limit)
+    return ()
+
+
+def _add(states: Tensor, update: Tensor) -> tuple[Tensor]:
+    return (states + update,)
+
+
+def _seed(line: Line, name: str, probability: float) -> Tensor | None:
+    if probability == 0:
+        return None
+    (line.extras[name],) = line.recorder.step(partial(_draw_seed, line.program.device))
+    return line.extras[name]
+
+
+def _dropped(line: Line, name: str, states: Tensor, probability: float) -> Tensor:
+    states, line.extras[name] = line.recorder.step(partial(drop, probability=probability), states)
+    return states
+
+
+def combined(line: Line, parts: tuple[Tensor, ...], out: Tensor) -> None:
+    """Write the sum of `parts_of`, [batch, n, d_model]."""
+    residual, light, heavy, indices, valid, weights = parts
+    line.run(combine_into, residual, light, heavy, indices, valid, weights, None, None, None, None, out)
+    if out.dtype == torch.float16:
+        line.recorder.step(_clamp, out)
+
+
+def parts_of(line: Line) -> tuple[Tensor, ...]:
+    """What a layer without gradients leaves in its memory: residual and light branch [batch, n, d_model], heavy branch
+    [batch, slots, d_model], its indices, valid and weights."""
+    hidden, light, heavy = (line.layout.view(line.memory, name) for name in ("hidden", "light", "heavy"))
+    places = line.program.second.views(line.layout.view(line.memory, "second"))
+    slots = [places[part] for part in line.program.second_slots.routers[0]]
+    return hidden, line.rows(light), line.rows(heavy), *slots
+
+
+def _route(line: Line, router: int, scores: Tensor, results: list[Tensor]) -> None:
+    """One launch of the routing: `results` are weights, indices, valid and state."""
+    budget, mask = line.common.routers[router]
+    numbers = arrived = None
+    if (shapes := sharing_shapes(budget.shape[0], line.program.n, line.program.device)) is not None:
+        numbers, arrived = (line.temporary(torch.int32, *shape) for shape in shapes)
+        line.recorder.zeros(arrived)
+    rows = (scores, budget, None, mask, None)
+    line.run(route_forward_into, *rows, *results, numbers, arrived, *line.program.settings)
+
+
+def attention(line: Line, incoming: Tensor | None) -> tuple[Tensor, ...]:
+    """The conditional attention of states [batch, n, d_model], or of the sum that the layer before has left in the
+    line's memory: what its branches add to what."""
+    program, run = line.program, line.run
+    if program.casts:
+        line.cast_matrices(copies=True)
+    norm_weight, _, _, _, o, query_router, key_router, heavy_q, _, _, heavy_o = line.weights[:11]
+    routers = line.place("routers")
+    run(join_into, routers, query_router, key_router)
+    places = program.first.views(line.place("first"))
+    normed = line.place("normed")
+    of_norm = (line.rows(normed), *places[:2], program.eps[0])
+    if incoming is None and program.hidden_dtype == torch.float16:
+        incoming = line.place("summed")
+        combined(line, parts_of(line), incoming)
+    if incoming is None:
+        incoming = line.place("summed")
+        run(combine_norm_into, *parts_of(line), norm_weight, routers, incoming, *of_norm)
+    else:
+        run(combine_norm_into, incoming, *[None] * 5, norm_weight, routers, None, *of_norm)
+    with line.plan.heavy():
+        slots = program.first_slots
+        for router, (scores, *results) in enumerate(slots.launches):
+            _route(line, router, places[scores], [places[result] for result in results])
+        query_slots, key_slots = ([places[part] for part in router] for router in slots.routers)
+        query_states, key_states = line.place("query_states"), line.place("key_states")
+        run(
+            gather_into,
+            line.rows(normed), *query_slots[:2], None, line.rows(query_states), *key_slots, line.rows(key_states),
+        )  # fmt: skip
+        query, key_value = line.place("query"), line.place("key_value")
+        line.recorder.product(query_states, heavy_q.t(), query)
+        line.products(key_states, 8, 2, key_value)
+        size = program.heavy_size
+        attended = line.place("heavy_attended")
+        seed = _seed(line, "heavy_seed", program.drops[1])
+        run(
+            attention_forward_into,
+            *readable(line.heads(query, size), *(line.heads(part, size) for part in key_value.chunk(2, 1))),
+            line.tables[1], query_slots[0], key_slots[0], key_slots[1], seed,
+            line.heads(attended, size), places[program.heavy_sums], 0, program.drops[1],
+        )  # fmt: skip
+        heavy = line.place("heavy_update")
+        line.recorder.product(line.rounded(attended, program.dtype), heavy_o.t(), heavy)
+        del query_states, key_states, query, key_value, attended
+    query_key_value = line.place("query_key_value")
+    line.products(normed, 1, 3, query_key_value)
+    del normed, of_norm
+    size = program.light_size
+    attended = line.place("light_attended")
+    seed = _seed(line, "seed", program.drops[0])
+    run(
+        attention_forward_into,
+        *readable(*(line.heads(part, size) for part in query_key_value.chunk(3, 1))),
+        line.tables[0], None, None, line.common.mask, seed,
+        line.heads(attended, size), places[program.light_sums], program.radius, program.drops[0],
+    )  # fmt: skip
+    del query_key_value
+    light = line.place("light_update")
+    line.recorder.product(line.rounded(attended, program.dtype), o.t(), light)
+    line.plan.join()
+    return incoming, line.rows(light), line.rows(heavy), *query_slots
+
+
+def _dense(line: Line, name: str, states: Tensor, first: int, probability: float) -> Tensor:
+    """A gated feed-forward, [tokens, d_model] → the same shape, with the weights from a place on."""
+    out, weight = line.place(name), line.weights[first + 2]
+    products = line.place(f"{name}_products")
+    line.products(states, first, 2, products)
+    activated = line.temporary(states.dtype, states.shape[0], products.shape[1] // 2)
+    line.run(gated_gelu_into, *map(line.rows, products.chunk(2, 1)), line.rows(activated))
+    del products
+    if probability > 0:
+        activated = _dropped(line, name, activated, probability)
+    line.recorder.product(line.rounded(activated, weight.dtype), weight.t(), out)
+    return out
+
+
+def feed_forward(line: Line, parts: list[Tensor]) -> tuple[Tensor, ...]:
+    """The conditional feed-forward of the sum that `attention` gave, which it takes: what its branches add to what."""
+    program, run = line.program, line.run
+    norm_weight, router = line.weights[11], line.weights[15].view(1, -1)
+    residual, light, heavy, *routed = parts
+    parts.clear()
+    places = program.second.views(line.place("second"))
+    normed = line.place("second_normed")
+    of_norm = (norm_weight, router)
+    results = (line.rows(normed), *places[:2], program.eps[1])
+    if program.drops[2] > 0:
+        update = line.temporary(program.dtype, *residual.shape)
+        run(combine_into, light, None, heavy, *routed, *[None] * 4, update)
+        update = _dropped(line, "first", update, program.drops[2])
+        hidden_states = line.place("hidden")
+        run(combine_norm_into, residual, update, *[None] * 4, *of_norm, hidden_states, *results)
+        del update
+    elif program.hidden_dtype == torch.float16:
+        hidden_states = line.place("hidden")
+        combined(line, (residual, light, heavy, *routed), hidden_states)
+        run(combine_norm_into, hidden_states, *[None] * 5, *of_norm, None, *results)
+    else:
+        hidden_states = line.place("hidden")
+        run(combine_norm_into, residual, light, heavy, *routed, *of_norm, hidden_states, *results)
+    del residual, light, heavy, routed
+    with line.plan.heavy():
+        ((scores, *of_slots),) = program.second_slots.launches
+        _route(line, -1, places[scores], [places[part] for part in of_slots])
+        indices, valid, weights = (places[part] for part in program.second_slots.routers[0])
+        states = line.place("states")
+        run(gather_into, line.rows(normed), indices, valid, None, line.rows(states), *[None] * 4)
+        heavy = _dense(line, "heavy", states, 16, program.drops[5])
+    light = _dense(line, "light", normed, 12, program.drops[4])
+    line.plan.join()
+    return hidden_states, line.rows(light), line.rows(heavy), indices, valid, weights
+
+
+def sum_of_all(line: Line, parts: tuple[Tensor, ...], out: Tensor) -> Tensor:
+    """The sum of what `feed_forward` gave, with the sublayer's dropout: `out`, or another tensor where that drops."""
+    program = line.program
+    residual, *added = parts
+    if program.drops[3] == 0:
+        line.run(combine_into, *parts, *[None] * 4, out)
+        return out
+    light, *heavy = added
+    update = line.temporary(program.dtype, *residual.shape)
+    line.run(combine_into, light, None, *heavy, *[None] * 4, update)
+    update = _dropped(line, "second", update, program.drops[3])
+    (result,) = line.recorder.step(_add, residual, update)
+    return result

@@ -1,0 +1,377 @@
+"""What an encoder layer as a straight line is made of: the sizes and places of its tensors, for each kind of call."""
+
+from operator import attrgetter, itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .kernel_backend import INTERPRETED, normed_dtype, triton_is_available
+from .layer_plain import PlainLayer
+
+if triton_is_available():
+    from .op_attention_triton import band_partials
+    from .op_norm_triton import gradient_programs
+    from .op_routing_triton import slot_parts
+    from .run_launch_list import LaunchList
+    from .run_launch_triton import has_listeners
+
+# of the weights those that kernels read, and those of products
+VECTORS = (0, 5, 6, 11, 15)
+MATRICES = (1, 2, 3, 4, 7, 8, 9, 10, 12, 13, 14, 16, 17, 18)
+_MATRICES = itemgetter(*MATRICES)
+_DTYPE, _SHAPE = attrgetter("dtype"), attrgetter("shape")
+# Calls of more tokens are launched one by one: the host is not what they wait for, and while launches are noted, all
+# tensors of a layer are held at the same time.
+MOST_TOKENS_OF_A_LIST = 131_072
+
+
+def product_dtype(hidden_states: Tensor) -> torch.dtype | None:
+    """The dtype of products of these states; None where autocast takes other states than those of fp32 to another."""
+    dtype, kind = hidden_states.dtype, hidden_states.device.type
+    if not torch.is_autocast_enabled(kind):
+        return dtype
+    wanted = torch.get_autocast_dtype(kind)
+    return wanted if dtype in (wanted, torch.float32) else None
+
+
+def may_repeat(states: Tensor) -> bool:
+    """Whether lists of launches reach these states: they are on the device that is the current one, and PyTorch
+    multiplies as lists do."""
+    if INTERPRETED or not states.is_cuda or torch.version.hip is not None:
+        return False
+    backends = torch.backends.cuda
+    return (
+        torch._C._cuda_getDevice() == states.get_device()
+        and backends.preferred_blas_library() == torch._C._BlasBackend.Cublas
+        and bool(backends.matmul.allow_bf16_reduced_precision_reduction)
+        and bool(backends.matmul.allow_fp16_reduced_precision_reduction)
+        and not backends.matmul.allow_fp16_accumulation
+    )
+
+
+class StraightPass:
+    """What the straight lines of one pass have in common: sizes, budgets and masks.
+
+    Args:
+        hidden_states: [batch, n, d_model], what goes into the first layer.
+        plan: the pass's `EncoderPlan`.
+    """
+
+    def __init__(self, hidden_states: Tensor, plan: Any):
+        attention, feed_forward, settings = plan.attention, plan.feed_forward, plan.settings
+        self.batch, self.n, _ = hidden_states.shape
+        # of the states, and of products
+        self.hidden_dtype, self.device = hidden_states.dtype, hidden_states.device
+        self.dtype = product_dtype(hidden_states) or self.hidden_dtype
+        self.device_index = hidden_states.get_device()
+        self.mask = plan.mask
+        self.capacities = (*attention.capacities, *feed_forward.capacities)
+        # as the routing kernels take them
+        self.settings = (
+            settings["soft_topk_ratio"], settings["solver"], settings["epsilon"], settings["num_iterations"],
+            settings["epsilon_init"], settings["epsilon_decay"],
+        )  # fmt: skip
+        # both routers of one row are two rows of one launch; those of several rows are launched one by one, so that
+        # the slots of each lie side by side
+        if self.batch == 1:
+            self.routers = [(attention.budget, None if plan.mask is None else plan.mask.expand(2, -1))]
+        else:
+            # copied, as lists of launches take addresses only where they are multiples of 16
+            self.routers = [(budget.clone(), plan.mask) for budget in attention.budget.split(self.batch)]
+        self.routers.append((feed_forward.budget, plan.mask))
+        self.read = [budget for budget, _ in self.routers] + ([] if plan.mask is None else [plan.mask])
+        self.is_readable = all(map(Tensor.is_contiguous, self.read))
+        precision = torch.backends.cuda.matmul.fp32_precision if self.dtype == torch.float32 else ""
+        self.key = (
+            self.batch, self.n, self.hidden_dtype, self.dtype, self.device, self.mask is None, self.capacities,
+            self.settings, precision,
+        )  # fmt: skip
+        self.repeats = (
+            plan.side is None
+            and self.batch * self.n <= MOST_TOKENS_OF_A_LIST
+            and may_repeat(hidden_states)
+            and not has_listeners()
+        )
+        self.program: Program | None = None
+
+
+Places = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+
+
+class Layout:
+    """Where tensors of names lie in one piece of memory.
+
+    Args:
+        places: of each name its dtype and shape.
+    """
+
+    def __init__(self, places: Places):
+        self.places = places
+        self.offsets: dict[str, int] = {}
+        self.size = 0
+        for name, (dtype, shape) in places.items():
+            self.offsets[name] = self.size
+            # whatever begins here may be read 16 bytes at once
+            self.size += -(-torch.Size(shape).numel() * dtype.itemsize // 128) * 128
+
+    def take(self, device: torch.device) -> Tensor:
+        """The memory."""
+        return torch.empty(self.size, dtype=torch.uint8, device=device)
+
+    def view(self, memory: Tensor, name: str) -> Tensor:
+        """The tensor of a name."""
+        dtype, shape = self.places[name]
+        size = torch.Size(shape).numel() * dtype.itemsize
+        return memory.narrow(0, self.offsets[name], size).view(dtype).view(shape)
+
+
+class Room:
+    """Where small tensors lie in one piece of memory, some of them parts of others."""
+
+    def __init__(self) -> None:
+        # of each its dtype, its shape, its strides, and its first byte
+        self.places: list[tuple[torch.dtype, tuple[int, ...], tuple[int, ...]]] = []
+        self.offsets: list[int] = []
+        self.size = 0
+
+    def add(self, dtype: torch.dtype, *shape: int) -> int:
+        """A contiguous tensor; its number."""
+        strides = [1]
+        for length in reversed(shape[1:]):
+            strides.insert(0, strides[0] * length)
+        number = self._add(dtype, self.size, shape, tuple(strides))
+        # whatever begins here may be read 16 bytes at once
+        self.size += -(-shape[0] * strides[0] * dtype.itemsize // 128) * 128
+        return number
+
+    def part(self, number: int, first: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
+        """A part of the tensor of a number, from its element `first` on; the part's number."""
+        dtype, *_ = self.places[number]
+        return self._add(dtype, self.offsets[number] + first * dtype.itemsize, shape, strides)
+
+    def _add(self, dtype: torch.dtype, offset: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
+        self.places.append((dtype, shape, strides))
+        self.offsets.append(offset)
+        return len(self.offsets) - 1
+
+    def views(self, memory: Tensor) -> list[Tensor]:
+        """The tensors by number."""
+        return [
+            memory.view(dtype).as_strided(
+                shape, strides, memory.storage_offset() // dtype.itemsize + offset // dtype.itemsize
+            )
+            for (dtype, shape, strides), offset in zip(self.places, self.offsets, strict=True)
+        ]
+
+
+class Slots:
+    """The places of routers' slots in a room: for each launch its scores, weights, indices, valid and state, and for
+    each router its indices, valid and weights.
+
+    Args:
+        room: where `scores` [batch, routers, n] are.
+        slots: of each router.
+        state: numbers of a row that its gradient needs.
+    """
+
+    def __init__(self, room: Room, scores: int, batch: int, n: int, slots: tuple[int, ...], state: int):
+        self.launches: list[tuple[int, int, int, int, int]] = []
+        self.routers: list[tuple[int, int, int]] = []
+        # slots of a row of each launch
+        self.width: list[int] = []
+        routers, dtypes = len(slots), (torch.float32, torch.int64, torch.bool)
+        if batch == 1:
+            width = max(slots)
+            # so that each router's part begins where kernels may read 16 bytes at once
+            width += -width % 16 if routers > 1 else 0
+            rows = room.part(scores, 0, (routers, n), (n, 1))
+            weights, indices, valid = (room.add(dtype, routers, width) for dtype in dtypes)
+            self.launches.append((rows, weights, indices, valid, room.add(torch.float32, routers, state)))
+            self.width.append(width)
+            for router, own in enumerate(slots):
+                parts = [room.part(part, router * width, (1, own), (width, 1)) for part in (indices, valid, weights)]
+                self.routers.append((parts[0], parts[1], parts[2]))
+            return
+        for router, own in enumerate(slots):
+            rows = room.part(scores, router * n, (batch, n), (routers * n, 1))
+            weights, indices, valid = (room.add(dtype, batch, own) for dtype in dtypes)
+            self.launches.append((rows, weights, indices, valid, room.add(torch.float32, batch, state)))
+            self.width.append(own)
+            self.routers.append((indices, valid, weights))
+
+
+class SlotGradients:
+    """The places of what the backward of `Slots` needs: the scores' gradient, and for each launch the weights'
+    gradient, the partial sums, the rows' scores' gradient and the budget's; for each router its weights' gradient."""
+
+    def __init__(self, room: Room, slots: Slots, batch: int, n: int, capacities: tuple[int, ...], exact: bool):
+        routers = len(capacities)
+        self.scores = room.add(torch.float32, batch, routers, n)
+        self.launches: list[tuple[int, int | None, int, int]] = []
+        self.weights: list[int] = []
+        for launch, width in enumerate(slots.width):
+            rows = routers if batch == 1 else batch
+            strides = (n, 1) if batch == 1 else (routers * n, 1)
+            weights = room.add(torch.float32, rows, width)
+            parts = slot_parts(width) if exact else 0
+            sums = room.add(torch.float32, rows, parts) if parts > 1 else None
+            scores = room.part(self.scores, launch * n, (rows, n), strides)
+            self.launches.append((weights, sums, scores, room.add(torch.float32, rows)))
+            if batch > 1:
+                self.weights.append(weights)
+                continue
+            for router, own in enumerate(capacities):
+                self.weights.append(room.part(weights, router * width, (1, own), (width, 1)))
+
+
+# programs by all that they depend on; a length that never comes back leaves one behind
+programs: dict[Any, "Program | None"] = {}
+MOST_PROGRAMS = 256
+
+
+class Program:
+    """Sizes, places and lists of launches of the straight lines of one kind.
+
+    Attributes:
+        kept: what a backward pass reads, and no more.
+        outgoing: what a layer leaves to the next where nobody wants gradients: a sum that the next one's norm takes.
+        others: places of the tensors that are in neither, and in `kept` alone with gradients.
+        lists: for each kind of call its launches; None where they cannot be repeated.
+    """
+
+    def __init__(self, common: StraightPass, layer: PlainLayer, weights: tuple[Tensor, ...]):
+        self.batch, self.n, self.d = common.batch, common.n, weights[0].numel()
+        self.device, self.settings = common.device, common.settings
+        self.hidden_dtype, self.dtype = common.hidden_dtype, common.dtype
+        # whether autocast takes the matrices to another dtype
+        self.casts = self.hidden_dtype != self.dtype
+        self.numbers, self.eps, self.radius = layer.numbers, layer.eps, layer.radius
+        self.drops = layer.drops
+        self.dtypes, self.shapes = list(map(_DTYPE, weights)), list(map(_SHAPE, weights))
+        self.capacities = queries, keys, tokens = common.capacities
+        self.light_size, self.heavy_size = layer.head_sizes
+        self.light, self.heavy = weights[1].shape[0], weights[7].shape[0]
+        self.light_ff, self.heavy_ff = weights[12].shape[0], weights[16].shape[0]
+        batch, n, d, exact = self.batch, self.n, self.d, common.settings[1] == "exact"
+        state = 3 if exact else common.settings[3]
+        # whether products of the same states are one, with their weights joined: with as many states as it takes to
+        # make up for the copy, as in `project` of model_layers.py
+        self.joins = {
+            first: rows >= 2 * results
+            for first, rows, results in (
+                (1, batch * n, 3 * self.light), (8, batch * keys, 2 * self.heavy),
+                (12, batch * n, 2 * self.light_ff), (16, batch * tokens, 2 * self.heavy_ff),
+            )
+        }  # fmt: skip
+        # Triton's interpreter rounds to bf16 by cutting off
+        self.attended = torch.float32 if INTERPRETED and self.dtype == torch.bfloat16 else self.dtype
+
+        # the norm's reciprocals and the scores come first
+        self.first, self.second = Room(), Room()
+        for room, routers in ((self.first, 2), (self.second, 1)):
+            room.add(torch.float32, batch, n)
+            room.add(torch.float32, batch, routers, n)
+        self.first_slots = Slots(self.first, 1, batch, n, (queries, keys), state)
+        self.second_slots = Slots(self.second, 1, batch, n, (tokens,), state)
+        light_heads, heavy_heads = self.light // self.light_size, self.heavy // self.heavy_size
+        self.heavy_sums = self.first.add(torch.float32, batch, heavy_heads, queries)
+        self.light_sums = self.first.add(torch.float32, batch, light_heads, n)
+        # what the backward needs besides
+        self.first_back, self.second_back = Room(), Room()
+        self.first_gradients = SlotGradients(self.first_back, self.first_slots, batch, n, (queries, keys), exact)
+        self.second_gradients = SlotGradients(self.second_back, self.second_slots, batch, n, (tokens,), exact)
+        shares = gradient_programs(batch, n, d)
+        self.first_shares = self.first_back.add(torch.float32, shares, 3, d)
+        self.second_shares = self.second_back.add(torch.float32, shares, 2, d)
+        self.heavy_delta = self.first_back.add(torch.float32, batch, heavy_heads, queries)
+        self.light_delta = self.first_back.add(torch.float32, batch, light_heads, n)
+        band = band_partials(n, self.light_size, self.attended, self.device)
+        self.light_partials = (batch, light_heads, band)
+        self.heavy_partials = (batch, heavy_heads, queries)
+        queries, keys, tokens = batch * queries, batch * keys, batch * tokens
+        places: Places = {
+            "routers": (weights[5].dtype, (2, d)),
+            "first": (torch.uint8, (self.first.size,)),
+            "normed": (self.dtype, (batch * n, d)),
+            "query_states": (self.dtype, (queries, d)),
+            "key_states": (self.dtype, (keys, d)),
+            "query": (self.dtype, (queries, self.heavy)),
+            "key_value": (self.dtype, (keys, 2 * self.heavy)),
+            "heavy_attended": (self.attended, (queries, self.heavy)),
+            "heavy_update": (self.dtype, (queries, d)),
+            "query_key_value": (self.dtype, (batch * n, 3 * self.light)),
+            "light_attended": (self.attended, (batch * n, self.light)),
+            "hidden": (self.hidden_dtype, (batch, n, d)),
+            "second": (torch.uint8, (self.second.size,)),
+            "second_normed": (self.dtype, (batch * n, d)),
+            "states": (self.dtype, (tokens, d)),
+            "heavy_products": (self.dtype, (tokens, 2 * self.heavy_ff)),
+            "light_products": (self.dtype, (batch * n, 2 * self.light_ff)),
+            # `wo` stays in fp32 in an fp16 model
+            "heavy": (self.dtype if self.casts else weights[18].dtype, (tokens, d)),
+        }
+        if self.casts:
+            places["matrices"] = (self.dtype, (sum(map(Tensor.numel, _MATRICES(weights))),))
+        self.others: Places = places | {
+            "summed": places["hidden"],
+            "light_update": places["normed"],
+            "light": (self.dtype if self.casts else weights[14].dtype, (batch * n, d)),
+        }
+        self.kept = Layout(places)
+        self.outgoing = Layout({name: self.others[name] for name in ("hidden", "second", "light", "heavy")})
+        self.lists: dict[Any, LaunchList | None] = {}
+        # what dropout leaves for the backward pass, in the order in which it is drawn
+        drops = dict(zip(("seed", "heavy_seed", "first", "second", "light", "heavy"), self.drops, strict=True))
+        self.extras = [name for name in ("heavy_seed", "seed", "first", "heavy", "light", "second") if drops[name] > 0]
+
+    @staticmethod
+    def of(
+        common: StraightPass, layer: PlainLayer, weights: tuple[Tensor, ...], tables: tuple[Tensor, Tensor]
+    ) -> "Program | None":
+        """The program for these weights; None where there is none for such shapes or dtypes."""
+        last = common.program
+        dtypes, shapes = list(map(_DTYPE, weights)), list(map(_SHAPE, weights))
+        if last is not None and (last.numbers, last.dtypes, last.shapes) == (layer.numbers, dtypes, shapes):
+            return last
+        key = (common.key, tuple(layer.numbers), tuple(dtypes), tuple(shapes), tables[0].shape, tables[1].shape)
+        if key in programs:
+            program = programs[key]
+        else:
+            program = Program(common, layer, weights) if _fits(common, layer, weights, tables) else None
+            if len(programs) >= MOST_PROGRAMS:
+                programs.clear()
+            programs[key] = program
+        common.program = program
+        return program
+
+
+def _fits(common: StraightPass, layer: PlainLayer, weights: tuple[Tensor, ...], tables: tuple[Tensor, Tensor]) -> bool:
+    """Whether weights have the shapes and dtypes that the straight lines are written for."""
+    dtype, hidden_dtype, d = common.dtype, common.hidden_dtype, weights[0].shape[-1]
+    light, heavy = weights[1].shape[0], weights[7].shape[0]
+    light_ff, heavy_ff = weights[12].shape[0], weights[16].shape[0]
+    light_size, heavy_size = layer.head_sizes
+    shapes = [
+        (d,), (light, d), (light, d), (light, d), (d, light), (d,), (d,),
+        (heavy, d), (heavy, d), (heavy, d), (d, heavy),
+        (d,), (light_ff, d), (light_ff, d), (d, light_ff), (d,), (heavy_ff, d), (heavy_ff, d), (d, heavy_ff),
+    ]  # fmt: skip
+    matrices = _MATRICES(weights)
+    if dtype != hidden_dtype:
+        # autocast takes all of these
+        fit = all(matrix.dtype in (torch.float32, torch.bfloat16, torch.float16) for matrix in matrices)
+    else:
+        # `wo` stays in fp32 in an fp16 model
+        outputs = (dtype, torch.float32) if dtype == torch.float16 else (dtype,)
+        kinds = [outputs if place in (10, 13) else (dtype,) for place in range(len(matrices))]
+        fit = all(matrix.dtype in kind for matrix, kind in zip(matrices, kinds, strict=True))
+    return (
+        [tuple(weight.shape) for weight in weights] == shapes
+        and light % light_size == 0
+        and heavy % heavy_size == 0
+        and (tables[0].shape[0], tables[1].shape[0]) == (light // light_size, heavy // heavy_size)
+        and all(normed_dtype(hidden_dtype, weights[norm].dtype, None) == hidden_dtype for norm in (0, 11))
+        and fit
+        and weights[5].dtype == weights[6].dtype
+    )

@@ -1,0 +1,520 @@
+"""Lists of kernel launches and products: noted while a function runs for the first time, repeated by one call of C.
+
+Between two launches of a list there is no Python. A list holds no tensor: it says of each address in which of the
+call's memories it lies and how far from its beginning, so that it serves all calls with memories of the same kinds.
+What is computed by PyTorch (`Recorder.step`) stands between two parts of a list.
+"""
+
+import ctypes
+import functools
+import re
+import struct
+import subprocess
+import warnings
+from bisect import bisect_right
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .run_launch_triton import Compiled, noted
+
+try:
+    from triton.runtime.build import compile_module_from_src
+except ImportError as error:
+    raise ImportError("run_launch_list needs triton; use kernel_backend='torch' without it") from error
+
+# Lists are words of 64 bits. A launch is its kind, its length, a function, a grid of three axes, threads, bytes of
+# shared memory, whether its programs wait for each other, then for each parameter a memory's number (or -1) and the
+# number to be added (or the parameter itself). A product is its kind, its length, what cuBLAS takes, and three
+# memories with their distances. A filling with zeros is its kind, its length, a memory, a distance and a size.
+LAUNCH, PRODUCT, ZEROS = range(3)
+# so many parameters and memories the C code has room for
+MOST_PARAMETERS, MOST_MEMORIES = 64, 128
+# each temporary begins at a multiple of so many bytes, so that kernels may read 16 bytes at once
+ALIGNMENT = 128
+
+SOURCE = r"""
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <stdint.h>
+
+typedef int (*launch_t)(void *, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void *, void **,
+                        void **);
+typedef int (*together_t)(void *, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void *,
+                          void **);
+typedef int (*product_t)(void *, int, int, int, int, int, const void *, const void *, int, int, const void *, int, int,
+                         const void *, void *, int, int, int, int);
+typedef int (*zeros_t)(uint64_t, unsigned char, size_t, void *);
+typedef int (*context_t)(void **);
+
+#define MOST_PARAMETERS 64
+#define MOST_MEMORIES 128
+
+static launch_t launch;
+static together_t launch_together;
+static product_t multiply;
+static zeros_t fill;
+static context_t context_of_now;
+
+static PyObject *connect(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+  if (count != 5) {
+    PyErr_SetString(PyExc_TypeError, "connect takes five addresses");
+    return NULL;
+  }
+  launch = (launch_t)PyLong_AsVoidPtr(args[0]);
+  launch_together = (together_t)PyLong_AsVoidPtr(args[1]);
+  multiply = (product_t)PyLong_AsVoidPtr(args[2]);
+  fill = (zeros_t)PyLong_AsVoidPtr(args[3]);
+  context_of_now = (context_t)PyLong_AsVoidPtr(args[4]);
+  if (PyErr_Occurred())
+    return NULL;
+  Py_RETURN_NONE;
+}
+
+static int run_words(const int64_t *word, const int64_t *end, const uint64_t *memories, void *stream, void *handle) {
+  static const float alpha = 1.0f;
+  while (word < end) {
+    const int64_t *next = word + word[1];
+    int status = 0;
+    if (word[0] == 0) {
+      uint64_t values[MOST_PARAMETERS];
+      void *parameters[MOST_PARAMETERS];
+      int number = 0;
+      for (const int64_t *pair = word + 9; pair < next; pair += 2, number++) {
+        values[number] = (pair[0] < 0 ? 0 : memories[pair[0]]) + (uint64_t)pair[1];
+        parameters[number] = &values[number];
+      }
+      if (word[8])
+        status = launch_together((void *)word[2], word[3], word[4], word[5], word[6], 1, 1, word[7], stream,
+                                 parameters);
+      else
+        status = launch((void *)word[2], word[3], word[4], word[5], word[6], 1, 1, word[7], stream, parameters, NULL);
+    } else if (word[0] == 1) {
+      float beta = word[15] ? 1.0f : 0.0f;
+      status = multiply(handle, word[2], word[3], word[4], word[5], word[6], &alpha,
+                        (void *)(memories[word[16]] + word[17]), word[7], word[8],
+                        (void *)(memories[word[18]] + word[19]), word[9], word[10], &beta,
+                        (void *)(memories[word[20]] + word[21]), word[11], word[12], word[13], word[14]);
+    } else {
+      status = fill(memories[word[2]] + word[3], 0, word[4], stream);
+    }
+    if (status)
+      return status;
+    word = next;
+  }
+  return 0;
+}
+
+/* run(words, memories, stream, handle) gives one of these, and launches nothing unless it is DONE */
+enum { DONE, WITHOUT_CONTEXT, UNALIGNED };
+
+static PyObject *run(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+  if (count != 4 || !PyBytes_Check(args[0]) || !PyList_Check(args[1]) || PyList_GET_SIZE(args[1]) > MOST_MEMORIES) {
+    PyErr_SetString(PyExc_TypeError, "run takes bytes, a list of addresses, a stream and a handle");
+    return NULL;
+  }
+  uint64_t memories[MOST_MEMORIES];
+  Py_ssize_t size = PyList_GET_SIZE(args[1]);
+  uint64_t all = 0;
+  for (Py_ssize_t place = 0; place < size; place++)
+    all |= memories[place] = PyLong_AsUnsignedLongLong(PyList_GET_ITEM(args[1], place));
+  void *stream = PyLong_AsVoidPtr(args[2]);
+  void *handle = PyLong_AsVoidPtr(args[3]);
+  if (PyErr_Occurred())
+    return NULL;
+  /* kernels were compiled for addresses that are multiples of 16 */
+  if (all & 15)
+    return PyLong_FromLong(UNALIGNED);
+  const int64_t *words = (const int64_t *)PyBytes_AS_STRING(args[0]);
+  const int64_t *end = words + PyBytes_GET_SIZE(args[0]) / sizeof(int64_t);
+  void *context = NULL;
+  if (context_of_now(&context) || !context)
+    return PyLong_FromLong(WITHOUT_CONTEXT);
+  int status;
+  Py_BEGIN_ALLOW_THREADS
+  status = run_words(words, end, memories, stream, handle);
+  Py_END_ALLOW_THREADS
+  if (status)
+    return PyErr_Format(PyExc_RuntimeError, "a launch of a CoLT5 layer failed with CUDA's or cuBLAS's error %d",
+                        status);
+  return PyLong_FromLong(DONE);
+}
+
+static PyMethodDef methods[] = {
+    {"connect", (PyCFunction)(void (*)(void))connect, METH_FASTCALL, NULL},
+    {"run", (PyCFunction)(void (*)(void))run, METH_FASTCALL, NULL},
+    {NULL, NULL, 0, NULL},
+};
+static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "colt5_launches", NULL, -1, methods};
+PyMODINIT_FUNC PyInit_colt5_launches(void) { return PyModule_Create(&module); }
+"""
+
+DONE, WITHOUT_CONTEXT, UNALIGNED = range(3)
+
+# cuBLAS's names of dtypes, of sums in fp32, and of the ways to choose a product's kernel
+_DTYPES = {torch.float32: 0, torch.float16: 2, torch.bfloat16: 14}
+_SUMS_IN_FLOAT32, _ANY_KERNEL, _KERNEL_OF_TENSOR_CORES = 68, -1, 99
+
+
+def _address(library: ctypes.CDLL, name: str) -> int:
+    address = ctypes.cast(getattr(library, name), ctypes.c_void_p).value
+    assert address is not None
+    return address
+
+
+def _cublas() -> ctypes.CDLL:
+    """The library that PyTorch multiplies by."""
+    everything = ctypes.CDLL(None)
+    if hasattr(everything, "cublasGemmEx"):
+        return everything
+    with open("/proc/self/maps") as maps:
+        paths = [line.split()[-1] for line in maps if re.search(r"/libcublas\.so", line)]
+    return ctypes.CDLL(paths[0])
+
+
+@functools.cache
+def launcher() -> Any:
+    """The C code that runs lists, compiled as Triton compiles its own and kept in Triton's cache; None, with a
+    warning, where that does not work: what would be repeated then runs each time as the first time."""
+    try:
+        # no knob of Triton's: what its own kernels ask of a machine, a C compiler, is enough here
+        made = compile_module_from_src(src=SOURCE, name="colt5_launches")
+        cuda = ctypes.CDLL("libcuda.so.1")
+        names = ("cuLaunchKernel", "cuLaunchCooperativeKernel", "cuMemsetD8Async", "cuCtxGetCurrent")
+        launch, together, zeros, context = (_address(cuda, name) for name in names)
+        made.connect(launch, together, _address(_cublas(), "cublasGemmEx"), zeros, context)
+    except (OSError, RuntimeError, ImportError, AttributeError, IndexError, subprocess.CalledProcessError) as error:
+        warnings.warn(
+            f"CoLT5's layers are launched one kernel after another, which takes the host longer: {error}", stacklevel=2
+        )
+        return None
+    return made
+
+
+class _Part(NamedTuple):
+    """A tensor in a memory: its dtype, shape and strides, and where it begins, in numbers of that dtype."""
+
+    memory: int
+    dtype: torch.dtype
+    shape: torch.Size
+    strides: tuple[int, ...]
+    first: int
+
+    def of(self, memories: list[Tensor]) -> Tensor:
+        memory = memories[self.memory]
+        if memory.dtype != self.dtype:
+            memory = memory.view(self.dtype)
+        return memory.as_strided(self.shape, self.strides, memory.storage_offset() + self.first)
+
+
+class _Step(NamedTuple):
+    """What PyTorch computes between two parts of a list, and of what."""
+
+    function: Callable[..., tuple[Tensor, ...]]
+    inputs: list[_Part]
+
+
+class LaunchList:
+    """Launches and products of a function of some memories.
+
+    Args:
+        parts: words for `launcher`, or steps.
+        room: bytes of its temporary tensors.
+    """
+
+    __slots__ = ("has_steps", "parts", "room")
+
+    def __init__(self, parts: "list[bytes | _Step]", room: int):
+        self.parts, self.room = parts, room
+        self.has_steps = any(isinstance(part, _Step) for part in parts)
+
+    def __call__(self, memories: list[Tensor], device: torch.device, index: int) -> list[Tensor] | None:
+        """Launch on the current stream of a device with this index, which is the current one.
+
+        Args:
+            memories: as `Recorder` had them, each with the dtype, shape and strides that it had then.
+
+        Returns:
+            What the steps gave, one after another; None where a memory is not aligned to 16 bytes. Nothing was
+            launched then.
+        """
+        room = torch.empty(self.room, dtype=torch.uint8, device=device)
+        addresses = [*map(Tensor.data_ptr, memories), room.data_ptr()]
+        run, handle = launcher().run, torch._C._cuda_getCurrentBlasHandle()
+        stream = torch._C._cuda_getCurrentRawStream(index)
+        given: list[Tensor] = []
+        status = run(b"", addresses, stream, handle) if self.has_steps else DONE
+        for part in self.parts if status == DONE else ():
+            if isinstance(part, bytes):
+                status = run(part, addresses, stream, handle)
+                if status != DONE:
+                    break
+                continue
+            everything = [*memories, room, *given]
+            results = part.function(*[given_part.of(everything) for given_part in part.inputs])
+            given += results
+            addresses += map(Tensor.data_ptr, results)
+        if status == WITHOUT_CONTEXT:
+            # a thread of its own, in which nothing was computed yet
+            torch._C._cuda_setDevice(index)
+            return self(memories, device, index)
+        return given if status == DONE else None
+
+
+class Recorder:
+    """Runs a function of tensors, which computes by the methods here alone, and notes what it launches.
+
+    Args:
+        device: where.
+        records: whether notes are taken. All temporary tensors stay until the end then.
+    """
+
+    def __init__(self, device: torch.device, records: bool):
+        self.device = device
+        # what was compiled, grid and arguments; or a word and tensors
+        self.notes: list[tuple[Any, ...]] | None = [] if records else None
+        self.temporaries: list[Tensor] = []
+        self.results: list[Tensor] = []
+
+    def temporary(self, dtype: torch.dtype, *shape: int) -> Tensor:
+        """Memory for the time of the function."""
+        memory = torch.empty(shape, dtype=dtype, device=self.device)
+        if self.notes is not None:
+            self.temporaries.append(memory)
+        return memory
+
+    def run(self, function: Callable[..., None], *arguments: Any) -> None:
+        """`function(*arguments)`, which does nothing but launch kernels."""
+        with noted(self.notes):
+            function(*arguments)
+
+    def product(self, first: Tensor, second: Tensor, out: Tensor) -> None:
+        """Write the product of two matrices, of which each or its transpose has rows of adjacent numbers, to a
+        contiguous one."""
+        torch.mm(first, second, out=out)
+        self._note("product", first, second, out, False)
+
+    def add_product(self, first: Tensor, second: Tensor, out: Tensor) -> None:
+        """The same, added to what is there."""
+        out.addmm_(first, second)
+        self._note("product", first, second, out, True)
+
+    def zeros(self, memory: Tensor) -> None:
+        """Fill a contiguous tensor with zeros."""
+        memory.zero_()
+        self._note("zeros", memory)
+
+    def step(self, function: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> tuple[Tensor, ...]:
+        """New tensors that a function of tensors gives, contiguous ones."""
+        results = function(*inputs)
+        self.results += results
+        self._note("step", function, inputs)
+        return results
+
+    def _note(self, *note: Any) -> None:
+        if self.notes is not None:
+            self.notes.append(note)
+
+    def finish(self, memories: list[Tensor]) -> LaunchList | None:
+        """What was noted, for other memories like these; None where something cannot be repeated.
+
+        Args:
+            memories: all contiguous tensors that the function read or wrote, other than temporary ones and what its
+                steps gave, and views of those.
+        """
+        assert self.notes is not None
+        commands = [_command(note) for note in self.notes]
+        places = _Places(memories, self.temporaries, self.results)
+        if not places.are_clear or any(command is None for command in commands):
+            return None
+        try:
+            return places.finish([command for command in commands if command is not None])
+        except _Elsewhere:
+            return None
+
+
+class _Elsewhere(Exception):
+    """A tensor that is in none of the memories."""
+
+
+class _Places:
+    """The memories of a recording: those of the call, temporary ones, and what steps gave."""
+
+    def __init__(self, memories: list[Tensor], temporaries: list[Tensor], results: list[Tensor]):
+        everything = [*memories, *temporaries, *results]
+        self.first_temporary, self.first_result = len(memories), len(memories) + len(temporaries)
+        self.sizes = [part.numel() * part.itemsize for part in everything]
+        spans = sorted((part.data_ptr(), number) for number, part in enumerate(everything))
+        self.beginnings = [beginning for beginning, _ in spans]
+        self.numbers = [number for _, number in spans]
+        # no two in one place, as tied weights are, none of another device, none empty, all aligned to 16 bytes
+        self.are_clear = (
+            len(memories) + 1 + len(results) <= MOST_MEMORIES
+            and all(self.sizes)
+            and all(part.is_contiguous() for part in everything)
+            and len({part.device for part in everything}) == 1
+            and not any(beginning & 15 for beginning in self.beginnings)
+            and all(
+                beginning + self.sizes[number] <= following
+                for (beginning, number), following in zip(spans, self.beginnings[1:], strict=False)
+            )
+        )
+
+    def find(self, tensor: Tensor) -> tuple[int, int]:
+        """In which memory a tensor begins, and how far from its beginning."""
+        address = tensor.data_ptr()
+        place = bisect_right(self.beginnings, address) - 1
+        number = self.numbers[max(place, 0)]
+        distance = address - self.beginnings[place]
+        if place < 0 or distance >= self.sizes[number]:
+            raise _Elsewhere
+        return number, distance
+
+    def finish(self, commands: "list[Command | _Reading]") -> LaunchList:
+        """The commands with numbers of memories in the place of tensors."""
+        offsets, room = self._plan(commands)
+
+        def final(tensor: Tensor) -> tuple[int, int]:
+            number, distance = self.find(tensor)
+            if number < self.first_temporary:
+                return number, distance
+            if number < self.first_result:
+                return self.first_temporary, offsets[number] + distance
+            # behind the one room of all temporary tensors
+            return number - self.first_result + self.first_temporary + 1, distance
+
+        parts: list[bytes | _Step] = []
+        words: list[int] = []
+        for command in commands:
+            if isinstance(command, _Reading):
+                parts += [_packed(words)] if words else []
+                words = []
+                inputs = []
+                for part in command.inputs:
+                    memory, distance = final(part)
+                    inputs.append(_Part(memory, part.dtype, part.shape, part.stride(), distance // part.itemsize))
+                parts.append(_Step(command.function, inputs))
+                continue
+            own: list[int] = []
+            for word in command.words:
+                own += final(word) if isinstance(word, Tensor) else (word,)
+            words += [command.kind, len(own) + 2, *own]
+        return LaunchList([*parts, *([_packed(words)] if words else [])], room)
+
+    def _plan(self, commands: "list[Command | _Reading]") -> tuple[dict[int, int], int]:
+        """Where each temporary tensor lies in their room, so that those that are needed at the same time lie apart,
+        and the room's size."""
+        needed: dict[int, tuple[int, int]] = {}
+        for turn, command in enumerate(commands):
+            for word in command.inputs if isinstance(command, _Reading) else command.words:
+                if isinstance(word, Tensor):
+                    number, _ = self.find(word)
+                    if self.first_temporary <= number < self.first_result:
+                        needed[number] = (needed.get(number, (turn, turn))[0], turn)
+        offsets: dict[int, int] = {}
+        room = 1
+        for number in sorted(needed, key=lambda number: -self.sizes[number]):
+            first, last = needed[number]
+            beside = sorted(
+                (offsets[other], self.sizes[other])
+                for other in offsets
+                if needed[other][0] <= last and first <= needed[other][1]
+            )
+            offset = 0
+            for other_offset, size in beside:
+                if offset + self.sizes[number] <= other_offset:
+                    break
+                offset = max(offset, -(-(other_offset + size) // ALIGNMENT) * ALIGNMENT)
+            offsets[number] = offset
+            room = max(room, offset + self.sizes[number])
+        return offsets, room
+
+
+class _Reading(NamedTuple):
+    """A step as it was noted."""
+
+    function: Callable[..., tuple[Tensor, ...]]
+    inputs: tuple[Tensor, ...]
+
+
+class Command(NamedTuple):
+    """A launch, a product or a filling: its words, in which a tensor stands for its memory and distance."""
+
+    kind: int
+    words: tuple[int | Tensor, ...]
+
+
+def _packed(words: list[int]) -> bytes:
+    return struct.pack(f"<{len(words)}q", *words)
+
+
+def _command(note: tuple[Any, ...]) -> "Command | _Reading | None":
+    """What was noted, as words; None where it cannot be repeated."""
+    kind, *rest = note
+    if not isinstance(kind, str):
+        return launch_command(*note)
+    if kind == "step":
+        return _Reading(*rest)
+    if kind == "product":
+        return product_command(*rest)
+    (memory,) = rest
+    return Command(ZEROS, (memory, memory.numel() * memory.itemsize))
+
+
+def product_command(first: Tensor, second: Tensor, out: Tensor, adds: bool) -> Command | None:
+    """A product as cuBLAS takes it, which sees rows as columns: so it is the product of the transposes in the other
+    order."""
+    code = _DTYPES.get(out.dtype)
+    if code is None or {first.dtype, second.dtype} != {out.dtype} or out.stride(1) != 1:
+        return None
+    sides: list[tuple[int, int]] = []
+    for part in (second, first):
+        if part.stride(1) == 1 and part.stride(0) >= part.shape[1]:
+            sides.append((0, part.stride(0)))
+        elif part.stride(0) == 1 and part.stride(1) >= part.shape[0]:
+            sides.append((1, part.stride(1)))
+        else:
+            return None
+    (second_transposed, second_distance), (first_transposed, first_distance) = sides
+    algorithm = _ANY_KERNEL if out.dtype == torch.float32 else _KERNEL_OF_TENSOR_CORES
+    words = (
+        second_transposed, first_transposed, second.shape[1], first.shape[0], first.shape[1],
+        code, second_distance, code, first_distance, code, out.stride(0), _SUMS_IN_FLOAT32, algorithm, int(adds),
+        second, first, out,
+    )  # fmt: skip
+    return Command(PRODUCT, words)
+
+
+def launch_command(compiled: Any, grid: tuple[int, ...], arguments: tuple[Any, ...]) -> Command | None:
+    """A launch: Triton's kernels take what is not compiled into them, and two memories that ours do without."""
+    if not isinstance(compiled, Compiled):
+        return None
+    kernel = compiled.kernel
+    metadata = kernel.metadata
+    if (
+        getattr(metadata, "global_scratch_size", 0)
+        or getattr(metadata, "profile_scratch_size", 0)
+        or getattr(metadata, "launch_pdl", False)
+        or getattr(metadata, "num_ctas", 1) != 1
+    ):
+        return None
+    words: list[int | Tensor] = [
+        compiled.function, *grid, *(1,) * (3 - len(grid)), 32 * metadata.num_warps, metadata.shared,
+        int(metadata.launch_cooperative_grid),
+    ]  # fmt: skip
+    count = 2
+    for kind, argument in zip(kernel.src.signature.values(), arguments, strict=True):
+        if kind == "constexpr":
+            continue
+        count += 1
+        if isinstance(argument, Tensor):
+            words.append(argument)
+        elif kind == "fp32":
+            words += [-1, *struct.unpack("<I", struct.pack("<f", argument))]
+        elif isinstance(argument, int) and kind[0] in "iu":
+            words += [-1, argument]
+        else:
+            return None
+    return Command(LAUNCH, (*words, -1, 0, -1, 0)) if count <= MOST_PARAMETERS else None

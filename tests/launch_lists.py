@@ -1,0 +1,93 @@
+"""Lists of launches on the CPU: C runs them, and what it calls interprets kernels and multiplies by PyTorch."""
+
+import ctypes
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from triton.runtime.build import compile_module_from_src
+
+from modeling_colt5 import run_launch_list
+
+DTYPES = {0: torch.float32, 2: torch.float16, 14: torch.bfloat16}
+LAUNCH = ctypes.CFUNCTYPE(
+    ctypes.c_int, ctypes.c_void_p, *[ctypes.c_uint] * 7,
+    ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p), ctypes.c_void_p,
+)  # fmt: skip
+PRODUCT = ctypes.CFUNCTYPE(
+    ctypes.c_int, ctypes.c_void_p, *[ctypes.c_int] * 5, ctypes.POINTER(ctypes.c_float),
+    ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_int,
+    ctypes.POINTER(ctypes.c_float), ctypes.c_void_p, *[ctypes.c_int] * 4,
+)  # fmt: skip
+ZEROS = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_uint64, ctypes.c_ubyte, ctypes.c_size_t, ctypes.c_void_p)
+CONTEXT = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_void_p))
+
+
+def tensor_at(address: int, dtype: torch.dtype, shape: Any, strides: Any) -> torch.Tensor:
+    """The tensor that begins at an address."""
+    numbers = 1 + sum((length - 1) * stride for length, stride in zip(shape, strides, strict=True))
+    memory = (ctypes.c_char * (numbers * dtype.itemsize)).from_address(address)
+    return torch.frombuffer(memory, dtype=dtype).as_strided(shape, strides)
+
+
+def interpreting_launcher(monkeypatch: pytest.MonkeyPatch, repeated: list[str]) -> Callable[[], Any]:
+    """What stands for `launcher` of run_launch_list.py; names of what it ran are added to `repeated`."""
+    noted: list[tuple[Any, tuple[int, ...], tuple[Any, ...]]] = []
+
+    def command(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...]) -> run_launch_list.Command:
+        noted.append((kernel, grid, arguments))
+        tensors = [argument for argument in arguments if isinstance(argument, torch.Tensor)]
+        words = (len(noted), *grid, *(1,) * (3 - len(grid)), 32, 0, 0, *tensors)
+        return run_launch_list.Command(run_launch_list.LAUNCH, words)
+
+    @LAUNCH
+    def launch(number: int, *rest: Any) -> int:
+        kernel, grid, arguments = noted[number - 1]
+        parameters = iter(range(run_launch_list.MOST_PARAMETERS))
+        there = [
+            tensor_at(
+                ctypes.c_uint64.from_address(rest[8][next(parameters)]).value,
+                argument.dtype, argument.shape, argument.stride(),
+            )
+            if isinstance(argument, torch.Tensor)
+            else argument
+            for argument in arguments
+        ]  # fmt: skip
+        repeated.append(kernel.__name__)
+        kernel[grid](*there)
+        return 0
+
+    @PRODUCT
+    def product(handle: Any, *given: Any) -> int:
+        first_is, second_is, m, n, k, alpha, *memories = given
+        first, dtype, rows, second, _, second_rows, beta, out, _, out_rows, *_ = memories
+        assert alpha[0] == 1
+        kind = DTYPES[dtype]
+        a = tensor_at(first, kind, (m, k), (rows, 1) if first_is else (1, rows))
+        b = tensor_at(second, kind, (k, n), (second_rows, 1) if second_is else (1, second_rows))
+        c = tensor_at(out, kind, (m, n), (1, out_rows))
+        repeated.append("product")
+        c.copy_(a @ b + c if beta[0] else a @ b)
+        return 0
+
+    @ZEROS
+    def zeros(address: int, value: int, size: int, stream: Any) -> int:
+        repeated.append("zeros")
+        ctypes.memset(address, value, size)
+        return 0
+
+    @CONTEXT
+    def context(place: Any) -> int:
+        place[0] = 1
+        return 0
+
+    made = compile_module_from_src(src=run_launch_list.SOURCE, name="colt5_launches")
+    callbacks = (launch, launch, product, zeros, context)
+    made.connect(*(ctypes.cast(callback, ctypes.c_void_p).value for callback in callbacks))
+    # the callbacks live as long as what may be called
+    made.callbacks = callbacks
+    monkeypatch.setattr(run_launch_list, "launch_command", command)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentBlasHandle", lambda: 5, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 7, raising=False)
+    return lambda: made
