@@ -145,8 +145,11 @@ def is_hooked(module: torch.nn.Module) -> bool:
     """Whether a call of the module is more than its own forward: a hook, or another forward in its place."""
     if module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return True
-    if "forward" in module.__dict__:
-        return True
+    return "forward" in module.__dict__ or shows_results(module)
+
+
+def shows_results(module: torch.nn.Module) -> bool:
+    """Whether a hook sees what the module returns."""
     # Transformers leaves its hooks for `output_hidden_states` and the like in place, where they do nothing.
     return any(getattr(hook, "__name__", "") != "output_capturing_hook" for hook in module._forward_hooks.values())
 

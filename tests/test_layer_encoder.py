@@ -97,17 +97,28 @@ def test_rows_of_padding_alone(device: torch.device, layers: list) -> None:
     assert len(layers) == 1
 
 
-def test_a_hook_on_a_block_is_called(device: torch.device, layers: list) -> None:
+def test_a_hook_on_a_block_sees_what_the_modules_give(device: torch.device, layers: list) -> None:
     model = encoder(device)
     batch = batch_of(device, 8)
-    seen = []
-    handle = model.encoder.block[0].register_forward_hook(lambda module, args, output: seen.append(output[0]))
+    seen, given = [], []
+    blocks = model.encoder.block
+    handles = [
+        blocks[0].register_forward_hook(lambda module, args, output: seen.append(output)),
+        # those that see no result leave a straight line as it is
+        blocks[1].register_forward_pre_hook(lambda module, args: given.append(args[0])),
+    ]
     with torch.no_grad():
         model(**batch)
-        handle.remove()
-        expected = as_modules(lambda: model(**batch, output_hidden_states=True).hidden_states[1])
-    assert len(layers) == model.config.num_layers
-    assert_same_but_for_rounding(seen[0], expected)
+        for handle in handles:
+            handle.remove()
+        assert len(layers) == len(blocks) - 1
+        expected = as_modules(lambda: model(**batch, output_hidden_states=True, output_routing=True))
+        model(**batch)
+    assert len(layers) == 2 * len(blocks) - 1
+    ((states, _, _, routing),) = seen
+    assert_same_but_for_rounding(states, expected.hidden_states[1])
+    assert_same_but_for_rounding(given[0], expected.hidden_states[1])
+    assert torch.equal(routing.query.indices, expected.routing[0].query.indices)
 
 
 def test_who_asks_for_what_was_routed_gets_the_modules(device: torch.device, layers: list) -> None:

@@ -1,0 +1,197 @@
+"""Lists of launches: what is noted, where temporary tensors lie, and what C is called with."""
+
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from launch_lists import interpreting_launcher  # noqa: E402
+
+from modeling_colt5 import run_launch_list, run_launch_triton  # noqa: E402
+from modeling_colt5.op_rows_triton import join_into  # noqa: E402
+from modeling_colt5.run_launch_list import Recorder, launch_command, product_command  # noqa: E402
+from modeling_colt5.run_launch_triton import Compiled  # noqa: E402
+
+CPU = torch.device("cpu")
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels of CPU tensors are interpreted")
+
+
+@pytest.fixture
+def repeated(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What lists have run."""
+    names: list[str] = []
+    monkeypatch.setattr(run_launch_list, "launcher", interpreting_launcher(monkeypatch, names))
+    return names
+
+
+def scaled(states: torch.Tensor, factor: float) -> tuple[torch.Tensor]:
+    return (states * factor,)
+
+
+def computed(recorder: Recorder, first: torch.Tensor, second: torch.Tensor, out: torch.Tensor) -> None:
+    """out = 3 * joined(first, second) @ first + second @ first, by way of several temporary tensors."""
+    joined = recorder.temporary(torch.float32, 8, 4)
+    recorder.run(join_into, joined, first, second)
+    product = recorder.temporary(torch.float32, 8, 4)
+    recorder.product(joined, first, product)
+    (tripled,) = recorder.step(partial(scaled, factor=3.0), product)
+    upper = recorder.temporary(torch.float32, 4, 4)
+    recorder.run(join_into, upper, tripled[:4])
+    recorder.add_product(second.t(), first, upper)
+    recorder.zeros(out)
+    recorder.run(join_into, out[4:], tripled[4:])
+    recorder.run(join_into, out[:4], upper)
+
+
+def expected(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    result = 3 * torch.cat((first, second)) @ first
+    result[:4] += second.t() @ first
+    return result
+
+
+@interpreted
+def test_a_list_computes_for_other_memories_what_was_noted(repeated: list[str]) -> None:
+    memories = [torch.randn(4, 4), torch.randn(4, 4), torch.empty(8, 4)]
+    recorder = Recorder(CPU, records=True)
+    computed(recorder, *memories)
+    torch.testing.assert_close(memories[2], expected(*memories[:2]))
+    launches = recorder.finish(memories)
+    assert launches is not None and not repeated
+    # the product's memory serves again for the sum, which is written when nobody needs the product anymore
+    assert launches.room == 2 * 128
+    others = [torch.randn(4, 4), torch.randn(4, 4), torch.empty(8, 4)]
+    results = launches(others, CPU, -1)
+    assert repeated == ["join_kernel", "product", "join_kernel", "product", "zeros", "join_kernel", "join_kernel"]
+    assert results is not None and len(results) == 1
+    torch.testing.assert_close(others[2], expected(*others[:2]))
+
+
+@interpreted
+def test_what_is_not_aligned_launches_nothing(repeated: list[str]) -> None:
+    recorder = Recorder(CPU, records=True)
+    computed(recorder, *(memories := [torch.randn(4, 4), torch.randn(4, 4), torch.empty(8, 4)]))
+    launches = recorder.finish(memories)
+    assert launches is not None
+    unaligned = torch.zeros(17)[1:].view(4, 4)
+    assert launches([memories[0], unaligned, memories[2]], CPU, -1) is None
+    assert not repeated
+
+
+@interpreted
+def test_a_thread_without_a_context_gets_one(repeated: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = Recorder(CPU, records=True)
+    memories = [torch.ones(4), torch.empty(4)]
+    recorder.run(join_into, memories[1], memories[0])
+    launches = recorder.finish(memories)
+    devices, run = [], run_launch_list.launcher().run
+    without = [run_launch_list.WITHOUT_CONTEXT]
+    made = SimpleNamespace(run=lambda *arguments: without.pop() if without else run(*arguments))
+    monkeypatch.setattr(run_launch_list, "launcher", lambda: made)
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", devices.append, raising=False)
+    memories[1].zero_()
+    assert launches is not None and launches(memories, CPU, 3) == []
+    assert devices == [3] and torch.equal(memories[0], memories[1])
+
+
+@interpreted
+@pytest.mark.parametrize("case", ["tied", "unknown", "unaligned", "strided", "Triton's own"])
+def test_what_cannot_be_repeated_gives_no_list(case: str, repeated: list[str], monkeypatch: Any) -> None:
+    first, second, out = torch.randn(4), torch.randn(4), torch.empty(8)
+    if case == "unaligned":
+        second = torch.zeros(5)[1:]
+    if case == "strided":
+        second = torch.zeros(8)[::2]
+    recorder = Recorder(CPU, records=True)
+    recorder.run(join_into, out, first, first if case == "tied" else second.contiguous())
+    if case == "Triton's own":
+        monkeypatch.setattr(run_launch_list, "launch_command", lambda *note: None)
+    memories = [first, first if case == "tied" else second, out]
+    assert recorder.finish(memories[:1] if case == "unknown" else memories) is None
+
+
+def test_who_does_not_record_holds_nothing() -> None:
+    recorder = Recorder(CPU, records=False)
+    recorder.zeros(recorder.temporary(torch.float32, 4))
+    assert recorder.notes is None and not recorder.temporaries
+
+
+# what C is called with
+
+
+def test_a_launch_hands_over_what_is_not_compiled_into_the_kernel() -> None:
+    kinds = {"x": "*fp32", "nothing": "constexpr", "n": "i32", "one": "constexpr", "eps": "fp32", "BLOCK": "constexpr"}
+    metadata = SimpleNamespace(num_warps=4, shared=1024, launch_cooperative_grid=False)
+    kernel = SimpleNamespace(src=SimpleNamespace(signature=kinds), metadata=metadata)
+    x = torch.zeros(4)
+    note = (Compiled(kernel, lambda: None, 77, None), (5, 6), (x, None, 300, 1, 0.5, 64))
+    command = launch_command(*note)
+    assert command is not None and command.kind == run_launch_list.LAUNCH
+    # 0.5 in fp32 is 0x3F000000, and Triton's two memories of its own come last
+    assert command.words == (77, 5, 6, 1, 128, 1024, 0, x, -1, 300, -1, 0x3F000000, -1, 0, -1, 0)
+    metadata.global_scratch_size = 16
+    assert launch_command(*note) is None
+
+
+@pytest.mark.parametrize("transposed", [(False, False), (False, True), (True, False)])
+def test_products_are_those_of_rows(transposed: tuple[bool, bool], repeated: list[str]) -> None:
+    first, second = torch.randn(6, 3), torch.randn(3, 5)
+    if transposed[0]:
+        first = first.t().contiguous().t()
+    if transposed[1]:
+        second = second.t().contiguous().t()
+    out = torch.randn(6, 20)[:, 5:10]
+    if torch.cuda.is_available():
+        assert product_command(first, second, out, False) is not None
+        return
+    memory = torch.zeros(6, 20)
+    recorder = Recorder(CPU, records=True)
+    recorder.product(first, second, memory[:, 5:10])
+    memories = [first.t() if transposed[0] else first, second.t() if transposed[1] else second, memory]
+    launches = recorder.finish(memories)
+    assert launches is not None
+    memory.zero_()
+    launches(memories, CPU, -1)
+    torch.testing.assert_close(memory[:, 5:10], first @ second)
+    assert not memory[:, :5].any() and not memory[:, 10:].any()
+
+
+def test_other_products_have_no_command() -> None:
+    first, second = torch.randn(6, 3), torch.randn(3, 5)
+    assert product_command(first, second, torch.empty(6, 5, dtype=torch.float64), False) is None
+    assert product_command(first.half(), second, torch.empty(6, 5), False) is None
+    assert product_command(torch.randn(6, 6)[:, ::2], second, torch.empty(6, 5), False) is None
+
+
+# how launches are noted
+
+
+class Kernel:
+    """What looks like a kernel of two tensors and a number; its launches are noted."""
+
+    arg_names = ["x", "y", "n"]
+
+    def __init__(self) -> None:
+        self.params = [SimpleNamespace(is_constexpr=False, do_not_specialize=False) for _ in self.arg_names]
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        made = SimpleNamespace(run=lambda *given: None, function=11, packed_metadata=(13,))
+        return lambda *arguments, **options: made
+
+
+def test_launches_are_noted_as_what_was_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_launch_triton, "INTERPRETED", False)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: -1, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 7, raising=False)
+    kernel, x, unaligned = Kernel(), torch.zeros(8), torch.zeros(9)[1:]
+    notes: list[Any] = []
+    with run_launch_triton.noted(notes):
+        run_launch_triton.launch(kernel, (2, 3), x, None, 48)
+        run_launch_triton.launch(kernel, (2, 3), x, None, 48)
+        run_launch_triton.launch(kernel, (1,), x, unaligned, 48)
+    run_launch_triton.launch(kernel, (1,), x, None, 48)
+    assert [(made and made.function, grid) for made, grid, _ in notes] == [(11, (2, 3)), (11, (2, 3)), (None, (1,))]
+    assert notes[0][2][0] is x
