@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .kernel_backend import INTERPRETED, normed_dtype, triton_is_available
 from .layer_plain import PlainLayer
+from .run_sizes import is_one_product
 
 if triton_is_available():
     from .op_attention_triton import band_partials
@@ -255,10 +256,9 @@ class Program:
         self.light_ff, self.heavy_ff = weights[12].shape[0], weights[16].shape[0]
         batch, n, d, exact = self.batch, self.n, self.d, common.settings[1] == "exact"
         state = 3 if exact else common.settings[3]
-        # whether products of the same states are one, with their weights joined: with as many states as it takes to
-        # make up for the copy, as in `project` of model_layers.py
+        # whether products of the same states are one, with their weights joined
         self.joins = {
-            first: rows >= 2 * results
+            first: is_one_product(rows, results, d, self.device)
             for first, rows, results in (
                 (1, batch * n, 3 * self.light), (8, batch * keys, 2 * self.heavy),
                 (12, batch * n, 2 * self.light_ff), (16, batch * tokens, 2 * self.heavy_ff),

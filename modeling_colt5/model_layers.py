@@ -14,7 +14,7 @@ from .configuration_colt5 import activation_name, is_gated
 from .kernel_backend import is_autocast, is_hooked, product_dtype, runs_eagerly
 from .op_gelu import gated_gelu
 from .op_norm import rms_norm_scores
-from .run_sizes import is_free
+from .run_sizes import is_free, is_one_product
 
 
 def product_by_heads(states: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
@@ -89,8 +89,8 @@ def clamp_half(hidden_states: torch.Tensor) -> torch.Tensor:
 def project(states: torch.Tensor, *projections: nn.Linear, head_size: int | None = None) -> tuple[torch.Tensor, ...]:
     """Several projections of the same states [batch, n, d], as one matrix product where that pays.
 
-    It does for eager calls with at least twice as many states as results each, because it copies the weights together.
-    Compilers decide for themselves; adapters, quantised weights and hooks are called as the modules they are.
+    `is_one_product` says where it does in eager calls, as the weights are copied together for it. Compilers decide for
+    themselves; adapters, quantised weights and hooks are called as the modules they are.
 
     Args:
         states: [batch, n, d].
@@ -102,7 +102,8 @@ def project(states: torch.Tensor, *projections: nn.Linear, head_size: int | None
     """
     widths = [linear.out_features for linear in projections] if all(map(_is_plain, projections)) else None
     # The tracer is asked for before the length: it must not meet a choice by a length that it keeps open.
-    if not widths or not runs_eagerly() or states.numel() < 2 * states.shape[-1] * sum(widths):
+    d = states.shape[-1]
+    if not widths or not runs_eagerly() or not is_one_product(states.numel() // d, sum(widths), d, states.device):
         projected = tuple(linear(states) for linear in projections)
         if head_size is None:
             return projected

@@ -41,6 +41,22 @@ def larger(size: int, other: int) -> int:
     return max(size, other) if isinstance(size, int) and isinstance(other, int) else torch.sym_max(size, other)
 
 
+# A GPU copies so many numbers of weights in less time than it takes the host to launch another product.
+FEW_WEIGHTS = 1 << 21
+
+
+def is_one_product(states: int, results: int, width: int, device: torch.device) -> bool:
+    """Whether products of the same states are made as one, for which their weights are copied together.
+
+    Args:
+        states: how many.
+        results: of each state, those of all products.
+        width: of a state.
+        device: where.
+    """
+    return states >= 2 * results or (device.type == "cuda" and results * width <= FEW_WEIGHTS)
+
+
 def share_of(length: Any, fraction: float) -> Any:
     """ceil(fraction · length - 1e-6), exact: no rounding of a product decides how many tokens are routed.
 
