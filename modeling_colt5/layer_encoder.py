@@ -5,7 +5,7 @@ kernels take a GPU. So a block that nobody looks into (layer_plain.py) runs here
 without a module, an operator or a view between them.
 
 The first call of a kind, which is one of its shapes, dtypes and numbers, launches one kernel after another and notes
-them. From then on the list is repeated by one call of C, with the addresses of other tensors (run_launch_list.py).
+them. From then on the list is repeated by one call of C (run_launch_list_triton.py), with other tensors' addresses.
 """
 
 from typing import Any
@@ -24,7 +24,7 @@ from .run_operator import refuse_derivatives_of_kernels
 
 if triton_is_available():
     from .op_routing_triton import kernels_take
-    from .run_launch_list import Recorder
+    from .run_launch_list_triton import Recorder
 
 # False lets every block run as modules, for a comparison
 enabled = True

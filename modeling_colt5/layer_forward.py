@@ -15,7 +15,7 @@ if triton_is_available():
     from .op_norm_triton import combine_norm_into
     from .op_routing_triton import route_forward_into, sharing_shapes
     from .op_rows_triton import combine_into, gather_into, join_into
-    from .run_launch_list import Recorder
+    from .run_launch_list_triton import Recorder
 
 # the matrices whose copies in another dtype one launch makes, by their places in `WEIGHTS`
 _CAST_TOGETHER = ((1, 2, 3), (4,), (7,), (8, 9), (10,), (12, 13), (14,), (16, 17), (18,))
@@ -224,8 +224,8 @@ def attention(line: Line, incoming: Tensor | None) -> tuple[Tensor, ...]:
         line.recorder.product(line.rounded(attended, program.dtype), heavy_o.t(), heavy)
         del query_states, key_states, query, key_value, attended
     query_key_value = line.place("query_key_value")
+    # the heavy branch may still read `normed`, which therefore stays until both branches are done
     line.products(normed, 1, 3, query_key_value)
-    del normed, of_norm
     size = program.light_size
     attended = line.place("light_attended")
     seed = _seed(line, "seed", program.drops[0])

@@ -14,7 +14,7 @@ if triton_is_available():
     from .op_attention_triton import band_partials
     from .op_norm_triton import gradient_programs
     from .op_routing_triton import slot_parts
-    from .run_launch_list import LaunchList
+    from .run_launch_list_triton import LaunchList
     from .run_launch_triton import has_listeners
 
 # of the weights those that kernels read, and those of products

@@ -8,7 +8,7 @@ import pytest
 import torch
 from triton.runtime.build import compile_module_from_src
 
-from modeling_colt5 import run_launch_list
+from modeling_colt5 import run_launch_list_triton
 
 DTYPES = {0: torch.float32, 2: torch.float16, 14: torch.bfloat16}
 LAUNCH = ctypes.CFUNCTYPE(
@@ -32,19 +32,19 @@ def tensor_at(address: int, dtype: torch.dtype, shape: Any, strides: Any) -> tor
 
 
 def interpreting_launcher(monkeypatch: pytest.MonkeyPatch, repeated: list[str]) -> Callable[[], Any]:
-    """What stands for `launcher` of run_launch_list.py; names of what it ran are added to `repeated`."""
+    """What stands for `launcher` of run_launch_list_triton.py; names of what it ran are added to `repeated`."""
     noted: list[tuple[Any, tuple[int, ...], tuple[Any, ...]]] = []
 
-    def command(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...]) -> run_launch_list.Command:
+    def command(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...]) -> run_launch_list_triton.Command:
         noted.append((kernel, grid, arguments))
         tensors = [argument for argument in arguments if isinstance(argument, torch.Tensor)]
         words = (len(noted), *grid, *(1,) * (3 - len(grid)), 32, 0, 0, *tensors)
-        return run_launch_list.Command(run_launch_list.LAUNCH, words)
+        return run_launch_list_triton.Command(run_launch_list_triton.LAUNCH, words)
 
     @LAUNCH
     def launch(number: int, *rest: Any) -> int:
         kernel, grid, arguments = noted[number - 1]
-        parameters = iter(range(run_launch_list.MOST_PARAMETERS))
+        parameters = iter(range(run_launch_list_triton.MOST_PARAMETERS))
         there = [
             tensor_at(
                 ctypes.c_uint64.from_address(rest[8][next(parameters)]).value,
@@ -82,12 +82,12 @@ def interpreting_launcher(monkeypatch: pytest.MonkeyPatch, repeated: list[str]) 
         place[0] = 1
         return 0
 
-    made = compile_module_from_src(src=run_launch_list.SOURCE, name="colt5_launches")
+    made = compile_module_from_src(src=run_launch_list_triton.SOURCE, name="colt5_launches")
     callbacks = (launch, launch, product, zeros, context)
     made.connect(*(ctypes.cast(callback, ctypes.c_void_p).value for callback in callbacks))
     # the callbacks live as long as what may be called
     made.callbacks = callbacks
-    monkeypatch.setattr(run_launch_list, "launch_command", command)
+    monkeypatch.setattr(run_launch_list_triton, "launch_command", command)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentBlasHandle", lambda: 5, raising=False)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 7, raising=False)
     return lambda: made

@@ -11,9 +11,9 @@ pytest.importorskip("triton")
 
 from launch_lists import interpreting_launcher  # noqa: E402
 
-from modeling_colt5 import run_launch_list, run_launch_triton  # noqa: E402
+from modeling_colt5 import run_launch_list_triton, run_launch_triton  # noqa: E402
 from modeling_colt5.op_rows_triton import join_into  # noqa: E402
-from modeling_colt5.run_launch_list import Recorder, launch_command, product_command  # noqa: E402
+from modeling_colt5.run_launch_list_triton import Recorder, launch_command, product_command  # noqa: E402
 from modeling_colt5.run_launch_triton import Compiled  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -24,7 +24,7 @@ interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels of C
 def repeated(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What lists have run."""
     names: list[str] = []
-    monkeypatch.setattr(run_launch_list, "launcher", interpreting_launcher(monkeypatch, names))
+    monkeypatch.setattr(run_launch_list_triton, "launcher", interpreting_launcher(monkeypatch, names))
     return names
 
 
@@ -87,10 +87,10 @@ def test_a_thread_without_a_context_gets_one(repeated: list[str], monkeypatch: p
     memories = [torch.ones(4), torch.empty(4)]
     recorder.run(join_into, memories[1], memories[0])
     launches = recorder.finish(memories)
-    devices, run = [], run_launch_list.launcher().run
-    without = [run_launch_list.WITHOUT_CONTEXT]
+    devices, run = [], run_launch_list_triton.launcher().run
+    without = [run_launch_list_triton.WITHOUT_CONTEXT]
     made = SimpleNamespace(run=lambda *arguments: without.pop() if without else run(*arguments))
-    monkeypatch.setattr(run_launch_list, "launcher", lambda: made)
+    monkeypatch.setattr(run_launch_list_triton, "launcher", lambda: made)
     monkeypatch.setattr(torch._C, "_cuda_setDevice", devices.append, raising=False)
     memories[1].zero_()
     assert launches is not None and launches(memories, CPU, 3) == []
@@ -108,7 +108,7 @@ def test_what_cannot_be_repeated_gives_no_list(case: str, repeated: list[str], m
     recorder = Recorder(CPU, records=True)
     recorder.run(join_into, out, first, first if case == "tied" else second.contiguous())
     if case == "Triton's own":
-        monkeypatch.setattr(run_launch_list, "launch_command", lambda *note: None)
+        monkeypatch.setattr(run_launch_list_triton, "launch_command", lambda *note: None)
     memories = [first, first if case == "tied" else second, out]
     assert recorder.finish(memories[:1] if case == "unknown" else memories) is None
 
@@ -129,7 +129,7 @@ def test_a_launch_hands_over_what_is_not_compiled_into_the_kernel() -> None:
     x = torch.zeros(4)
     note = (Compiled(kernel, lambda: None, 77, None), (5, 6), (x, None, 300, 1, 0.5, 64))
     command = launch_command(*note)
-    assert command is not None and command.kind == run_launch_list.LAUNCH
+    assert command is not None and command.kind == run_launch_list_triton.LAUNCH
     # 0.5 in fp32 is 0x3F000000, and Triton's two memories of its own come last
     assert command.words == (77, 5, 6, 1, 128, 1024, 0, x, -1, 300, -1, 0x3F000000, -1, 0, -1, 0)
     metadata.global_scratch_size = 16

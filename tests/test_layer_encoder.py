@@ -15,7 +15,7 @@ from torch import nn
 
 pytest.importorskip("triton")
 
-from modeling_colt5 import CoLT5EncoderModel, layer_encoder, layer_program, run_launch_list  # noqa: E402
+from modeling_colt5 import CoLT5EncoderModel, layer_encoder, layer_program, run_launch_list_triton  # noqa: E402
 from modeling_colt5.layer_encoder import StraightLayer  # noqa: E402
 from modeling_colt5.model_encoder_layer import PLAIN, CoLT5EncoderBlock  # noqa: E402
 
@@ -411,7 +411,7 @@ def test_frozen_weights_get_no_gradients(device: torch.device, layers: list) -> 
 def lists(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """As on a GPU the first call of a kind notes its launches, and the next ones repeat them; what was repeated."""
     repeated: list[str] = []
-    monkeypatch.setattr(run_launch_list, "launcher", interpreting_launcher(monkeypatch, repeated))
+    monkeypatch.setattr(run_launch_list_triton, "launcher", interpreting_launcher(monkeypatch, repeated))
     monkeypatch.setattr(layer_program, "programs", {})
     monkeypatch.setattr(layer_program, "may_repeat", lambda states: True)
     return repeated

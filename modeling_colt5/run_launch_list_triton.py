@@ -23,7 +23,7 @@ from .run_launch_triton import Compiled, noted
 try:
     from triton.runtime.build import compile_module_from_src
 except ImportError as error:
-    raise ImportError("run_launch_list needs triton; use kernel_backend='torch' without it") from error
+    raise ImportError("run_launch_list_triton needs triton; use kernel_backend='torch' without it") from error
 
 # Lists are words of 64 bits. A launch is its kind, its length, a function, a grid of three axes, threads, bytes of
 # shared memory, whether its programs wait for each other, then for each parameter a memory's number (or -1) and the
