@@ -34,6 +34,7 @@ SHARES = {
     "router": 1,
     "encoder_cpu": 4,
     "causal": 4,
+    "blocks": 2,
 }
 DEFAULT = ("called", "encoder", "generation", "training", "dense")
 TABLES = "tables"
