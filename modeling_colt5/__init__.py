@@ -33,6 +33,7 @@ from .modeling_colt5 import (
     CoLT5Model,
 )
 from .op_soft_topk import soft_topk
+from .routing_view import show_routing
 from .run_plan import SoftTopK
 from .tokenization_colt5 import CoLT5Tokenizer
 
@@ -57,6 +58,7 @@ __all__ = [
     "CoLT5Tokenizer",
     "SoftTopK",
     "set_dense_start",
+    "show_routing",
     "soft_topk",
 ]
 
