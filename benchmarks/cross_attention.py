@@ -20,12 +20,15 @@ LENGTHS = (16_384, 131_072, 1_048_576)
 BUDGET, TARGET = 4096, 512
 # of the static self-attention cache: every call that is timed adds a token
 STEPS = 256
-FULL, ROUTED = "full", "routed"
+FULL, ROUTED, ASKING = "full", "routed", "asking"
+# of what each token of the decoder chooses itself
+OWN_BUDGET, RANK = 64, 32
 # bf16 rounds by 2^-9 at most, in each of the layers a few times
 TOLERANCE = 2e-2
 TITLE = (
     f"Cross-attention of a base-size decoder (12 layers, one key/value head, bf16, batch 1) to a memory of n tokens: "
-    f"full, and routed with a budget of {BUDGET:,} tokens a layer. Decoding {TARGET} tokens, and their gradients to "
+    f"full; routed with a budget of {BUDGET:,} tokens a layer; asking, where each token of the decoder chooses "
+    f"{OWN_BUDGET} by a score of rank {RANK}. Decoding {TARGET} tokens, and their gradients to "
     "the memory and all weights, eager: median milliseconds, and peak MiB beyond weights and memory; one more token "
     "with static caches: eager, and GPU time of a CUDA graph; MiB of all cross-attention caches"
 )
@@ -35,6 +38,8 @@ def make_decoder(kind: str, tiny: bool, budget: int = BUDGET, **fields: Any) -> 
     """A decoder with random weights."""
     if kind == ROUTED:
         fields["routed_cross_key_values"] = scaled_length(budget, tiny)
+    if kind == ASKING:
+        fields |= {"routed_cross_key_values": 4 if tiny else OWN_BUDGET, "cross_routing_rank": RANK}
     torch.manual_seed(0)
     with DEVICE:
         return CoLT5Decoder(colt5_config(tiny, **fields)).to(DTYPE).eval()
@@ -129,11 +134,11 @@ def measure(decoder: CoLT5Decoder, memory: torch.Tensor, tiny: bool) -> Row:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Verify, then measure the lengths, full and routed after each other."""
+    """Verify, then measure the lengths, each with all kinds."""
     options = parse(make_parser(__doc__), arguments)
     verify(options.tiny)
     table = Table("cross_attention", TITLE, options)
-    for n, kind in itertools.product(LENGTHS, (FULL, ROUTED)):
+    for n, kind in itertools.product(LENGTHS, (FULL, ROUTED, ASKING)):
         if time.perf_counter() > options.deadline:
             table.note(f"Not measured for lack of time: {kind} at {n:,} tokens, and what follows.")
             break

@@ -72,7 +72,8 @@ def kept_values(
 ) -> int:
     """How many numbers the layers keep of one row's forward pass for its backward: the large tensors, to compare one
     kind of step with another. Dropout's masks and what is copied for a product come on top, up to a third in all.
-    Of a decoder with routed cross-attention they are the rows that it reads, and their keys and values.
+    Of a decoder with routed cross-attention they are the rows that it reads, and their keys and values; where its
+    tokens choose for themselves, the keys, values and answers of the memory, and not what each one chooses.
 
     Args:
         config: the model's.
@@ -112,6 +113,8 @@ def kept_values(
         # without kernels the rows are kept before their weights and after
         cross_rows = (1 if fused_attention else 2) * slots * d_model
         cross_keys = 2 * slots * config.num_cross_key_value_heads * config.d_kv
+        if config.cross_routing_rank is not None:
+            cross_rows, cross_keys = 0, n * (2 * config.d_kv + config.cross_routing_rank)
     # the last norm keeps its input
     kept = n * d_model + config.num_decoder_layers * cross_rows
     if checkpointed:

@@ -22,7 +22,7 @@ from .op_routing import RoutedTokens
 from .run_causal_cache import CoLT5DynamicRoutedLayer, check_routed_layer
 from .run_causal_plan import CausalPlan, CausalSettings
 from .run_inputs import check_states, padding_mask
-from .run_plan import EncoderPlan, EncoderSettings, Implementation, SoftTopK
+from .run_plan import CrossSettings, EncoderPlan, EncoderSettings, Implementation, SoftTopK
 
 ATTENTIONS = ("sdpa", "eager")
 SOFT_TOPK = SoftTopK()
@@ -676,13 +676,16 @@ class CoLT5ConditionalCrossAttention(nn.Module):
         num_heads: heads.
         num_cross_key_value_heads: key/value heads; 1 is multi-query attention.
         num_cross_routers: routers, each with a vector of its own and for a group of heads.
+        cross_routing_rank: rank of the score by which each token chooses its own tokens of the memory; None for one
+            choice that all tokens share.
         routing: "learned", or the controls "random" and "even".
         dropout_rate: of the attention weights and of what the module adds.
         soft_topk, layer_norm_epsilon, kernel_backend: as of `CoLT5ConditionalFeedForward`.
         attn_implementation: "sdpa" or "eager".
 
     Attributes:
-        num_tokens: `routed_cross_key_values`, which may be changed.
+        settings: budget and soft top-k. Another object of its class in its place changes the budget of a module that
+            is already there.
 
     Raises:
         StrictDataclassError: for a number that the rule of the configuration's field of that name refuses.
@@ -698,6 +701,7 @@ class CoLT5ConditionalCrossAttention(nn.Module):
         num_heads: int = 12,
         num_cross_key_value_heads: int = 1,
         num_cross_routers: int = 1,
+        cross_routing_rank: int | None = None,
         routing: str = "learned",
         soft_topk: SoftTopK = SOFT_TOPK,
         dropout_rate: float = 0.0,
@@ -715,17 +719,18 @@ class CoLT5ConditionalCrossAttention(nn.Module):
             num_cross_key_value_heads=num_cross_key_value_heads,
             routed_cross_key_values=routed_cross_key_values,
             num_cross_routers=num_cross_routers,
+            cross_routing_rank=cross_routing_rank,
             routing=routing,
             dropout_rate=dropout_rate,
             layer_norm_epsilon=layer_norm_epsilon,
             kernel_backend=kernel_backend,
         )
         self.d_model = d_model
-        self.num_tokens = routed_cross_key_values
-        self.soft_topk = soft_topk
+        self.settings = CrossSettings(routed_cross_key_values, soft_topk)
         self.implementation = Implementation(kernel_backend, attn_implementation)
         is_routed = routed_cross_key_values is not None
-        if is_routed:
+        self.asks = cross_routing_rank is not None
+        if is_routed and not self.asks:
             self.cross_routing = CoLT5CrossRouting(d_model, 1, num_cross_routers, routing)
         self.layer = CoLT5LayerCrossAttention(
             d_model=d_model,
@@ -734,6 +739,7 @@ class CoLT5ConditionalCrossAttention(nn.Module):
             num_key_value_heads=num_cross_key_value_heads,
             layer_idx=0,
             num_routers=num_cross_routers if is_routed else None,
+            rank=cross_routing_rank,
             dropout_rate=dropout_rate,
             layer_norm_epsilon=layer_norm_epsilon,
         )
@@ -764,7 +770,8 @@ class CoLT5ConditionalCrossAttention(nn.Module):
 
         Returns:
             The states; with `output_routing` a pair of them and each router's tokens, whose `indices`, `weights` and
-            `valid` are [batch, slots] (None where nothing was routed in this call).
+            `valid` are [batch, slots], or with `cross_routing_rank` [batch, m, slots] (None where nothing was routed
+            in this call).
 
         Raises:
             TypeError: for states or a memory that are no floating point tensor, or another kind of cache.
@@ -780,10 +787,9 @@ class CoLT5ConditionalCrossAttention(nn.Module):
             raise TypeError(f"cache is a {type(cache).__name__}; it must be what make_cache() made, or None")
         mask = padding_mask("memory_mask", memory_mask, memory)
         memory, routing = memory.to(hidden_states.dtype), None
-        if self.layer.EncDecAttention.is_routed:
-            memories, mask, routing = self.cross_routing.read(
-                memory, mask, cache, self.num_tokens, self.soft_topk, self.implementation
-            )
+        if self.layer.EncDecAttention.is_routed and not self.asks:
+            memories, mask, routing = self.cross_routing.read(memory, mask, cache, self.settings, self.implementation)
             (memory,) = memories
-        output, _ = self.layer(hidden_states, memory, mask, cache, self.implementation)
-        return (output, None if routing is None else routing[0]) if output_routing else output
+        output, _, asked = self.layer(hidden_states, memory, mask, cache, self.implementation, self.settings)
+        tokens = (asked,) if asked is not None else None if routing is None else routing[0]
+        return (output, tokens) if output_routing else output

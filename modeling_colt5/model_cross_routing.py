@@ -7,12 +7,13 @@ from torch import nn
 from transformers.cache_utils import Cache, EncoderDecoderCache, StaticLayer
 from transformers.utils.generic import maybe_autocast
 
-from .model_router import CoLT5Router, router_weights, run_routers
+from .kernel_backend import accumulation_dtype
+from .model_router import CoLT5Router, CoLT5Routing, router_weights, run_routers
 from .op_norm import router_scores
 from .op_routing import RoutedTokens
 from .op_rows import share_and_gather
 from .run_budgets import RoutingBudget, memory_slots, real_lengths
-from .run_plan import Implementation, RouterPlan, SoftTopK
+from .run_plan import CrossSettings, Implementation, RouterPlan
 
 
 def shorten_static_layers(cache: Cache, length: int) -> None:
@@ -55,8 +56,7 @@ class CoLT5CrossRouting(nn.Module):
         self,
         memory: torch.Tensor,
         mask: torch.Tensor | None,
-        num_tokens: int | None,
-        soft_topk: SoftTopK,
+        settings: CrossSettings,
         implementation: Implementation,
     ) -> tuple[list[torch.Tensor], tuple[tuple[RoutedTokens, ...], ...]]:
         """Choose what each layer's cross-attention reads: w ⊙ M[routed], as in the encoder's heavy attention.
@@ -64,8 +64,7 @@ class CoLT5CrossRouting(nn.Module):
         Args:
             memory: M, [batch, n, d_model], normalised.
             mask: bool [batch, n], True for real tokens; None for all.
-            num_tokens: that each router takes of a row, or all where the row has no more; None for all.
-            soft_topk: of all routers.
+            settings: of all layers.
             implementation: who computes.
 
         Returns:
@@ -73,8 +72,9 @@ class CoLT5CrossRouting(nn.Module):
             and what each layer's routers chose.
         """
         routers: tuple[Any, ...] = tuple(self.routers)
-        plan = RouterPlan.of(soft_topk, implementation, memory, mask, self.progress)
-        budget = RoutingBudget.of_memory(memory, mask, num_tokens, len(routers), soft_topk.ratio, self.progress)
+        plan = RouterPlan.of(settings.soft_topk, implementation, memory, mask, self.progress)
+        ratio = settings.soft_topk.ratio
+        budget = RoutingBudget.of_memory(memory, mask, settings.num_tokens, len(routers), ratio, self.progress)
         weights, scores = router_weights(*routers), None
         if weights is not None:
             # Autocast would take the scores' product in half precision.
@@ -96,8 +96,7 @@ class CoLT5CrossRouting(nn.Module):
         memory: torch.Tensor,
         mask: torch.Tensor | None,
         cache: Cache | None,
-        num_tokens: int | None,
-        soft_topk: SoftTopK,
+        settings: CrossSettings,
         implementation: Implementation,
     ) -> tuple[list[torch.Tensor], torch.Tensor | None, tuple[tuple[RoutedTokens, ...], ...] | None]:
         """What each layer's cross-attention reads, its mask, and what was routed; the arguments are those of
@@ -106,10 +105,10 @@ class CoLT5CrossRouting(nn.Module):
         Layers whose keys and values the cache has already read nothing: they get the memory as it is.
         """
         num_layers = len(self.routers) // self.num_routers
-        memories, routing = [memory] * num_layers, None
+        memories, routing, num_tokens = [memory] * num_layers, None, settings.num_tokens
         is_updated = cache.is_updated if isinstance(cache, EncoderDecoderCache) else {}
         if not all(is_updated.get(layer_idx) for layer_idx in range(num_layers)):
-            memories, routing = self(memory, mask, num_tokens, soft_topk, implementation)
+            memories, routing = self(memory, mask, settings, implementation)
             # A dense start, which is for training alone, routes more than the budget.
             if isinstance(cache, EncoderDecoderCache) and num_tokens is not None and not self.training:
                 shorten_static_layers(cache.cross_attention_cache, num_tokens)
@@ -124,3 +123,56 @@ class CoLT5CrossRouting(nn.Module):
         number = memory.shape[1] if self.progress is not None else memory_slots(num_tokens, memory)
         slots = torch.arange(number, device=memory.device)
         return slots < real_lengths(memory, mask)[:, None]
+
+
+class CoLT5AskingRouter(nn.Module):
+    """Routing that asks first: each token of the decoder chooses its own tokens of the memory.
+
+    A score is the product of two short vectors, one that the decoder's token asks with and one that the memory's token
+    answers with. The answers are made once for a memory.
+
+    Args:
+        d_model: width of both.
+        rank: of the product.
+    """
+
+    def __init__(self, d_model: int, rank: int):
+        super().__init__()
+        self.rank = rank
+        self.question = nn.Linear(d_model, rank, bias=False)
+        self.answer = nn.Linear(d_model, rank, bias=False)
+        self.select = CoLT5Routing()
+        self.dense_start: torch.Tensor | None = None
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        answers: torch.Tensor,
+        mask: torch.Tensor | None,
+        settings: CrossSettings,
+        implementation: Implementation,
+    ) -> RoutedTokens:
+        """Choose what each token reads.
+
+        Args:
+            hidden_states: [batch, m, d_model], normalised.
+            answers: [batch, n, rank], of the memory.
+            mask: bool [batch, n], True for real tokens of the memory; None for all.
+            settings: of all layers.
+            implementation: who computes.
+
+        Returns:
+            The tokens in rows [batch * m].
+        """
+        progress = self.dense_start if self.training else None
+        length, ratio = hidden_states.shape[1], settings.soft_topk.ratio
+        questions = self.question(hidden_states)
+        # Autocast would take the scores' product in half precision.
+        with maybe_autocast(hidden_states.device.type, enabled=False):
+            dtype = accumulation_dtype(questions.dtype)
+            scores = questions.to(dtype) @ answers.to(dtype).transpose(1, 2) * self.rank**-0.5
+        plan = RouterPlan.of(settings.soft_topk, implementation, hidden_states, mask, progress)
+        budget = RoutingBudget.of_memory(answers, mask, settings.num_tokens, 1, ratio, progress).for_each(length)
+        rows = scores.flatten(0, 1)[:, None]
+        (routed,) = run_routers((self,), rows, rows, plan, budget)
+        return routed

@@ -16,11 +16,11 @@ from .model_decoder_layer import CoLT5DecoderBlock
 from .model_from_config import (
     causal_settings,
     cross_routers,
+    cross_settings,
     decoder_block,
     implementation,
     layer_norm,
     position_bias,
-    soft_topk,
 )
 from .model_outputs import CoLT5DecoderOutput
 from .op_attention import bias_of_sequence
@@ -61,7 +61,10 @@ class CoLT5Decoder(CoLT5Stack):
         if config.causal_attention == "routed":
             self.heavy_relative_attention_bias = position_bias(config, config.num_heavy_heads, bidirectional=False)
         self.block = nn.ModuleList(decoder_block(config, layer_idx) for layer_idx in range(config.num_decoder_layers))
-        self.is_cross_routed = config.is_encoder_decoder and config.routed_cross_key_values is not None
+        is_routed = config.is_encoder_decoder and config.routed_cross_key_values is not None
+        # A decoder whose tokens ask themselves has the routers in its layers.
+        self.asks = is_routed and config.cross_routing_rank is not None
+        self.is_cross_routed = is_routed and not self.asks
         if self.is_cross_routed:
             self.cross_routing = cross_routers(config)
         self.final_layer_norm = layer_norm(config)
@@ -135,12 +138,16 @@ class CoLT5Decoder(CoLT5Stack):
             heavy_bias_table = self.heavy_relative_attention_bias()
         memories, encoder_mask, cross_routing = self.route_memory(encoder_hidden_states, encoder_mask, cache)
         hidden_states = self.dropout(hidden_states)
-        who = implementation(self.config)
+        who, asked = implementation(self.config), []
+        settings = cross_settings(self.config) if self.asks else None
         for block, memory in zip(self.block, memories, strict=True):
             # Gradient checkpointing hands gradients through arguments by position alone, and looks for the cache by
             # the release's name for it.
-            inputs = (bias, heavy_bias_table, mask, plan, memory, encoder_mask, who)
-            hidden_states = block(hidden_states, *inputs, **{CACHE: cache})[0]
+            inputs = (bias, heavy_bias_table, mask, plan, memory, encoder_mask, who, settings)
+            hidden_states, *_, tokens = block(hidden_states, *inputs, **{CACHE: cache})
+            asked.append((tokens,))
+        if self.asks:
+            cross_routing = tuple(asked)
         hidden_states, _ = self.final_layer_norm(hidden_states, None, who.kernel_backend)
         return CoLT5DecoderOutput(
             last_hidden_state=self.dropout(hidden_states),
@@ -169,11 +176,13 @@ class CoLT5Decoder(CoLT5Stack):
 
         Layers whose keys and values the cache has already read nothing: they get the memory as it is.
         """
-        if memory is None or not self.is_cross_routed:
-            return [memory] * len(self.block), mask, None
-        num_tokens = self.config.routed_cross_key_values
-        who = implementation(self.config)
-        return self.cross_routing.read(memory, mask, cache, num_tokens, soft_topk(self.config), who)
+        if memory is not None and self.is_cross_routed:
+            settings, who = cross_settings(self.config), implementation(self.config)
+            return self.cross_routing.read(memory, mask, cache, settings, who)
+        if memory is not None and self.asks and cache is not None and mask is None:
+            # A static cache may have more slots than the memory has tokens.
+            mask = memory.new_ones(memory.shape[:2], dtype=torch.bool)
+        return [memory] * len(self.block), mask, None
 
     def windows_of(
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, cache: Cache | None, prefix: str

@@ -7,6 +7,7 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .model_causal import CoLT5LayerCausalAttention, CoLT5LayerCausalFF
+from .model_cross_routing import CoLT5AskingRouter
 from .model_layers import (
     CoLT5Attention,
     CoLT5DenseActDense,
@@ -16,9 +17,10 @@ from .model_layers import (
     project,
 )
 from .model_outputs import CoLT5CausalLayerRouting
+from .op_routing import RoutedTokens
 from .run_causal_cache import routed_layer
 from .run_causal_plan import CausalPlan
-from .run_plan import Implementation
+from .run_plan import CrossSettings, Implementation
 from .run_release import one_cache
 
 
@@ -56,6 +58,7 @@ class CoLT5CrossAttention(CoLT5Attention):
         d_model, d_kv, num_heads, num_key_value_heads, dropout_rate: as of `CoLT5Attention`.
         layer_idx: where a cache has this layer.
         num_routers: that chose what it reads, each for a group of heads; None where it reads everything.
+        rank: of the score by which each token chooses what it reads itself; None where it does not.
     """
 
     def __init__(
@@ -66,10 +69,12 @@ class CoLT5CrossAttention(CoLT5Attention):
         num_key_value_heads: int,
         layer_idx: int,
         num_routers: int | None = None,
+        rank: int | None = None,
         dropout_rate: float = 0.0,
     ):
         super().__init__(d_model, d_kv, num_heads, num_key_value_heads, dropout_rate)
         self.layer_idx = layer_idx
+        self.cross_router = None if rank is None else CoLT5AskingRouter(d_model, rank)
         self.is_routed = num_routers is not None
         self.num_routers = num_routers or 1
 
@@ -93,8 +98,10 @@ class CoLT5CrossAttention(CoLT5Attention):
         encoder_mask: torch.Tensor | None,
         cache: Cache | None,
         implementation: Implementation,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """[batch, n, d_model] → the same shape, and the weights where the implementation gives them.
+        settings: CrossSettings | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, RoutedTokens | None]:
+        """[batch, n, d_model] → the same shape, the weights where the implementation gives them, and what each token
+        chose where it does, [batch, n, slots].
 
         `encoder_hidden_states` is [batch, encoder length, d_model], or the routed rows [batch, routers * slots,
         d_model], and not read where the cache has its keys and values. `encoder_mask` is bool [batch, encoder length
@@ -107,12 +114,18 @@ class CoLT5CrossAttention(CoLT5Attention):
         else:
             states = project(encoder_hidden_states, self.k, self.v)
             key, value = map(self.split_routers, states)
+            if self.cross_router is not None:
+                # What a memory answers is kept with its keys.
+                key = torch.cat([key, self.cross_router.answer(encoder_hidden_states)[:, None]], -1)
             if cache is not None:
                 key, value = cache.cross_attention_cache.update(key, value, self.layer_idx)
                 cache.is_updated[self.layer_idx] = True
         if self.is_routed and encoder_mask is not None:
             # A static cache of the caller's may be longer than the mask.
             key, value = (states[:, :, : encoder_mask.shape[1]] for states in (key, value))
+        if self.cross_router is not None:
+            assert settings is not None
+            return self.ask(self.cross_router, hidden_states, key, value, encoder_mask, implementation, settings)
 
         query = self.split_heads(self.q(hidden_states)).transpose(1, 2)
         mask = None if encoder_mask is None else encoder_mask[:, None, None, :]
@@ -121,7 +134,40 @@ class CoLT5CrossAttention(CoLT5Attention):
             output, weights = eager_attention_forward(self, query, key, value, mask)[0], None
         else:
             output, weights = self.attend(query, key, value, None, mask, implementation.attention)
-        return self.o(output.flatten(-2)), weights
+        return self.o(output.flatten(-2)), weights, None
+
+    def ask(
+        self,
+        router: CoLT5AskingRouter,
+        hidden_states: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        encoder_mask: torch.Tensor | None,
+        implementation: Implementation,
+        settings: CrossSettings,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, RoutedTokens]:
+        """Attention of each token to what it chooses of all keys [batch, 1, n, d_kv + rank], whose last numbers are
+        the memory's answers, and values [batch, 1, n, d_kv]; results as of `forward`."""
+        batch, length, n = *hidden_states.shape[:2], value.shape[2]
+        keys, answers = key[:, 0].split_with_sizes([self.d_kv, router.rank], -1)
+        routed = router(hidden_states, answers, encoder_mask, settings, implementation)
+        first = torch.arange(batch, device=value.device).repeat_interleave(length) * n
+        places = routed.indices + first[:, None]
+        # As W_k (s̃ x) = s̃ W_k x, keys and values are those of the whole memory, scaled for each token. An embedding's
+        # gradient adds up in one order, an index's does not.
+        own_keys, own_values = (
+            nn.functional.embedding(places, states.flatten(0, 1)) * routed.weights[..., None].to(states.dtype)
+            for states in (keys, value[:, 0])
+        )
+        query = self.split_heads(self.q(hidden_states)).flatten(0, 1)[:, :, None]
+        output, weights = self.attend(
+            query, own_keys[:, None], own_values[:, None], None, routed.valid[:, None, None], implementation.attention
+        )
+        if weights is not None:
+            weights = weights[:, :, 0].unflatten(0, (batch, length)).transpose(1, 2)
+        parts = (routed.indices, routed.weights, routed.valid)
+        tokens = RoutedTokens(*(part.unflatten(0, (batch, length)) for part in parts))
+        return self.o(output.flatten(1).unflatten(0, (batch, length))), weights, tokens
 
 
 class CoLT5LayerSelfAttention(nn.Module):
@@ -167,12 +213,13 @@ class CoLT5LayerCrossAttention(nn.Module):
         num_key_value_heads: int,
         layer_idx: int,
         num_routers: int | None = None,
+        rank: int | None = None,
         dropout_rate: float = 0.0,
         layer_norm_epsilon: float = 1e-6,
     ):
         super().__init__()
         self.EncDecAttention = CoLT5CrossAttention(
-            d_model, d_kv, num_heads, num_key_value_heads, layer_idx, num_routers, dropout_rate
+            d_model, d_kv, num_heads, num_key_value_heads, layer_idx, num_routers, rank, dropout_rate
         )
         self.layer_norm = CoLT5LayerNorm(d_model, layer_norm_epsilon)
         self.dropout = nn.Dropout(dropout_rate)
@@ -184,11 +231,14 @@ class CoLT5LayerCrossAttention(nn.Module):
         encoder_mask: torch.Tensor | None,
         cache: Cache | None,
         implementation: Implementation,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """[batch, n, d_model] → the same shape, and the attention weights."""
+        settings: CrossSettings | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, RoutedTokens | None]:
+        """[batch, n, d_model] → the same shape, the attention weights, and what each token chose where it does."""
         normed, _ = self.layer_norm(hidden_states, None, implementation.kernel_backend, for_products=True)
-        output, weights = self.EncDecAttention(normed, encoder_hidden_states, encoder_mask, cache, implementation)
-        return clamp_half(hidden_states + self.dropout(output)), weights
+        output, weights, tokens = self.EncDecAttention(
+            normed, encoder_hidden_states, encoder_mask, cache, implementation, settings
+        )
+        return clamp_half(hidden_states + self.dropout(output)), weights, tokens
 
 
 class CoLT5LayerFF(nn.Module):
@@ -241,9 +291,16 @@ class CoLT5DecoderBlock(GradientCheckpointingLayer):
         encoder_hidden_states: torch.Tensor | None,
         encoder_mask: torch.Tensor | None,
         implementation: Implementation,
+        cross_settings: CrossSettings | None = None,
         past_key_values: Cache | None = None,
         cache: Cache | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, CoLT5CausalLayerRouting | None]:
+    ) -> tuple[
+        torch.Tensor,
+        torch.Tensor | None,
+        torch.Tensor | None,
+        CoLT5CausalLayerRouting | None,
+        RoutedTokens | None,
+    ]:
         """One layer.
 
         Args:
@@ -255,15 +312,16 @@ class CoLT5DecoderBlock(GradientCheckpointingLayer):
             plan: the windows of a causally routed layer; None for T5's.
             encoder_hidden_states, encoder_mask: for the cross-attention; None without an encoder.
             implementation: who computes T5's parts.
+            cross_settings: of routed cross-attention; None where there is none.
             past_key_values, cache: the cache, by either name: gradient checkpointing looks for that of its release.
 
         Returns:
-            The new hidden states, self-attention and cross-attention weights (None where not given), and what was
-            routed (None in T5's layer).
+            The new hidden states, self-attention and cross-attention weights (None where not given), what was
+            routed (None in T5's layer), and what each token's cross-attention chose (None where it does not).
         """
         cache = one_cache(cache, past_key_values)
         self_cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
-        weights = cross_weights = routing = None
+        weights = cross_weights = routing = asked = None
         if plan is None:
             hidden_states, weights = self.layer[0](
                 hidden_states, position_bias, attention_mask, self_cache, implementation
@@ -275,12 +333,12 @@ class CoLT5DecoderBlock(GradientCheckpointingLayer):
                 hidden_states, position_bias, heavy_bias_table, plan, self_cache
             )
         if self.has_cross_attention:
-            hidden_states, cross_weights = self.layer[1](
-                hidden_states, encoder_hidden_states, encoder_mask, cache, implementation
+            hidden_states, cross_weights, asked = self.layer[1](
+                hidden_states, encoder_hidden_states, encoder_mask, cache, implementation, cross_settings
             )
         if isinstance(self.layer[-1], CoLT5LayerCausalFF):
             assert routing is not None
             hidden_states, routing.feed_forward = self.layer[-1](hidden_states, plan, self_cache)
         else:
             hidden_states = self.layer[-1](hidden_states, implementation)
-        return hidden_states, weights, cross_weights, routing
+        return hidden_states, weights, cross_weights, routing, asked

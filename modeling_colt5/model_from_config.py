@@ -17,7 +17,7 @@ from .model_encoder_layer import CoLT5EncoderBlock, CoLT5LayerConditionalAttenti
 from .model_layers import CoLT5LayerNorm
 from .model_position import CoLT5RelativePositionBias
 from .run_causal_plan import CausalSettings
-from .run_plan import EncoderSettings, Implementation, SoftTopK
+from .run_plan import CrossSettings, EncoderSettings, Implementation, SoftTopK
 
 
 def encoder_block(config: CoLT5Config, layer_idx: int) -> CoLT5EncoderBlock:
@@ -83,6 +83,7 @@ def _cross_attention(config: CoLT5Config, layer_idx: int) -> CoLT5LayerCrossAtte
         num_key_value_heads=config.num_cross_key_value_heads,
         layer_idx=layer_idx,
         num_routers=None if config.routed_cross_key_values is None else config.num_cross_routers,
+        rank=config.cross_routing_rank,
         dropout_rate=config.dropout_rate,
         layer_norm_epsilon=config.layer_norm_epsilon,
     )
@@ -149,6 +150,11 @@ def soft_topk(config: CoLT5Config) -> SoftTopK:
         epsilon_init=config.routing_epsilon_init,
         epsilon_decay=config.routing_epsilon_decay,
     )
+
+
+def cross_settings(config: CoLT5Config) -> CrossSettings:
+    """What routed cross-attention has in common in all layers in a pass."""
+    return CrossSettings(num_tokens=config.routed_cross_key_values, soft_topk=soft_topk(config))
 
 
 def encoder_settings(config: CoLT5Config) -> EncoderSettings:

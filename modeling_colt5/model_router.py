@@ -176,7 +176,7 @@ def router_weights(*routers: CoLT5Router) -> torch.Tensor | None:
 
 
 def run_routers(
-    routers: tuple[CoLT5Router, ...],
+    routers: tuple[Any, ...],
     hidden_states: torch.Tensor,
     scores: torch.Tensor | None,
     plan: RouterPlan,

@@ -15,6 +15,17 @@ from transformers.utils import can_return_tuple
 
 from .configuration_colt5 import CoLT5Config, check_config
 from .model_base import CoLT5ClassificationHead, CoLT5PreTrainedModel
+
+# These imports, and three below, are for a saved copy of a user's code, which imports from this file what it imported
+# from the package.
+from .model_blocks import (  # noqa: F401
+    CoLT5CausalConditionalAttention,
+    CoLT5CausalConditionalFeedForward,
+    CoLT5ConditionalAttention,
+    CoLT5ConditionalBlock,
+    CoLT5ConditionalCrossAttention,
+    CoLT5ConditionalFeedForward,
+)
 from .model_decoder import CoLT5Decoder
 from .model_embedding import CoLT5EmbeddingModel
 from .model_encoder import CoLT5Encoder
@@ -28,8 +39,7 @@ from .model_outputs import (
     CoLT5TokenClassifierOutput,
     as_encoder_output,
 )
-
-# This import is for a saved copy of a user's code, which imports from this file what it imported from the package.
+from .model_router import set_dense_start  # noqa: F401
 from .op_soft_topk import soft_topk  # noqa: F401
 from .run_inputs import (
     ForwardFlags,
@@ -39,6 +49,7 @@ from .run_inputs import (
     padding_mask,
     read_arguments,
 )
+from .run_plan import SoftTopK  # noqa: F401
 from .run_release import CACHE, cache_of_forward, is_called_by_peft, one_cache
 
 # This one is for saved models: they take along the files that this file imports, and need the tokenizer's.

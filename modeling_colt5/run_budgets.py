@@ -108,6 +108,15 @@ class RoutingBudget:
             dense_start_budget(lengths, fractions, soft_topk_ratio, progress),
         )
 
+    def for_each(self, times: int) -> "RoutingBudget":
+        """The same for `times` rows in the place of each."""
+
+        def repeated(part: torch.Tensor | None) -> torch.Tensor | None:
+            return None if part is None else part.repeat_interleave(times, 0)
+
+        budget = self.budget.repeat_interleave(times, 0)
+        return RoutingBudget(budget, self.capacities, repeated(self.mask), repeated(self.soft_budget))
+
     def to(self, device: torch.device, non_blocking: bool = False) -> "RoutingBudget":
         """The same on another device."""
 

@@ -63,6 +63,19 @@ class SoftTopK:
 
 
 @dataclass(frozen=True)
+class CrossSettings:
+    """What routed cross-attention has in common in all layers.
+
+    Args:
+        num_tokens: that a router takes of a row of the memory, or all where the row has no more; None for all.
+        soft_topk: of all routers.
+    """
+
+    num_tokens: int | None
+    soft_topk: SoftTopK
+
+
+@dataclass(frozen=True)
 class EncoderSettings:
     """What all encoder layers have in common, whatever the batch.
 

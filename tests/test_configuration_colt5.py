@@ -47,6 +47,7 @@ DEFAULTS = {
     "num_cross_key_value_heads": 1,
     # the paper routes nothing in its decoder
     "routed_cross_key_values": None,
+    "cross_routing_rank": None,
     "causal_attention": "full",
     "causal_feed_forward": "dense",
     "feed_forward_proj": "gated-gelu",
@@ -82,6 +83,7 @@ POSITIVE_INTEGERS = [
     "num_soft_topk_iterations",
     "num_cross_key_value_heads",
     "routed_cross_key_values",
+    "cross_routing_rank",
     "num_cross_routers",
     "causal_window",
     "causal_routed_keys",
@@ -163,6 +165,12 @@ def test_values_of_another_type_are_refused(name):
             ["num_cross_routers is 2", "num_cross_key_value_heads", "3"],
         ),
         ({"routed_cross_key_values": 9, "routing": "none"}, ["routed_cross_key_values is 9", "'none'", "None"]),
+        ({"cross_routing_rank": 8}, ["cross_routing_rank is 8", "routed_cross_key_values", "None"]),
+        (
+            {"cross_routing_rank": 8, "routed_cross_key_values": 9, "num_cross_routers": 2},
+            ["cross_routing_rank is 8", "num_cross_routers", "2 and 1"],
+        ),
+        ({"cross_routing_rank": 8, "routed_cross_key_values": 9, "routing": "even"}, ["cross_routing_rank", "'even'"]),
         ({"relative_attention_num_buckets": 7}, ["relative_attention_num_buckets is 7", "even"]),
         ({"relative_attention_max_distance": 16}, ["relative_attention_max_distance is 16", "32"]),
         ({"routing_epsilon_init": 4.0}, ["routing_epsilon_init is 4.0", "coordinate_descent"]),

@@ -10,8 +10,7 @@ from models import checkpoint_activations, pad, random_ids, tiny_model
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache, StaticCache
 
 from modeling_colt5 import CoLT5ForConditionalGeneration, soft_topk
-from modeling_colt5.model_from_config import implementation
-from modeling_colt5.model_from_config import soft_topk as soft_topk_of
+from modeling_colt5.model_from_config import cross_settings, implementation
 
 BUDGET = 6
 
@@ -23,8 +22,7 @@ def training_model(**fields: Any) -> CoLT5ForConditionalGeneration:
 
 def route(model: CoLT5ForConditionalGeneration, memory: torch.Tensor, mask: torch.Tensor | None) -> Any:
     """What the routers of the model's cross-attention choose."""
-    settings = (soft_topk_of(model.config), implementation(model.config))
-    return model.decoder.cross_routing(memory, mask, BUDGET, *settings)
+    return model.decoder.cross_routing(memory, mask, cross_settings(model.config), implementation(model.config))
 
 
 def soft_size(length: int, progress: float) -> float:

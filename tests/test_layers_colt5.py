@@ -346,10 +346,16 @@ def test_eager_and_sdpa_agree_in_every_attention(dtype, groups):
     calls = attention_calls(model, **batch, decoder_input_ids=random_ids(2, 9))
     kinds = {CoLT5LocalAttention: 2, CoLT5RoutedAttention: 2, CoLT5SelfAttention: 3, CoLT5CrossAttention: 3}
     assert {kind: sum(type(module) is kind for module, _, _ in calls) for kind in kinds} == kinds
-    for module, (*args, plan), (eager, weights) in calls:
+    for module, args, (eager, weights, *_) in calls:
         # the encoder's attention takes it in the plan, the decoder's by itself
-        sdpa = Implementation("torch", "sdpa")
-        sdpa, no_weights = module(*args, replace(plan, implementation=sdpa) if isinstance(plan, EncoderPlan) else sdpa)
+        by_sdpa = Implementation("torch", "sdpa")
+        args = [
+            replace(arg, implementation=by_sdpa) if isinstance(arg, EncoderPlan)
+            else by_sdpa if isinstance(arg, Implementation)
+            else arg
+            for arg in args
+        ]  # fmt: skip
+        sdpa, no_weights, *_ = module(*args)
         assert weights is not None and no_weights is None
         if isinstance(module, CoLT5LocalAttention):
             real = batch["attention_mask"].bool()
@@ -386,7 +392,7 @@ def test_multi_query_attention_is_t5s_with_one_key_and_value_repeated():
     t5.k.weight.copy_(attention.k.weight.repeat(4, 1))
     t5.v.weight.copy_(attention.v.weight.repeat(4, 1))
     x, y = torch.randn(2, 5, 32).double(), torch.randn(2, 9, 32).double()
-    output, weights = attention(x, y, None, None, Implementation(attention="eager"))
+    output, weights, _ = attention(x, y, None, None, Implementation(attention="eager"))
     expected, *_ = t5(x, key_value_states=y)
     torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12)
     assert weights.shape == (2, 4, 5, 9)
@@ -439,8 +445,8 @@ def test_attention_dropout_keeps_the_mean(attn_implementation):
     ids = random_ids(1, 10).expand(500, -1)
     calls = attention_calls(model, input_ids=ids, decoder_input_ids=ids[:, :4])
     assert len(calls) == 4
-    for module, args, (without, _) in calls:
-        draws, _ = module.train()(*args)
+    for module, args, (without, *_) in calls:
+        draws, *_ = module.train()(*args)
         assert (draws.std(0).amax(-1) > 0).any()
         # six standard errors for the largest of a few hundred numbers; the first decoder token has one key
         assert ((draws.mean(0) - without[0]).abs() <= 6 * draws.std(0) / math.sqrt(500) + 1e-6).all()
