@@ -1,5 +1,6 @@
 # make demo, make test, make test-slow, make lint: each first makes the environment they share, unless it is there and
-# unchanged. make test leaves out the tests that are marked slow; make test-slow runs those alone.
+# unchanged. make test leaves out the tests that are marked slow; make test-slow runs those alone. make docs builds the
+# documentation site into site/, in an environment of its own.
 #
 #   VENV=folder     where that environment lives (.venv)
 #   PYTHON=python   use this interpreter's environment as it is, and install nothing: for a machine that has its own
@@ -17,6 +18,7 @@ else
 VENV ?= .venv
 PINS = cat constraints.txt
 endif
+DOCS_VENV ?= .venv-docs
 WORKERS ?= 2
 THREADS ?= 1
 ARGS ?=
@@ -34,7 +36,7 @@ TEST_THREADS = OMP_NUM_THREADS=$(THREADS) MKL_NUM_THREADS=$(THREADS) TOKENIZERS_
 PYTEST = $(TEST_THREADS) $(PYTHON) -m pytest -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format environment clean
+.PHONY: help demo test test-slow lint format docs environment clean
 
 help:
 	@sed -n '/^$$/q;s/^# \{0,1\}//p' Makefile
@@ -59,8 +61,18 @@ format: $(READY)
 	@$(PYTHON) -m ruff check --quiet --fix .
 	@$(PYTHON) -m ruff format --quiet .
 
+docs: $(DOCS_VENV)/ready
+	@NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/python -m mkdocs build --strict --quiet
+	@echo "docs: site/index.html"
+
 environment: $(READY)
 	@:
+
+$(DOCS_VENV)/ready: docs/requirements.txt
+	@echo "docs: installing into $(DOCS_VENV)"
+	@test -x $(DOCS_VENV)/bin/python || python3 -m venv $(DOCS_VENV)
+	@$(DOCS_VENV)/bin/python -m pip install -qq --disable-pip-version-check -r docs/requirements.txt
+	@touch $@
 
 # the version is read from __init__.py, which changes far more often than what is installed: it is no prerequisite
 $(VENV)/ready: constraints.txt pyproject.toml setup.py
@@ -75,4 +87,4 @@ $(VENV)/ready: constraints.txt pyproject.toml setup.py
 	@echo "environment: ready"
 
 clean:
-	@rm -rf $(VENV) .venv-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .demo
+	@rm -rf $(VENV) .venv-* build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .demo

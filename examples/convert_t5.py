@@ -2,7 +2,7 @@
 
     python examples/convert_t5.py google/long-t5-local-base my-colt5 [--sample text.txt] [--cross-key-value-heads 1]
 
-Says in what the result differs from its source until it is trained further, by how much docs/training.md has measured.
+Says in what the result differs from its source until it is trained further, by how much docs/convert.md has measured.
 """
 
 import argparse
@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
         changed.append(f"{len(unused)} weights of the checkpoint have no place in it, such as {unused[0]}.")
     if changed:
         print("In this it differs from its source:", *changed, sep="\n- ")
-        print("Train it further before you use it: docs/training.md shows the loss of a small one, step by step.")
+        print("Train it further before you use it: docs/convert.md shows the loss of a small one, step by step.")
 
 
 if __name__ == "__main__":
