@@ -37,7 +37,7 @@ from .routing_view import show_routing
 from .run_plan import SoftTopK
 from .tokenization_colt5 import CoLT5Tokenizer
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "CoLT5CausalConditionalAttention",
