@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .kernel_backend import triton_is_available
 from .layer_forward import Line, drop_again
-from .layer_program import VECTORS
+from .layer_program import Program
 
 if triton_is_available():
     from .op_attention_triton import attention_backward_into, readable, table_sums_into
@@ -22,23 +22,19 @@ class Gradients:
     """Where the gradients of a layer's weights are written: side by side in one memory of each dtype.
 
     Args:
+        program: of the layer.
         weights: in the order of `WEIGHTS`.
-        needs: of which of them a gradient is wanted. Those of vectors come with others' and are written always.
+        needs: of which of them a gradient is wanted.
     """
 
-    def __init__(self, weights: Sequence[Tensor], needs: Sequence[bool]):
+    def __init__(self, program: Program, weights: Sequence[Tensor], needs: tuple[bool, ...]):
         self.needs = needs
-        groups: dict[torch.dtype, list[int]] = {}
-        for place, weight in enumerate(weights):
-            if needs[place] or place in VECTORS:
-                groups.setdefault(weight.dtype, []).append(place)
         self.memories: list[Tensor] = []
         self.views: dict[int, Tensor] = {}
-        for dtype, places in groups.items():
-            own = [weights[place] for place in places]
-            memory = torch.empty(sum(map(Tensor.numel, own)), dtype=dtype, device=own[0].device)
+        for dtype, places, numbers in program.gradients(needs):
+            memory = torch.empty(numbers, dtype=dtype, device=program.device)
             self.memories.append(memory)
-            views = torch._C._nn.unflatten_dense_tensors(memory, own)
+            views = torch._C._nn.unflatten_dense_tensors(memory, [weights[place] for place in places])
             self.views.update(zip(places, views, strict=True))
 
     def wanted(self) -> list[Tensor | None]:

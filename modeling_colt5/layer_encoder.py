@@ -208,7 +208,7 @@ class _Straight(torch.autograd.Function):
         needs = ctx.needs_input_grad
         layer = StraightLayer(program, common, tuple(weights), (light_table, heavy_table), plan)
         out = torch.empty_like(states)
-        gradients = Gradients(weights, needs[4:])
+        gradients = Gradients(program, weights, needs[4:])
         light, heavy = (
             torch.empty_like(table) if needed else None
             for table, needed in zip((light_table, heavy_table), needs[2:4], strict=True)

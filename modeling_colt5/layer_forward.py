@@ -162,8 +162,8 @@ def parts_of(line: Line) -> tuple[Tensor, ...]:
     """What a layer without gradients leaves in its memory: residual and light branch [batch, n, d_model], heavy branch
     [batch, slots, d_model], its indices, valid and weights."""
     hidden, light, heavy = (line.layout.view(line.memory, name) for name in ("hidden", "light", "heavy"))
-    places = line.program.second.views(line.layout.view(line.memory, "second"))
-    slots = [places[part] for part in line.program.second_slots.routers[0]]
+    room, second = line.layout.view(line.memory, "second"), line.program.second
+    slots = [second.view(room, part) for part in line.program.second_slots.routers[0]]
     return hidden, line.rows(light), line.rows(heavy), *slots
 
 

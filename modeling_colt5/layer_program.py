@@ -156,14 +156,15 @@ class Room:
         self.offsets.append(offset)
         return len(self.offsets) - 1
 
+    def view(self, memory: Tensor, number: int) -> Tensor:
+        """The tensor of a number."""
+        dtype, shape, strides = self.places[number]
+        first = (memory.storage_offset() + self.offsets[number]) // dtype.itemsize
+        return memory.view(dtype).as_strided(shape, strides, first)
+
     def views(self, memory: Tensor) -> list[Tensor]:
-        """The tensors by number."""
-        return [
-            memory.view(dtype).as_strided(
-                shape, strides, memory.storage_offset() // dtype.itemsize + offset // dtype.itemsize
-            )
-            for (dtype, shape, strides), offset in zip(self.places, self.offsets, strict=True)
-        ]
+        """All tensors."""
+        return [self.view(memory, number) for number in range(len(self.places))]
 
 
 class Slots:
@@ -321,9 +322,27 @@ class Program:
         self.kept = Layout(places)
         self.outgoing = Layout({name: self.others[name] for name in ("hidden", "second", "light", "heavy")})
         self.lists: dict[Any, LaunchList | None] = {}
+        self._gradients: dict[tuple[bool, ...], list[tuple[torch.dtype, list[int], int]]] = {}
         # what dropout leaves for the backward pass, in the order in which it is drawn
         drops = dict(zip(("seed", "heavy_seed", "first", "second", "light", "heavy"), self.drops, strict=True))
         self.extras = [name for name in ("heavy_seed", "seed", "first", "heavy", "light", "second") if drops[name] > 0]
+
+    def gradients(self, needs: tuple[bool, ...]) -> list[tuple[torch.dtype, list[int], int]]:
+        """Which weights' gradients lie side by side, one behind the other: their dtype, their places and how many
+        numbers they have together.
+
+        Args:
+            needs: of each weight whether its gradient is wanted. Those of vectors come with others' and are written
+                always.
+        """
+        groups = self._gradients.get(needs)
+        if groups is None:
+            wanted = [place for place in range(len(needs)) if needs[place] or place in VECTORS]
+            places = {dtype: [place for place in wanted if self.dtypes[place] == dtype] for dtype in self.dtypes}
+            groups = self._gradients[needs] = [
+                (dtype, own, sum(self.shapes[place].numel() for place in own)) for dtype, own in places.items() if own
+            ]
+        return groups
 
     @staticmethod
     def of(

@@ -79,7 +79,8 @@ def share_of(length: Any, fraction: float) -> Any:
     carried, part = 0, (1 << 31) - 1
     for shift in range(0, bits, 31):
         carried = (length * ((numerator >> shift) & part) + (carried + ((constant >> shift) & part))) >> 31
-    return length * (numerator >> bits) + carried
+    whole = numerator >> bits
+    return length * whole + carried if whole else carried
 
 
 def routed_budget(lengths: Tensor, fraction: float, minimum: int) -> Tensor:
