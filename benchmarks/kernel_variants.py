@@ -150,6 +150,7 @@ def attention_jobs(capability: int, quick: bool) -> None:
             output, log_sum_exp = op_attention_triton.attention_forward(query, key, key, *rest)
             for wanted in (True,) if quick else (True, False):
                 op_attention_triton.attention_backward(output, output, log_sum_exp, query, key, key, *rest, wanted)
+        op_attention_triton.table_sums_into(torch.empty(2, 4, 8, 257), table)
 
 
 def routing_jobs(quick: bool) -> None:
@@ -224,6 +225,8 @@ def token_jobs(quick: bool) -> None:
             for second in (routing,) if quick else ((None,) * 3, routing):
                 op_rows_triton.gather(states, *routing, *second)
             op_rows_triton.gather_dot(states, slots, *routing)
+            for joined in ((norm,), (norm, norm), (norm, norm, norm)):
+                op_rows_triton.join_into(torch.empty(len(joined), d, dtype=dtype), *joined)
             op_gelu_triton.gated_gelu(states, states)
             op_gelu_triton.gated_gelu_backward(states, states, states)
 
