@@ -20,7 +20,7 @@ DOCS = ROOT / "docs"
 PAGES = sorted(path.name for path in DOCS.glob("*.md"))
 # test_recipes.py, test_readme.py and the pages' own tests run the others
 RUN_HERE = ["index.md", "concepts.md", "deploy.md", "see_routing.md"]
-COMMANDS_HERE = ["convert.md", "fine_tune.md", "index.md", "several_gpus.md"]
+COMMANDS_HERE = ["convert.md", "embeddings.md", "fine_tune.md", "index.md", "several_gpus.md"]
 
 
 def navigation() -> list[str]:

@@ -1,0 +1,125 @@
+"""The embeddings example: its local task, its scores against counts by hand, and a run that learns."""
+
+from pathlib import Path
+
+import pytest
+from example_runs import FAST, NEW_MODEL, write_rows
+
+embeddings = pytest.importorskip("embeddings", reason="sentence-transformers is not installed", exc_type=ImportError)
+
+SOURCE = '''
+import os
+
+
+def area(width, height):
+    """Give the area of a rectangle. Both sides are in metres.
+
+    More about it.
+    """
+    total = 0
+    for row in range(height):
+        total += width  # a comment
+    return total if total > 0 else 0 * total + os.cpu_count() * 0
+
+
+def short(x):
+    """It is too little code."""
+    return x
+
+
+def undocumented(width, height):
+    return [width * height for column in range(width) for row in range(height) if column and row and width]
+
+
+class Shelf:
+    """Keep books in the order of their names."""
+
+    def __init__(self, books):
+        """Its own docstring stays."""
+        self.books = sorted(books, key=lambda book: book.name) if books else []
+        self.count = len(self.books)
+'''
+
+
+def test_docstrings_and_the_code_without_them():
+    pairs = dict(embeddings.documented_code(SOURCE))
+    assert list(pairs) == ["Give the area of a rectangle", "Keep books in the order of their names."]
+    for query, code in pairs.items():
+        assert query not in code and compile(code, "code", "exec")
+    assert "def area(width, height):" in pairs["Give the area of a rectangle"]
+    assert "Its own docstring stays" in pairs["Keep books in the order of their names."]
+    assert list(embeddings.documented_code("def broken(:\n")) == []
+
+
+def test_whole_modules_are_held_out_and_nothing_stands_twice(tmp_path):
+    for i in range(10):
+        folder = tmp_path / f"module{i}"
+        folder.mkdir()
+        for name in ("one.py", "two.py"):
+            (folder / name).write_text(SOURCE.replace("area", f"area_{i}_{name[:3]}").replace("books", f"books{i}"))
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "skipped.py").write_text(SOURCE.replace("area", "area_of_tests"))
+    rows = embeddings.local_pairs(tmp_path, "query", "document")
+    owners = {
+        split: {word for document in part["document"] for word in document.split("(")[0].split() if "area_" in word}
+        for split, part in rows.items()
+    }
+    assert not owners["train"] & owners["validation"]
+    everything = [*rows["train"]["query"], *rows["validation"]["query"]]
+    assert len(everything) == len(set(everything)) and not any("tests" in query for query in everything)
+
+
+def test_the_score_by_words():
+    documents = ["the red fox runs", "a blue whale swims", "green birds fly"]
+    assert embeddings.words_score(["red fox", "blue whale", "green birds"], documents) == 1
+    # each query names the next document alone: its own has the mean rank of two that nothing speaks for
+    assert embeddings.words_score(["blue whale", "green birds", "red fox"], documents) == pytest.approx(1 / 2.5)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, float], Path]:
+    folder = tmp_path_factory.mktemp("embeddings")
+    things = ["fox", "whale", "bird", "horse", "snake", "tiger", "mouse", "eagle"]
+    rows = [
+        {
+            "query": f"where is the {thing} number {i}",
+            "document": f"def find_{thing}(place{i}):\n    return {thing!r}, {i}",
+        }
+        for i in range(4)
+        for thing in things
+    ]
+    file = write_rows(folder / "pairs.jsonl", rows)
+    arguments = [
+        *NEW_MODEL,
+        *FAST,
+        "--train_file",
+        file,
+        "--validation_file",
+        file,
+        "--output_dir",
+        str(folder / "out"),
+    ]
+    arguments += ["--per_device_train_batch_size", "16", "--max_steps", "40", "--max_length", "64"]
+    return embeddings.main([*arguments, "--eval_strategy", "no", "--save_strategy", "no"]), folder
+
+
+# a run of forty steps
+@pytest.mark.slow
+def test_a_run_learns_to_find_documents(trained):
+    metrics, folder = trained
+    assert metrics["queries"] == 32
+    assert metrics["after_mrr@10"] > metrics["before_mrr@10"] + 0.2
+    model = embeddings.SentenceTransformer(str(folder / "out"), device="cpu")
+    assert model.encode(["def f(): pass", "x"]).shape == (2, 32)
+    assert type(model[0].auto_model).__name__ == "CoLT5EncoderModel" and model[0].auto_model.config.routers_trained
+
+
+def test_what_cannot_be_is_refused(tmp_path):
+    file = write_rows(tmp_path / "pairs.jsonl", [{"query": "a", "document": "b"}])
+    arguments = [*NEW_MODEL, *FAST, "--output_dir", str(tmp_path / "out"), "--train_file", file]
+    with pytest.raises(ValueError, match="give --validation_file"):
+        embeddings.main(arguments)
+    with pytest.raises(ValueError, match="dry_run has no formula"):
+        embeddings.main([*arguments, "--dry_run", "true"])
+    with pytest.raises(ValueError, match="train has no column answer"):
+        embeddings.main([*arguments, "--validation_file", file, "--document_column", "answer"])
