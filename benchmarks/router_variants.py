@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -36,7 +37,7 @@ from modeling_colt5 import CoLT5Config, model_encoder_layer, model_from_config
 from modeling_colt5.model_encoder_layer import CoLT5LayerConditionalAttention, CoLT5RoutedAttention
 from modeling_colt5.model_layers import project
 from modeling_colt5.model_router import CoLT5Routing
-from modeling_colt5.op_attention import routed_attention
+from modeling_colt5.op_attention import routed_attention, routed_attention_reference
 from modeling_colt5.op_routing import RoutedTokens, route
 from modeling_colt5.run_plan import EncoderPlan
 
@@ -133,8 +134,11 @@ class NullAttention(CoLT5RoutedAttention):
         places = nn.functional.pad(keys.indices, (1, 0), value=-(10**6))
         valid = nn.functional.pad(keys.valid, (1, 0), value=True)
         key, value = torch.cat([null_key, key], 1), torch.cat([null_value, value], 1)
-        output = routed_attention(query, key, value, bias_table, queries.indices, places, valid, 0.0)
-        return self.o(output.flatten(-2)), None
+        inputs = (query, key, value, bias_table, queries.indices, places, valid)
+        if plan.implementation.fuses_attention:
+            return self.o(routed_attention(*inputs, 0.0).flatten(-2)), None
+        attend = partial(self.attend, implementation=plan.implementation.attention)
+        return self.o(routed_attention_reference(*inputs, attend)[0].flatten(-2)), None
 
 
 class NullLayer(CoLT5LayerConditionalAttention):
