@@ -108,8 +108,8 @@ def test_saved_copy_of_a_users_code_imports_the_copies(checkpoints):
     code = (folder / "head_of_a_user.py").read_text(encoding="utf-8")
     assert "from .modeling_colt5 import (" in code and "from .model_layers import" in code
     assert (checkpoints / "code_of_a_user/head_of_a_user.py").read_text(encoding="utf-8") == auto_steps.USERS_CODE
-    # what a user's code may import from the package, the file of that name has; but for a tool of scripts and notebooks,
-    # whose files do not travel
+    # what a user's code may import from the package, the file of that name has; but for a tool of scripts and
+    # notebooks, whose files do not travel
     models = importlib.import_module("modeling_colt5.modeling_colt5")
     assert {name for name in modeling_colt5.__all__ if not hasattr(models, name)} == {"show_routing"}
 
