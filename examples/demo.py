@@ -1,160 +1,142 @@
-"""The demo: train a small CoLT5 on your Python's own source, save it, reload it, read a long module, show its routing,
-and count how often it guesses what was cut out of modules that it was not trained on.
+"""The demo: load the checkpoint of this repository, and let it give a long Python module the types that were hidden.
 
-    python examples/demo.py [--output-dir .demo] [--max-steps 100]
+    python examples/demo.py [FILE] [--folder FOLDER] [--steps 60] [--output-dir .demo]
 
-Needs nothing but this repository and its packages: the corpus is the standard library of the Python that runs it.
+All annotations of the module are hidden, filled in by one pass over the whole module, and counted. Then the demo shows
+what the routers of the encoder chose. At the end it trains the model further on the folder's other modules, and prints
+the loss on those that it keeps back, before and after. Without a file it takes a module of huggingface_hub, a package
+that the checkpoint was not trained on, and that every environment of Transformers has.
 """
 
 import argparse
-import sysconfig
-from collections import Counter
-from collections.abc import Mapping, Sequence
+import importlib.util
+import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
+from annotate_types import CHECKPOINT, ask, baselines_of, load
+from python_types.holes import Hole, fill, hide, holes_of, holes_to_hide
+from python_types.predict import Prediction
+from python_types.score import copied_by_name
+from python_types.source import Source, SourceError, read_source, unified_diff
+from python_types.training_rows import Batches, Shape, Tokens, tokenise
 from torch import Tensor
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, Seq2SeqTrainer, Seq2SeqTrainingArguments, set_seed
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel, Seq2SeqTrainer, Seq2SeqTrainingArguments, set_seed
+from transformers.utils import logging
 
-from modeling_colt5 import CoLT5Config, CoLT5ForConditionalGeneration, CoLT5Tokenizer
-from modeling_colt5.denoising import DataCollatorForDenoising, chunk_documents
+from modeling_colt5.parameter_groups import size_scaled_groups
 
-VOCABULARY = Path(__file__).parent.parent / "tokenization" / "python_stdlib"
-INPUT_LENGTH = 2048
-
-
-def standard_library() -> list[Path]:
-    """The modules of the running Python, without tests and installed packages, in a fixed order."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    skipped = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
-    return sorted(path for path in root.rglob("*.py") if not skipped & set(path.relative_to(root).parts))
+MODULE = "repocard.py"
+SHOWN_LINES, SHOWN_TOKENS = 30, 300
+# tokens of an input and of a target while training
+SHAPE = Shape(1, 2048, 512)
+LEARNING_RATE = 1e-3
+KEPT_ROWS = 16
 
 
-def read(path: Path) -> str:
-    """A module's text."""
-    return path.read_text(encoding="utf-8", errors="replace")
+class Rows(Dataset):
+    """So many stretches of modules with hidden annotations."""
+
+    def __init__(self, texts: Sequence[str], tokenizer: Any, count: int):
+        modules = [tokenise(text, holes_to_hide(holes_of(text)), tokenizer) for text in texts]
+        self.batches = Batches(Tokens.of(modules), [SHAPE], 1.0, tokenizer.get_sentinel_token_ids(), seed=0)
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, number: int) -> dict[str, Tensor]:
+        return {name: tensor[0] for name, tensor in self.batches[number][1].items()}
 
 
-def make_model(tokenizer: CoLT5Tokenizer) -> CoLT5ForConditionalGeneration:
-    """A small model in the paper's proportions: a quarter of the heads light, light d_ff ½, heavy d_ff 4."""
-    config = CoLT5Config(
-        vocab_size=8192,
-        d_model=256,
-        d_kv=32,
-        d_ff=512,
-        num_layers=4,
-        num_decoder_layers=2,
-        num_heads=8,
-        num_light_heads=2,
-        num_heavy_heads=6,
-        light_d_ff=256,
-        heavy_d_ff=2048,
-        dropout_rate=0.0,
-    )
-    return CoLT5ForConditionalGeneration(config)
+def installed(package: str) -> Path:
+    """The folder of an installed package, which is not imported."""
+    spec = importlib.util.find_spec(package)
+    assert spec is not None and spec.origin is not None
+    return Path(spec.origin).parent
 
 
-def show_routing(model: CoLT5ForConditionalGeneration, tokenizer: CoLT5Tokenizer, text: str) -> None:
-    """Read a whole module, and print which tokens the last layer's routers chose."""
-    batch = tokenizer(text, return_tensors="pt")
-    length = batch["input_ids"].shape[1]
+def readable(paths: Sequence[Path]) -> list[str]:
+    """The texts of modules that parse and have annotations."""
+    texts = []
+    for path in paths:
+        try:
+            text = read_source(path).text
+        except (SourceError, OSError):
+            continue
+        if holes_of(text):
+            texts.append(text)
+    return texts
+
+
+def fill_in(source: Source, holes: Sequence[Hole], model: PreTrainedModel, tokenizer: Any) -> list[Prediction]:
+    """The model's types for all of a module's annotations, which are hidden; prints how many are right."""
+    started = time.perf_counter()
+    predictions = ask(source, holes, model, tokenizer)
+    seconds = time.perf_counter() - started
+    right = sum(one.type == hole.annotation for one, hole in zip(predictions, holes, strict=True))
+    print(f"  the model: {right} of {len(holes)} are the author's own ({right / len(holes):.0%}), in {seconds:.1f} s")
+    sure = [one.type == hole.annotation for one, hole in zip(predictions, holes, strict=True) if one.probability > 0.9]
+    print(f"  where its probability is above 0.9: {sum(sure)} of {len(sure)}")
+    return predictions
+
+
+def show_filled(source: Source, holes: Sequence[Hole], predictions: Sequence[Prediction]) -> None:
+    """Print the beginning of the diff from the module without annotations to the module that the model gives."""
+    # from the last to the first, so that the places before stay where they are
+    bare = source.text
+    for hole in sorted(holes, key=lambda hole: -hole.start):
+        begin = bare.rindex("->" if hole.is_return else ":", 0, hole.start)
+        bare = bare[:begin].rstrip(" ") + bare[hole.end :]
+    filled = fill(source.text, holes, [one.type for one in predictions])
+    lines = unified_diff(bare, filled, source.path.name).splitlines()
+    print("\n".join(f"  {line}" for line in lines[2:][:SHOWN_LINES]))
+
+
+def show_routing(source: Source, holes: Sequence[Hole], model: PreTrainedModel, tokenizer: Any) -> None:
+    """Print what each layer's routers chose: how many of the places that are asked for, and of all tokens."""
+    hidden = hide(source.text, holes[: len(tokenizer.get_sentinel_token_ids())])
+    batch = tokenizer(hidden.text, return_tensors="pt", verbose=False).to(model.device)
+    ids = batch["input_ids"][0]
+    asked = torch.isin(ids, torch.tensor(tokenizer.get_sentinel_token_ids(), device=model.device))
     with torch.no_grad():
-        routing = model.get_encoder()(**batch, output_routing=True).routing[-1]
-    pieces = tokenizer.convert_ids_to_tokens(batch["input_ids"][0].tolist())
-    print(f"read in one piece: {length:,} tokens; the last layer routed")
-    for name, what in (
-        ("query", "queries of the heavy attention"),
-        ("key_value", "keys and values of the heavy attention"),
-        ("feed_forward", "tokens through the heavy feed-forward"),
-    ):
-        routed = getattr(routing, name)
-        chosen = routed.indices[0][routed.valid[0]].tolist()
-        common = ", ".join(f"{piece} {count}" for piece, count in Counter(pieces[i] for i in chosen).most_common(8))
-        print(f"  {len(chosen):5} {what}; most often: {common}")
-    routed = routing.feed_forward
-    chosen = set(routed.indices[0][routed.valid[0]].tolist())
-    excerpt = "".join(f"[{piece}]" if i in chosen else piece for i, piece in enumerate(pieces[:400]))
-    print(f"its beginning, [tokens of the heavy feed-forward] in brackets:\n  {excerpt.replace('▁', ' ')}")
+        routing = model.get_encoder()(**batch, output_routing=True).routing
+    print(f"what was routed, of {len(ids):,} tokens, and of the {int(asked.sum())} places that are asked for:")
+    print("  layer   queries        keys and values  feed-forward")
+    chosen = torch.zeros_like(asked)
+    for number, layer in enumerate(routing):
+        cells = []
+        for tokens in (layer.query, layer.key_value, layer.feed_forward):
+            chosen = torch.zeros_like(asked)
+            chosen[tokens.indices[0][tokens.valid[0]]] = True
+            cells.append(f"{chosen.float().mean():4.0%} / {chosen[asked].float().mean():4.0%}")
+        print(f"  {number:5}   {'    '.join(cells)}")
+    pieces = tokenizer.convert_ids_to_tokens(ids.tolist())
+    shown = zip(pieces[:SHOWN_TOKENS], chosen[:SHOWN_TOKENS].tolist(), strict=True)
+    excerpt = "".join(f"[{piece}]" if is_chosen else piece for piece, is_chosen in shown)
+    print(
+        f"its beginning, [tokens of the last layer's heavy feed-forward] in brackets:\n  {excerpt.replace('▁', ' ')}"
+    )
 
 
-def guess_what_was_cut_out(
-    model: CoLT5ForConditionalGeneration,
-    collator: DataCollatorForDenoising,
-    chunks: Sequence[Mapping[str, np.ndarray]],
-    training: Sequence[Mapping[str, np.ndarray]],
-) -> None:
-    """Cut spans out of chunks, and count how often the model guesses their tokens, each with those before it given.
-
-    A guess that knows nothing of the text is set beside it: always the most frequent tokens of the training chunks.
-    """
-    tokenizer = collator.tokenizer
-    counts = Counter(token for chunk in training for token in chunk["input_ids"].tolist())
-    frequent = torch.tensor([token for token, _ in counts.most_common(10)])
-    special = torch.tensor(tokenizer.all_special_ids)
-    cut, guesses = [], []
-    for chunk in chunks:
-        batch = collator([chunk])
-        with torch.no_grad():
-            probabilities = model(**batch).logits[0].softmax(-1)
-        labels = batch["labels"][0]
-        # sentinels and the end are no text
-        text = (labels >= 0) & ~torch.isin(labels, special)
-        cut.append(labels[text])
-        guesses.append(probabilities[text].topk(10))
-    tokens = torch.cat(cut)
-    guessed = torch.cat([guess.indices for guess in guesses])
-    right = guessed[:, 0] == tokens
-
-    def percent(truths: Tensor) -> str:
-        return f"{100 * truths.double().mean().item():.1f} %"
-
-    print(f"{len(tokens):,} tokens cut out of held-out modules and guessed (in brackets: always the most frequent)")
-    print(f"  right at the first guess: {percent(right)} ({percent(tokens == frequent[0])})")
-    among_ten = percent((guessed == tokens[:, None]).any(-1)), percent(torch.isin(tokens, frequent))
-    print(f"  among the first ten:      {among_ten[0]} ({among_ten[1]})")
-    names = Counter(tokenizer.convert_ids_to_tokens(tokens[right].tolist()))
-    print(f"  right most often:         {', '.join(f'{name!r} {count}' for name, count in names.most_common(8))}")
-    sure = torch.cat([guess.values for guess in guesses])[:, 0].topk(min(100, len(tokens))).indices
-    print(f"  of the {len(sure)} surest guesses: {int(right[sure].sum())} are right")
-
-
-def main() -> None:
-    """Train, evaluate, save, reload, read, guess."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output-dir", type=Path, default=Path(".demo"), help="where checkpoint and logs go")
-    parser.add_argument("--max-steps", type=int, default=100, help="training steps")
-    parser.add_argument("--input-length", type=int, default=INPUT_LENGTH, help="tokens of one training input")
-    options = parser.parse_args()
-    set_seed(0)
-
-    tokenizer = CoLT5Tokenizer.from_pretrained(VOCABULARY)
-    modules = standard_library()
-    held_out, training = modules[::20], [path for i, path in enumerate(modules) if i % 20]
-    # the module that will be read: among the held-out ones, the one nearest to 40,000 characters
-    long_module = min(held_out, key=lambda path: abs(len(read(path)) - 40_000))
-    print(f"{len(training)} modules of Python's standard library to train on, {len(held_out)} held out")
-
-    collator = DataCollatorForDenoising(tokenizer, options.input_length, target_length=512)
-    generator = torch.Generator().manual_seed(0)
-    order = [training[i] for i in torch.randperm(len(training), generator=generator).tolist()]
-    # cut only what the steps will take: the rest of the corpus would be tokenized for nothing
-    batch_size = 2
-    chunks = chunk_documents((read(path) for path in order), collator)
-    train_dataset = [chunk for _, chunk in zip(range(options.max_steps * batch_size), chunks, strict=False)]
-    chunks = chunk_documents((read(path) for path in held_out), collator)
-    eval_dataset = [chunk for _, chunk in zip(range(12), chunks, strict=False)]
-
-    model = make_model(tokenizer)
+def train_further(texts: Sequence[str], model: PreTrainedModel, tokenizer: Any, steps: int, folder: Path) -> None:
+    """Train on modules with hidden annotations, print the loss on every eighth of them, which are kept back, before
+    and after, and save the model into a folder."""
+    kept = texts[::8]
+    training = [text for number, text in enumerate(texts) if number % 8]
+    print(f"training on {len(training)} modules, {steps} steps, {len(kept)} others are kept back:")
     arguments = Seq2SeqTrainingArguments(
-        output_dir=str(options.output_dir),
-        max_steps=options.max_steps,
-        per_device_train_batch_size=batch_size,
-        per_device_eval_batch_size=batch_size,
-        learning_rate=2e-3,
-        lr_scheduler_type="cosine",
-        warmup_steps=10,
-        logging_steps=10,
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=1,
+        per_device_eval_batch_size=1,
+        lr_scheduler_type="linear",
+        warmup_steps=min(10, steps // 3),
+        logging_steps=max(1, steps // 3),
         save_strategy="no",
         remove_unused_columns=False,
         dataloader_pin_memory=False,
@@ -163,26 +145,59 @@ def main() -> None:
     trainer = Seq2SeqTrainer(
         model,
         arguments,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        data_collator=collator,
+        train_dataset=Rows(training, tokenizer, steps),
+        eval_dataset=Rows(kept, tokenizer, KEPT_ROWS),
         processing_class=tokenizer,
+        optimizers=(torch.optim.AdamW(size_scaled_groups(model, LEARNING_RATE), weight_decay=0.0), None),
     )
     before = trainer.evaluate()["eval_loss"]
     trainer.train()
     after = trainer.evaluate()["eval_loss"]
-    print(f"held-out loss: {before:.3f} before, {after:.3f} after {options.max_steps} steps")
+    print(f"loss on what was kept back: {before:.3f} before, {after:.3f} after {steps} steps")
+    trainer.save_model(str(folder))
+    print(f"saved to {folder}")
 
-    checkpoint = options.output_dir / "checkpoint"
-    trainer.save_model(str(checkpoint))
-    print(f"saved to {checkpoint}, reloading through AutoModelForSeq2SeqLM and AutoTokenizer")
-    model = AutoModelForSeq2SeqLM.from_pretrained(checkpoint).eval()
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    text = read(long_module)
-    print(f"\n{long_module.name}, held out:")
-    show_routing(model, tokenizer, text)
-    print()
-    guess_what_was_cut_out(model, collator, eval_dataset[:6], train_dataset)
+
+def main(argv: list[str] | None = None) -> None:
+    """Load, fill in, count, show the routing, train further."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path, nargs="?", help="a Python module with annotations")
+    parser.add_argument("--folder", type=Path, help="modules to train further on; default: those beside the file")
+    parser.add_argument("--model", default=str(CHECKPOINT), help="a checkpoint's folder, or its name on the Hub")
+    parser.add_argument("--steps", type=int, default=60, help="steps of training; 0 for none")
+    parser.add_argument("--output-dir", type=Path, default=Path(".demo"), help="where the trained model goes")
+    options = parser.parse_args(argv)
+    set_seed(0)
+    logging.disable_progress_bar()
+
+    file = options.file or installed("huggingface_hub") / MODULE
+    folder = options.folder or file.parent
+    try:
+        source = read_source(file)
+        holes = holes_to_hide(holes_of(source.text, str(file)))
+        if not holes:
+            raise SourceError(f"{file}: has no annotations; the demo needs a module that has some, to count")
+        model, tokenizer = load(options.model)
+    except (SourceError, OSError) as error:
+        sys.exit(f"demo.py: {str(error).splitlines()[0]}")
+
+    parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    length = len(tokenizer(source.text, verbose=False)["input_ids"])
+    print(f"{file.name}: {length:,} tokens, read in one piece; all of its {len(holes)} annotations are hidden")
+    print(f"a CoLT5 of {parameters:.1f} M parameters fills them in:")
+    predictions = fill_in(source, holes, model, tokenizer)
+    copied = copied_by_name(holes, holes, baselines_of(options.model))
+    right = sum(one == hole.annotation for one, hole in zip(copied, holes, strict=True))
+    print(f"  by name, as in its training data: {right} of {len(holes)} ({right / len(holes):.0%})")
+    show_filled(source, holes, predictions)
+    show_routing(source, holes, model, tokenizer)
+    if not options.steps:
+        return
+
+    texts = readable([path for path in sorted(folder.rglob("*.py")) if path.resolve() != file.resolve()])
+    if len(texts) < 2:
+        sys.exit(f"demo.py: {folder} has fewer than two other modules with annotations; --folder names another folder")
+    train_further(texts, model, tokenizer, options.steps, options.output_dir / "checkpoint")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ python_types.evaluate` makes them anew.
 """
 
 import json
+import os
 import shutil
 import sys
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from transformers import GenerationConfig, HfArgumentParser
 
 from modeling_colt5 import CoLT5Tokenizer
 
+PACKAGE = Path(__file__).resolve().parents[2] / "modeling_colt5"
 MOST_BYTES = 32_000_000
 CARD = """---
 license: apache-2.0
@@ -43,18 +45,19 @@ In Python, with this package, or without it and `trust_remote_code=True`:
 
     tokenizer = AutoTokenizer.from_pretrained("checkpoints/python-types", trust_remote_code=True)
     model = AutoModelForSeq2SeqLM.from_pretrained("checkpoints/python-types", trust_remote_code=True)
-    batch = tokenizer("def area(width: <extra_id_0>, height: float) -> <extra_id_1>:", return_tensors="pt")
-    print(tokenizer.decode(model.generate(**batch)[0]))
+    code = "def count(path: Path, skip_empty:<extra_id_0> = False) -><extra_id_1> :\\n    return len(read(path))\\n"
+    print(tokenizer.decode(model.generate(**tokenizer(code, return_tensors="pt"))[0]))
 
 The input has a sentinel for each annotation that is wanted, a hundred at most; the output is sentinel, type, sentinel,
 type, ..., in T5's form.
 
 ## How good it is
 
-On whole packages that were not trained on. A type is right if it is the author's own to the character, but for spaces
-and quotes: `Optional[int]` for `int | None` is wrong. "Copied by name" is the commonest type of that parameter's name
-in the rest of the module, else in the training data; "nearest" is that of the nearest of that name. The interval is of
-95 %, by a paired bootstrap over modules. Modules of up to {most:,} tokens; it was trained on up to {trained:,}.
+On modules of packages that were not trained on, drawn at random; the tables say how many. A type is right if it is
+the author's own to the character, but for spaces and quotes: `Optional[int]` for `int | None` is wrong. "Copied by
+name" is the commonest type of that parameter's name in the rest of the module, else in the training data; "nearest" is
+that of the nearest of that name. The interval is of 95 %, by a paired bootstrap over modules. No module is longer than
+{most:,} tokens; it was trained on up to {trained:,}.
 
 {tables}
 ## What it was trained on
@@ -65,9 +68,11 @@ belong to their authors. `examples/python_types/corpus.py` makes the same corpus
 
 {summary}
 15 to 100 % of a module's annotations were hidden at random each time that it was read; the other batches were span
-corruption of the same text. {steps:,} steps in {minutes:.1f} minutes of training on {gpus}, bf16, seed {seed}: a
-dense start on inputs that grow from {shortest:,} to {start:,} tokens, then learned routing (one query and one token of
-the feed-forward among {budget}, keys and values twice as many) on inputs of up to {trained:,}.
+corruption of the same text. Half of the inputs or more had other words in the place of the module's own, so that the
+model had to look instead of to know by heart. Training began with weights that look at neighbours, and the encoder had
+a loss of its own at the sentinels. {steps:,} steps in {minutes:.1f} minutes of training on {gpus}, bf16{runs}: a dense
+start on inputs that grow from {shortest:,} to {start:,} tokens, then learned routing (one query and one token of the
+feed-forward among {budget}, keys and values twice as many) on inputs of up to {trained:,}.
 `examples/python_types/train.py` is the recipe.
 
 ## What it is not
@@ -90,6 +95,9 @@ class Arguments:
     tokens: Path = field(metadata={"help": "folder of baselines.json"})
     corpus: Path = field(metadata={"help": "corpus.py's folder: summary.md"})
     out: Path = field(metadata={"help": "the checkpoint's folder"})
+    earlier: list[Path] = field(
+        default_factory=list, metadata={"help": "folders of the runs that this one goes on from, the first one first"}
+    )
     gpus: str = field(default="one GPU", metadata={"help": "what it was trained on, as the card says it"})
 
 
@@ -100,11 +108,13 @@ def training_totals(summary: str) -> tuple[int, float, int]:
     return sum(int(row[4]) for row in train), sum(float(row[3]) for row in train), sum(int(row[7]) for row in train)
 
 
-def card(about: dict[str, Any], config: Any, parameters: int, numbers: dict[str, Any], summary: str, gpus: str) -> str:
+def card(
+    runs: list[dict[str, Any]], config: Any, parameters: int, numbers: dict[str, Any], summary: str, gpus: str
+) -> str:
     """The model card.
 
     Args:
-        about: what the weights say of their run.
+        runs: what the weights say of their runs, the first one first.
         config: the model's.
         parameters: the model's.
         numbers: evaluation.json.
@@ -112,6 +122,7 @@ def card(about: dict[str, Any], config: Any, parameters: int, numbers: dict[str,
         gpus: what it was trained on.
     """
     modules, tokens, annotations = training_totals(summary)
+    and_then = " and then ".join(f"{about['step']:,}" for about in runs)
     return CARD.format(
         parameters=parameters / 1e6,
         tables=tables(numbers),
@@ -119,13 +130,13 @@ def card(about: dict[str, Any], config: Any, parameters: int, numbers: dict[str,
         modules=modules,
         tokens=tokens,
         annotations=annotations,
-        steps=about["step"],
-        minutes=about["seconds"] / 60,
+        steps=sum(about["step"] for about in runs),
+        minutes=sum(about["seconds"] for about in runs) / 60,
         gpus=gpus,
-        seed=about["seed"],
-        shortest=min(about["start_lengths"]),
-        start=max(about["start_lengths"]),
-        trained=max(about["lengths"]),
+        runs="" if len(runs) == 1 else f" ({and_then})",
+        shortest=min(runs[0]["start_lengths"]),
+        start=max(runs[0]["start_lengths"]),
+        trained=max(runs[-1]["lengths"]),
         most=MOST_TOKENS,
         budget=round(1 / config.routed_query_fraction),
     )
@@ -137,7 +148,8 @@ def main(argv: list[str] | None = None) -> None:
     numbers = json.loads((arguments.run / "evaluation.json").read_text())
     summary = (arguments.corpus / "summary.md").read_text(encoding="utf-8")
     model, about = load_weights(arguments.run)
-    text = card(about, model.config, model.num_parameters(), numbers, summary, arguments.gpus)
+    runs = [*(load_weights(folder)[1] for folder in arguments.earlier), about]
+    text = card(runs, model.config, model.num_parameters(), numbers, summary, arguments.gpus)
 
     if arguments.out.exists():
         shutil.rmtree(arguments.out)
@@ -146,6 +158,10 @@ def main(argv: list[str] | None = None) -> None:
     # the weights were rounded when they were saved
     model.to(torch.bfloat16).save_pretrained(arguments.out)
     CoLT5Tokenizer.from_pretrained(VOCABULARY).save_pretrained(arguments.out)
+    for file in arguments.out.glob("*.py"):
+        # links, because a copy in the repository would soon be another version; an upload has the files themselves
+        file.unlink()
+        file.symlink_to(os.path.relpath(PACKAGE / file.name, arguments.out))
     # what --score compares with
     shutil.copy(arguments.tokens / "baselines.json", arguments.out)
     (arguments.out / "README.md").write_text(text, encoding="utf-8")

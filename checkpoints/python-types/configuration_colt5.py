@@ -1,0 +1,1 @@
+../../modeling_colt5/configuration_colt5.py

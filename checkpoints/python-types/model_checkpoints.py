@@ -1,0 +1,1 @@
+../../modeling_colt5/model_checkpoints.py

@@ -1,0 +1,1 @@
+../../modeling_colt5/modeling_colt5.py
