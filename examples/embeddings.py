@@ -27,8 +27,8 @@ from sentence_transformers import (
     SentenceTransformerTrainer,
     SentenceTransformerTrainingArguments,
 )
-from sentence_transformers.evaluation import InformationRetrievalEvaluator
-from sentence_transformers.losses import CachedMultipleNegativesRankingLoss
+from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
+from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
 from sklearn.feature_extraction.text import TfidfVectorizer
 from training_defaults import BestOfRouted, TimeLeft, TrainingDefaults, run_script
 from transformers import AutoModelForTextEncoding, set_seed
