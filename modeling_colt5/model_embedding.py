@@ -25,6 +25,13 @@ def _tie_assigned_head(model: "CoLT5EmbeddingModel", incompatible_keys: Any) -> 
         head.weight = model.shared.weight
 
 
+class CoLT5OtherName(nn.Module):
+    """What stands in lists of modules under another name of the embedding; by that name one gets the embedding itself.
+
+    It has no parts, so that what is done for each module or tensor of a list is done to the embedding once.
+    """
+
+
 class CoLT5EmbeddingModel(CoLT5PreTrainedModel):
     """What all models but the stacks share: the embedding, one module that is `shared` here and `embed_tokens` in each
     stack.
@@ -77,13 +84,21 @@ class CoLT5EmbeddingModel(CoLT5PreTrainedModel):
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Module]]:
-        """PyTorch's, and the embedding under its names in the stacks too, by which adapters may look for it."""
+        """PyTorch's, where the embedding is `shared`, and then its names in the stacks, by which adapters look for it.
+
+        Its tensors have one place and are listed with it alone: `torch.func.functional_call` puts another tensor into
+        every place that it finds here and then the old one, which must not be the tensor that it has just put there.
+        """
         memo = set() if memo is None else memo
         is_new = self not in memo
-        yield from super().named_modules(memo, prefix, remove_duplicate)
-        if remove_duplicate and is_new:
-            for name in self.stacks():
-                yield f"{prefix}{'.' if prefix else ''}{name}.embed_tokens", self.shared
+        start = f"{prefix}." if prefix else ""
+        others = [f"{start}{name}.embed_tokens" for name in self.stacks()]
+        within = tuple(f"{name}." for name in others)
+        for name, module in super().named_modules(memo, prefix, remove_duplicate):
+            if name not in others and not name.startswith(within):
+                yield name, module
+        if is_new:
+            yield from ((name, CoLT5OtherName()) for name in others)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
