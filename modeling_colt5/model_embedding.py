@@ -1,5 +1,6 @@
 """The embedding that encoder, decoder and head share: one module under several names, tied, adapted and saved."""
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,6 +26,15 @@ def _tie_assigned_head(model: "CoLT5EmbeddingModel", incompatible_keys: Any) -> 
         head.weight = model.shared.weight
 
 
+def _forgive_other_names(model: "CoLT5EmbeddingModel", incompatible_keys: Any) -> None:
+    """After `load_state_dict`: what an adapter of the embedding has got under the name `shared` is not missing under
+    the others, which a saved adapter lacks. The embedding's own weight stays: `Trainer` looks for it there."""
+    missing = incompatible_keys.missing_keys
+    stacks = "|".join(model.stacks())
+    shared = {key: re.sub(rf"(^|\.)(?:{stacks})\.embed_tokens\.(?!weight$)", r"\1shared.", key) for key in missing}
+    missing[:] = [key for key, name in shared.items() if name == key or name in shared]
+
+
 class CoLT5OtherName(nn.Module):
     """What stands in lists of modules under another name of the embedding; by that name one gets the embedding itself.
 
@@ -48,6 +58,7 @@ class CoLT5EmbeddingModel(CoLT5PreTrainedModel):
         # The annotation is the wide one because adapters put other modules in its place.
         self.shared: nn.Module = nn.Embedding(config.vocab_size, config.d_model)
         self.register_load_state_dict_post_hook(_tie_assigned_head)
+        self.register_load_state_dict_post_hook(_forgive_other_names)
 
     def stacks(self) -> dict[str, CoLT5Stack]:
         """Encoder and decoder by name, those that there are."""
