@@ -125,6 +125,10 @@ class Messages(logging.Handler):
 def messages():
     handler = Messages()
     logger = logging.getLogger("transformers")
+    # a script that another test has run may have asked for less
+    level = logger.level
+    logger.setLevel(logging.WARNING)
     logger.addHandler(handler)
     yield handler
     logger.removeHandler(handler)
+    logger.setLevel(level)
