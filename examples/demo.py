@@ -1,6 +1,6 @@
 """The demo: load the checkpoint of this repository, and let it give a long Python module the types that were hidden.
 
-    python examples/demo.py [FILE] [--folder FOLDER] [--steps 60] [--output-dir .demo]
+    python examples/demo.py [FILE] [--folder FOLDER] [--steps 30] [--output-dir .demo]
 
 All annotations of the module are hidden, filled in by one pass over the whole module, and counted. Then the demo shows
 what the routers of the encoder chose. At the end it trains the model further on the folder's other modules, and prints
@@ -164,7 +164,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("file", type=Path, nargs="?", help="a Python module with annotations")
     parser.add_argument("--folder", type=Path, help="modules to train further on; default: those beside the file")
     parser.add_argument("--model", default=str(CHECKPOINT), help="a checkpoint's folder, or its name on the Hub")
-    parser.add_argument("--steps", type=int, default=60, help="steps of training; 0 for none")
+    parser.add_argument("--steps", type=int, default=30, help="steps of training; 0 for none")
     parser.add_argument("--output-dir", type=Path, default=Path(".demo"), help="where the trained model goes")
     options = parser.parse_args(argv)
     set_seed(0)
