@@ -9,7 +9,7 @@ checkpoint. The tables are written when everything is trained.
 
 import argparse
 import json
-import sysconfig
+import sys
 import time
 from collections.abc import Callable, Sequence
 from itertools import islice
@@ -36,6 +36,9 @@ from modeling_colt5 import CoLT5ForConditionalGeneration, CoLT5Tokenizer
 from modeling_colt5.conversion import convert
 from modeling_colt5.denoising import DataCollatorForDenoising, chunk_documents
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+from small_model import read, standard_library  # noqa: E402
+
 TITLE = (
     "Warm start: held-out loss of what was trained here, and of what it was converted to, before any further step. "
     "Span corruption of Python's source in characters, inputs of 96"
@@ -61,18 +64,6 @@ TINY = SIZES | {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_deco
 LETTERS = [chr(code) for code in range(33, 127)]
 CURVE = "curve.json"
 PAPER = {"feed_forward": 1 / 16, "query": 1 / 16, "key_value": 1 / 8}
-
-
-def standard_library() -> list[Path]:
-    """The modules of the running Python, without tests and installed packages, in a fixed order."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    skipped = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
-    return sorted(path for path in root.rglob("*.py") if not skipped & set(path.relative_to(root).parts))
-
-
-def read(path: Path) -> str:
-    """A module's text."""
-    return path.read_text(encoding="utf-8", errors="replace")
 
 
 def characters() -> CoLT5Tokenizer:
