@@ -1,5 +1,6 @@
 """Inference as CUDA graphs: the same outputs, whatever changes between calls; no graph where one would lie."""
 
+import contextlib
 import gc
 import subprocess
 import sys
@@ -11,9 +12,10 @@ from models import pad, random_ids, tiny_config
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from modeling_colt5 import CoLT5EncoderModel, CoLT5ForConditionalGeneration, model_encoder_layer
+from modeling_colt5 import CoLT5EncoderModel, CoLT5ForConditionalGeneration, layer_encoder, model_encoder_layer
 from modeling_colt5 import run_graphs as graphs
 from modeling_colt5.kernel_backend import Mode
+from modeling_colt5.run_plan import EncoderPlan
 
 
 def count_graphs(model: nn.Module) -> int:
@@ -165,16 +167,31 @@ def test_after_a_change_of_lengths_the_new_ones_get_graphs():
 
 
 @pytest.mark.gpu
-def test_recording_that_fails_leaves_the_ordinary_call(model, device, monkeypatch):
-    run_routers = model_encoder_layer.run_routers
+@pytest.mark.parametrize("straight", [True, False], ids=["straight lines", "modules"])
+def test_recording_that_fails_leaves_the_ordinary_call(model, device, monkeypatch, straight):
+    heavy, run_routers = EncoderPlan.heavy, model_encoder_layer.run_routers
 
-    def failing(*args):
-        # where two streams are in use, the worst place
+    def fail_while_recording() -> None:
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError("not while recording")
+
+    @contextlib.contextmanager
+    def failing_heavy(plan):
+        # the worst place: two streams are in use, and the second one is the current one
+        with heavy(plan):
+            fail_while_recording()
+            yield
+
+    def failing_routers(*args):
+        fail_while_recording()
         return run_routers(*args)
 
-    monkeypatch.setattr(model_encoder_layer, "run_routers", failing)
+    # each road is broken where the other one does not pass
+    monkeypatch.setattr(layer_encoder, "enabled", straight)
+    if straight:
+        monkeypatch.setattr(EncoderPlan, "heavy", failing_heavy)
+    else:
+        monkeypatch.setattr(model_encoder_layer, "run_routers", failing_routers)
     (batch,) = batches(device, 1)
     with torch.no_grad(), pytest.warns(RuntimeWarning, match="not while recording") as warned:
         outputs = [model(**batch).last_hidden_state for _ in range(5)]
