@@ -5,48 +5,97 @@ python benchmarks/called.py
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from unittest import mock
 
 import torch
-from encoder import BOTH, CAPTURED, FORWARD, both_call, check_mode, forward_call, release, verify
+from encoder import BOTH, CAPTURED, FORWARD, both_call, check_mode, forward_call, new_step, release, verify
 from measure import Call, captured, make_parser, median_ms, parse, peak_mib
-from peers import COLT5, DENSE_T5, DEVICE, DTYPE, GLOBAL, LOCAL, MODERNBERT, make_encoder, random_ids, scaled_length
+from peers import COLT5, DENSE_T5, DEVICE, GLOBAL, LOCAL, MODERNBERT, make_encoder, random_ids, scaled_length
 from results import Row, Table
 
 from modeling_colt5 import layer_encoder
 
 TITLE = (
-    "Encoders of base size as they are called, bf16, random weights, no dropout, one input: median milliseconds of a "
-    "call, and memory beyond weights, gradients and inputs. CoLT5's plain blocks run as straight lines of launches; "
-    '"modules" is the same model with each module called. "Captured" is the call replayed as one CUDA graph, which no '
-    "peer needs to be compared with: it says what the card alone takes"
+    "Encoders of base size as they are called, bf16, random weights, one input: median milliseconds of a call, and "
+    "memory beyond weights, gradients and inputs. The backward pass makes new gradients. CoLT5's plain blocks run as "
+    'straight lines of launches; "modules" is the same model with each module called. "Captured" is the call replayed '
+    "as one CUDA graph, which no peer needs to be compared with: it says what the card alone takes. Without dropout, "
+    "unless a row says otherwise"
 )
 MODULES, CALLED = "modules", "called"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How an encoder is trained.
+
+    Args:
+        dropout_rate: of the model, in training mode where it is not 0.
+        under_autocast: weights in fp32, and products in bf16 by autocast; else weights in bf16.
+    """
+
+    dropout_rate: float = 0.0
+    under_autocast: bool = False
+
+    def __str__(self) -> str:
+        parts = [f"dropout {self.dropout_rate}"] if self.dropout_rate else []
+        return ", ".join(parts + ["fp32 under bf16 autocast"] * self.under_autocast)
+
+
+PLAIN = Setting()
 # the most important first, where time ends early
 LENGTHS = (16_384, 512, 4_096)
 WAYS = (
     (COLT5, CALLED), (COLT5, MODULES), (COLT5, CAPTURED), (LOCAL, CALLED), (GLOBAL, CALLED), (DENSE_T5, CALLED),
     (MODERNBERT, CALLED),
 )  # fmt: skip
+# of the first length alone
+TRAINED = (Setting(dropout_rate=0.1), Setting(dropout_rate=0.1, under_autocast=True))
 
 
-def measure(model: torch.nn.Module, way: str, n: int, tiny: bool) -> Row:
-    """Milliseconds and MiB of both passes; None where there is none, with the reason in the note."""
-    row: Row = {}
+@dataclass(frozen=True)
+class Cell:
+    """A row: which model at which length, how it is called, and how it is trained."""
+
+    n: int
+    model: str
+    way: str
+    setting: Setting = PLAIN
+
+    def __str__(self) -> str:
+        return " ".join(filter(None, (self.model, self.way, f"{self.n:,}", str(self.setting))))
+
+
+def cells(tiny: bool) -> list[Cell]:
+    """All rows, of a tiny run those of one length."""
+    first = [Cell(LENGTHS[0], *way) for way in WAYS]
+    first += [Cell(LENGTHS[0], COLT5, way, setting) for setting in TRAINED for way in (CALLED, MODULES)]
+    return first + ([] if tiny else [Cell(n, *way) for n in LENGTHS[1:] for way in WAYS])
+
+
+def measure(cell: Cell, model: torch.nn.Module, tiny: bool) -> Row:
+    """Milliseconds and MiB of the passes; None where there is none, with the reason in the note."""
+    n, setting = scaled_length(cell.n, tiny), cell.setting
+    row: Row = {"n": n, "model": cell.model, "way": cell.way, "setting": str(setting)}
     torch.manual_seed(0)
     ids = random_ids(1, n, tiny)
-    cotangent = torch.randn(1, n, model.config.hidden_size, device=DEVICE, dtype=DTYPE)
-    for name in (FORWARD, BOTH):
+    cotangent = torch.randn(1, n, model.config.hidden_size, device=DEVICE, dtype=model.dtype)
+    for name in (FORWARD, BOTH) if setting == PLAIN else (BOTH,):
         try:
-            with mock.patch.object(layer_encoder, "enabled", way != MODULES):
+            with (
+                mock.patch.object(layer_encoder, "enabled", cell.way != MODULES),
+                torch.autocast(DEVICE.type, torch.bfloat16, enabled=setting.under_autocast),
+            ):
                 call: Call | None = forward_call(model, ids, None)
                 if name == BOTH:
                     call = both_call(model, ids, None, cotangent)
                 call()
-                if way == CAPTURED:
+                if cell.way == CAPTURED:
                     call = captured(call)
                 else:
                     row[f"{name} peak MiB"] = peak_mib(call)
+                    call = new_step(call, model) if name == BOTH else call
                 row[f"{name} ms"] = median_ms(call, tiny)
         except torch.cuda.OutOfMemoryError:
             row[f"{name} ms"], row["note"] = None, f"{name}: out of memory"
@@ -70,17 +119,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Verify, then measure."""
     options = parse(make_parser(__doc__), arguments)
     verify(options.tiny)
-    models = {name: make_encoder(name, options.tiny) for name in dict.fromkeys(name for name, _ in WAYS)}
-    verify_straight(models[COLT5], options.tiny)
+    models = {(name, PLAIN): make_encoder(name, options.tiny) for name in dict.fromkeys(name for name, _ in WAYS)}
+    for setting in TRAINED:
+        model = make_encoder(COLT5, options.tiny, dropout_rate=setting.dropout_rate).train()
+        models[COLT5, setting] = model.float() if setting.under_autocast else model
+    verify_straight(models[COLT5, PLAIN], options.tiny)
     table = Table("called", TITLE, options)
-    cells = [(n, name, way) for n in (LENGTHS[:1] if options.tiny else LENGTHS) for name, way in WAYS]
-    for position, (n, name, way) in enumerate(cells):
+    rows = cells(options.tiny)
+    for position, cell in enumerate(rows):
         if time.perf_counter() > options.deadline:
-            rest = ", ".join(f"{name} {way} {n:,}" for n, name, way in cells[position:])
-            table.note(f"Not measured for lack of time: {rest}.")
+            table.note(f"Not measured for lack of time: {'; '.join(map(str, rows[position:]))}.")
             break
-        n = scaled_length(n, options.tiny)
-        table.add({"n": n, "model": name, "way": way} | measure(models[name], way, n, options.tiny))
+        table.add(measure(cell, models[cell.model, cell.setting], options.tiny))
     table.finish()
 
 

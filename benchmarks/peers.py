@@ -80,10 +80,11 @@ def _made(make: Callable[[], PreTrainedModel]) -> PreTrainedModel:
         return make().eval()
 
 
-def make_encoder(name: str, tiny: bool) -> PreTrainedModel:
-    """An encoder by its name, on the device and in its dtype, in evaluation mode."""
+def make_encoder(name: str, tiny: bool, **fields: Any) -> PreTrainedModel:
+    """An encoder by its name, on the device and in its dtype, in evaluation mode; `fields` are what differs in CoLT5's
+    configuration."""
     makers: dict[str, Callable[[], PreTrainedModel]] = {
-        COLT5: lambda: CoLT5EncoderModel(colt5_config(tiny)),
+        COLT5: lambda: CoLT5EncoderModel(colt5_config(tiny, **fields)),
         LOCAL: lambda: LongT5EncoderModel(longt5_config(LOCAL, tiny)),
         GLOBAL: lambda: LongT5EncoderModel(longt5_config(GLOBAL, tiny)),
         DENSE_T5: lambda: _t5(tiny),
