@@ -3,9 +3,11 @@
 import json
 import lzma
 import math
+import re
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +18,12 @@ from python_types.evaluate import Question, answered, question_of, row_of, summa
 from python_types.holes import hide, holes_of, holes_to_hide
 from python_types.predict import AnswersInOrder, Prediction, in_batches, load, predict, predict_all
 from python_types.renaming import Renaming
+from python_types.retyping import Retyping
 from python_types.training_rows import Batches, Shape, Tokens, load_tokens, shapes_of, tokenise
 from python_types.weights import load_weights, save_weights
 from transformers import AutoModelForSeq2SeqLM, HfArgumentParser
 
-from modeling_colt5 import CoLT5Tokenizer
+from modeling_colt5 import CoLT5ForConditionalGeneration, CoLT5Tokenizer
 
 ROOT = Path(__file__).parent.parent
 VOCABULARY = ROOT / "tokenization/python_stdlib"
@@ -37,6 +40,7 @@ SIZES = {
     "batch_tokens": 512,
     "warmup_steps": 4,
 }
+KINDS = ["int", "float", "str"]
 LENGTHS = ["--start_lengths", "256", "512", "--lengths", "256", "512"]
 TINY = [*LENGTHS, *(part for name, size in SIZES.items() for part in (f"--{name}", str(size)))]
 LINES = [
@@ -294,12 +298,69 @@ def test_renamed_modules_are_the_same_modules_in_other_words(tokens, tokenizer):
         assert len(pairs) == len(set(rows[0.0])) == len(set(rows[1.0])) and any(old != new for old, new in pairs)
 
 
+def test_retyped_modules_are_the_same_modules_with_one_type_for_each_name(tokenizer):
+    names = ["entry", "path", "self_key", "value"]
+    lines = [f"def f{number}(x, {names[number % 4]}: {KINDS[number % 3]}, *, y=1): pass" for number in range(24)]
+    text = "\n".join(["def once(alone: bytes) -> None: pass", *lines]) + "\n"
+    tokens = Tokens.of([tokenise(text, holes_to_hide(holes_of(text)), tokenizer)])
+    seen = set()
+    for seed in range(4):
+        batches = Batches(
+            tokens, [Shape(1, 2048, 512)], 1.0, SENTINELS, seed, retyping=Retyping(tokenizer), retyped=1.0
+        )
+        row, target = batches.types(0, batches.shapes[0], np.random.default_rng(seed))
+        answers: dict[int, list[int]] = {}
+        for token in target[:-1].tolist():
+            if token in SENTINELS:
+                answers[token] = []
+            else:
+                answers[[*answers][-1]].append(token)
+        assert len(answers) >= 0.15 * 24
+        filled = tokenizer.decode([part for token in row[:-1].tolist() for part in answers.get(token, [token])])
+        # what is not a type that a name has several times is as it was; a sentinel's neighbours are spaced otherwise
+        was, became = (re.split(r"[\s,:()]+", each) for each in (text, filled))
+        assert len(was) == len(became) and all(
+            old == new for old, new in zip(was, became, strict=True) if old not in KINDS
+        )
+        types = defaultdict(set)
+        for name, new in zip(became, became[1:], strict=False):
+            if name in names:
+                types[name].add(new)
+        assert {*types} == {*names} and all(len(each) == 1 for each in types.values())
+        seen.add(tuple(min(types[name]) for name in names))
+    assert len(seen) > 1
+
+
+def test_the_name_before_an_annotation_is_found(tokenizer):
+    retyping = Retyping(tokenizer)
+    for text, name in {
+        "def f(entry:": "entry",
+        "def f(self, some_long_key_name:": "some_long_key_name",
+        "    *args:": "args",
+        "def f(x) ->": None,
+        "": None,
+    }.items():
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert retyping.name_before(np.array(ids, dtype=np.uint16)) == name
+
+
 def test_batches_hold_every_row_once():
     lengths = [5, 100, 7, 3, 60, 8]
     batches = list(in_batches(lengths, 24, most_rows=3))
     assert sorted(row for batch in batches for row in batch) == list(range(6))
     assert all(len(batch) == 1 or max(lengths[row] for row in batch) * len(batch) <= 24 for batch in batches)
     assert max(map(len, batches)) == 3
+
+
+def test_weights_of_a_checkpoint_begin_a_run(tmp_path):
+    model = CoLT5ForConditionalGeneration(
+        train.Size(**{name: SIZES[name] for name in SIZES if hasattr(train.Size, name)}).config()
+    )
+    model.save_pretrained(tmp_path)
+    loaded, about = load_weights(tmp_path)
+    assert about == {} and not loaded.training
+    for name, parameter in loaded.named_parameters():
+        assert torch.equal(parameter, model.get_parameter(name)), name
 
 
 def test_weights_come_back_in_bf16(tmp_path):

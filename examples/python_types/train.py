@@ -43,6 +43,7 @@ from python_types.evaluate import (
 from python_types.first_weights import looking_from_the_start
 from python_types.predict import predict_all
 from python_types.renaming import Renaming
+from python_types.retyping import Retyping
 from python_types.training_rows import IGNORED, TASKS, Batches, load_tokens, prepare, shapes_of
 from python_types.weights import load_weights, save_weights
 from torch import Tensor, nn
@@ -130,7 +131,10 @@ class Arguments:
     out: Path = field(default=Path("out"), metadata={"help": "folder of weights, log and evaluation"})
     state: Path | None = field(default=None, metadata={"help": "what a run goes on from; default: state.pt in --out"})
     initial: Path | None = field(
-        default=None, metadata={"help": "folder of an earlier run's weights to begin with, where there is no --state"}
+        default=None,
+        metadata={
+            "help": "folder of a checkpoint, or an earlier run's weights, to begin with, where there is no --state"
+        },
     )
     minutes: float = field(default=60.0, metadata={"help": "of the whole command, the evaluation included"})
     started: float | None = field(
@@ -155,6 +159,9 @@ class Arguments:
     start_types: float = field(default=0.5, metadata={"help": "share of the batches of types in the dense start"})
     types: float = field(default=0.75, metadata={"help": "share of the batches of types afterwards"})
     renamed: float = field(default=0.5, metadata={"help": "share of the inputs that get other words (renaming.py)"})
+    retyped: float = field(
+        default=0.0, metadata={"help": "share of the inputs of types afterwards that get other types (retyping.py)"}
+    )
     graphs: bool = field(default=True, metadata={"help": "whether steps are CUDA graphs, on a GPU"})
     seed: int = field(default=0, metadata={"help": "of weights, order, what is hidden, dropout"})
 
@@ -493,6 +500,8 @@ class Training:
             self.processes.rank,
             renaming=Renaming(self.tokenizer),
             renamed=arguments.renamed,
+            retyping=Retyping(self.tokenizer),
+            retyped=0.0 if is_start else arguments.retyped,
         )
         order, workers = range(taken, len(batches)), min(3, os.cpu_count() or 1)
         return iter(DataLoader(batches, batch_size=None, sampler=order, num_workers=workers, prefetch_factor=8))

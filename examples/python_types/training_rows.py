@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from python_types.holes import MOST_SENTINELS, Hole, holes_of, holes_to_hide
 from python_types.renaming import Renaming
+from python_types.retyping import TOKENS_OF_NAME, Retyping
 from python_types.score import commonest
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -30,6 +31,8 @@ TASKS = ("types", "spans")
 PIECES = ("before", "after", "type")
 EOS, IGNORED = 1, -100
 LEAST_SHARE = 0.15
+# where types were drawn anew, at most this share is hidden: what is to be copied has to be seen
+MOST_OF_RETYPED = 0.5
 
 
 @dataclass(frozen=True)
@@ -231,6 +234,8 @@ class Batches(Dataset):
         share: of the annotations that are hidden; None for a share that is drawn each time a module is read.
         renaming: gives rows other words.
         renamed: the share of the rows that get other words.
+        retyping: gives names other types.
+        retyped: the share of the rows of types that get other types; of these alone some are hidden there.
     """
 
     def __init__(
@@ -244,8 +249,10 @@ class Batches(Dataset):
         share: float | None = None,
         renaming: Renaming | None = None,
         renamed: float = 0.0,
+        retyping: Retyping | None = None,
+        retyped: float = 0.0,
     ):
-        self.renaming, self.renamed = renaming, renamed
+        self.renaming, self.renamed, self.retyping, self.retyped = renaming, renamed, retyping, retyped
         self.tokens, self.shapes, self.share_of_types = tokens, shapes, share_of_types
         self.sentinels, self.seed, self.rank, self.share = np.array(sentinels[:MOST_SENTINELS]), seed, rank, share
         self.corruption = SpanCorruption()
@@ -301,25 +308,41 @@ class Batches(Dataset):
             start = int(generator.integers(earliest, min(around, latest) + 1))
         end = min(len(tokens), start + shape.length - 1)
         inside = np.flatnonzero((first >= start) & (last <= end))
-        share = generator.uniform(LEAST_SHARE, 1) if self.share is None else self.share
-        chosen = np.sort(generator.choice(inside, int(np.ceil(share * len(inside))), replace=False))
+        others: dict[int, np.ndarray] = {}
+        if self.retyping is not None and len(inside) and generator.random() < self.retyped:
+            names = [
+                self.retyping.name_before(tokens[max(0, first[hole] - TOKENS_OF_NAME) : first[hole]])
+                for hole in inside
+            ]
+            types = [self.tokens.piece(begin + int(hole), "type") for hole in inside]
+            others = {int(inside[place]): kind for place, kind in self.retyping.draw(names, types, generator).items()}
+        share = generator.uniform(LEAST_SHARE, MOST_OF_RETYPED if others else 1) if self.share is None else self.share
+        may_hide = np.array(sorted(others)) if others else inside
+        chosen = np.sort(generator.choice(may_hide, int(np.ceil(share * len(may_hide))), replace=False))
         if len(chosen) > len(self.sentinels):
             skipped = int(generator.integers(len(chosen) - len(self.sentinels) + 1))
             chosen = chosen[skipped : skipped + len(self.sentinels)]
+        sentinels = dict(zip(chosen.tolist(), self.sentinels, strict=False))
         parts: list[np.ndarray] = []
         answers: list[np.ndarray] = []
         position, size, answered = start, 0, 0
-        for sentinel, hole in zip(self.sentinels, chosen, strict=False):
-            before, after, kind = (self.tokens.piece(begin + int(hole), name) for name in PIECES)
-            between = tokens[position : first[hole]]
-            # what is hidden has to fit, and so does its answer, each with eos
-            size += len(between) + len(before) + 1
-            answered += 1 + len(kind)
-            if size >= shape.length or answered >= shape.target_length:
-                break
-            parts += between, before, sentinel[None], after
-            answers += sentinel[None], kind
-            size, position = size + len(after), int(last[hole])
+        for hole in inside.tolist():
+            before, after, kind = (self.tokens.piece(begin + hole, name) for name in PIECES)
+            between, written = tokens[position : first[hole]], tokens[first[hole] : last[hole]]
+            if hole in sentinels:
+                shown = sentinels[hole][None]
+                kind = others.get(hole, kind)
+                # what is hidden has to fit, and so does its answer, each with eos
+                answered += 1 + len(kind)
+                if size + len(between) + len(before) + 1 >= shape.length or answered >= shape.target_length:
+                    break
+                answers += shown, kind
+            elif hole in others and np.array_equal(written[: len(before) + len(kind)], [*before, *kind]):
+                shown, after = others[hole], written[len(before) + len(kind) :]
+            else:
+                continue
+            parts += between, before, shown, after
+            size, position = size + sum(map(len, parts[-4:])), int(last[hole])
         parts.append(tokens[position:end])
         eos = np.array([EOS])
         row = np.concatenate(parts)[: shape.length - 1]

@@ -9,6 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers.utils import CONFIG_NAME
 
 from modeling_colt5 import CoLT5Config, CoLT5ForConditionalGeneration
 
@@ -44,9 +45,14 @@ def save_weights(model: CoLT5ForConditionalGeneration, folder: Path, about: dict
 def load_weights(folder: Path) -> tuple[CoLT5ForConditionalGeneration, dict[str, Any]]:
     """The model in fp32, in evaluation mode, and what is known of its run.
 
+    Args:
+        folder: of a run, or a checkpoint that `save_pretrained` wrote, of whose run nothing is known.
+
     Raises:
         ValueError: if there are no weights, some are missing, or they are of two times.
     """
+    if (folder / CONFIG_NAME).exists():
+        return CoLT5ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32), {}
     files = sorted(folder.glob("weights-*.safetensors"))
     if not files:
         raise ValueError(f"{folder} has no weights; train.py writes weights-1.safetensors there")
