@@ -5,7 +5,9 @@
     python examples/annotate_types.py module.py --score       # hides the file's own annotations, and counts
 
 The diff goes to stdout, in the form that `patch` reads; the model's probability of each type, and the imports that the
-types need, go to stderr. The module is not imported. From a notebook, with examples/ on `sys.path`:
+types need, go to stderr. Where the model is not sure and the module itself annotates that name elsewhere, the nearest
+such annotation is copied instead, and said to be copied; `--no-copy` leaves that out. The module is not imported. From
+a notebook, with examples/ on `sys.path`:
 
     from annotate_types import annotate, load, read_source
     annotated = annotate(read_source("module.py"), *load("checkpoints/python-types"))
@@ -22,7 +24,7 @@ from typing import Any
 
 from python_types.holes import Hole, Needed, choose, fill, holes_of, holes_to_fill, needed_names, passes
 from python_types.predict import Prediction, load, predict_all
-from python_types.score import copied_by_name, copied_from_nearest
+from python_types.score import copied_by_name, copied_from_nearest, is_copied, nearest_in_module
 from python_types.source import Source, SourceError, read_source, unified_diff, write_source
 from transformers import PreTrainedModel
 from transformers.utils import logging
@@ -34,11 +36,22 @@ SHARES = (0.3, 1.0)
 
 @dataclass(frozen=True)
 class Annotation:
-    """A place without an annotation, the model's type for it, None where that is none, and its probability."""
+    """A place without an annotation, the model's type for it, None where that is none, and its probability.
+
+    `copied` is the type that the place gets instead, where the module shows it at the same name and the model is not
+    sure (`score.is_copied`); else None.
+    """
 
     hole: Hole
     type: str | None
     probability: float
+    copied: str | None = None
+
+    def written(self, least_probability: float = 0.0) -> str | None:
+        """What is written there; None where nothing is. Only a type of the model needs the probability."""
+        if self.copied is not None:
+            return self.copied
+        return self.type if self.probability >= least_probability else None
 
 
 @dataclass(frozen=True)
@@ -57,6 +70,7 @@ class Scored:
     share: float
     hidden: int
     model: int
+    tool: int
     by_name: int
     nearest: int
 
@@ -79,22 +93,33 @@ def ask(source: Source, holes: Sequence[Hole], model: PreTrainedModel, tokenizer
     return [prediction for number in range(len(parts)) for prediction in answers[number]]
 
 
-def annotate(source: Source, model: PreTrainedModel, tokenizer: Any, least_probability: float = 0.0) -> Annotated:
+def annotate(
+    source: Source, model: PreTrainedModel, tokenizer: Any, least_probability: float = 0.0, is_copying: bool = True
+) -> Annotated:
     """Fill in the annotations of parameters and returns that a module lacks.
 
     Args:
         source: the module, of `read_source`.
         model: in evaluation mode.
         tokenizer: its tokenizer.
-        least_probability: less probable types are not written.
+        least_probability: less probable types of the model are not written.
+        is_copying: whether the module's own annotations are copied where the model is not sure.
 
     Raises:
         SourceError: if nothing is missing, or the module is too long.
     """
     holes = holes_to_fill(source)
     predictions = ask(source, holes, model, tokenizer)
-    annotations = [Annotation(hole, one.type, one.probability) for hole, one in zip(holes, predictions, strict=True)]
-    types = [one.type if one.probability >= least_probability else None for one in predictions]
+    annotations = [
+        Annotation(hole, one.type, one.probability, copied if is_copied(one.type, one.probability, copied) else None)
+        for hole, one, copied in zip(
+            holes,
+            predictions,
+            nearest_in_module(holes, holes_of(source.text)) if is_copying else [None] * len(holes),
+            strict=True,
+        )
+    ]
+    types = [annotation.written(least_probability) for annotation in annotations]
     return Annotated(fill(source.text, holes, types), annotations, needed_names(source.text, holes, types))
 
 
@@ -118,13 +143,18 @@ def score(
     chosen = choose(holes, seed, share)
     if not chosen:
         raise SourceError(f"{source.path}: has no annotation to hide; must have some, or be read without --score")
-    given = [one.type for one in ask(source, chosen, model, tokenizer)]
+    predictions = ask(source, chosen, model, tokenizer)
+    given = [one.type for one in predictions]
+    tool = [
+        copied if is_copied(one.type, one.probability, copied) else one.type
+        for one, copied in zip(predictions, nearest_in_module(chosen, holes), strict=True)
+    ]
 
     def right(types: Sequence[str | None]) -> int:
         return sum(one == hole.annotation for one, hole in zip(types, chosen, strict=True))
 
     by_name, nearest = copied_by_name(chosen, holes, table), copied_from_nearest(chosen, holes, table)
-    return Scored(share, len(chosen), right(given), right(by_name), right(nearest))
+    return Scored(share, len(chosen), right(given), right(tool), right(by_name), right(nearest))
 
 
 def report(annotated: Annotated, least_probability: float) -> str:
@@ -133,7 +163,10 @@ def report(annotated: Annotated, least_probability: float) -> str:
     for annotation in annotated.annotations:
         hole, probability = annotation.hole, f"{annotation.probability:4.0%}"
         what = f"line {hole.line}: {hole.function}" + ("" if hole.is_return else f", {hole.key}")
-        if annotation.type is None:
+        if annotation.copied is not None:
+            model = "no type" if annotation.type is None else f"{annotation.type}, {annotation.probability:.0%}"
+            lines.append(f"copied  {what}: {annotation.copied} (the model: {model})")
+        elif annotation.type is None:
             lines.append(f"{probability}  {what}: left, for the answer is no type")
         elif annotation.probability < least_probability:
             lines.append(f"{probability}  {what}: left, {annotation.type} is not probable enough")
@@ -173,14 +206,15 @@ def run(arguments: argparse.Namespace) -> None:
             parts = [
                 f"{name} {100 * count / scored.hidden:.1f} %"
                 for name, count in (
-                    ("right", scored.model),
+                    ("right", scored.tool),
+                    ("the model alone", scored.model),
                     ("copied by name", scored.by_name),
                     ("copied from the nearest of that name", scored.nearest),
                 )
             ]
             print(f"{scored.hidden} annotations hidden ({share:.0%}): {', '.join(parts)}")
         return
-    annotated = annotate(source, model, tokenizer, arguments.least_probability)
+    annotated = annotate(source, model, tokenizer, arguments.least_probability, not arguments.no_copy)
     if arguments.write:
         write_source(source, annotated.text)
     print(unified_diff(source.text, annotated.text, str(arguments.file)), end="")
@@ -196,7 +230,12 @@ def main(argv: list[str] | None = None) -> None:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--write", action="store_true", help="change the file")
     what.add_argument("--score", action="store_true", help="hide the annotations that are there, and count")
-    parser.add_argument("--least-probability", type=float, default=0.0, help="leave types that are less probable")
+    parser.add_argument(
+        "--least-probability", type=float, default=0.0, help="leave types of the model that are less probable"
+    )
+    parser.add_argument(
+        "--no-copy", action="store_true", help="the model's types alone, also where the module annotates that name"
+    )
     arguments = parser.parse_args(argv)
     logging.set_verbosity_error()
     logging.disable_progress_bar()

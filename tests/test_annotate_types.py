@@ -172,7 +172,8 @@ def test_a_score_hides_what_is_there(answers, file, capsys):
     first, second = capsys.readouterr().out.splitlines()
     assert first.startswith("2 annotations hidden (30%): right ")
     assert second == (
-        "4 annotations hidden (100%): right 25.0 %, copied by name 0.0 %, copied from the nearest of that name 0.0 %"
+        "4 annotations hidden (100%): right 25.0 %, the model alone 25.0 %, copied by name 0.0 %, copied from the "
+        "nearest of that name 0.0 %"
     )
     assert asked[-1].count("<extra_id_") == 4 and "c)" in asked[-1]
     file.write_text("def f(a): ...\n")

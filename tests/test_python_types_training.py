@@ -541,7 +541,7 @@ def question(module: str, hidden: list[str], n_tokens: int = 3000) -> Question:
     size = len(hidden)
     return Question(
         "held", module, 0.3, n_tokens, [[5] * 9], [size], ["x"] * size, hidden, [True, False, None][:size],
-        ["int"] * size, ["str"] * size,
+        ["T"] * size, ["int"] * size, ["str"] * size,
     )  # fmt: skip
 
 
@@ -559,10 +559,12 @@ def test_records_tables_and_deadline():
     row = row_of(records)
     # 4 of 5; "int" is right twice, "str" once
     assert (row["given"], row["by_name"], row["nearest"], row["lead"][0]) == (80.0, 40.0, 20.0, 40.0)
+    # a copied T is right twice; it stands in the place of "int", which the model gave 50 % and which was right twice
+    assert (row["copied"], row["tool"], row["lead_of_tool"][0]) == (40.0, 40.0, 20.0)
     numbers = summary(records)["30%"]
     assert numbers["types outside the 100 commonest"]["given"] == 100.0
     assert numbers["modules of 8,192 to 16,384 tokens"]["types"] == 2
-    assert "| all | 2 | 5 | 80.0 % | 40.0 % | 20.0 % | +40.0 " in tables({"30%": numbers})
+    assert "| all | 2 | 5 | 80.0 % | 40.0 % | 40.0 % | 40.0 % | 20.0 % | +40.0 " in tables({"30%": numbers})
     assert list(answered(ask, questions, [], deadline=time.monotonic() - 1)) == []
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from python_types.evaluate import MOST_TOKENS, VOCABULARY, tables
+from python_types.score import COPY_BELOW
 from python_types.weights import load_weights
 from transformers import GenerationConfig, HfArgumentParser
 
@@ -56,7 +57,9 @@ type, ..., in T5's form.
 On modules of packages that were not trained on, drawn at random; the tables say how many. A type is right if it is
 the author's own to the character, but for spaces and quotes: `Optional[int]` for `int | None` is wrong. "Copied by
 name" is the commonest type of that parameter's name in the rest of the module, else in the training data; "nearest" is
-that of the nearest of that name. The interval is of 95 %, by a paired bootstrap over modules. No module is longer than
+that of the nearest of that name. "Copied in the module" is the nearest of that name in the module alone, and wrong
+where there is none; "tool" is what `annotate_types.py` writes: that one where the model's probability is below
+{copy_below:.0%}, else the model's. The threshold was chosen on other packages. The interval is of 95 %, by a paired bootstrap over modules. No module is longer than
 {most:,} tokens; it was trained on up to {trained:,}.
 
 {tables}
@@ -138,6 +141,7 @@ def card(
         start=max(runs[0]["start_lengths"]),
         trained=max(runs[-1]["lengths"]),
         most=MOST_TOKENS,
+        copy_below=COPY_BELOW,
         budget=round(1 / config.routed_query_fraction),
     )
 

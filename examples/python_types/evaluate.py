@@ -18,20 +18,36 @@ from multiprocessing import Pool
 from pathlib import Path
 from typing import Any
 
+from python_types.corpus import TRAIN, VALIDATION
 from python_types.holes import choose, holes_of, passes
 from python_types.predict import Prediction, load, predict_all
-from python_types.score import Answer, copied_by_name, copied_from_nearest, far_holes, paired_bootstrap
+from python_types.score import (
+    Answer,
+    copied_by_name,
+    copied_from_nearest,
+    far_holes,
+    is_copied,
+    nearest_in_module,
+    paired_bootstrap,
+)
 from python_types.training_rows import modules_in
 from transformers import HfArgumentParser
 
 from modeling_colt5.tokenization_colt5 import CoLT5Tokenizer
 
 VOCABULARY = Path(__file__).resolve().parents[2] / "tokenization/python_stdlib"
-TRAIN = "train"
 SHARES = (0.3, 1.0)
 # longer modules are left out
 MOST_TOKENS = 65_536
 LENGTHS = (2048, 4096, 8192, 16_384, 32_768, MOST_TOKENS)
+# each way of answering, as the tables call it
+WAYS = {
+    "given": "model",
+    "copied": "copied in the module",
+    "tool": "tool",
+    "by_name": "copied by name",
+    "nearest": "nearest of that name",
+}
 # modules that are taken together into batches: at first, so that there is a result early, and later
 TOGETHER = 16, 256
 
@@ -49,6 +65,7 @@ class Question:
     keys: list[str]
     hidden: list[str]
     far: list[bool | None]
+    copied: list[str | None]
     by_name: list[str | None]
     nearest: list[str | None]
 
@@ -67,11 +84,18 @@ class Record:
     is_rare: bool
     given: str | None
     probability: float
+    copied: str | None
     by_name: str | None
     nearest: str | None
 
+    @property
+    def tool(self) -> str | None:
+        """What annotate_types.py writes: the model's, or the copied one."""
+        return self.copied if is_copied(self.given, self.probability, self.copied) else self.given
+
     def answer(self, of: str = "given") -> Answer:
-        """As score.py takes it: the model's answer, or that of the baseline `by_name` or `nearest`."""
+        """As score.py takes it: the model's answer, what is `copied` from the module alone, that of the `tool`, or
+        of the baseline `by_name` or `nearest`."""
         return Answer(f"{self.split}/{self.module}", self.key, self.hidden, getattr(self, of), self.is_far)
 
 
@@ -111,16 +135,24 @@ def question_of(baselines: Path, vocabulary: Path, task: tuple[dict[str, Any], f
         [str(hole.annotation) for hole in chosen],
         # eos has no place in the text
         far_holes(chosen, holes, [begin for begin, _ in offsets[:-1]]),
+        nearest_in_module(chosen, holes),
         copied_by_name(chosen, holes, table),
         copied_from_nearest(chosen, holes, table),
     )
 
 
-def tasks_of(corpus: Path, shares: Sequence[float], seed: int = 0) -> list[tuple[dict[str, Any], float]]:
-    """The held-out modules with each share, in an order by chance: any number of the first is a fair sample."""
-    files = [file for file in sorted(corpus.glob("*.jsonl.xz")) if file.name != f"{TRAIN}.jsonl.xz"]
+def tasks_of(
+    corpus: Path, shares: Sequence[float], seed: int = 0, is_validation: bool = False
+) -> list[tuple[dict[str, Any], float]]:
+    """The held-out modules, or those of validation, with each share, in an order by chance: any number of the first is
+    a fair sample."""
+    validation, train = corpus / f"{VALIDATION}.jsonl.xz", corpus / f"{TRAIN}.jsonl.xz"
+    files = [file for file in sorted(corpus.glob("*.jsonl.xz")) if file not in (validation, train)]
+    if is_validation:
+        files = [validation] if validation.exists() else []
     if not files:
-        raise ValueError(f"corpus is {corpus}, which has no held-out split; examples/python_types/corpus.py makes it")
+        what = "no validation split" if is_validation else "no held-out split"
+        raise ValueError(f"corpus is {corpus}, which has {what}; examples/python_types/corpus.py makes it")
     rows = [row for file in files for row in modules_in(file) if row["n_tokens"] <= MOST_TOKENS]
     tasks = [(row, share) for row in rows for share in shares]
     random.Random(seed).shuffle(tasks)
@@ -175,11 +207,19 @@ def _records(question: Question, predictions: list[Prediction], common: set[str]
             is_rare=hidden not in common,
             given=prediction.type,
             probability=round(prediction.probability, 4),
+            copied=copied,
             by_name=by_name,
             nearest=nearest,
         )
-        for key, hidden, is_far, prediction, by_name, nearest in zip(
-            question.keys, question.hidden, question.far, predictions, question.by_name, question.nearest, strict=True
+        for key, hidden, is_far, prediction, copied, by_name, nearest in zip(
+            question.keys,
+            question.hidden,
+            question.far,
+            predictions,
+            question.copied,
+            question.by_name,
+            question.nearest,
+            strict=True,
         )
     ]
 
@@ -189,16 +229,21 @@ def exact_match(records: Sequence[Record], of: str = "given") -> float:
     return 100 * sum(record.answer(of).is_right for record in records) / max(1, len(records))
 
 
-def row_of(records: Sequence[Record], samples: int = 2000) -> dict[str, Any]:
-    """A row of the tables: exact match of model and baselines, and the model's lead with its interval."""
-    lead = paired_bootstrap(
-        [record.answer() for record in records], [record.answer("by_name") for record in records], samples
-    )
+def lead_of(records: Sequence[Record], one: str, other: str, samples: int = 2000) -> list[float]:
+    """How many points one way of answering is above another, and the 95 % interval of that."""
+    answers = ([record.answer(of) for record in records] for of in (one, other))
+    return [round(number, 1) for number in paired_bootstrap(*answers, samples)]
+
+
+def row_of(records: Sequence[Record]) -> dict[str, Any]:
+    """A row of the tables: exact match of each way of answering, the model's lead over copying by name, and the
+    tool's over the nearest of that name, which is the better of the two baselines."""
     return {
         "modules": len({record.answer().module for record in records}),
         "types": len(records),
-        **{of: round(exact_match(records, of), 1) for of in ("given", "by_name", "nearest")},
-        "lead": [round(number, 1) for number in lead],
+        **{of: round(exact_match(records, of), 1) for of in WAYS},
+        "lead": lead_of(records, "given", "by_name"),
+        "lead_of_tool": lead_of(records, "tool", "nearest"),
     }
 
 
@@ -231,13 +276,13 @@ def tables(numbers: dict[str, dict[str, dict[str, Any]]]) -> str:
     lines = []
     for share, rows in numbers.items():
         lines += [f"{share} of the annotations hidden:", ""]
-        lines += ["| | modules | types | model | copied by name | nearest of that name | model above copied by name |"]
-        lines += ["| --- | --- | --- | --- | --- | --- | --- |"]
+        heads = ["", "modules", "types", *WAYS.values(), "model above copied by name", "tool above nearest"]
+        lines += ["| " + " | ".join(heads) + " |", "| " + " | ".join(["---"] * len(heads)) + " |"]
         for name, row in rows.items():
-            lead, low, high = row["lead"]
-            cells = [name, f"{row['modules']:,}", f"{row['types']:,}"]
-            cells += [f"{row[of]:.1f} %" for of in ("given", "by_name", "nearest")]
-            lines.append("| " + " | ".join([*cells, f"{lead:+.1f} ({low:+.1f} to {high:+.1f})"]) + " |")
+            cells = [name, f"{row['modules']:,}", f"{row['types']:,}", *(f"{row[of]:.1f} %" for of in WAYS)]
+            for lead, low, high in (row["lead"], row["lead_of_tool"]):
+                cells.append(f"{lead:+.1f} ({low:+.1f} to {high:+.1f})")
+            lines.append("| " + " | ".join(cells) + " |")
         lines.append("")
     return "\n".join(lines)
 

@@ -9,9 +9,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from python_types.holes import Hole
+from python_types.holes import Hole, as_type
 
 FAR = 1016
+# A less probable type of the model gives way to one that the module has at that name. `python -m
+# python_types.threshold` chose it on the validation packages.
+COPY_BELOW = 0.8
 # no parameter has this name
 RETURN = "return"
 
@@ -124,18 +127,45 @@ def copied_from_nearest(chosen: Sequence[Hole], holes: Sequence[Hole], table: Ma
         holes: all of the module.
         table: of `commonest`, made of other packages.
     """
-    visible: dict[str, list[Hole]] = defaultdict(list)
-    for hole in _visible(chosen, holes):
-        visible[hole.key].append(hole)
     of_module, _ = commonest(_visible(chosen, holes))
     answers = []
-    for hole in chosen:
-        nearest = min(visible[hole.key], key=lambda other: abs(other.start - hole.start), default=None)
-        answer = table.get(hole.key) if nearest is None else nearest.annotation
+    for hole, nearest in zip(chosen, nearest_in_module(chosen, holes), strict=True):
+        answer = table.get(hole.key) if nearest is None else nearest
         if answer is None and hole.is_return:
             answer = of_module.get(RETURN, table.get(RETURN))
         answers.append(answer)
     return answers
+
+
+def nearest_in_module(chosen: Sequence[Hole], holes: Sequence[Hole]) -> list[str | None]:
+    """For each hole the type of the nearest visible one of the same name; None where the module shows none.
+
+    A return has its function's name.
+
+    Args:
+        chosen: the hidden holes.
+        holes: all of the module.
+    """
+    visible: dict[str, list[Hole]] = defaultdict(list)
+    for hole in _visible(chosen, holes):
+        if as_type(hole.annotation) is not None:
+            visible[hole.key].append(hole)
+    nearest = (
+        min(visible[hole.key], key=lambda other: abs(other.start - hole.start), default=None) for hole in chosen
+    )
+    return [None if hole is None else hole.annotation for hole in nearest]
+
+
+def is_copied(given: str | None, probability: float, copied: str | None, below: float = COPY_BELOW) -> bool:
+    """Whether a hole gets the type that the module has at its name, instead of the model's.
+
+    Args:
+        given: the model's type, None if it is none.
+        probability: the model's, of that type.
+        copied: of `nearest_in_module`.
+        below: a type of the model at least so probable is kept.
+    """
+    return copied is not None and copied != given and (given is None or probability < below)
 
 
 def _visible(chosen: Sequence[Hole], holes: Sequence[Hole]) -> list[Hole]:
