@@ -54,13 +54,13 @@ type, ..., in T5's form.
 
 ## How good it is
 
-On modules of packages that were not trained on, drawn at random; the tables say how many. A type is right if it is
-the author's own to the character, but for spaces and quotes: `Optional[int]` for `int | None` is wrong. "Copied by
-name" is the commonest type of that parameter's name in the rest of the module, else in the training data; "nearest" is
-that of the nearest of that name. "Copied in the module" is the nearest of that name in the module alone, and wrong
-where there is none; "tool" is what `annotate_types.py` writes: that one where the model's probability is below
-{copy_below:.0%}, else the model's. The threshold was chosen on other packages. The interval is of 95 %, by a paired bootstrap over modules. No module is longer than
-{most:,} tokens; it was trained on up to {trained:,}.
+On modules of packages that were not trained on, drawn at random; the tables say how many. A type is right if it is the
+author's own to the character, but for spaces and quotes: `Optional[int]` for `int | None` is wrong. "Copied by name"
+is the commonest type of that parameter's name in the rest of the module, else in the training data; "nearest" is that
+of the nearest of that name. "Copied in the module" is the nearest of that name in the module alone, and wrong where
+there is none; "tool" is what `annotate_types.py` writes: that one where the model's probability is below
+{copy_below:.0%}, else the model's. The threshold was chosen on other packages. The interval is of 95 %, by a paired
+bootstrap over modules. No module is longer than {most:,} tokens; it was trained on up to {trained:,}.
 
 {tables}
 ## What it was trained on
