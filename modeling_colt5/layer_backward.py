@@ -1,13 +1,12 @@
 """The backward pass of an encoder layer as a straight line of kernel launches and products."""
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from .kernel_backend import triton_is_available
-from .layer_forward import Line, drop_again
+from .layer_forward import Line
 from .layer_program import Program
 
 if triton_is_available():
@@ -91,12 +90,6 @@ class Backward:
             (line.recorder.add_product if number else line.recorder.product)(part, weight, out)
         return out
 
-    def drop_again(self, states: Tensor, name: str, probability: float) -> Tensor:
-        """What dropout of the forward pass does to other states."""
-        function = partial(drop_again, probability=probability)
-        (result,) = self.line.recorder.step(function, states, self.line.extras[name])
-        return result
-
     def route(self, router: int, slots: Sequence[Tensor], room: Sequence[Tensor | None]) -> None:
         """The routing's gradient of one launch: `slots` are scores, weights, indices, valid and state, `room` the
         weights' gradient, partial sums, the scores' gradient and the budget's."""
@@ -107,8 +100,10 @@ class Backward:
         settings = self.line.program.settings[1:]
         self.line.run(route_backward_into, weights_grad, weights, indices, valid, *rows, *settings)
 
-    def dense(self, name: str, grad: Tensor, states: Tensor, first: int, probability: float) -> Tensor:
-        """The gradient of a gated feed-forward's states, and those of its weights, from a place on, as needed."""
+    def dense(self, name: str, grad: Tensor, states: Tensor, first: int, place: int) -> Tensor:
+        """The gradient of a gated feed-forward's states, and those of its weights, from `first` on, as needed; dropout
+        as at a place."""
+        dropout = self.line.dropout(place)
         line, out = self.line, self.line.weights[first + 2]
         products = line.place(f"{name}_products")
         parts = [line.rows(part) for part in products.chunk(2, 1)]
@@ -116,19 +111,16 @@ class Backward:
         if self.needs[first + 2]:
             # cheaper to compute again than to keep
             activated = line.temporary(states.dtype, tokens, width)
-            line.run(gated_gelu_into, *parts, line.rows(activated))
-            if probability > 0:
-                activated = self.drop_again(activated, name, probability)
+            line.run(gated_gelu_into, *parts, line.rows(activated), *dropout)
             self.weight_gradients(grad, activated, first + 2, 1)
             del activated
         activated_grad = line.temporary(states.dtype, tokens, width)
         line.recorder.product(grad, out, activated_grad)
-        if probability > 0:
-            activated_grad = self.drop_again(activated_grad, name, probability)
         joined = line.temporary(states.dtype, tokens, 2 * width)
         line.run(
             gated_gelu_backward_into,
             line.rows(activated_grad), *parts, *(line.rows(part) for part in joined.chunk(2, 1)),
+            *dropout,
         )  # fmt: skip
         del activated_grad
         self.weight_gradients(joined, states, first, 2)
@@ -176,11 +168,8 @@ class Backward:
         it."""
         line, program = self.line, self.line.program
         run, rows, d = line.run, line.rows, program.d
-        light_grad = line.rounded(grad, program.dtype)
-        if program.drops[3] > 0:
-            grad_of_update = light_grad = self.drop_again(light_grad, "second", program.drops[3])
-        else:
-            grad_of_update = grad
+        light_grad = line.dropped(grad, 5)
+        grad_of_update = light_grad if program.drops[5] > 0 else grad
         places = program.second.views(line.place("second"))
         room = program.second_back.views(line.temporary(torch.uint8, program.second_back.size))
         gradient = program.second_gradients
@@ -197,9 +186,9 @@ class Backward:
         self.route(
             -1, [places[part] for part in launch], [part if part is None else room[part] for part in launch_back]
         )
-        states_grad = self.dense("heavy", heavy_grad, states, 16, program.drops[5])
+        states_grad = self.dense("heavy", heavy_grad, states, 16, 4)
         del heavy_grad
-        normed_grad = self.dense("light", light_grad.view(-1, d), normed, 12, program.drops[4])
+        normed_grad = self.dense("light", light_grad.view(-1, d), normed, 12, 3)
         total = line.temporary(program.dtype, *normed.shape)
         run(combine_into, rows(normed_grad), None, rows(states_grad), indices, valid, *[None] * 5, rows(total))
         del normed_grad, states_grad
@@ -208,9 +197,7 @@ class Backward:
             grad, total, room[gradient.scores], line.place("hidden"), places[0], 11, line.weights[15].view(1, -1),
             room[program.second_shares], result,
         )  # fmt: skip
-        if program.drops[2] == 0:
-            return result, result
-        return result, self.drop_again(line.rounded(result, program.dtype), "first", program.drops[2])
+        return result, line.dropped(result, 2) if program.drops[2] > 0 else result
 
     def attention(self, grad: Tensor, update_grad: Tensor, hidden_states: Tensor, out: Tensor) -> None:
         """The gradient of what the attention got, of its weights and of the tables."""
@@ -239,13 +226,14 @@ class Backward:
         query_grad = line.temporary(program.attended, *query.shape)
         key_value_grad = line.temporary(program.attended, *key_value.shape)
         partials = self.partials(program.heavy_partials, heavy_table)
+        seed, probability = line.dropout(1)
         run(
             attention_backward_into,
             *readable(heads(attended_grad, size), heads(attended, size)), places[program.heavy_sums],
             *readable(heads(query, size), *(heads(part, size) for part in key_value.chunk(2, 1))),
-            line.tables[1], query_slots[0], key_slots[0], key_slots[1], line.extras.get("heavy_seed"),
+            line.tables[1], query_slots[0], key_slots[0], key_slots[1], seed,
             room[program.heavy_delta], heads(query_grad, size),
-            *(heads(part, size) for part in key_value_grad.chunk(2, 1)), partials, 0, program.drops[1],
+            *(heads(part, size) for part in key_value_grad.chunk(2, 1)), partials, 0, probability,
         )  # fmt: skip
         del attended_grad
         if heavy_table is not None and partials is not None:
@@ -269,13 +257,14 @@ class Backward:
         del light_grad, update_grad
         query_key_value_grad = line.temporary(program.attended, *query_key_value.shape)
         partials = self.partials(program.light_partials, light_table)
+        seed, probability = line.dropout(0)
         run(
             attention_backward_into,
             *readable(heads(attended_grad, size), heads(attended, size)), places[program.light_sums],
             *readable(*(heads(part, size) for part in query_key_value.chunk(3, 1))),
-            line.tables[0], None, None, line.common.mask, line.extras.get("seed"), room[program.light_delta],
+            line.tables[0], None, None, line.common.mask, seed, room[program.light_delta],
             *(heads(part, size) for part in query_key_value_grad.chunk(3, 1)), partials,
-            program.radius, program.drops[0],
+            program.radius, probability,
         )  # fmt: skip
         del attended_grad
         if light_table is not None and partials is not None:

@@ -20,6 +20,7 @@ from .layer_backward import Backward, Gradients
 from .layer_forward import Line, attention, combined, feed_forward, parts_of, sum_of_all
 from .layer_plain import WEIGHTS, PlainLayer
 from .layer_program import Layout, Program, StraightPass, product_dtype
+from .op_dropout import draw_seeds
 from .run_operator import refuse_derivatives_of_kernels
 
 if triton_is_available():
@@ -126,15 +127,14 @@ class StraightLayer:
             return None
         return cls(program, common, weights, tables, plan)
 
-    def line(self, recorder: "Recorder", layout: Layout, memory: Tensor) -> Line:
+    def line(self, recorder: "Recorder", layout: Layout, memory: Tensor, seeds: Tensor | None = None) -> Line:
         """What computes a call."""
-        return Line(self.program, self.common, self.plan, recorder, self.weights, self.tables, layout, memory)
+        return Line(self.program, self.common, self.plan, recorder, self.weights, self.tables, layout, memory, seeds)
 
-    def repeated(self, kind: Any, memories: list[Tensor]) -> list[Tensor] | None:
-        """Repeat the launches of a kind of call for these memories; what dropout and the like gave, or None where
-        there is nothing to be repeated."""
+    def repeated(self, kind: Any, memories: list[Tensor]) -> bool:
+        """Repeat the launches of a kind of call for these memories; False where there is nothing to be repeated."""
         launches = self.program.lists.get(kind) if self.common.repeats else None
-        return None if launches is None else launches(memories, self.common.device, self.common.device_index)
+        return launches is not None and launches(memories, self.common.device, self.common.device_index)
 
     def recorder(self, kind: Any) -> "Recorder":
         """What runs the first call of a kind, or each call where none is to be repeated."""
@@ -162,7 +162,7 @@ class StraightLayer:
         memories = [self.memory, *self.tables, *self.weights, *self.common.read]
         memories += [] if states is None else [states]
         kind = "sum" if states is None else "states"
-        if self.repeated(kind, memories) is None:
+        if not self.repeated(kind, memories):
             recorder = self.recorder(kind)
             line = self.line(recorder, program.outgoing, self.memory)
             for part, place in zip(feed_forward(line, [*attention(line, states)]), parts_of(line), strict=True):
@@ -180,19 +180,16 @@ class _Straight(torch.autograd.Function):
         states = hidden_states.contiguous()
         kept = program.kept.take(program.device)
         result = torch.empty(states.shape, dtype=program.hidden_dtype, device=program.device)
-        memories = [states, *inputs, *layer.common.read, kept, result]
-        given = layer.repeated("training", memories)
-        if given is None:
+        seeds = [draw_seeds(len(program.drops), program.device)] if any(program.drops) else []
+        memories = [states, *inputs, *layer.common.read, kept, result, *seeds]
+        if not layer.repeated("training", memories):
             recorder = layer.recorder("training")
-            line = layer.line(recorder, program.kept, kept)
-            result = sum_of_all(line, feed_forward(line, [*attention(line, states)]), result)
-            extras = [line.extras[name] for name in program.extras]
+            line = layer.line(recorder, program.kept, kept, *seeds)
+            sum_of_all(line, feed_forward(line, [*attention(line, states)]), result)
             layer.keep("training", recorder, memories)
-        else:
-            extras, result = _extras(program, given, result)
         ctx.set_materialize_grads(False)
         ctx.layer = (program, layer.common, layer.plan)
-        ctx.save_for_backward(states, *inputs, kept, *extras)
+        ctx.save_for_backward(states, *inputs, kept, *seeds)
         return result
 
     @staticmethod
@@ -204,7 +201,7 @@ class _Straight(torch.autograd.Function):
         program, common, plan = ctx.layer
         saved = [part if part.is_contiguous() else part.contiguous() for part in (grad, *ctx.saved_tensors)]
         grad, states, light_table, heavy_table, *weights = saved[: 2 + 2 + len(WEIGHTS)]
-        kept, *extras = saved[2 + 2 + len(WEIGHTS) :]
+        kept, *seeds = saved[2 + 2 + len(WEIGHTS) :]
         needs = ctx.needs_input_grad
         layer = StraightLayer(program, common, tuple(weights), (light_table, heavy_table), plan)
         out = torch.empty_like(states)
@@ -216,25 +213,12 @@ class _Straight(torch.autograd.Function):
         memories = [*saved, *common.read, out, *gradients.memories]
         memories += [table for table in (light, heavy) if table is not None]
         kind = needs[2:]
-        if layer.repeated(kind, memories) is None:
+        if not layer.repeated(kind, memories):
             recorder = layer.recorder(kind)
-            line = layer.line(recorder, program.kept, kept)
-            line.extras = dict(zip(program.extras, extras, strict=True))
+            line = layer.line(recorder, program.kept, kept, *seeds)
             Backward(line, gradients, (light, heavy)).run(grad, states, out)
             layer.keep(kind, recorder, memories)
         return None, out, light, heavy, *gradients.wanted()
 
 
 _apply = super(torch.autograd.Function, _Straight).apply
-
-
-def _extras(program: Program, given: list[Tensor], result: Tensor) -> tuple[list[Tensor], Tensor]:
-    """What dropout left for the backward pass among what the steps of a repeated forward pass gave, in the order in
-    which it is drawn: seeds alone, or what is dropped behind what it was dropped from; and the result, which comes
-    last where the last sum is one of the steps."""
-    left = iter(given)
-    extras = []
-    for name in program.extras:
-        part = next(left)
-        extras.append(part if name in ("seed", "heavy_seed") else next(left))
-    return extras, next(left, result)

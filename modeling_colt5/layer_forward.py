@@ -1,6 +1,5 @@
 """The forward pass of an encoder layer as a straight line of kernel launches and products."""
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from .layer_program import Layout, Program, StraightPass
 
 if triton_is_available():
     from .op_attention_triton import attention_forward_into, readable
+    from .op_dropout_triton import dropout_into
     from .op_gelu_triton import gated_gelu_into
     from .op_norm_triton import combine_norm_into
     from .op_routing_triton import route_forward_into, sharing_shapes
@@ -30,7 +30,7 @@ class Line:
         weights: in the order of `WEIGHTS`.
         tables: light and heavy bias tables [heads, 2 * max_distance + 1] in fp32.
         layout, memory: of what outlives the call.
-        extras: what dropout leaves for the backward pass.
+        seeds: of what the layer drops, int64 [6, 2] in the order of `PlainLayer.drops`; None where it drops nothing.
     """
 
     def __init__(
@@ -43,10 +43,11 @@ class Line:
         tables: tuple[Tensor, Tensor],
         layout: Layout,
         memory: Tensor,
+        seeds: Tensor | None = None,
     ):
         self.program, self.common, self.plan, self.recorder = program, common, plan, recorder
         self.weights, self.tables, self.layout, self.memory = list(weights), tables, layout, memory
-        self.extras: dict[str, Tensor] = {}
+        self.seeds = seeds
         self.run, self.temporary = recorder.run, recorder.temporary
 
     def place(self, name: str) -> Tensor:
@@ -98,6 +99,20 @@ class Line:
         for part, weight in zip(out.split(width, 1), self.weights[first:], strict=False):
             product(states, weight.t(), part)
 
+    def dropout(self, place: int) -> tuple[Tensor | None, float]:
+        """The seed of a place that drops, and with which probability; places are those of `PlainLayer.drops`."""
+        probability = self.program.drops[place]
+        return (None if self.seeds is None or probability == 0 else self.seeds[place, :1]), probability
+
+    def dropped(self, states: Tensor, place: int) -> Tensor:
+        """Contiguous states, dropped as at a place and rounded to the products' dtype."""
+        seed, probability = self.dropout(place)
+        if seed is None:
+            return self.rounded(states, self.program.dtype)
+        result = self.temporary(self.program.dtype, *states.shape)
+        self.run(dropout_into, states, seed, probability, result)
+        return result
+
     def rounded(self, states: Tensor, dtype: torch.dtype) -> Tensor:
         """Contiguous states in a dtype."""
         if states.dtype == dtype:
@@ -107,47 +122,11 @@ class Line:
         return result
 
 
-def drop(states: Tensor, probability: float) -> tuple[Tensor, Tensor]:
-    """What `torch.nn.functional.dropout` gives for the same state of the generator, and what `drop_again` needs."""
-    if states.is_cuda:
-        return torch.native_dropout(states, probability, True)
-    factors = torch.empty_like(states).bernoulli_(1 - probability).div_(1 - probability)
-    return states * factors, factors
-
-
-def drop_again(states: Tensor, dropped: Tensor, probability: float) -> tuple[Tensor]:
-    """The same for other states, such as their gradient, by what `drop` gave."""
-    if dropped.dtype == torch.bool:
-        return (torch.ops.aten.native_dropout_backward(states, dropped, 1 / (1 - probability)),)
-    return (states * dropped,)
-
-
-def _draw_seed(device: torch.device) -> tuple[Tensor]:
-    """What attention's dropout follows from, drawn as the modules draw it."""
-    return (torch.randint(2**63 - 1, (1,), device=device),)
-
-
 def _clamp(hidden_states: Tensor) -> tuple[()]:
     """`clamp_half` of model_layers.py in place."""
     limit = torch.finfo(torch.float16).max - 1000
     hidden_states.clamp_(-limit, limit)
     return ()
-
-
-def _add(states: Tensor, update: Tensor) -> tuple[Tensor]:
-    return (states + update,)
-
-
-def _seed(line: Line, name: str, probability: float) -> Tensor | None:
-    if probability == 0:
-        return None
-    (line.extras[name],) = line.recorder.step(partial(_draw_seed, line.program.device))
-    return line.extras[name]
-
-
-def _dropped(line: Line, name: str, states: Tensor, probability: float) -> Tensor:
-    states, line.extras[name] = line.recorder.step(partial(drop, probability=probability), states)
-    return states
 
 
 def combined(line: Line, parts: tuple[Tensor, ...], out: Tensor) -> None:
@@ -213,12 +192,12 @@ def attention(line: Line, incoming: Tensor | None) -> tuple[Tensor, ...]:
         line.products(key_states, 8, 2, key_value)
         size = program.heavy_size
         attended = line.place("heavy_attended")
-        seed = _seed(line, "heavy_seed", program.drops[1])
+        seed, probability = line.dropout(1)
         run(
             attention_forward_into,
             *readable(line.heads(query, size), *(line.heads(part, size) for part in key_value.chunk(2, 1))),
             line.tables[1], query_slots[0], key_slots[0], key_slots[1], seed,
-            line.heads(attended, size), places[program.heavy_sums], 0, program.drops[1],
+            line.heads(attended, size), places[program.heavy_sums], 0, probability,
         )  # fmt: skip
         heavy = line.place("heavy_update")
         line.recorder.product(line.rounded(attended, program.dtype), heavy_o.t(), heavy)
@@ -228,12 +207,12 @@ def attention(line: Line, incoming: Tensor | None) -> tuple[Tensor, ...]:
     line.products(normed, 1, 3, query_key_value)
     size = program.light_size
     attended = line.place("light_attended")
-    seed = _seed(line, "seed", program.drops[0])
+    seed, probability = line.dropout(0)
     run(
         attention_forward_into,
         *readable(*(line.heads(part, size) for part in query_key_value.chunk(3, 1))),
         line.tables[0], None, None, line.common.mask, seed,
-        line.heads(attended, size), places[program.light_sums], program.radius, program.drops[0],
+        line.heads(attended, size), places[program.light_sums], program.radius, probability,
     )  # fmt: skip
     del query_key_value
     light = line.place("light_update")
@@ -242,16 +221,15 @@ def attention(line: Line, incoming: Tensor | None) -> tuple[Tensor, ...]:
     return incoming, line.rows(light), line.rows(heavy), *query_slots
 
 
-def _dense(line: Line, name: str, states: Tensor, first: int, probability: float) -> Tensor:
-    """A gated feed-forward, [tokens, d_model] → the same shape, with the weights from a place on."""
+def _dense(line: Line, name: str, states: Tensor, first: int, place: int) -> Tensor:
+    """A gated feed-forward, [tokens, d_model] → the same shape, with the weights from `first` on, and dropout as at a
+    place."""
     out, weight = line.place(name), line.weights[first + 2]
     products = line.place(f"{name}_products")
     line.products(states, first, 2, products)
     activated = line.temporary(states.dtype, states.shape[0], products.shape[1] // 2)
-    line.run(gated_gelu_into, *map(line.rows, products.chunk(2, 1)), line.rows(activated))
+    line.run(gated_gelu_into, *map(line.rows, products.chunk(2, 1)), line.rows(activated), *line.dropout(place))
     del products
-    if probability > 0:
-        activated = _dropped(line, name, activated, probability)
     line.recorder.product(line.rounded(activated, weight.dtype), weight.t(), out)
     return out
 
@@ -266,20 +244,13 @@ def feed_forward(line: Line, parts: list[Tensor]) -> tuple[Tensor, ...]:
     normed = line.place("second_normed")
     of_norm = (norm_weight, router)
     results = (line.rows(normed), *places[:2], program.eps[1])
-    if program.drops[2] > 0:
-        update = line.temporary(program.dtype, *residual.shape)
-        run(combine_into, light, None, heavy, *routed, *[None] * 4, update)
-        update = _dropped(line, "first", update, program.drops[2])
-        hidden_states = line.place("hidden")
-        run(combine_norm_into, residual, update, *[None] * 4, *of_norm, hidden_states, *results)
-        del update
-    elif program.hidden_dtype == torch.float16:
+    if program.hidden_dtype == torch.float16:
         hidden_states = line.place("hidden")
         combined(line, (residual, light, heavy, *routed), hidden_states)
         run(combine_norm_into, hidden_states, *[None] * 5, *of_norm, None, *results)
     else:
         hidden_states = line.place("hidden")
-        run(combine_norm_into, residual, light, heavy, *routed, *of_norm, hidden_states, *results)
+        run(combine_norm_into, residual, light, heavy, *routed, *of_norm, hidden_states, *results, *line.dropout(2))
     del residual, light, heavy, routed
     with line.plan.heavy():
         ((scores, *of_slots),) = program.second_slots.launches
@@ -287,22 +258,12 @@ def feed_forward(line: Line, parts: list[Tensor]) -> tuple[Tensor, ...]:
         indices, valid, weights = (places[part] for part in program.second_slots.routers[0])
         states = line.place("states")
         run(gather_into, line.rows(normed), indices, valid, None, line.rows(states), *[None] * 4)
-        heavy = _dense(line, "heavy", states, 16, program.drops[5])
-    light = _dense(line, "light", normed, 12, program.drops[4])
+        heavy = _dense(line, "heavy", states, 16, 4)
+    light = _dense(line, "light", normed, 12, 3)
     line.plan.join()
     return hidden_states, line.rows(light), line.rows(heavy), indices, valid, weights
 
 
-def sum_of_all(line: Line, parts: tuple[Tensor, ...], out: Tensor) -> Tensor:
-    """The sum of what `feed_forward` gave, with the sublayer's dropout: `out`, or another tensor where that drops."""
-    program = line.program
-    residual, *added = parts
-    if program.drops[3] == 0:
-        line.run(combine_into, *parts, *[None] * 4, out)
-        return out
-    light, *heavy = added
-    update = line.temporary(program.dtype, *residual.shape)
-    line.run(combine_into, light, None, *heavy, *[None] * 4, update)
-    update = _dropped(line, "second", update, program.drops[3])
-    (result,) = line.recorder.step(_add, residual, update)
-    return result
+def sum_of_all(line: Line, parts: tuple[Tensor, ...], out: Tensor) -> None:
+    """Write the sum of what `feed_forward` gave, with the sublayer's dropout."""
+    line.run(combine_into, *parts, *[None] * 4, out, *line.dropout(5))

@@ -25,8 +25,8 @@ _NUMBERS = (
     ("light", "training"), ("light", "dropout"), ("heavy", "training"), ("heavy", "dropout"),
     ("attention.dropout", "training"), ("attention.dropout", "p"),
     ("feed_forward.dropout", "training"), ("feed_forward.dropout", "p"),
-    ("light_ff", "training"), ("light_ff.dropout", "training"), ("light_ff.dropout", "p"),
-    ("heavy_ff", "training"), ("heavy_ff.dropout", "training"), ("heavy_ff.dropout", "p"),
+    ("light_ff.dropout", "training"), ("light_ff.dropout", "p"),
+    ("heavy_ff.dropout", "training"), ("heavy_ff.dropout", "p"),
     ("light_ff", "has_gated_gelu"), ("heavy_ff", "has_gated_gelu"),
     ("light_ff", "is_gated_act"), ("heavy_ff", "is_gated_act"),
     ("query_router", "routing"), ("key_value_router", "routing"), ("router", "routing"),
@@ -77,8 +77,8 @@ class PlainLayer:
         eps: of the norms of attention and feed-forward.
         head_sizes: of light and heavy attention.
         radius: of the light attention.
-        drops: probabilities of dropout as the modules' modes have them: light and heavy attention's, what the
-            attention and what the feed-forward adds, light and heavy feed-forward's hidden states.
+        drops: probabilities of dropout as the modules' modes have them: light and heavy attention's, that of what the
+            attention adds, light and heavy feed-forward's, and that of what the feed-forward adds.
         numbers: all of them.
         addresses: of vectors and tables that were found to be as kernels read them, behind their device's number.
     """
@@ -107,15 +107,7 @@ class PlainLayer:
         self.addresses: list[int] = []
         self.eps = tuple(numbers[:2])
         self.head_sizes, self.radius = (numbers[2], numbers[4]), numbers[3]
-        light_trains, light_p, heavy_trains, heavy_p = numbers[5:9]
-        first_trains, first_p, second_trains, second_p = numbers[9:13]
-        self.drops = (
-            light_p if light_trains else 0.0,
-            heavy_p if heavy_trains else 0.0,
-            first_p if first_trains else 0.0,
-            second_p if second_trains else 0.0,
-            *(p if trains and also_trains else 0.0 for trains, also_trains, p in (numbers[13:16], numbers[16:19])),
-        )
+        self.drops: tuple[float, ...] = block.drop_rates()
 
     @classmethod
     def of(cls, block: nn.Module, kinds: Mapping[str, tuple[type, Any]]) -> "PlainLayer | None":

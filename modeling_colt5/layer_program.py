@@ -323,9 +323,6 @@ class Program:
         self.outgoing = Layout({name: self.others[name] for name in ("hidden", "second", "light", "heavy")})
         self.lists: dict[Any, LaunchList | None] = {}
         self._gradients: dict[tuple[bool, ...], list[tuple[torch.dtype, list[int], int]]] = {}
-        # what dropout leaves for the backward pass, in the order in which it is drawn
-        drops = dict(zip(("seed", "heavy_seed", "first", "second", "light", "heavy"), self.drops, strict=True))
-        self.extras = [name for name in ("heavy_seed", "seed", "first", "heavy", "light", "second") if drops[name] > 0]
 
     def gradients(self, needs: tuple[bool, ...]) -> list[tuple[torch.dtype, list[int], int]]:
         """Which weights' gradients lie side by side, one behind the other: their dtype, their places and how many

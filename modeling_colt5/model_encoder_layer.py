@@ -1,5 +1,6 @@
 """The encoder's layer: conditional attention and conditional feed-forward, light and heavy branches."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -14,18 +15,28 @@ from .layer_program import StraightPass
 from .model_layers import (
     CoLT5Attention,
     CoLT5DenseActDense,
+    CoLT5Dropout,
     CoLT5LayerNorm,
     attention_interface,
     clamp_half,
+    drop,
+    drop_rate,
+    drops,
     eager_attention_forward,
     project,
 )
 from .model_outputs import CoLT5LayerRouting
 from .model_router import CoLT5Router, CoLT5Routing, router_weights, run_routers
 from .op_attention import local_attention, local_attention_reference, routed_attention, routed_attention_reference
+from .op_dropout import draw_seeds
 from .op_routing import RoutedTokens
 from .op_rows import combine_branches, scatter_add_tokens, share_and_gather
 from .run_plan import EncoderPlan, EncoderSettings
+
+
+def seeds_of(seeds: torch.Tensor | None) -> Sequence[torch.Tensor | None]:
+    """The three seeds of a sublayer, int64 [1] each."""
+    return (None, None, None) if seeds is None else seeds[:, :1].unbind()
 
 
 def add_branches(
@@ -33,8 +44,9 @@ def add_branches(
     light: torch.Tensor,
     heavy: torch.Tensor,
     tokens: RoutedTokens,
-    dropout: nn.Dropout,
+    dropout: nn.Module,
     kernel_backend: str,
+    seed: torch.Tensor | None,
 ) -> torch.Tensor:
     """X + dropout(light + weights ⊙ heavy), [batch, n, d_model].
 
@@ -45,11 +57,12 @@ def add_branches(
         tokens: where the heavy rows belong, and their weights.
         dropout: of the sublayer.
         kernel_backend: "triton" or "torch".
+        seed: of dropout, int64 [1]; None for PyTorch's.
     """
     routed = (tokens.indices, tokens.valid, tokens.weights)
-    if dropout.training and dropout.p > 0:
+    if drops(dropout):
         update = scatter_add_tokens(light, heavy, *routed, kernel_backend)
-        return clamp_half(hidden_states + dropout(update))
+        return clamp_half(hidden_states + drop(dropout, update, seed))
     return clamp_half(combine_branches(hidden_states, light, heavy, *routed, kernel_backend))
 
 
@@ -61,13 +74,17 @@ class CoLT5LocalAttention(CoLT5Attention):
         self.radius = radius
 
     def forward(
-        self, hidden_states: torch.Tensor, bias_table: torch.Tensor, plan: EncoderPlan
+        self,
+        hidden_states: torch.Tensor,
+        bias_table: torch.Tensor,
+        plan: EncoderPlan,
+        seed: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[batch, n, d_model] → the same shape, and the weights where the implementation gives them."""
         query, key, value = project(hidden_states, self.q, self.k, self.v, head_size=self.d_kv)
         inputs = (query, key, value, bias_table, self.radius, plan.mask)
         if plan.implementation.fuses_attention:
-            return self.o(local_attention(*inputs, self.dropout if self.training else 0.0).flatten(-2)), None
+            return self.o(local_attention(*inputs, drop_rate(self), seed).flatten(-2)), None
         name = plan.implementation.attention
         weigh = self.weigh if attention_interface(name) is eager_attention_forward else None
         output, weights = local_attention_reference(*inputs, partial(self.attend, implementation=name), weigh)
@@ -85,6 +102,7 @@ class CoLT5RoutedAttention(CoLT5Attention):
         queries: RoutedTokens,
         keys: RoutedTokens,
         plan: EncoderPlan,
+        seed: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[batch, query slots, d_model], [batch, key/value slots, d_model] → [batch, query slots, d_model], and the
         weights where the implementation gives them."""
@@ -92,7 +110,7 @@ class CoLT5RoutedAttention(CoLT5Attention):
         key, value = project(key_value_states, self.k, self.v, head_size=self.d_kv)
         inputs = (query, key, value, bias_table, queries.indices, keys.indices, keys.valid)
         if plan.implementation.fuses_attention:
-            return self.o(routed_attention(*inputs, self.dropout if self.training else 0.0).flatten(-2)), None
+            return self.o(routed_attention(*inputs, drop_rate(self), seed).flatten(-2)), None
         attend = partial(self.attend, implementation=plan.implementation.attention)
         output, weights = routed_attention_reference(*inputs, attend)
         return self.o(output.flatten(-2)), weights
@@ -131,7 +149,12 @@ class CoLT5LayerConditionalAttention(nn.Module):
             self.query_router = CoLT5Router(d_model, routing, seed)
             self.key_value_router = CoLT5Router(d_model, routing, seed + 1)
             self.heavy_attention = CoLT5RoutedAttention(d_model, d_kv, num_heavy_heads, dropout_rate=dropout_rate)
-        self.dropout = nn.Dropout(dropout_rate)
+        self.dropout = CoLT5Dropout(dropout_rate)
+
+    def drop_rates(self) -> tuple[float, float, float]:
+        """With which probabilities the light attention, the heavy attention and the layer drop now."""
+        heavy = getattr(self, "heavy_attention", None)
+        return drop_rate(self.light_attention), drop_rate(heavy), drop_rate(self.dropout)
 
     def forward(
         self,
@@ -139,6 +162,7 @@ class CoLT5LayerConditionalAttention(nn.Module):
         light_bias_table: torch.Tensor,
         heavy_bias_table: torch.Tensor | None,
         plan: EncoderPlan,
+        seeds: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, RoutedTokens | None, RoutedTokens | None]:
         """X + LightAttn(X) + s̃ᵩ · HeavyAttn(X, s̃ᵏᵛ ⊙ X) (Ainslie et al. 2023, eq. of conditional attention).
 
@@ -146,16 +170,18 @@ class CoLT5LayerConditionalAttention(nn.Module):
             hidden_states: X, [batch, n, d_model].
             light_bias_table, heavy_bias_table: [heads, 2 * max_distance + 1] of each branch.
             plan: the batch's mask and budgets.
+            seeds: int64 [3, 2], of what `drop_rates` names, the first of each row; None where PyTorch drops.
 
         Returns:
             The new hidden states, light and heavy attention weights (where the implementation gives them), and the
             routed queries and keys/values (None with `routing="none"`).
         """
         backend = plan.kernel_backend
+        light_seed, heavy_seed, seed = seeds_of(seeds)
         if plan.attention is None or heavy_bias_table is None:
             normed, _ = self.layer_norm(hidden_states, None, backend, for_products=True)
-            light, light_weights = self.light_attention(normed, light_bias_table, plan)
-            return clamp_half(hidden_states + self.dropout(light)), light_weights, None, None, None
+            light, light_weights = self.light_attention(normed, light_bias_table, plan, light_seed)
+            return clamp_half(hidden_states + drop(self.dropout, light, seed)), light_weights, None, None, None
 
         routers = (self.query_router, self.key_value_router)
         normed, scores = self.layer_norm(hidden_states, router_weights(*routers), backend, for_products=True)
@@ -167,10 +193,10 @@ class CoLT5LayerConditionalAttention(nn.Module):
             kernel_backend=backend,
         )
         heavy, heavy_weights = self.heavy_attention(
-            query_states, key_value_states, heavy_bias_table, queries, keys, plan
+            query_states, key_value_states, heavy_bias_table, queries, keys, plan, heavy_seed
         )
-        light, light_weights = self.light_attention(normed, light_bias_table, plan)
-        hidden_states = add_branches(hidden_states, light, heavy, queries, self.dropout, backend)
+        light, light_weights = self.light_attention(normed, light_bias_table, plan, light_seed)
+        hidden_states = add_branches(hidden_states, light, heavy, queries, self.dropout, backend, seed)
         return hidden_states, light_weights, heavy_weights, queries, keys
 
 
@@ -204,29 +230,39 @@ class CoLT5LayerConditionalFF(nn.Module):
         if routing != "none":
             self.router = CoLT5Router(d_model, routing, seed)
             self.heavy_feed_forward = CoLT5DenseActDense(d_model, heavy_d_ff, feed_forward_proj, dropout_rate)
-        self.dropout = nn.Dropout(dropout_rate)
+        self.dropout = CoLT5Dropout(dropout_rate)
 
-    def forward(self, hidden_states: torch.Tensor, plan: EncoderPlan) -> tuple[torch.Tensor, RoutedTokens | None]:
+    def drop_rates(self) -> tuple[float, float, float]:
+        """With which probabilities the light feed-forward, the heavy feed-forward and the layer drop now."""
+        heavy = getattr(self, "heavy_feed_forward", None)
+        return drop_rate(self.light_feed_forward), drop_rate(heavy), drop_rate(self.dropout)
+
+    def forward(
+        self, hidden_states: torch.Tensor, plan: EncoderPlan, seeds: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, RoutedTokens | None]:
         """X + LightFF(X) + s̃ · HeavyFF(X) (Ainslie et al. 2023, eq. of the conditional feed-forward).
 
         Args:
             hidden_states: X, [batch, n, d_model].
             plan: the batch's mask and budgets.
+            seeds: int64 [3, 2], of what `drop_rates` names, the first of each row; None where PyTorch drops.
 
         Returns:
             The new hidden states, and the routed tokens (None with `routing="none"`).
         """
         backend = plan.kernel_backend
+        light_seed, heavy_seed, seed = seeds_of(seeds)
         if plan.feed_forward is None:
             normed, _ = self.layer_norm(hidden_states, None, backend, for_products=True)
-            return clamp_half(hidden_states + self.dropout(self.light_feed_forward(normed, backend))), None
+            light = self.light_feed_forward(normed, backend, light_seed)
+            return clamp_half(hidden_states + drop(self.dropout, light, seed)), None
 
         normed, scores = self.layer_norm(hidden_states, router_weights(self.router), backend, for_products=True)
         (tokens,) = run_routers((self.router,), normed, scores, plan, plan.feed_forward)
         normed, routed_states = share_and_gather(normed, (tokens.indices, tokens.valid, None), kernel_backend=backend)
-        heavy = self.heavy_feed_forward(routed_states, backend)
-        light = self.light_feed_forward(normed, backend)
-        return add_branches(hidden_states, light, heavy, tokens, self.dropout, backend), tokens
+        heavy = self.heavy_feed_forward(routed_states, backend, heavy_seed)
+        light = self.light_feed_forward(normed, backend, light_seed)
+        return add_branches(hidden_states, light, heavy, tokens, self.dropout, backend, seed), tokens
 
 
 # A plain block has modules of these classes, with these forwards.
@@ -242,7 +278,7 @@ PLAIN: dict[str, tuple[type[nn.Module], Any]] = {
         "router": CoLT5Router,
         "select": CoLT5Routing,
         "linear": nn.Linear,
-        "dropout": nn.Dropout,
+        "dropout": CoLT5Dropout,
     }.items()
 }
 
@@ -254,6 +290,10 @@ class CoLT5EncoderBlock(GradientCheckpointingLayer):
         super().__init__()
         self.layer = nn.ModuleList([attention, feed_forward])
         self.plain = PlainBlock()
+
+    def drop_rates(self) -> tuple[float, ...]:
+        """With which probabilities attention and feed-forward drop now, three each."""
+        return tuple(rate for layer in self.layer for rate in layer.drop_rates())  # type: ignore[operator]
 
     def forward(
         self,
@@ -269,10 +309,14 @@ class CoLT5EncoderBlock(GradientCheckpointingLayer):
             if torch.is_grad_enabled():
                 return line.run_with_gradient(hidden_states), None, None, None
             return line.run(Sum(hidden_states)).total(), None, None, None
+        attention_seeds = feed_forward_seeds = None
+        # PyTorch's dropout would keep its masks; and what a layer drops must not depend on how it runs
+        if plan.kernel_backend == "triton" and any(self.drop_rates()):
+            attention_seeds, feed_forward_seeds = draw_seeds(6, hidden_states.device).split_with_sizes([3, 3])
         hidden_states, light_weights, heavy_weights, queries, keys = self.layer[0](
-            hidden_states, light_bias_table, heavy_bias_table, plan
+            hidden_states, light_bias_table, heavy_bias_table, plan, attention_seeds
         )
-        hidden_states, tokens = self.layer[1](hidden_states, plan)
+        hidden_states, tokens = self.layer[1](hidden_states, plan, feed_forward_seeds)
         routing = CoLT5LayerRouting(query=queries, key_value=keys, feed_forward=tokens)
         return hidden_states, light_weights, heavy_weights, routing
 

@@ -12,6 +12,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_colt5 import activation_name, is_gated
 from .kernel_backend import is_autocast, is_hooked, product_dtype, runs_eagerly
+from .op_dropout import dropout
 from .op_gelu import gated_gelu
 from .op_norm import rms_norm_scores
 from .run_sizes import is_free, is_one_product
@@ -159,6 +160,37 @@ def as_rows(router_weights: torch.Tensor | None) -> torch.Tensor | None:
     return router_weights[None] if router_weights is not None and router_weights.dim() == 1 else router_weights
 
 
+class CoLT5Dropout(nn.Dropout):
+    """Dropout that can follow from a seed; without one it is PyTorch's."""
+
+    def forward(self, states: torch.Tensor, seed: torch.Tensor | None = None) -> torch.Tensor:
+        """States [..., width] → the same shape; the seed is int64 [1], see `dropout` of op_dropout.py."""
+        if seed is None or not self.training or not 0 < self.p < 1:
+            return super().forward(states)
+        return dropout(states, seed, self.p, "triton")
+
+
+def drop(module: nn.Module, states: torch.Tensor, seed: torch.Tensor | None) -> torch.Tensor:
+    """What the module drops of the states, by a seed where there is one and the module takes one: whatever a user put
+    in the place of `CoLT5Dropout` is called as PyTorch's dropout is."""
+    return module(states) if seed is None or not isinstance(module, CoLT5Dropout) else module(states, seed)
+
+
+def drop_rate(module: nn.Module | None) -> float:
+    """The probability with which a dropout, an attention or a feed-forward drops now."""
+    rate = getattr(module, "dropout", None)
+    if isinstance(rate, nn.Module):
+        return drop_rate(rate)
+    if module is None or not module.training:
+        return 0.0
+    return float(getattr(module, "p", 0.0) if rate is None else rate)
+
+
+def drops(dropout: nn.Module) -> bool:
+    """Whether a dropout is to be called at all: not PyTorch's or ours where it would give back what it gets."""
+    return not isinstance(dropout, nn.Dropout) or drop_rate(dropout) > 0
+
+
 class CoLT5LayerNorm(nn.Module):
     """T5's norm: root mean square, no bias; on the way it takes the router scores of the normalised states."""
 
@@ -268,21 +300,23 @@ class CoLT5DenseActDense(nn.Module):
         else:
             self.wi = nn.Linear(d_model, d_ff, bias=False)
         self.wo = nn.Linear(d_ff, d_model, bias=False)
-        self.dropout = nn.Dropout(dropout_rate)
+        self.dropout = CoLT5Dropout(dropout_rate)
         self.act = ACT2FN[activation_name(feed_forward_proj)]
         # The fused kernel has this activation alone.
         self.has_gated_gelu = self.is_gated_act and activation_name(feed_forward_proj) == "gelu_new"
 
-    def forward(self, hidden_states: torch.Tensor, kernel_backend: str = "auto") -> torch.Tensor:
-        """[..., d_model] → the same shape, in the dtype of `wo`."""
+    def forward(
+        self, hidden_states: torch.Tensor, kernel_backend: str = "auto", seed: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """[..., d_model] → the same shape, in the dtype of `wo`; `seed` is that of dropout."""
         if not self.is_gated_act:
-            return self.project_out(self.dropout(self.act(self.wi(hidden_states))))
+            return self.project_out(drop(self.dropout, self.act(self.wi(hidden_states)), seed))
         gate, up = project(hidden_states, self.wi_0, self.wi_1)
         if not self.has_gated_gelu:
-            return self.project_out(self.dropout(self.act(gate) * up))
+            return self.project_out(drop(self.dropout, self.act(gate) * up, seed))
         activated = gated_gelu(gate, up, kernel_backend)
-        if self.training and self.dropout.p > 0:
-            return self.project_out(self.dropout(activated))
+        if drops(self.dropout):
+            return self.project_out(drop(self.dropout, activated, seed))
         # The result is cheap to compute again, and with gate and up the largest of what a layer would keep for its
         # backward.
         with recomputed_in_backward(activated, lambda: gated_gelu(gate, up, kernel_backend)):

@@ -322,9 +322,10 @@ def _check(
             raise ValueError(f"positions must be int64, not {tensor.dtype}")
 
 
-def _attend(query: Tensor, *rest: Any) -> Tensor:
-    seed = torch.randint(2**63 - 1, (1,), device=query.device) if rest[-1] > 0 else None
-    return _attention.call("triton" if INTERPRETED else "auto", query, *rest, seed)[0]
+def _attend(query: Tensor, *rest: Any, dropout: float, seed: Tensor | None) -> Tensor:
+    if seed is None and dropout > 0:
+        seed = torch.randint(2**63 - 1, (1,), device=query.device)
+    return _attention.call("triton" if INTERPRETED else "auto", query, *rest, dropout, seed)[0]
 
 
 def local_attention(
@@ -335,6 +336,7 @@ def local_attention(
     radius: int,
     mask: Tensor | None = None,
     dropout: float = 0.0,
+    seed: Tensor | None = None,
 ) -> Tensor:
     """Each token attends to the real tokens at most `radius` positions away (Ainslie et al. 2023, light attention).
 
@@ -345,7 +347,8 @@ def local_attention(
         radius: positions to each side, ≥ 0.
         mask: bool [batch, length], True for real tokens; None for all. A token with no real token in its band gets
             an output of zeros.
-        dropout: probability of dropping an attention probability, with Philox keys from PyTorch's generator.
+        dropout: probability of dropping an attention probability.
+        seed: int64 [1], from which follows what is dropped; None for one from PyTorch's generator.
 
     Returns:
         [batch, length, heads, d_kv] in the query's dtype. Every gradient is summed in a fixed order.
@@ -355,7 +358,7 @@ def local_attention(
         NotImplementedError: for dropout where the kernels do not run.
     """
     _check(query, key, value, bias_table, mask)
-    return _attend(query, key, value, bias_table, radius, None, None, mask, dropout)
+    return _attend(query, key, value, bias_table, radius, None, None, mask, dropout=dropout, seed=seed)
 
 
 def routed_attention(
@@ -367,6 +370,7 @@ def routed_attention(
     key_positions: Tensor,
     key_mask: Tensor | None = None,
     dropout: float = 0.0,
+    seed: Tensor | None = None,
 ) -> Tensor:
     """Routed queries attend to all routed keys/values (Ainslie et al. 2023, heavy attention).
 
@@ -378,7 +382,8 @@ def routed_attention(
             2^31. They must not descend, unused slots included: tiles of distant tokens take one bias for all.
         key_positions: int64 [batch, keys], likewise; no two keys that `key_mask` lets through share a position.
         key_mask: bool [batch, keys], True for used slots; None for all.
-        dropout: probability of dropping an attention probability, with Philox keys from PyTorch's generator.
+        dropout: probability of dropping an attention probability.
+        seed: int64 [1], from which follows what is dropped; None for one from PyTorch's generator.
 
     Returns:
         [batch, queries, heads, d_kv] in the query's dtype. Every gradient is summed in a fixed order.
@@ -388,4 +393,5 @@ def routed_attention(
         NotImplementedError: for dropout where the kernels do not run.
     """
     _check(query, key, value, bias_table, key_mask, query_positions, key_positions)
-    return _attend(query, key, value, bias_table, 0, query_positions, key_positions, key_mask, dropout)
+    rest = (bias_table, 0, query_positions, key_positions, key_mask)
+    return _attend(query, key, value, *rest, dropout=dropout, seed=seed)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from .op_dropout_steps_triton import dropped_in_row
 from .run_launch_triton import cdiv, launch, next_power_of_2
 
 try:
@@ -21,15 +22,28 @@ def gelu_parts(gate):
 
 
 @triton.jit
-def gated_gelu_kernel(gate_ptr, up_ptr, out_ptr, gate_stride, up_stride, width, BLOCK: tl.constexpr):
-    """gelu(gate) · up, one block of one row a program."""
+def gated_gelu_kernel(
+    gate_ptr,
+    up_ptr,
+    seed_ptr,
+    out_ptr,
+    gate_stride,
+    up_stride,
+    width,
+    DROPOUT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """gelu(gate) · up, dropped by a seed where there is one; one block of one row a program."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < width
     gate = tl.load(gate_ptr + row * gate_stride + columns, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * up_stride + columns, mask=mask, other=0.0).to(tl.float32)
     share, _ = gelu_parts(gate)
-    tl.store(out_ptr + row * width + columns, (gate * share * up).to(out_ptr.dtype.element_ty), mask=mask)
+    activated = gate * share * up
+    if seed_ptr is not None:
+        activated = dropped_in_row(activated, seed_ptr, row, columns, DROPOUT)
+    tl.store(out_ptr + row * width + columns, activated.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -37,19 +51,23 @@ def gated_gelu_backward_kernel(
     grad_ptr,
     gate_ptr,
     up_ptr,
+    seed_ptr,
     grad_gate_ptr,
     grad_up_ptr,
     gate_stride,
     up_stride,
     grad_stride,
     width,
+    DROPOUT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """∂gate and ∂up from ∂out, everything else recomputed."""
+    """∂gate and ∂up from ∂out, everything else recomputed, what was dropped included."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < width
     grad = tl.load(grad_ptr + row * width + columns, mask=mask, other=0.0).to(tl.float32)
+    if seed_ptr is not None:
+        grad = dropped_in_row(grad, seed_ptr, row, columns, DROPOUT)
     gate = tl.load(gate_ptr + row * gate_stride + columns, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * up_stride + columns, mask=mask, other=0.0).to(tl.float32)
     share, slope = gelu_parts(gate)
@@ -77,15 +95,16 @@ def gated_gelu(gate: Tensor, up: Tensor) -> Tensor:
     return out
 
 
-def gated_gelu_into(gate: Tensor, up: Tensor, out: Tensor) -> None:
-    """The launch of `gated_gelu`; it writes `out`, which is contiguous."""
+def gated_gelu_into(gate: Tensor, up: Tensor, out: Tensor, seed: Tensor | None = None, dropout: float = 0.0) -> None:
+    """The launch of `gated_gelu`; it writes `out`, which is contiguous. With a seed it drops as `dropout` of
+    op_dropout.py does."""
     (gate_rows, gate_stride), (up_rows, up_stride) = rows_of(gate), rows_of(up)
     width = gate.shape[-1]
     rows = gate.numel() // width
     block = min(1024, next_power_of_2(width))
     launch(
         gated_gelu_kernel, (rows, cdiv(width, block)),
-        gate_rows, up_rows, out, gate_stride, up_stride, width, block, num_warps=4,
+        gate_rows, up_rows, seed, out, gate_stride, up_stride, width, dropout, block, num_warps=4,
     )  # fmt: skip
 
 
@@ -97,9 +116,17 @@ def gated_gelu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor,
     return grad_gate, grad_up
 
 
-def gated_gelu_backward_into(grad: Tensor, gate: Tensor, up: Tensor, grad_gate: Tensor, grad_up: Tensor) -> None:
-    """The launch of `gated_gelu_backward`; it writes the last two, whose rows lie equally far apart: both contiguous,
-    or the halves of one tensor."""
+def gated_gelu_backward_into(
+    grad: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    grad_gate: Tensor,
+    grad_up: Tensor,
+    seed: Tensor | None = None,
+    dropout: float = 0.0,
+) -> None:
+    """The launch of `gated_gelu_backward`; it writes `grad_gate` and `grad_up`, whose rows lie equally far apart: both
+    contiguous, or the halves of one tensor. The seed is that of the forward pass."""
     (gate_rows, gate_stride), (up_rows, up_stride) = rows_of(gate), rows_of(up)
     _, grad_stride = rows_of(grad_gate)
     width = gate.shape[-1]
@@ -107,5 +134,6 @@ def gated_gelu_backward_into(grad: Tensor, gate: Tensor, up: Tensor, grad_gate: 
     block = min(1024, next_power_of_2(width))
     launch(
         gated_gelu_backward_kernel, (rows, cdiv(width, block)),
-        grad, gate_rows, up_rows, grad_gate, grad_up, gate_stride, up_stride, grad_stride, width, block, num_warps=4,
+        grad, gate_rows, up_rows, seed, grad_gate, grad_up, gate_stride, up_stride, grad_stride, width, dropout, block,
+        num_warps=4,
     )  # fmt: skip

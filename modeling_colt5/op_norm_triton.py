@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .kernel_backend import normed_dtype
+from .op_dropout_steps_triton import dropped
 from .op_rows_triton import routed_rows, tile_shape
 from .run_launch_triton import adjacent, cdiv, launch, next_power_of_2
 
@@ -45,6 +46,7 @@ def combine_norm_kernel(
     valid_ptr,
     weights_ptr,
     capacity,
+    seed_ptr,
     norm_weight_ptr,
     router_ptr,
     hidden_ptr,
@@ -54,12 +56,14 @@ def combine_norm_kernel(
     n,
     eps,
     d: tl.constexpr,
+    DROPOUT: tl.constexpr,
     ROUTERS: tl.constexpr,
     ROUTER_BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The combined rows (where there is a light branch), their norm and their router scores, in one read."""
+    """The combined rows (where there is a light branch), their norm and their router scores, in one read. With a seed
+    what is added to the residual is dropped."""
     blocks = tl.cdiv(n, ROWS)
     batch = (tl.program_id(0) // blocks).to(tl.int64)
     positions = (tl.program_id(0) % blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -70,12 +74,17 @@ def combine_norm_kernel(
     offsets = (batch * n + positions)[:, None] * d + columns[None, :]
     rows = tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     if light_ptr is not None:
+        residual = rows
+        if seed_ptr is not None:
+            rows = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
         rows += tl.load(light_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         if heavy_ptr is not None:
             rows += routed_rows(
                 positions, batch, columns, column_mask, heavy_ptr, indices_ptr, valid_ptr, weights_ptr, capacity, d,
                 ROWS,
             )  # fmt: skip
+        if seed_ptr is not None:
+            rows = residual + dropped(rows, seed_ptr, batch * n + positions, columns, DROPOUT)
         combined = rows.to(hidden_ptr.dtype.element_ty)
         tl.store(hidden_ptr + offsets, combined, mask=mask)
         rows = combined.to(tl.float32)
@@ -246,17 +255,19 @@ def combine_norm_into(
     rstd: Tensor,
     scores: Tensor,
     eps: float,
+    seed: Tensor | None = None,
+    dropout: float = 0.0,
 ) -> None:
     """The launch of `combine_norm`: contiguous operands, then its results, which it writes: `hidden` with `light`, and
-    `scores` with routers."""
+    `scores` with routers. With a seed what is added to the residual is dropped as `dropout` of op_dropout.py does."""
     batch, n, d = residual.shape
     routers = 0 if router_weights is None else router_weights.shape[0]
     rows, block, warps = tile_shape(d)
     launch(
         combine_norm_kernel, (batch * cdiv(n, rows),),
         residual, light, heavy, indices, valid, weights, 0 if heavy is None else heavy.shape[1],
-        norm_weight, router_weights, hidden, normed, rstd, scores,
-        n, eps, d, routers, next_power_of_2(max(routers, 1)), rows, block, num_warps=warps,
+        seed, norm_weight, router_weights, hidden, normed, rstd, scores,
+        n, eps, d, dropout, routers, next_power_of_2(max(routers, 1)), rows, block, num_warps=warps,
     )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .op_dropout_steps_triton import dropped
 from .run_launch_triton import adjacent, cdiv, launch, next_power_of_2
 
 try:
@@ -95,13 +96,16 @@ def combine_kernel(
     valid2_ptr,
     weights2_ptr,
     capacity2,
+    seed_ptr,
     out_ptr,
     n,
     d: tl.constexpr,
+    DROPOUT: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """out = base + light + the routed rows of one or two routings, one block of positions a program."""
+    """out = base + light + the routed rows of one or two routings, one block of positions a program. With a seed all
+    but the base is dropped."""
     blocks = tl.cdiv(n, ROWS)
     batch = (tl.program_id(0) // blocks).to(tl.int64)
     positions = (tl.program_id(0) % blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -110,7 +114,7 @@ def combine_kernel(
     mask = (positions < n)[:, None] & column_mask[None, :]
     offsets = (batch * n + positions)[:, None] * d + columns[None, :]
     total = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
-    if base_ptr is not None:
+    if base_ptr is not None and seed_ptr is None:
         total += tl.load(base_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     if light_ptr is not None:
         total += tl.load(light_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
@@ -122,6 +126,9 @@ def combine_kernel(
             positions, batch, columns, column_mask, updates2_ptr, indices2_ptr, valid2_ptr, weights2_ptr, capacity2,
             d, ROWS,
         )  # fmt: skip
+    if seed_ptr is not None:
+        total = dropped(total, seed_ptr, batch * n + positions, columns, DROPOUT)
+        total += tl.load(base_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     tl.store(out_ptr + offsets, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -226,15 +233,18 @@ def combine_into(
     valid2: Tensor | None,
     weights2: Tensor | None,
     out: Tensor,
+    seed: Tensor | None = None,
+    dropout: float = 0.0,
 ) -> None:
-    """The launch of `combine`: contiguous operands, then its result, which it writes."""
+    """The launch of `combine`: contiguous operands, then its result, which it writes. With a seed what is added to the
+    base is dropped as `dropout` of op_dropout.py does."""
     batch, length, d = out.shape
     rows, block, warps = tile_shape(d)
     launch(
         combine_kernel, (batch * cdiv(length, rows),),
         base, light, updates, indices, valid, weights, updates.shape[1],
         updates2, indices2, valid2, weights2, 0 if updates2 is None else updates2.shape[1],
-        out, length, d, rows, block, num_warps=warps,
+        seed, out, length, d, dropout, rows, block, num_warps=warps,
     )  # fmt: skip
 
 

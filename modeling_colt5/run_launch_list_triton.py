@@ -230,15 +230,14 @@ class LaunchList:
         self.parts, self.room = parts, room
         self.has_steps = any(isinstance(part, _Step) for part in parts)
 
-    def __call__(self, memories: list[Tensor], device: torch.device, index: int) -> list[Tensor] | None:
+    def __call__(self, memories: list[Tensor], device: torch.device, index: int) -> bool:
         """Launch on the current stream of a device with this index, which is the current one.
 
         Args:
             memories: as `Recorder` had them, each with the dtype, shape and strides that it had then.
 
         Returns:
-            What the steps gave, one after another; None where a memory is not aligned to 16 bytes. Nothing was
-            launched then.
+            False where a memory is not aligned to 16 bytes; nothing was launched then.
         """
         room = torch.empty(self.room, dtype=torch.uint8, device=device)
         addresses = [*map(Tensor.data_ptr, memories), room.data_ptr()]
@@ -260,7 +259,7 @@ class LaunchList:
             # a thread of its own, in which nothing was computed yet
             torch._C._cuda_setDevice(index)
             return self(memories, device, index)
-        return given if status == DONE else None
+        return status == DONE
 
 
 class Recorder:
