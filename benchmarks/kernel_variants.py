@@ -30,6 +30,7 @@ from triton.compiler import ASTSource
 
 from modeling_colt5 import (
     op_attention_triton,
+    op_dropout_triton,
     op_gates_triton,
     op_gelu_triton,
     op_norm_triton,
@@ -40,8 +41,8 @@ from modeling_colt5 import (
 )
 
 WRAPPERS = (
-    op_attention_triton, op_gates_triton, op_pools_triton, op_gelu_triton, op_routing_triton, op_norm_triton,
-    op_rows_triton,
+    op_attention_triton, op_dropout_triton, op_gates_triton, op_pools_triton, op_gelu_triton, op_routing_triton,
+    op_norm_triton, op_rows_triton,
 )  # fmt: skip
 
 
@@ -205,7 +206,7 @@ def causal_jobs(quick: bool) -> None:
 
 
 def token_jobs(quick: bool) -> None:
-    """Norms with router scores, sums of branches, gathers and the gated GELU."""
+    """Norms with router scores, sums of branches, gathers, the gated GELU and dropout."""
     for d in (2048,) if quick else (64, 512, 768, 1024, 2048, 4096):
         for dtype in (torch.float32,) if quick else (torch.float32, torch.float16, torch.bfloat16):
             states, norm = torch.empty(2, 96, d, dtype=dtype), torch.empty(d)
@@ -229,6 +230,14 @@ def token_jobs(quick: bool) -> None:
                 op_rows_triton.join_into(torch.empty(len(joined), d, dtype=dtype), *joined)
             op_gelu_triton.gated_gelu(states, states)
             op_gelu_triton.gated_gelu_backward(states, states, states)
+            drop = (torch.empty(1, dtype=torch.int64), 0.1)
+            op_dropout_triton.dropout(states, *drop)
+            op_gelu_triton.gated_gelu_into(states, states, states, *drop)
+            op_gelu_triton.gated_gelu_backward_into(*[states] * 5, *drop)
+            op_rows_triton.combine_into(states, states, slots, *routing, *[None] * 4, states, *drop)
+            vectors, scores = torch.empty(1, d), torch.empty(2, 1, 96)
+            results = (states, states, scores[:, 0].contiguous(), scores, 1e-6)
+            op_norm_triton.combine_norm_into(states, states, slots, *routing, norm, vectors, *results, *drop)
 
 
 class Cost(NamedTuple):
