@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from python_types.source import Source, SourceError, lines_of, parse
+from python_types.source import Source, SourceError, lines_of, not_too_deep, parse
 
 MOST_SENTINELS = 100
 Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -236,7 +236,8 @@ def holes_of(text: str, name: str = "the module") -> list[Hole]:
     Raises:
         SourceError: if the text does not parse.
     """
-    return [place.hole for place in _places(text, parse(text, name))]
+    with not_too_deep(name):
+        return [place.hole for place in _places(text, parse(text, name))]
 
 
 def holes_to_fill(source: Source) -> list[Hole]:
@@ -404,6 +405,7 @@ def _asked(holes: Sequence[Hole], types: Sequence[str | None]) -> dict[int, str]
     return asked
 
 
+@not_too_deep("the module")
 def fill(text: str, holes: Sequence[Hole], types: Sequence[str | None]) -> str:
     """Write types into a module's holes, also over annotations that are there; all other characters stay.
 
@@ -451,6 +453,7 @@ class Needed:
     early: list[str]
 
 
+@not_too_deep("the module")
 def needed_names(text: str, holes: Sequence[Hole], types: Sequence[str | None]) -> Needed:
     """The names that types will need in the holes of a module, each list sorted.
 

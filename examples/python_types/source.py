@@ -9,6 +9,8 @@ import shutil
 import tempfile
 import tokenize
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -34,28 +36,61 @@ class Source:
     data: bytes
 
 
+@contextmanager
+def not_too_deep(name: str) -> Iterator[None]:
+    """Whatever walks a module's tree by recursion, in Python's parser or after it, stops with a SourceError."""
+    try:
+        yield
+    except (RecursionError, MemoryError):
+        raise SourceError(f"{name}: is nested too deeply for Python; split its longest expression") from None
+
+
 def parse(text: str, name: str = "the module") -> ast.Module:
     """A module's syntax tree.
 
     Raises:
         SourceError: if the text does not parse; names the line.
     """
-    try:
-        with warnings.catch_warnings():
-            # a strange escape in somebody's string is not ours to report
-            warnings.simplefilter("ignore")
+    with not_too_deep(name), warnings.catch_warnings():
+        # a strange escape in somebody's string is not ours to report
+        warnings.simplefilter("ignore")
+        try:
             return ast.parse(text)
-    except SyntaxError as error:
-        # without a line it is about the module as a whole, such as one with null bytes
-        line = f", line {error.lineno}" if error.lineno else ""
-        raise SourceError(
-            f"{name}{line}: is not Python {platform.python_version()}: {error.msg}; mend it there, or use the Python "
-            "that the file is written for"
-        ) from None
-    except ValueError as error:
-        raise SourceError(f"{name}: is not Python: {error}; must be text") from None
-    except (RecursionError, MemoryError):
-        raise SourceError(f"{name}: is nested too deeply for Python's parser; split its longest expression") from None
+        except SyntaxError as error:
+            # without a line it is about the module as a whole, such as one with null bytes
+            line = f", line {error.lineno}" if error.lineno else ""
+            raise SourceError(
+                f"{name}{line}: is not Python {platform.python_version()}: {error.msg}; mend it there, or use the "
+                "Python that the file is written for"
+            ) from None
+        except ValueError as error:
+            raise SourceError(f"{name}: is not Python: {error}; must be text") from None
+
+
+def source_of(text: str, name: str = "module.py") -> Source:
+    """A module that is no file, such as one that was pasted.
+
+    Args:
+        text: the module.
+        name: what errors and the diff call it.
+
+    Raises:
+        SourceError: if it is empty, has a character that no file has, or does not parse.
+    """
+    try:
+        data = text.encode()
+    except UnicodeEncodeError as error:
+        line = text.count("\n", 0, error.start) + 1
+        raise SourceError(f"{name}, line {line}: UTF-8 has no {text[error.start]!r}; must be text") from None
+    source = Source(Path(name), text, "utf-8", data)
+    _check(source)
+    return source
+
+
+def _check(source: Source) -> None:
+    if not source.text.strip():
+        raise SourceError(f"{source.path}: is empty; must be a module with at least one function")
+    parse(source.text, str(source.path))
 
 
 def read_source(path: str | os.PathLike[str]) -> Source:
@@ -83,12 +118,11 @@ def read_source(path: str | os.PathLike[str]) -> Source:
             f"{path}, line 1: has no encoding that Python reads: {error}; save the file as UTF-8, or declare its "
             "encoding in the first line, such as `# -*- coding: latin-1 -*-`"
         ) from None
-    if not text.strip():
-        raise SourceError(f"{path}: is empty; must be a module with at least one function")
+    source = Source(path, text, encoding, data)
     if text.encode(encoding) != data:
         raise SourceError(f"{path}: {encoding} would write other bytes than were read; save the file as UTF-8")
-    parse(text, str(path))
-    return Source(path, text, encoding, data)
+    _check(source)
+    return source
 
 
 def write_source(source: Source, text: str) -> None:
