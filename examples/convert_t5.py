@@ -6,10 +6,12 @@ Says in what the result differs from its source until it is trained further, by 
 """
 
 import argparse
+from fractions import Fraction
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from huggingface_hub.errors import StrictDataclassError
+from sources import check_source
 
 from modeling_colt5 import CoLT5Config, CoLT5Tokenizer
 from modeling_colt5.conversion import convert, differences, load_source
@@ -33,7 +35,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--local-radius", type=int, help=f"default: {fields['local_radius']}, for LongT5 its own")
     for name in BUDGETS:
         default = fields[f"routed_{name}"]
-        parser.add_argument(f"--{name.replace('_', '-')}", type=float, help=f"budget; default: {default:.4g}")
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", type=Fraction, help=f"budget, such as 1/8; default: {Fraction(default)}"
+        )
     parser.add_argument("--routed-cross-key-values", type=int, help="default: cross-attention reads all tokens")
     options = parser.parse_args(argv)
     if options.target.exists():
@@ -42,14 +46,18 @@ def main(argv: list[str] | None = None) -> None:
     if options.sample is not None and not options.sample.is_file():
         parser.error(f"{options.sample} is not a file")
 
-    given = {f"routed_{name}": getattr(options, name) for name in BUDGETS}
-    given |= {name: getattr(options, name) for name in ("local_radius", "routed_cross_key_values")}
-    given = {name: value for name, value in given.items() if value is not None}
+    budgets = {f"routed_{name}": getattr(options, name) for name in BUDGETS}
+    given = {name: float(value) for name, value in budgets.items() if value is not None}
+    more = {name: getattr(options, name) for name in ("local_radius", "routed_cross_key_values")}
+    given |= {name: value for name, value in more.items() if value is not None}
     try:
+        # budgets that cannot be are found before the source is read
+        CoLT5Config(**given)
+        check_source(options.source, "source")
         source, unused = load_source(options.source)
         tokenizer = CoLT5Tokenizer.from_pretrained(options.source)
-    except (OSError, TypeError, ValueError) as error:
-        parser.error(str(error))
+    except (OSError, TypeError, ValueError, StrictDataclassError) as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
     samples = None
     if options.sample is not None:
         ids = tokenizer(options.sample.read_text(encoding="utf-8"), return_tensors="pt", verbose=False)["input_ids"]
@@ -66,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
             **given,
         )
     except (TypeError, ValueError, StrictDataclassError) as error:
-        parser.error(str(error))
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
     options.target.parent.mkdir(parents=True, exist_ok=True)
     # the folder gets its name when everything is in it
     with TemporaryDirectory(dir=options.target.parent, prefix=f"{options.target.name}-") as folder:

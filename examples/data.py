@@ -17,6 +17,8 @@ logger = logging.get_logger(__name__)
 
 # what `datasets` calls a file's kind
 KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+# a folder's texts
+TEXTS = (".txt", ".txt.gz", ".pdf")
 # beside a folder's texts: a row for each, with what else belongs to it
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
@@ -28,8 +30,8 @@ class DataArguments:
     train_file: str | None = field(
         default=None,
         metadata={
-            "help": "a JSON lines (also .gz), CSV or Parquet file, or a folder of .txt files: a document each, whose "
-            "label is the folder that it is in, or stands in a metadata.jsonl or .csv beside its file_name"
+            "help": "a JSON lines (also .gz), CSV or Parquet file, or a folder of .txt and .pdf files: a document "
+            "each, whose label is the folder that it is in, or stands in a metadata.jsonl or .csv beside its file_name"
         },
     )
     validation_file: str | None = field(default=None, metadata={"help": "rows for evaluation, likewise"})
@@ -37,6 +39,9 @@ class DataArguments:
         default=None, metadata={"help": "a dataset of the Hub, or a folder of its form, instead of files"}
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "the Hub dataset's configuration"})
+    validation_share: float = field(
+        default=0.0, metadata={"help": "without rows for evaluation: hold out this share of the training rows"}
+    )
     max_train_samples: int | None = field(default=None, metadata={"help": "use the first so many training rows"})
     max_eval_samples: int | None = field(default=None, metadata={"help": "use the first so many evaluation rows"})
 
@@ -61,7 +66,10 @@ def file_kind(files: list[str]) -> str:
     check_files(files)
     suffixes = sorted({Path(file.removesuffix(".gz")).suffix for file in files})
     if len(suffixes) != 1 or suffixes[0] not in KINDS:
-        raise ValueError(f"files end in {', '.join(suffixes)}; they must all end in one of {', '.join(KINDS)}")
+        raise ValueError(
+            f"files end in {', '.join(suffixes)}; they must all end in one of {', '.join(KINDS)}. "
+            f"Texts and PDFs are given as the folder that they are in"
+        )
     return KINDS[suffixes[0]]
 
 
@@ -70,6 +78,41 @@ def open_text(file: str) -> IO[str]:
     if file.endswith(".gz"):
         return gzip.open(file, "rt", encoding="utf-8", errors="replace")
     return open(file, encoding="utf-8", errors="replace")
+
+
+def read_pdf(path: Path) -> str:
+    """The text of a PDF, page after page.
+
+    Raises:
+        ImportError: without pypdf.
+        ValueError: for a file that cannot be read, or has no text.
+    """
+    try:
+        from pypdf import PdfReader
+        from pypdf.errors import PyPdfError
+    except ImportError:
+        raise ImportError(f"reading {path} needs pypdf: pip install pypdf") from None
+    try:
+        pages = [page.extract_text().strip() for page in PdfReader(path).pages]
+    except PyPdfError as error:
+        raise ValueError(f"{path} cannot be read as a PDF: {error}") from None
+    empty = [number for number, text in enumerate(pages, 1) if not text]
+    if len(empty) == len(pages):
+        raise ValueError(
+            f"{path} has no text on its {len(pages)} pages. Pages that are pictures, as a scanner makes them, need "
+            "text recognition (OCR) first"
+        )
+    if empty:
+        logger.warning(f"{path}: {len(empty)} of {len(pages)} pages have no text, the first is page {empty[0]}")
+    return "\n".join(filter(None, pages))
+
+
+def read_document(path: Path) -> str:
+    """The text of a file: of a PDF, or of a text file, packed by gzip or not. Raises what `read_pdf` raises."""
+    if path.suffix == ".pdf":
+        return read_pdf(path)
+    with open_text(str(path)) as file:
+        return file.read()
 
 
 def check_json_lines(file: str) -> None:
@@ -89,16 +132,17 @@ def check_json_lines(file: str) -> None:
 
 
 def text_files(folder: Path) -> list[Path]:
-    """A folder's .txt files, packed by gzip or not, with those of the folders in it, in the order of their names.
+    """A folder's .txt files, packed by gzip or not, and .pdf files, with those of the folders in it, in the order of
+    their names.
 
     Raises:
         ValueError: for a folder without any.
     """
-    files = sorted(path for pattern in ("*.txt", "*.txt.gz") for path in folder.rglob(pattern) if path.is_file())
+    files = sorted(path for end in TEXTS for path in folder.rglob(f"*{end}") if path.is_file())
     if not files:
         others = sorted({path.suffix for path in folder.rglob("*") if path.is_file()})
         found = f"; it has files that end in {', '.join(others)}" if others else ", nor any other file"
-        raise ValueError(f"{folder} has no .txt files{found}")
+        raise ValueError(f"{folder} has no .txt or .pdf files{found}")
     return files
 
 
@@ -107,18 +151,13 @@ def load_folder(folder: Path, text_column: str) -> Dataset:
     column `label`, the folder that a text is in, where all are in one.
 
     Raises:
-        ValueError: for a folder without texts, a text without a row of metadata, or a row without its text.
+        ImportError: for a PDF, without pypdf.
+        ValueError: for a folder without texts, a PDF without text, a text without a row of metadata, or a row without
+            its text.
     """
     files = text_files(folder)
     names = [path.relative_to(folder).as_posix() for path in files]
-    rows = load_dataset(
-        "text",
-        data_files=[str(path) for path in files],
-        sample_by="document",
-        encoding_errors="replace",
-        split="train",
-    )
-    columns = {text_column: rows["text"], "file_name": names}
+    columns = {text_column: [read_document(path) for path in files], "file_name": names}
     metadata = next((folder / name for name in METADATA if (folder / name).is_file()), None)
     if metadata is not None:
         table = load_dataset(file_kind([str(metadata)]), data_files=str(metadata), split="train")
@@ -179,6 +218,32 @@ def load_rows(arguments: DataArguments, text_column: str = "text") -> DatasetDic
     )
 
 
+def hold_out(rows: DatasetDict, share: float) -> DatasetDict:
+    """The splits, with some of the training rows as "validation": the same for every run. Called once the rows are
+    checked, so that errors name a row by its number in the file.
+
+    Args:
+        rows: the splits.
+        share: of the training rows; 0 for none, which says so where nothing is evaluated.
+
+    Raises:
+        ValueError: for a share outside of 0 to 1, where there are validation rows, or none to train on.
+    """
+    if not 0 <= share < 1:
+        raise ValueError(f"validation_share is {share}; it must be at least 0 and below 1")
+    if not share:
+        if "validation" not in rows:
+            logger.warning(
+                "No rows for evaluation: nothing is evaluated, and the last model is kept. --validation_file gives "
+                "some, --validation_share 0.1 holds a tenth of the training rows out"
+            )
+        return rows
+    if "validation" in rows or "train" not in rows:
+        raise ValueError("validation_share holds out training rows: leave it out where validation rows are given")
+    parts = rows["train"].train_test_split(share, seed=0)
+    return DatasetDict({"train": parts["train"], "validation": parts["test"]})
+
+
 def refuse(split: str, problems: list[tuple[int, str]]) -> None:
     """Raise for rows with problems, naming the first ten.
 
@@ -205,7 +270,8 @@ def check_rows(rows: Dataset, split: str, columns: dict[str, type]) -> None:
     missing = columns.keys() - set(rows.column_names)
     if missing:
         raise ValueError(
-            f"{split} has no column {', '.join(sorted(missing))}; its columns are {', '.join(rows.column_names)}"
+            f"{split} has no column {', '.join(sorted(missing))}; its columns are {', '.join(rows.column_names)}. "
+            "The options that end in _column name them"
         )
     if not len(rows):
         raise ValueError(f"{split} has no rows")

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from data import DataArguments, check_rows, load_rows
 from datasets import Dataset, DatasetDict
-from model_arguments import ModelArguments, load_model, load_tokenizer, parse_arguments
+from model_arguments import ModelArguments, check_model, load_model, load_tokenizer, parse_arguments
 from sentence_transformers import (
     SentenceTransformer,
     SentenceTransformerTrainer,
@@ -141,6 +141,7 @@ def prepare(argv: list[str] | None = None) -> Callable[[], dict[str, float]]:
     model_arguments, task, training = parse_arguments(kinds, __doc__, argv)
     if training.dry_run:
         raise ValueError("dry_run has no formula for training by contrast: try a few steps with --max_steps 5")
+    check_model(model_arguments)
     set_seed(training.seed)
     if task.train_file is None and task.validation_file is None and task.dataset_name is None:
         rows = local_pairs(Path(sysconfig.get_paths()["stdlib"]), task.query_column, task.document_column)

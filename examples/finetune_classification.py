@@ -4,7 +4,8 @@ r"""Fine-tune CoLT5 to classify long documents, with one label or several each, 
         --validation_file validation.jsonl --text_column text --label_column label --output_dir out
 
 Labels are whole numbers or names, lists of such for several labels, and other numbers for regression. A folder of
-folders of .txt files does as well, with the folders' names for labels. All options of `TrainingArguments` work.
+folders of .txt and .pdf files does as well, with the folders' names for labels. All options of `TrainingArguments`
+work.
 """
 
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from data import (
     DataArguments,
     check_rows,
     describe,
+    hold_out,
     label_kind,
     load_rows,
     lost_tokens,
@@ -29,6 +31,7 @@ from data import (
 from model_arguments import (
     FineTunedModelArguments,
     RouterArguments,
+    check_model,
     load_model,
     load_tokenizer,
     parse_arguments,
@@ -78,11 +81,13 @@ def prepare(argv: list[str] | None = None) -> Callable[[], dict[str, float]]:
     """Check the rows, load the model; gives what trains, evaluates and saves."""
     kinds = (FineTunedModelArguments, RouterArguments, TaskArguments, RunArguments)
     model_arguments, routers, task, training = parse_arguments(kinds, __doc__, argv)
+    check_model(model_arguments)
     set_seed(training.seed)
 
     rows = load_rows(task, task.text_column)
     for split, part in rows.items():
         check_rows(part, split, {task.text_column: str, task.label_column: object})
+    rows = hold_out(rows, task.validation_share)
     kind = label_kind(rows, task.label_column, task.problem_type)
     if kind == NUMBERS:
         first = next(iter(rows.values()))[0][task.label_column]

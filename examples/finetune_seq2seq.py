@@ -4,7 +4,8 @@ r"""Fine-tune CoLT5 on long-document summarisation, or on questions about long d
         --validation_file validation.jsonl --output_dir out --num_train_epochs 3
 
 With `--query_column` the input is the query, a newline, and the document, and exact match and F1 are reported as well.
-A folder of .txt files does as well, with a metadata.jsonl in it that has a file's name and its summary in a row.
+A folder of .txt and .pdf files does as well, with a metadata.jsonl in it that has a file's name and its summary in a
+row.
 All options of `Seq2SeqTrainingArguments` work; `--resume_from_checkpoint` continues an interrupted run.
 """
 
@@ -14,10 +15,11 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from data import DataArguments, check_rows, describe, load_rows, lost_tokens, map_rows, row_shapes
+from data import DataArguments, check_rows, describe, hold_out, load_rows, lost_tokens, map_rows, row_shapes
 from model_arguments import (
     FineTunedModelArguments,
     RouterArguments,
+    check_model,
     load_model,
     load_tokenizer,
     parse_arguments,
@@ -60,12 +62,14 @@ def prepare(argv: list[str] | None = None) -> Callable[[], dict[str, float]]:
     kinds = (FineTunedModelArguments, RouterArguments, TaskArguments, RunArguments)
     model_arguments, routers, task, training = parse_arguments(kinds, __doc__, argv)
     training.predict_with_generate = True
+    check_model(model_arguments)
     set_seed(training.seed)
 
     rows = load_rows(task, task.document_column)
     columns = [task.document_column, task.target_column, *filter(None, [task.query_column])]
     for split, part in rows.items():
         check_rows(part, split, dict.fromkeys(columns, str))
+    rows = hold_out(rows, task.validation_share)
     tokenizer = load_tokenizer(model_arguments)
     model = load_model(model_arguments, AutoModelForSeq2SeqLM, tokenizer)
     model = with_lora(model, model_arguments, "SEQ_2_SEQ_LM", [])
@@ -89,7 +93,10 @@ def prepare(argv: list[str] | None = None) -> Callable[[], dict[str, float]]:
         return result if task.query_column is None else result | exact_match_and_f1(*texts)
 
     tokenized = map_rows(rows, tokenize, training)
-    training.generation_max_length = training.generation_max_length or task.max_target_length
+    # of the model, which is saved with it: a limit that it came with, or Transformers' 20 tokens, would cut otherwise.
+    # One more for the token that decoding starts with
+    model.generation_config.max_new_tokens = None
+    model.generation_config.max_length = training.generation_max_length or task.max_target_length + 1
     training.decide_evaluation(
         "validation" in rows, True, "rougeLsum" if task.query_column is None else "f1", greater=True
     )

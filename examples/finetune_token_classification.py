@@ -17,6 +17,7 @@ from data import (
     DataArguments,
     check_rows,
     describe,
+    hold_out,
     load_rows,
     lost_tokens,
     map_rows,
@@ -27,6 +28,7 @@ from datasets import Dataset
 from model_arguments import (
     FineTunedModelArguments,
     RouterArguments,
+    check_model,
     load_model,
     load_tokenizer,
     parse_arguments,
@@ -86,12 +88,14 @@ def prepare(argv: list[str] | None = None) -> Callable[[], dict[str, float]]:
     """Check the rows, load the model; gives what trains, evaluates and saves."""
     kinds = (FineTunedModelArguments, RouterArguments, TaskArguments, RunArguments)
     model_arguments, routers, task, training = parse_arguments(kinds, __doc__, argv)
+    check_model(model_arguments)
     set_seed(training.seed)
 
     rows = load_rows(task)
     for split, part in rows.items():
         check_rows(part, split, {task.words_column: list, task.labels_column: list})
         check_lists(part, split, task.words_column, task.labels_column)
+    rows = hold_out(rows, task.validation_share)
     numbers = number_labels(rows, task.labels_column, known_labels(model_arguments.model_name_or_path))
 
     tokenizer = load_tokenizer(model_arguments)

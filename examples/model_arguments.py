@@ -4,9 +4,11 @@ import ast
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any, Literal
 
 import torch
+from sources import check_source
 from training_defaults import BestOfRouted
 from transformers import (
     AutoTokenizer,
@@ -34,9 +36,12 @@ class ModelArguments:
     config_overrides: str | None = field(
         default=None, metadata={"help": "fields of a new model, as in 'd_model=64,num_layers=2'"}
     )
-    query_fraction: float | None = field(default=None, metadata={"help": "another budget of routed queries"})
-    key_value_fraction: float | None = field(default=None, metadata={"help": "another budget of routed keys/values"})
-    feed_forward_fraction: float | None = field(default=None, metadata={"help": "another feed-forward budget"})
+    # fractions, so that 1/8 may be written as it is
+    query_fraction: Fraction | None = field(
+        default=None, metadata={"help": "another budget of routed queries, such as 1/8"}
+    )
+    key_value_fraction: Fraction | None = field(default=None, metadata={"help": "the same of routed keys and values"})
+    feed_forward_fraction: Fraction | None = field(default=None, metadata={"help": "the same of the feed-forward"})
 
 
 @dataclass
@@ -107,6 +112,25 @@ def parse_overrides(text: str | None) -> dict[str, Any]:
     return overrides
 
 
+def check_model(arguments: ModelArguments) -> None:
+    """Refuse arguments that name no model, or two, or one that cannot be there.
+
+    Raises:
+        ValueError: for those.
+    """
+    name = arguments.model_name_or_path
+    if name is None and arguments.size is None:
+        raise ValueError(
+            "name the model to begin with: --model_name_or_path, a folder or Hub id, such as a T5 that "
+            "examples/convert_t5.py has converted; or --size base for a new one with random weights"
+        )
+    if name is not None and arguments.size is not None:
+        raise ValueError("give either --model_name_or_path, or --size for a new model")
+    for option, given in (("model_name_or_path", name), ("tokenizer_name", arguments.tokenizer_name)):
+        if given is not None:
+            check_source(given, option)
+
+
 def load_tokenizer(arguments: ModelArguments, **kwargs: Any) -> PreTrainedTokenizerBase:
     """The tokenizer; a folder of T5's gives a `CoLT5Tokenizer`, with T5's ids.
 
@@ -168,11 +192,8 @@ def load_model(
         kwargs: fields of the configuration, such as the labels of a classifier.
 
     Raises:
-        ValueError: without a model or with two, with fields for a checkpoint, or for a tokenizer with more tokens than
-            the model has embeddings.
+        ValueError: with fields for a checkpoint, or for a tokenizer with more tokens than the model has embeddings.
     """
-    if (arguments.model_name_or_path is None) == (arguments.size is None):
-        raise ValueError("give either --model_name_or_path, or --size for a new model")
     if arguments.model_name_or_path is not None:
         if arguments.config_overrides is not None:
             raise ValueError("config_overrides is for a new model (--size); a checkpoint has its fields")
@@ -182,11 +203,12 @@ def load_model(
         model = auto_class.from_config(CoLT5Config.from_size(arguments.size, **(overrides | kwargs)))
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model only {model.config.vocab_size}")
-    model.set_routing_budget(
-        feed_forward=arguments.feed_forward_fraction,
-        query=arguments.query_fraction,
-        key_value=arguments.key_value_fraction,
-    )
+    budgets = {
+        "feed_forward": arguments.feed_forward_fraction,
+        "query": arguments.query_fraction,
+        "key_value": arguments.key_value_fraction,
+    }
+    model.set_routing_budget(**{name: float(budget) for name, budget in budgets.items() if budget is not None})
     return model
 
 

@@ -4,7 +4,7 @@ r"""Pre-train CoLT5 with UL2's mixture of denoisers, or with T5's span corruptio
         --output_dir out --max_steps 10000
 
 Documents are read one at a time, joined, and cut so that every input is full: no token is spent on padding.
-A folder of .txt files may stand for the files in it.
+A folder of .txt and .pdf files may stand for the files in it.
 All options of `TrainingArguments` work; `--resume_from_checkpoint true` continues an interrupted run where it stopped.
 """
 
@@ -14,11 +14,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from data import KINDS, check_files, file_kind, open_text, text_files
+from data import KINDS, check_files, file_kind, read_document, read_pdf, text_files
 from datasets import load_dataset
 from model_arguments import (
     ModelArguments,
     RouterArguments,
+    check_model,
     load_model,
     load_tokenizer,
     parse_arguments,
@@ -46,8 +47,8 @@ class CorpusArguments:
     train_files: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "text files, a document each, and folders of them, or JSON lines, CSV or Parquet, a document a "
-            "row; also .gz"
+            "help": "text files and PDFs, a document each, and folders of them, or JSON lines, CSV or Parquet, a "
+            "document a row; also .gz"
         },
     )
     validation_files: list[str] = field(
@@ -76,15 +77,14 @@ class RunArguments(TrainingDefaults, TrainingArguments):
 
 
 class TextFiles(Iterable[str]):
-    """Text files, read when their turn comes, and as often as asked for."""
+    """Text files and PDFs, read when their turn comes, and as often as asked for."""
 
     def __init__(self, names: list[str]):
         self.names = names
 
     def __iter__(self) -> Iterator[str]:
         for name in self.names:
-            with open_text(name) as file:
-                yield file.read()
+            yield read_document(Path(name))
 
 
 def with_folders(names: list[str]) -> list[str]:
@@ -103,8 +103,9 @@ def load_documents(arguments: CorpusArguments) -> tuple[Iterable[Any], Iterable[
     """The documents to train on, and those to evaluate on.
 
     Raises:
-        ValueError: without documents, with two sources of them, for a file that is missing or empty, for files of
-            several kinds, or for a dataset without a split "train" or without the column of text.
+        ImportError: for a PDF, without pypdf.
+        ValueError: without documents, with two sources of them, for a file that is missing or empty, a PDF without
+            text, for files of several kinds, or for a dataset without a split "train" or without the column of text.
     """
     if (arguments.dataset_name is None) == (not arguments.train_files):
         raise ValueError("give either --dataset_name or --train_files")
@@ -118,6 +119,10 @@ def load_documents(arguments: CorpusArguments) -> tuple[Iterable[Any], Iterable[
         names = sum(files.values(), [])
         if not any(Path(name.removesuffix(".gz")).suffix in KINDS for name in names):
             check_files(names)
+            for name in names:
+                if name.endswith(".pdf"):
+                    # one without text is found now, and not when its turn comes
+                    read_pdf(Path(name))
             return TextFiles(files["train"]), TextFiles(files["validation"]) if "validation" in files else None
         streams = load_dataset(file_kind(names), data_files=files, streaming=True)
     columns = streams["train"].column_names
@@ -132,6 +137,7 @@ def prepare(argv: list[str] | None = None) -> Callable[[], dict[str, float]]:
     model_arguments, routers, corpus, training = parse_arguments(kinds, __doc__, argv)
     if training.max_steps <= 0:
         raise ValueError(f"max_steps is {training.max_steps}; a stream has no epochs: it must be above 0")
+    check_model(model_arguments)
     set_seed(training.seed)
     # the collator makes the labels out of the chunks' only column, and needs no splitting among processes
     training.remove_unused_columns = False

@@ -8,11 +8,14 @@ import torch
 from torch.utils.benchmark import Timer
 from training_defaults import CHECKPOINTING
 from transformers import Trainer
+from transformers.utils import logging
 
 from modeling_colt5 import CoLT5Config
 from modeling_colt5.dense_start import DenseStart
 from modeling_colt5.encoder_costs import encoder_flops, kept_values
 from modeling_colt5.kernel_backend import uses_triton
+
+logger = logging.get_logger(__name__)
 
 # What a step reaches of the speed of one large matrix product, forward and backward: base size on an H200 at 16,384
 # tokens, 0.25. Smaller models, shorter inputs and slower hosts reach less, cards with less speed more.
@@ -21,6 +24,8 @@ REACHED = 0.25
 KEPT_BESIDE = 4 / 3
 # the share of a card's memory that an estimate may fill: the rest is for what PyTorch keeps in reserve
 HEADROOM = 0.75
+# steps of an ordinary fine-tuning: fewer are said
+FEW_STEPS = 100
 
 
 def decoder_flops(config: CoLT5Config, n: int, m: int) -> int:
@@ -172,6 +177,16 @@ def run_memory(trainer: Trainer, rows: Sequence[RowShape], dense_start: DenseSta
     return weight_bytes(model, arguments.bf16), kept
 
 
+def run_steps(trainer: Trainer) -> tuple[int, int]:
+    """Steps of the optimiser in a run, and forward and backward passes of each process in all of them."""
+    arguments = trainer.args
+    if arguments.max_steps > 0:
+        return arguments.max_steps, arguments.max_steps * arguments.gradient_accumulation_steps
+    per_epoch = len(trainer.get_train_dataloader())
+    steps = math.ceil(arguments.num_train_epochs * math.ceil(per_epoch / arguments.gradient_accumulation_steps))
+    return steps, math.ceil(arguments.num_train_epochs * per_epoch)
+
+
 @dataclass(frozen=True)
 class RunCosts:
     """The estimate for one process of a run; printed, it says what it is.
@@ -200,15 +215,7 @@ class RunCosts:
     def of(cls, trainer: Trainer, rows: Sequence[RowShape], dense_start: DenseStart | None) -> "RunCosts":
         """The estimate of a run; the arguments are those of `run_memory`."""
         arguments, config = trainer.args, trainer.model.config
-        if arguments.max_steps > 0:
-            steps = arguments.max_steps
-            passes = steps * arguments.gradient_accumulation_steps
-        else:
-            per_epoch = len(trainer.get_train_dataloader())
-            steps = math.ceil(
-                arguments.num_train_epochs * math.ceil(per_epoch / arguments.gradient_accumulation_steps)
-            )
-            passes = math.ceil(arguments.num_train_epochs * per_epoch)
+        steps, passes = run_steps(trainer)
         flops = sum(row_flops(config, row) for row in rows) / len(rows)
         if dense_start is not None:
             part = dense_start.closed + dense_start.opening
@@ -272,6 +279,13 @@ def decide_costs(
         available = torch.cuda.get_device_properties(arguments.device).total_memory
         if sum(run_memory(trainer, rows, dense_start)) > HEADROOM * available:
             setattr(arguments, CHECKPOINTING, True)
+    if rows and arguments.max_steps <= 0:
+        steps, _ = run_steps(trainer)
+        if steps < FEW_STEPS and trainer.is_world_process_zero():
+            advice = f"raise --num_train_epochs from {arguments.num_train_epochs:g}"
+            if arguments.gradient_accumulation_steps > 1:
+                advice += f", or lower --gradient_accumulation_steps from {arguments.gradient_accumulation_steps}"
+            logger.warning(f"The run has {steps} steps, which are few: {advice}")
     if not arguments.dry_run:
         return start
 

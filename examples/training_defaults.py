@@ -94,6 +94,9 @@ class TrainingDefaults:
             self.bf16 = (
                 not (self.use_cpu or self.fp16) and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
             )
+        if self.use_cpu or not torch.accelerator.is_available():
+            # nothing is copied to a card, and PyTorch would warn in every epoch
+            self.dataloader_pin_memory = False
         self.has_own_evaluation = self.eval_strategy is None
         self.eval_strategy = self.eval_strategy or "steps"
         if self.eval_steps is None:
@@ -211,7 +214,7 @@ def run_script(prepare: Callable[[list[str] | None], Callable[[], Any]]) -> None
     """
     try:
         start = prepare(sys.argv[1:])
-    except (ValueError, TypeError, OSError, StrictDataclassError) as error:
+    except (ValueError, TypeError, OSError, ImportError, StrictDataclassError) as error:
         logger.debug("The error in full:", exc_info=True)
         sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
     start()

@@ -296,8 +296,8 @@ def test_a_folder_with_metadata(tmp_path, kind):
 
 
 def test_folders_that_cannot_be_are_refused(tmp_path):
-    folder = make_folder(tmp_path / "texts", {"1.pdf": "x"})
-    with pytest.raises(ValueError, match=r"texts has no .txt files; it has files that end in .pdf"):
+    folder = make_folder(tmp_path / "texts", {"1.doc": "x"})
+    with pytest.raises(ValueError, match=r"texts has no .txt or .pdf files; it has files that end in .doc"):
         load(folder)
     with pytest.raises(ValueError, match="nor any other file"):
         (tmp_path / "none").mkdir()
@@ -306,7 +306,7 @@ def test_folders_that_cannot_be_are_refused(tmp_path):
     make_folder(folder, {"1.txt": "x"})
     with pytest.raises(ValueError, match="is a folder: give folders for training and validation, or files for both"):
         load(folder, validation_file=rows)
-    with pytest.raises(ValueError, match="has no .txt files"):
+    with pytest.raises(ValueError, match="has no .txt or .pdf files"):
         pretrain.load_documents(pretrain.CorpusArguments(train_files=[str(tmp_path / "none")]))
 
 
@@ -333,7 +333,8 @@ def test_what_is_cut_off_is_counted_and_said(tmp_path, monkeypatch):
     lost = [max(0, length - limit) for length in lengths]
     arguments = [*arguments_of(tmp_path, rows, validation=False), "--max_source_length", str(limit)]
     finetune_seq2seq.main([*arguments, "--max_target_length", "2", "--dry_run", "true"])
-    inputs, targets = said
+    # the first says that there are no rows for evaluation
+    inputs, targets = said[1:]
     cut = sum(number > 0 for number in lost)
     assert inputs == (
         f"train: {cut} of 4 inputs were cut, and {sum(lost):,} tokens of {sum(lengths):,} lost; the longest lost "
@@ -343,6 +344,77 @@ def test_what_is_cut_off_is_counted_and_said(tmp_path, monkeypatch):
     said.clear()
     finetune_seq2seq.main([*arguments_of(tmp_path, ROWS), "--dry_run", "true"])
     assert said == []
+
+
+@pytest.mark.parametrize("script", SCRIPTS[1:], ids=lambda script: script.__name__)
+def test_without_a_model_it_is_said_what_to_name(tmp_path, script):
+    options = ["--train_file", "rows.jsonl", "--output_dir", str(tmp_path / "out"), *FAST]
+    with pytest.raises(ValueError, match="name the model to begin with: --model_name_or_path"):
+        script.prepare(options)
+    with pytest.raises(ValueError, match="give either --model_name_or_path, or --size"):
+        script.prepare([*options, *NEW_MODEL, "--model_name_or_path", str(tmp_path)])
+
+
+def test_budgets_may_be_fractions(tmp_path):
+    start = finetune_classification.prepare([*arguments_of(tmp_path, LABELLED), "--query_fraction", "1/8"])
+    config = start.args[0].model.config
+    assert (config.routed_query_fraction, config.routed_feed_forward_fraction) == (1 / 8, 1 / 16)
+
+
+@pytest.mark.parametrize("script", SCRIPTS[1:], ids=lambda script: script.__name__)
+def test_rows_are_held_out(tmp_path, script):
+    """A quarter of the training rows, the same in each run; the rest is trained on, and no row is in both."""
+    rows = [
+        {"document": f"x = {i}", "text": f"x = {i}", "summary": "s", "label": i % 2, "tokens": [f"{i}"], "tags": [0]}
+        for i in range(16)
+    ]
+    options = [*arguments_of(tmp_path, rows, validation=False), "--validation_share", "0.25"]
+    first, second = (script.prepare(options).args[0] for _ in range(2))
+    parts = [
+        [tuple(ids) for ids in part["input_ids"]]
+        for part in (first.train_dataset, first.eval_dataset, second.eval_dataset)
+    ]
+    assert [len(part) for part in parts] == [12, 4, 4] and parts[1] == parts[2]
+    assert len({*parts[0], *parts[1]}) == 16 and first.args.load_best_model_at_end
+    with pytest.raises(ValueError, match="leave it out where validation rows are given"):
+        script.prepare([*options, "--validation_file", str(tmp_path / "rows.jsonl")])
+    options[-1] = "1.5"
+    with pytest.raises(ValueError, match=r"validation_share is 1.5; it must be"):
+        script.prepare(options)
+
+
+def test_what_a_short_run_without_evaluation_says(tmp_path, monkeypatch):
+    said: list[str] = []
+    for module in (data, run_costs):
+        monkeypatch.setattr(module.logger, "warning", said.append)
+    options = [*arguments_of(tmp_path, LABELLED, validation=False), "--gradient_accumulation_steps", "2"]
+    finetune_classification.prepare(options)
+    assert "nothing is evaluated" in said[0] and "The run has 3 steps, which are few" in said[1] and len(said) == 2
+    said.clear()
+    finetune_classification.prepare([*arguments_of(tmp_path, LABELLED), "--max_steps", "3"])
+    assert said == []
+
+
+@pytest.mark.parametrize("limit", [None, 3])
+def test_generated_texts_are_as_long_as_the_targets_may_be(tmp_path, limit):
+    """Whatever limit the model came with; the limit is saved with the model."""
+    model = tiny_model(CoLT5ForConditionalGeneration, vocab_size=8192)
+    # longer than any target, and no end of a text before that
+    model.generation_config.update(max_new_tokens=30, suppress_tokens=[1])
+    model.save_pretrained(tmp_path / "model")
+    file = write_rows(tmp_path / "rows.jsonl", ROWS)
+    options = ["--model_name_or_path", str(tmp_path / "model"), "--tokenizer_name", str(TOKENIZER), *FAST]
+    options += ["--train_file", file, "--validation_file", file, "--output_dir", str(tmp_path / "out")]
+    options += ["--max_target_length", "5", "--max_steps", "1", "--eval_strategy", "no", "--save_strategy", "no"]
+    if limit is not None:
+        options += ["--generation_max_length", str(limit)]
+    start = finetune_seq2seq.prepare(options)
+    # with the token that decoding starts with
+    expected = limit or 6
+    assert start.args[0].predict(start.args[0].eval_dataset).predictions.shape[1] == expected
+    start()
+    trained = CoLT5ForConditionalGeneration.from_pretrained(tmp_path / "out")
+    assert trained.generate(torch.tensor([[5, 6, 1]])).shape[1] == expected
 
 
 def splits(*labels: Any) -> DatasetDict:
@@ -423,6 +495,11 @@ def test_scores_of_classes_labels_and_numbers():
         (["--train_file", "nowhere.jsonl"], "nowhere.jsonl is missing or empty"),
         (["--train_file", "rows.jsonl", "--model_name_or_path", "no/where"], "error: "),
         (["--train_file", "rows.jsonl", "--label_column", "class"], "train has no column class"),
+        (
+            ["--train_file", "rows.jsonl", "--model_name_or_path", "../t5/small"],
+            "no folder is, and which is no Hub id",
+        ),
+        (["--train_file", "rows.txt"], "given as the folder that they are in"),
         (["--train_file", "rows.jsonl", "--eval_steps", "1.5"], "eval_steps"),
         (["--train_file", "rows.jsonl", "--nonsense", "1"], "nonsense"),
         (["--train_file", "rows.jsonl", "--config_overrides", "d_model=-1"], "d_model"),
@@ -431,6 +508,7 @@ def test_scores_of_classes_labels_and_numbers():
 def test_errors_of_the_input_are_one_line(tmp_path, monkeypatch, capsys, options, message):
     monkeypatch.chdir(tmp_path)
     write_rows(tmp_path / "rows.jsonl", LABELLED)
+    (tmp_path / "rows.txt").write_text("a text")
     model = ["--output_dir", "out", *FAST] + ([] if "--model_name_or_path" in options else NEW_MODEL)
     monkeypatch.setattr(sys, "argv", ["finetune_classification.py", *model, *options])
     with pytest.raises(SystemExit) as stop:

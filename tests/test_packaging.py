@@ -52,7 +52,7 @@ def test_wheel_metadata(wheel):
     declared = re.search(r'^__version__ = "(.+)"$', (ROOT / "modeling_colt5/__init__.py").read_text(), re.MULTILINE)
     assert metadata["Version"] == declared[1]
     assert metadata["License-Expression"] == "Apache-2.0" and licences
-    assert set(metadata.get_all("Provides-Extra")) == {"triton", "examples", "figures", "dev"}
+    assert set(metadata.get_all("Provides-Extra")) == {"triton", "examples", "figures", "pdf", "dev"}
 
 
 def test_constraints_pin_every_requirement(wheel):
