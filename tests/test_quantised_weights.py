@@ -27,7 +27,7 @@ def assert_near(small, plain, spread):
     """A short input, and one long enough that plain weights are joined: the logits differ by less than a part of their
     standard deviation."""
     for length in (12, 300):
-        ids = random_ids(2, length)
+        ids = random_ids(2, length).to(plain.device)
         expected = run(plain, ids)
         assert (run(small, ids) - expected).std() < spread * expected.std()
 
@@ -54,31 +54,43 @@ def test_quantize_dynamic(model_class):
     assert_near(small, plain, 0.3)
 
 
-@pytest.mark.parametrize("model_class", MODELS)
-@pytest.mark.parametrize(
-    "name", ["Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig", "IntxWeightOnlyConfig"]
-)
-def test_torchao(model_class, name):
+# how torchao keeps weights, and whether that rounds them alone
+TORCHAO = {
+    "Int8WeightOnlyConfig": True,
+    "IntxWeightOnlyConfig": True,
+    "Float8WeightOnlyConfig": True,
+    "Int8DynamicActivationInt8WeightConfig": False,
+}
+
+
+def torchao_config(name):
     quantization = pytest.importorskip("torchao.quantization")
-    torch.manual_seed(0)
-    plain = tiny_model(model_class, **SIZES)
     fields = {}
     if name == "IntxWeightOnlyConfig":
         fields = {"weight_dtype": torch.int4, "granularity": quantization.granularity.PerGroup(32)}
+    return getattr(quantization, name)(**fields)
+
+
+@pytest.mark.parametrize("model_class", MODELS)
+@pytest.mark.parametrize("name", TORCHAO)
+def test_torchao(model_class, name):
+    config = torchao_config(name)
+    torch.manual_seed(0)
+    plain = tiny_model(model_class, **SIZES)
     small = copy.deepcopy(plain)
-    quantization.quantize_(small, getattr(quantization, name)(**fields))
-    if "Dynamic" in name:
-        assert_near(small, plain, 0.3)
-    else:
+    pytest.importorskip("torchao.quantization").quantize_(small, config)
+    if TORCHAO[name]:
         assert_rounds_weights_alone(small, plain)
+    else:
+        assert_near(small, plain, 0.3)
 
 
-def test_torchao_by_transformers(tmp_path):
-    quantization = pytest.importorskip("torchao.quantization")
+@pytest.mark.parametrize("name", TORCHAO)
+def test_torchao_by_transformers(name, tmp_path):
+    config = TorchAoConfig(torchao_config(name))
     torch.manual_seed(0)
     plain = tiny_model(**SIZES)
     plain.save_pretrained(tmp_path)
-    config = TorchAoConfig(quantization.Int8WeightOnlyConfig())
     small = type(plain).from_pretrained(tmp_path, quantization_config=config).eval()
     # it leaves the head as it is
     assert type(small.lm_head.weight) is nn.Parameter
@@ -86,22 +98,46 @@ def test_torchao_by_transformers(tmp_path):
     assert_near(small, plain, 0.3)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("model_class", MODELS)
+def test_products_in_float8(model_class, device):
+    """Of weights and activations, on cards that have them."""
+    quantization = pytest.importorskip("torchao.quantization")
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("products in float8 need compute capability 8.9")
+    torch.manual_seed(0)
+    plain = tiny_model(model_class, **SIZES).to(device, torch.bfloat16)
+    small = copy.deepcopy(plain)
+    # CUDA multiplies matrices in float8 whose sizes are multiples of 16
+    quantization.quantize_(
+        small,
+        quantization.Float8DynamicActivationFloat8WeightConfig(),
+        filter_fn=lambda part, name: type(part) is nn.Linear and not any(size % 16 for size in part.weight.shape),
+    )
+    linear = [part for part in small.modules() if type(part) is nn.Linear]
+    assert any(type(part.weight) is not nn.Parameter for part in linear)
+    assert_near(small, plain, 0.5)
+
+
+@pytest.mark.parametrize("model_class", MODELS)
 @pytest.mark.parametrize("name", ["qint8", "qint4"])
-def test_quanto(name):
+def test_quanto(model_class, name):
     quanto = pytest.importorskip("optimum.quanto")
     torch.manual_seed(0)
-    plain = tiny_model(**SIZES)
+    plain = tiny_model(model_class, **SIZES)
     small = copy.deepcopy(plain)
     quanto.quantize(small, weights=getattr(quanto, name))
     quanto.freeze(small)
     assert_rounds_weights_alone(small, plain)
 
 
+@pytest.mark.parametrize("model_class", MODELS)
 @pytest.mark.parametrize("bits", [4, 8])
-def test_bitsandbytes(bits, tmp_path):
+def test_bitsandbytes(model_class, bits, tmp_path):
     pytest.importorskip("bitsandbytes")
     torch.manual_seed(0)
-    plain = tiny_model(**SIZES)
+    # the CPU's products in 4 bits have a multiple of 32 outputs, those of a classifier too
+    plain = tiny_model(model_class, **SIZES, num_labels=32)
     plain.save_pretrained(tmp_path)
     config = BitsAndBytesConfig(**{f"load_in_{bits}bit": True})
     small = type(plain).from_pretrained(tmp_path, quantization_config=config, device_map="cpu").eval()
