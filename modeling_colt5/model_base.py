@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 from .configuration_colt5 import CoLT5Config, check_config
 from .model_checkpoints import OWN_FILES, check_layers, code_file
@@ -111,8 +112,11 @@ class CoLT5PreTrainedModel(PreTrainedModel):
     def _saved_class(cls, where: Any, config: CoLT5Config, **kwargs: Any) -> Any:
         """The class that a checkpoint's configuration names for the Auto class that loads this one."""
         reference = (getattr(config, "auto_map", None) or {}).get(cls._auto_class)
+        # The Auto class keeps what a checkpoint's code gave it, also for the next checkpoint with the same code.
+        is_of_a_checkpoint = cls.__module__.startswith(f"{TRANSFORMERS_DYNAMIC_MODULE_NAME}.")
         is_own = cls.__module__.rpartition(".")[2] in OWN_FILES
-        if reference is None or not is_own or code_file(reference) in OWN_FILES:
+        is_registered_here = not (is_own or is_of_a_checkpoint)
+        if reference is None or is_registered_here or (is_own and code_file(reference) in OWN_FILES):
             return cls._class_of_kind(config)
         if not kwargs.get("trust_remote_code"):
             raise ValueError(

@@ -55,6 +55,13 @@ class ScoreModel(CoLT5EncoderModel):
         return {"logits": SCALE * self.score(self.norm(states)[0]).squeeze(-1)}
 
 
+class OtherScoreModel(ScoreModel):
+    """The same weights, read otherwise."""
+
+    def forward(self, *args, **kwargs):
+        return {"logits": super().forward(*args, **kwargs)["logits"].abs()}
+
+
 class TopicModel(CoLT5EncoderModel):
     """A configuration and a model of their own."""
 
@@ -72,6 +79,7 @@ class TopicModel(CoLT5EncoderModel):
 
 
 ScoreModel.register_for_auto_class("AutoModelForSequenceClassification")
+OtherScoreModel.register_for_auto_class("AutoModelForSequenceClassification")
 TopicConfig.register_for_auto_class()
 TopicModel.register_for_auto_class("AutoModelForTokenClassification")
 '''
@@ -143,6 +151,8 @@ def check_users(where: str) -> None:
     """A user's models load as what they are, and so do their copies; other classes' copies leave the user's out."""
     for kind, auto_class in (
         ("ScoreModel", "AutoModelForSequenceClassification"),
+        # of the same file, for the same Auto class
+        ("OtherScoreModel", "AutoModelForSequenceClassification"),
         ("TopicModel", "AutoModelForTokenClassification"),
     ):
         model, expected = logits(auto_class, f"{where}/{kind}/model")

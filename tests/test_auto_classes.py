@@ -47,9 +47,11 @@ def checkpoints(tmp_path_factory) -> Path:
         sys.path.remove(str(root))
     torch.manual_seed(0)
     tokenizer = CoLT5Tokenizer(vocab=hub_steps.PIECES)
-    for kind in auto_steps.KINDS:
+    for kind in (*auto_steps.KINDS, "OtherScoreModel"):
         folder = root / kind / "model"
-        getattr(modeling_colt5, kind, users.ScoreModel)(CoLT5Config(**hub_steps.SIZES)).save_pretrained(folder)
+        getattr(modeling_colt5, kind, getattr(users, kind, None))(CoLT5Config(**hub_steps.SIZES)).save_pretrained(
+            folder
+        )
         tokenizer.save_pretrained(folder)
     users.TopicModel(users.TopicConfig(**hub_steps.SIZES, num_topics=5)).save_pretrained(root / "TopicModel/model")
     return root
