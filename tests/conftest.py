@@ -1,5 +1,6 @@
 """What every test stands on: Triton's interpreter without CUDA, no network, a seed, a device."""
 
+import importlib.util
 import ipaddress
 import logging
 import os
@@ -9,6 +10,7 @@ import tempfile
 
 import pytest
 import torch
+from interpreter_speed import make_interpreter_fast
 
 if not torch.cuda.is_available():
     # Triton reads it when a kernel is decorated, so before any test module is imported
@@ -41,6 +43,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # PEFT asks by the name that Transformers has since deprecated, wherever a model gets an adapter; no code here does
     message = "`is_gradient_checkpointing` is deprecated"
     config.addinivalue_line("filterwarnings", f"ignore:{message}:FutureWarning:transformers.modeling_utils")
+    if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
+        make_interpreter_fast()
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
