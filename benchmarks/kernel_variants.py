@@ -227,7 +227,10 @@ def token_jobs(quick: bool) -> None:
                 op_rows_triton.gather(states, *routing, *second)
             op_rows_triton.gather_dot(states, slots, *routing)
             for joined in ((norm,), (norm, norm), (norm, norm, norm)):
-                op_rows_triton.join_into(torch.empty(len(joined), d, dtype=dtype), *joined)
+                op_rows_triton.join_into((torch.empty(len(joined), d, dtype=dtype), *joined))
+            joins = [(torch.empty(count, d, dtype=dtype), *[norm] * count) for count in (2, 3, 4, 2)]
+            for count in (2, 3, 4):
+                op_rows_triton.join_into(*joins[:count])
             op_gelu_triton.gated_gelu(states, states)
             op_gelu_triton.gated_gelu_backward(states, states, states)
             drop = (torch.empty(1, dtype=torch.int64), 0.1)

@@ -76,7 +76,7 @@ class Backward:
                 out = self.line.temporary(program.dtype, *view.shape)
             product(part.t(), states, out)
             if out is not view:
-                self.line.run(join_into, view, out)
+                self.line.run(join_into, (view, out))
 
     def states_gradient(self, joined: Tensor, first: int, count: int) -> Tensor:
         """The gradient of states, from those of their products with weights from a place on, side by side."""
@@ -84,7 +84,7 @@ class Backward:
         weights = line.weights[first : first + count]
         out = line.temporary(line.program.dtype, joined.shape[0], weights[0].shape[1])
         if line.program.joins[first]:
-            line.recorder.product(joined, line.joined(first, count), out)
+            line.recorder.product(joined, line.joined[first], out)
             return out
         for number, (part, weight) in enumerate(zip(joined.chunk(count, 1), weights, strict=True)):
             (line.recorder.add_product if number else line.recorder.product)(part, weight, out)
@@ -160,6 +160,7 @@ class Backward:
         """
         if self.line.program.casts:
             self.line.cast_matrices(copies=False)
+        self.line.join_weights()
         hidden_grad, update_grad = self.feed_forward(grad)
         self.attention(hidden_grad, update_grad, hidden_states, out)
 

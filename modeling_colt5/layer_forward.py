@@ -14,11 +14,13 @@ if triton_is_available():
     from .op_gelu_triton import gated_gelu_into
     from .op_norm_triton import combine_norm_into
     from .op_routing_triton import route_forward_into, sharing_shapes
-    from .op_rows_triton import combine_into, gather_into, join_into
+    from .op_rows_triton import MOST_JOINS, combine_into, gather_into, join_into
     from .run_launch_list_triton import Recorder
 
-# the matrices whose copies in another dtype one launch makes, by their places in `WEIGHTS`
-_CAST_TOGETHER = ((1, 2, 3), (4,), (7,), (8, 9), (10,), (12, 13), (14,), (16, 17), (18,))
+# matrices of as many numbers each, by their places in `WEIGHTS`
+_ALIKE = ((1, 2, 3, 4), (7, 8, 9, 10), (12, 13, 14), (16, 17, 18))
+# the weights whose products with the same states may be one product
+_JOINED = {1: 3, 8: 2, 12: 2, 16: 2}
 
 
 class Line:
@@ -48,6 +50,7 @@ class Line:
         self.program, self.common, self.plan, self.recorder = program, common, plan, recorder
         self.weights, self.tables, self.layout, self.memory = list(weights), tables, layout, memory
         self.seeds = seeds
+        self.joined: dict[int, Tensor] = {}
         self.run, self.temporary = recorder.run, recorder.temporary
 
     def place(self, name: str) -> Tensor:
@@ -69,31 +72,38 @@ class Line:
         """Let copies in the products' dtype, side by side in one memory, stand for the layer's matrices; they are made
         only if `copies`."""
         memory = self.place("matrices")
+        joins: list[tuple[Tensor, ...]] = []
         first = 0
-        for group in _CAST_TOGETHER:
+        for group in _ALIKE:
             matrices = [self.weights[place] for place in group]
             size = matrices[0].numel()
-            if copies:
-                self.run(join_into, memory.narrow(0, first, size * len(group)), *matrices)
+            joins.append((memory.narrow(0, first, size * len(group)), *matrices))
             for place, matrix in zip(group, matrices, strict=True):
                 self.weights[place] = memory.narrow(0, first, size).view(matrix.shape)
                 first += size
+        if copies:
+            self.run(join_into, *joins)
 
-    def joined(self, first: int, count: int) -> Tensor:
-        """Weights from a place on, side by side."""
-        weights = self.weights[first : first + count]
-        width, d = weights[0].shape
-        if self.program.casts:
-            return weights[0].as_strided((count * width, d), (d, 1))
-        memory = self.temporary(weights[0].dtype, count * width, d)
-        self.run(join_into, memory, *weights)
-        return memory
+    def join_weights(self, *others: tuple[Tensor, ...]) -> None:
+        """Put weights side by side whose products with the same states are one; other joins in the same launch."""
+        joins = list(others)
+        for first, count in _JOINED.items():
+            if self.program.joins[first]:
+                weights = self.weights[first : first + count]
+                width, d = weights[0].shape
+                if self.program.casts:
+                    self.joined[first] = weights[0].as_strided((count * width, d), (d, 1))
+                else:
+                    self.joined[first] = self.temporary(weights[0].dtype, count * width, d)
+                    joins.append((self.joined[first], *weights))
+        for number in range(0, len(joins), MOST_JOINS):
+            self.run(join_into, *joins[number : number + MOST_JOINS])
 
     def products(self, states: Tensor, first: int, count: int, out: Tensor) -> None:
         """Write the products of states with weights from a place on to `out`, side by side."""
         product = self.recorder.product
         if self.program.joins[first]:
-            product(states, self.joined(first, count).t(), out)
+            product(states, self.joined[first].t(), out)
             return
         width = out.shape[1] // count
         for part, weight in zip(out.split(width, 1), self.weights[first:], strict=False):
@@ -118,7 +128,7 @@ class Line:
         if states.dtype == dtype:
             return states
         result = self.temporary(dtype, *states.shape)
-        self.run(join_into, result, states)
+        self.run(join_into, (result, states))
         return result
 
 
@@ -165,7 +175,7 @@ def attention(line: Line, incoming: Tensor | None) -> tuple[Tensor, ...]:
         line.cast_matrices(copies=True)
     norm_weight, _, _, _, o, query_router, key_router, heavy_q, _, _, heavy_o = line.weights[:11]
     routers = line.place("routers")
-    run(join_into, routers, query_router, key_router)
+    line.join_weights((routers, query_router, key_router))
     places = program.first.views(line.place("first"))
     normed = line.place("normed")
     of_norm = (line.rows(normed), *places[:2], program.eps[0])

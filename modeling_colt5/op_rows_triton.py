@@ -329,25 +329,76 @@ def gather_dot_into(
 
 
 @triton.jit
-def join_kernel(first_ptr, second_ptr, third_ptr, out_ptr, size, BLOCK: tl.constexpr):
-    """Up to three tensors one behind the other, a block of one of them a program."""
-    part = tl.program_id(1)
-    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+def copy_block(source_ptr, out_ptr, part, block, size, BLOCK: tl.constexpr):
+    """A block of one of the tensors of `size` numbers that lie one behind the other in `out`."""
+    offsets = block * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < size
-    parts = tl.zeros([BLOCK], dtype=tl.int32) + part
-    values = tl.load(first_ptr + offsets, mask=mask & (parts == 0), other=0.0)
-    if second_ptr is not None:
-        second = tl.load(second_ptr + offsets, mask=mask & (parts == 1), other=0.0)
-        values = tl.where(parts == 1, second, values)
-    if third_ptr is not None:
-        third = tl.load(third_ptr + offsets, mask=mask & (parts == 2), other=0.0)
-        values = tl.where(parts == 2, third, values)
+    values = tl.load(source_ptr + offsets, mask=mask)
     tl.store(out_ptr + part.to(tl.int64) * size + offsets, values.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def join_into(out: Tensor, first: Tensor, second: Tensor | None = None, third: Tensor | None = None) -> None:
-    """One launch that writes up to three contiguous tensors of as many numbers each to a contiguous `out`, one behind
-    the other, rounded to its dtype."""
-    size, parts = first.numel(), 1 + (second is not None) + (third is not None)
-    block = min(2048, next_power_of_2(size))
-    launch(join_kernel, (cdiv(size, block), parts), first, second, third, out, size, block, num_warps=4)
+@triton.jit
+def join_block(program, blocks, out_ptr, first_ptr, second_ptr, third_ptr, fourth_ptr, size, BLOCK: tl.constexpr):
+    """A block of one of up to four tensors, by the number of the program."""
+    part = program // blocks
+    block = program % blocks
+    if part == 0:
+        copy_block(first_ptr, out_ptr, part, block, size, BLOCK)
+    if second_ptr is not None:
+        if part == 1:
+            copy_block(second_ptr, out_ptr, part, block, size, BLOCK)
+    if third_ptr is not None:
+        if part == 2:
+            copy_block(third_ptr, out_ptr, part, block, size, BLOCK)
+    if fourth_ptr is not None:
+        if part == 3:
+            copy_block(fourth_ptr, out_ptr, part, block, size, BLOCK)
+
+
+@triton.jit
+def join_kernel(
+    out0_ptr, first0_ptr, second0_ptr, third0_ptr, fourth0_ptr, size0,
+    out1_ptr, first1_ptr, second1_ptr, third1_ptr, fourth1_ptr, size1,
+    out2_ptr, first2_ptr, second2_ptr, third2_ptr, fourth2_ptr, size2,
+    out3_ptr, first3_ptr, second3_ptr, third3_ptr, fourth3_ptr, size3,
+    PARTS0: tl.constexpr, PARTS1: tl.constexpr, PARTS2: tl.constexpr, PARTS3: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Up to four joins, each of up to four tensors that it writes one behind the other: a block of one a program."""
+    program = tl.program_id(0)
+    blocks = tl.cdiv(size0, BLOCK)
+    if program < PARTS0 * blocks:
+        join_block(program, blocks, out0_ptr, first0_ptr, second0_ptr, third0_ptr, fourth0_ptr, size0, BLOCK)
+    if PARTS1 > 0:
+        program -= PARTS0 * blocks
+        blocks = tl.cdiv(size1, BLOCK)
+        if (program >= 0) & (program < PARTS1 * blocks):
+            join_block(program, blocks, out1_ptr, first1_ptr, second1_ptr, third1_ptr, fourth1_ptr, size1, BLOCK)
+    if PARTS2 > 0:
+        program -= PARTS1 * blocks
+        blocks = tl.cdiv(size2, BLOCK)
+        if (program >= 0) & (program < PARTS2 * blocks):
+            join_block(program, blocks, out2_ptr, first2_ptr, second2_ptr, third2_ptr, fourth2_ptr, size2, BLOCK)
+    if PARTS3 > 0:
+        program -= PARTS2 * blocks
+        blocks = tl.cdiv(size3, BLOCK)
+        if (program >= 0) & (program < PARTS3 * blocks):
+            join_block(program, blocks, out3_ptr, first3_ptr, second3_ptr, third3_ptr, fourth3_ptr, size3, BLOCK)
+
+
+# joins of one launch, and tensors of a join
+MOST_JOINS = MOST_PARTS = 4
+
+
+def join_into(*joins: tuple[Tensor, ...]) -> None:
+    """One launch that makes up to four joins, each of a contiguous result and up to four contiguous tensors of as many
+    numbers each, which it writes to the result one behind the other, rounded to its dtype."""
+    operands: list[Tensor | int | None] = []
+    parts = [0] * MOST_JOINS
+    sizes = [first.numel() for _, first, *_ in joins]
+    block = min(2048, next_power_of_2(max(sizes)))
+    for number, (join, size) in enumerate(zip(joins, sizes, strict=True)):
+        parts[number] = len(join) - 1
+        operands += [*join, *[None] * (MOST_PARTS - parts[number]), size]
+    operands += [*[None] * (1 + MOST_PARTS), 0] * (MOST_JOINS - len(joins))
+    programs = sum(part * cdiv(size, block) for part, size in zip(parts, sizes, strict=False))
+    launch(join_kernel, (programs,), *operands, *parts, block, num_warps=4)

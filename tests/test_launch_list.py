@@ -35,16 +35,16 @@ def scaled(states: torch.Tensor, factor: float) -> tuple[torch.Tensor]:
 def computed(recorder: Recorder, first: torch.Tensor, second: torch.Tensor, out: torch.Tensor) -> None:
     """out = 3 * joined(first, second) @ first + second @ first, by way of several temporary tensors."""
     joined = recorder.temporary(torch.float32, 8, 4)
-    recorder.run(join_into, joined, first, second)
+    recorder.run(join_into, (joined, first, second))
     product = recorder.temporary(torch.float32, 8, 4)
     recorder.product(joined, first, product)
     (tripled,) = recorder.step(partial(scaled, factor=3.0), product)
     upper = recorder.temporary(torch.float32, 4, 4)
-    recorder.run(join_into, upper, tripled[:4])
+    recorder.run(join_into, (upper, tripled[:4]))
     recorder.add_product(second.t(), first, upper)
     recorder.zeros(out)
-    recorder.run(join_into, out[4:], tripled[4:])
-    recorder.run(join_into, out[:4], upper)
+    recorder.run(join_into, (out[4:], tripled[4:]))
+    recorder.run(join_into, (out[:4], upper))
 
 
 def expected(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
@@ -84,7 +84,7 @@ def test_what_is_not_aligned_launches_nothing(repeated: list[str]) -> None:
 def test_a_thread_without_a_context_gets_one(repeated: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     recorder = Recorder(CPU, records=True)
     memories = [torch.ones(4), torch.empty(4)]
-    recorder.run(join_into, memories[1], memories[0])
+    recorder.run(join_into, (memories[1], memories[0]))
     launches = recorder.finish(memories)
     devices, run = [], run_launch_list_triton.launcher().run
     without = [run_launch_list_triton.WITHOUT_CONTEXT]
@@ -105,7 +105,7 @@ def test_what_cannot_be_repeated_gives_no_list(case: str, repeated: list[str], m
     if case == "strided":
         second = torch.zeros(8)[::2]
     recorder = Recorder(CPU, records=True)
-    recorder.run(join_into, out, first, first if case == "tied" else second.contiguous())
+    recorder.run(join_into, (out, first, first if case == "tied" else second.contiguous()))
     if case == "Triton's own":
         monkeypatch.setattr(run_launch_list_triton, "launch_command", lambda *note: None)
     memories = [first, first if case == "tied" else second, out]

@@ -414,6 +414,8 @@ def lists(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(run_launch_list_triton, "launcher", interpreting_launcher(monkeypatch, repeated))
     monkeypatch.setattr(layer_program, "programs", {})
     monkeypatch.setattr(layer_program, "may_repeat", lambda states: True)
+    # and weights of products with the same states are joined
+    monkeypatch.setattr(layer_program, "is_one_product", lambda *sizes: True)
     return repeated
 
 
