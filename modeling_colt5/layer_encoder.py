@@ -73,12 +73,8 @@ class Sum:
         """The states [batch, n, d_model]."""
         if self.states is not None:
             return self.states
-        assert self.line is not None and self.line.memory is not None
-        line = self.line.line(Recorder(self.line.program.device, False), self.line.program.outgoing, self.line.memory)
-        parts = parts_of(line)
-        total = torch.empty_like(parts[0])
-        combined(line, parts, total)
-        return total
+        assert self.line is not None
+        return self.line.total()
 
 
 class StraightLayer:
@@ -169,6 +165,19 @@ class StraightLayer:
                 assert part.data_ptr() == place.data_ptr()
             self.keep(kind, recorder, memories)
         return Sum(None, self)
+
+    def total(self) -> Tensor:
+        """The states [batch, n, d_model] that the sum is which the layer left."""
+        program = self.program
+        assert self.memory is not None
+        total = torch.empty((program.batch, program.n, program.d), dtype=program.hidden_dtype, device=program.device)
+        memories = [self.memory, total]
+        if not self.repeated("total", memories):
+            recorder = self.recorder("total")
+            line = self.line(recorder, program.outgoing, self.memory)
+            combined(line, parts_of(line), total)
+            self.keep("total", recorder, memories)
+        return total
 
 
 class _Straight(torch.autograd.Function):

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from .kernel_backend import runs_eagerly
+from .kernel_backend import accumulation_dtype, runs_eagerly
 
 
 def relative_position_bucket(
@@ -73,5 +73,6 @@ class CoLT5RelativePositionBias(nn.Embedding):
         Entry max_distance + d is the bias of a key d positions after its query. All distances from max_distance on
         share a bucket, so that clamped distances lose nothing.
         """
-        table = super().forward(self._bucket_beside_weight()).transpose(0, 1).contiguous()
-        return table if table.dtype == torch.float64 else table.float()
+        table = super().forward(self._bucket_beside_weight()).transpose(0, 1)
+        # one copy, whatever the dtype: the first leaves fp32 as it is, the second what the first has copied
+        return table.to(accumulation_dtype(table.dtype), memory_format=torch.contiguous_format).contiguous()
