@@ -236,7 +236,7 @@ def token_jobs(quick: bool) -> None:
             drop = (torch.empty(1, dtype=torch.int64), 0.1)
             op_dropout_triton.dropout(states, *drop)
             op_gelu_triton.gated_gelu_into(states, states, states, *drop)
-            op_gelu_triton.gated_gelu_backward_into(*[states] * 5, *drop)
+            op_gelu_triton.gated_gelu_backward_into(*[states] * 5, *drop, states)
             op_rows_triton.combine_into(states, states, slots, *routing, *[None] * 4, states, *drop)
             vectors, scores = torch.empty(1, d), torch.empty(2, 1, 96)
             results = (states, states, scores[:, 0].contiguous(), scores, 1e-6)

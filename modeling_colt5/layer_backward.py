@@ -11,7 +11,7 @@ from .layer_program import Program
 
 if triton_is_available():
     from .op_attention_triton import attention_backward_into, readable, table_sums_into
-    from .op_gelu_triton import gated_gelu_backward_into, gated_gelu_into
+    from .op_gelu_triton import gated_gelu_backward_into
     from .op_norm_triton import norm_backward_into
     from .op_routing_triton import route_backward_into
     from .op_rows_triton import combine_into, gather_dot_into, join_into
@@ -103,26 +103,23 @@ class Backward:
     def dense(self, name: str, grad: Tensor, states: Tensor, first: int, place: int) -> Tensor:
         """The gradient of a gated feed-forward's states, and those of its weights, from `first` on, as needed; dropout
         as at a place."""
-        dropout = self.line.dropout(place)
         line, out = self.line, self.line.weights[first + 2]
         products = line.place(f"{name}_products")
         parts = [line.rows(part) for part in products.chunk(2, 1)]
         tokens, width = states.shape[0], products.shape[1] // 2
-        if self.needs[first + 2]:
-            # cheaper to compute again than to keep
-            activated = line.temporary(states.dtype, tokens, width)
-            line.run(gated_gelu_into, *parts, line.rows(activated), *dropout)
-            self.weight_gradients(grad, activated, first + 2, 1)
-            del activated
         activated_grad = line.temporary(states.dtype, tokens, width)
         line.recorder.product(grad, out, activated_grad)
         joined = line.temporary(states.dtype, tokens, 2 * width)
+        # the activation is cheaper to compute again than to keep, and takes the place of its gradient
+        activated = activated_grad if self.needs[first + 2] else None
         line.run(
             gated_gelu_backward_into,
             line.rows(activated_grad), *parts, *(line.rows(part) for part in joined.chunk(2, 1)),
-            *dropout,
+            *line.dropout(place), None if activated is None else line.rows(activated),
         )  # fmt: skip
-        del activated_grad
+        if activated is not None:
+            self.weight_gradients(grad, activated, first + 2, 1)
+        del activated_grad, activated
         self.weight_gradients(joined, states, first, 2)
         return self.states_gradient(joined, first, 2)
 

@@ -54,6 +54,7 @@ def gated_gelu_backward_kernel(
     seed_ptr,
     grad_gate_ptr,
     grad_up_ptr,
+    activated_ptr,
     gate_stride,
     up_stride,
     grad_stride,
@@ -61,7 +62,8 @@ def gated_gelu_backward_kernel(
     DROPOUT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """∂gate and ∂up from ∂out, everything else recomputed, what was dropped included."""
+    """∂gate and ∂up from ∂out, everything else recomputed, what was dropped included; and `out` again where it is
+    wanted, which may lie where ∂out lies."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < width
@@ -71,6 +73,11 @@ def gated_gelu_backward_kernel(
     gate = tl.load(gate_ptr + row * gate_stride + columns, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * up_stride + columns, mask=mask, other=0.0).to(tl.float32)
     share, slope = gelu_parts(gate)
+    if activated_ptr is not None:
+        activated = gate * share * up
+        if seed_ptr is not None:
+            activated = dropped_in_row(activated, seed_ptr, row, columns, DROPOUT)
+        tl.store(activated_ptr + row * width + columns, activated.to(activated_ptr.dtype.element_ty), mask=mask)
     # The slope is d(½·(1 + tanh u))/du = ½·(1 − tanh² u) = 2·s·(1 − s).
     grad_gate = grad * up * (share + gate * 2.0 * share * (1.0 - share) * slope)
     grad_up = grad * gate * share
@@ -124,9 +131,11 @@ def gated_gelu_backward_into(
     grad_up: Tensor,
     seed: Tensor | None = None,
     dropout: float = 0.0,
+    activated: Tensor | None = None,
 ) -> None:
     """The launch of `gated_gelu_backward`; it writes `grad_gate` and `grad_up`, whose rows lie equally far apart: both
-    contiguous, or the halves of one tensor. The seed is that of the forward pass."""
+    contiguous, or the halves of one tensor. The seed is that of the forward pass, whose result is written to
+    `activated` once more where that is given: contiguous, and `grad` itself if nobody needs that any longer."""
     (gate_rows, gate_stride), (up_rows, up_stride) = rows_of(gate), rows_of(up)
     _, grad_stride = rows_of(grad_gate)
     width = gate.shape[-1]
@@ -134,6 +143,6 @@ def gated_gelu_backward_into(
     block = min(1024, next_power_of_2(width))
     launch(
         gated_gelu_backward_kernel, (rows, cdiv(width, block)),
-        grad, gate_rows, up_rows, seed, grad_gate, grad_up, gate_stride, up_stride, grad_stride, width, dropout, block,
-        num_warps=4,
+        grad, gate_rows, up_rows, seed, grad_gate, grad_up, activated,
+        gate_stride, up_stride, grad_stride, width, dropout, block, num_warps=4,
     )  # fmt: skip

@@ -74,6 +74,11 @@ def test_gated_gelu_drops_forward_and_backward(seed: Tensor) -> None:
     expected = gated_gelu_backward_reference(dropout_reference(grad, seed, 0.3), gate, up)
     for found, own in zip((grad_gate, grad_up), expected, strict=True):
         assert_same_but_for_rounding(found, own)
+    # once more, with the result in the place of its gradient
+    gated_gelu_backward_into(grad, gate, up, grad_gate, grad_up, seed, 0.3, grad)
+    assert_same_but_for_rounding(grad, output)
+    for found, own in zip((grad_gate, grad_up), expected, strict=True):
+        assert_same_but_for_rounding(found, own)
 
 
 @pytest.mark.parametrize("rows", [7, 64])
