@@ -86,6 +86,13 @@ def test_other_licences_are_refused(stated: str, metadata: str) -> None:
         check_licence(Package("pack", "1", stated), metadata)
 
 
+def test_modules_with_few_annotations_are_left_out() -> None:
+    files = [("none.py", b"def f(a, b): pass\n"), ("two.py", b"def f(a: int, b) -> int: pass\n")]
+    for least, paths in ((0, ["none.py", "two.py"]), (2, ["two.py"]), (3, [])):
+        package = Package("pack", "1", "MIT", least_annotations=least)
+        assert [entry.path for entry in modules_of(package, files, len, min_tokens=1)] == paths
+
+
 @pytest.mark.parametrize(
     ("stated", "metadata"),
     [

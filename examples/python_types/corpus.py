@@ -20,6 +20,9 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from functools import lru_cache, partial
+from itertools import chain
+from multiprocessing import Pool
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -64,12 +67,14 @@ PRIME = 2**31 - 1
 
 @dataclass(frozen=True)
 class Package:
-    """A pinned release: its name, version, SPDX licence and the split that all of its modules belong to."""
+    """A pinned release: its name, version, SPDX licence and the split that all of its modules belong to; of its
+    modules those with fewer annotations than `least_annotations` are left out."""
 
     name: str
     version: str
     licence: str
     split: str = TRAIN
+    least_annotations: int = 0
 
 
 @dataclass(frozen=True)
@@ -102,6 +107,68 @@ PACKAGES = [
     Package("sqlglot", "30.30.0", "MIT", "sqlglot"),
     Package("xarray", "2026.9.0", "Apache-2.0", VALIDATION),
     Package("haystack-ai", "3.4.1", "Apache-2.0", VALIDATION),
+]
+# of these only what has annotations: they are there for the variety of types
+PACKAGES += [
+    Package(name, version, licence, least_annotations=5)
+    for name, version, licence in (
+        ("aiohttp", "3.14.5", "Apache-2.0"),
+        ("anndata", "0.12.19", "BSD-3-Clause"),
+        ("anthropic", "2.14.0", "Apache-2.0"),
+        ("anyio", "4.16.0", "MIT"),
+        ("astropy", "8.0.2", "BSD-3-Clause"),
+        ("ax-platform", "1.3.1", "MIT"),
+        ("azure-ai-ml", "1.35.2", "MIT"),
+        ("black", "26.10.1", "MIT"),
+        ("bokeh", "3.9.2", "BSD-3-Clause"),
+        ("botorch", "0.18.1", "MIT"),
+        ("chromadb", "1.5.9", "Apache-2.0"),
+        ("cirq-core", "1.7.0", "Apache-2.0"),
+        ("dagster", "1.13.29", "Apache-2.0"),
+        ("discord.py", "2.7.1", "MIT"),
+        ("distributed", "2026.8.0", "BSD-3-Clause"),
+        ("flax", "0.12.8", "Apache-2.0"),
+        ("great-expectations", "1.24.1", "Apache-2.0"),
+        ("jax", "0.10.2", "Apache-2.0"),
+        ("kedro", "1.7.0", "Apache-2.0"),
+        ("kornia", "0.9.0", "Apache-2.0"),
+        ("langchain-community", "0.4.2", "MIT"),
+        ("langchain-core", "1.8.4", "MIT"),
+        ("lightning", "2.6.6", "Apache-2.0"),
+        ("litestar", "2.25.0", "MIT"),
+        ("llama-index-core", "0.14.25", "MIT"),
+        ("marimo", "0.25.2", "Apache-2.0"),
+        ("mcp", "2.3.0", "MIT"),
+        ("mitmproxy", "11.0.2", "MIT"),
+        ("mlflow", "3.18.0", "Apache-2.0"),
+        ("monai", "1.6.1", "Apache-2.0"),
+        ("mypy", "2.4.1", "MIT"),
+        ("napari", "0.9.2", "BSD-3-Clause"),
+        ("nicegui", "3.18.0", "MIT"),
+        ("openai", "3.57.0", "Apache-2.0"),
+        ("optuna", "5.0.0", "MIT"),
+        ("poetry", "2.5.1", "MIT"),
+        ("prefect", "3.9.1", "Apache-2.0"),
+        ("pydantic", "2.14.4", "MIT"),
+        ("pymatgen", "2026.10.24", "MIT"),
+        ("pymongo", "4.20.1", "Apache-2.0"),
+        ("qiskit", "2.6.2", "Apache-2.0"),
+        ("scrapy", "2.19.0", "BSD-3-Clause"),
+        ("semantic-kernel", "1.45.0", "MIT"),
+        ("sphinx", "9.0.4", "BSD-2-Clause"),
+        ("sqlalchemy", "2.1.9", "MIT"),
+        ("strawberry-graphql", "0.341.2", "MIT"),
+        ("streamlit", "1.67.0", "Apache-2.0"),
+        ("tensordict", "0.15.3", "MIT"),
+        ("textual", "8.2.8", "MIT"),
+        ("torch-geometric", "2.8.1", "MIT"),
+        ("torchmetrics", "1.9.0", "Apache-2.0"),
+        ("torchvision", "0.29.1", "BSD-3-Clause"),
+        ("twisted", "26.10.0", "MIT"),
+        ("wandb", "0.31.0", "MIT"),
+        ("web3", "8.0.0", "MIT"),
+        ("zenml", "0.98.0", "Apache-2.0"),
+    )
 ]
 
 
@@ -206,7 +273,9 @@ def modules_of(
     for path, data in files:
         text = None if is_excluded(path) else usable_text(data)
         # every token has at least one character
-        if text and len(text) >= min_tokens and (n_tokens := count(text)) >= min_tokens:
+        if not text or len(text) < min_tokens or annotations(text) < package.least_annotations:
+            continue
+        if (n_tokens := count(text)) >= min_tokens:
             yield Module(package.name, package.version, path, package.licence, package.split, text, n_tokens)
 
 
@@ -294,27 +363,42 @@ def write(folder: Path, modules: Iterable[Module]) -> None:
             file.writelines(lines)
 
 
+@lru_cache
+def tokenizer() -> CoLT5Tokenizer:
+    """The one that tokens are counted with; each process has its own."""
+    return CoLT5Tokenizer.from_pretrained(VOCABULARY)
+
+
+def count_tokens(text: str) -> int:
+    """A text's tokens, without eos."""
+    return len(tokenizer()(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def modules_in_wheel(wheels: Path, package: Package) -> list[Module]:
+    """The modules of a package that the corpus takes; its wheel is fetched into the folder `wheels`.
+
+    Raises:
+        ValueError: if its licence is not what the list states.
+    """
+    metadata, files = files_in_wheel(fetch(package, wheels))
+    check_licence(package, metadata)
+    return list(modules_of(package, files, count_tokens))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for the rows, the table and the wheels")
     names = [package.name for package in PACKAGES]
     parser.add_argument("--packages", nargs="+", choices=names, default=names, help="all by default")
+    parser.add_argument("--processes", type=int, default=2, help="packages that are read at a time")
     arguments = parser.parse_args()
 
     packages = [package for package in PACKAGES if package.name in arguments.packages]
     check_splits(packages)
-    tokenizer = CoLT5Tokenizer.from_pretrained(VOCABULARY)
-
-    def count(text: str) -> int:
-        return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
-    modules: list[Module] = []
-    for package in packages:
-        metadata, files = files_in_wheel(fetch(package, arguments.out / "wheels"))
-        check_licence(package, metadata)
-        modules += modules_of(package, files, count)
+    with Pool(arguments.processes) as pool:
+        found = pool.map(partial(modules_in_wheel, arguments.out / "wheels"), packages, chunksize=1)
     python = Package("python", platform.python_version(), "PSF-2.0")
-    modules += modules_of(python, standard_library(), count)
+    modules = [*chain.from_iterable(found), *modules_of(python, standard_library(), count_tokens)]
     kept, dropped = without_duplicates(modules)
     write(arguments.out, kept)
     table = summary([*packages, python], kept, dropped)
