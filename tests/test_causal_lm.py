@@ -419,7 +419,7 @@ def test_trainer_learns_a_text_by_heart(tmp_path) -> None:
     text = random_ids(4, 3 * WINDOW)
     rows = [{"input_ids": row, "labels": row} for row in text for _ in range(8)]
     arguments = TrainingArguments(
-        output_dir=tmp_path, max_steps=60, learning_rate=1e-2, per_device_train_batch_size=4, report_to=[],
+        output_dir=tmp_path, max_steps=40, learning_rate=2e-2, per_device_train_batch_size=4, report_to=[],
         gradient_accumulation_steps=2, use_cpu=True, disable_tqdm=True,
         save_strategy="no", logging_steps=20,
     )  # fmt: skip
@@ -456,8 +456,17 @@ def test_half_precision_is_finite_and_near(dtype: torch.dtype, attn_implementati
     assert close[batch["attention_mask"].bool()].double().mean() > 0.8
 
 
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
-@pytest.mark.parametrize(("num_beams", "cross"), [(1, None), (3, None), (3, 8)])
+@pytest.mark.parametrize(
+    ("cache", "num_beams", "cross"),
+    [
+        ("static", 1, None),
+        ("dynamic", 3, None),
+        ("static", 3, 8),
+        pytest.param("dynamic", 1, None, marks=pytest.mark.slow),
+        pytest.param("static", 3, None, marks=pytest.mark.slow),
+        pytest.param("dynamic", 3, 8, marks=pytest.mark.slow),
+    ],
+)
 def test_inside_the_encoder_decoder(cache: str, num_beams: int, cross: int | None) -> None:
     """Beside cross-attention to all of the encoder's output, and to routed tokens of it."""
     torch.manual_seed(0)

@@ -313,7 +313,7 @@ def test_classification_of_words(tmp_path):
         finetune_token_classification.main(arguments)
 
 
-@pytest.mark.parametrize("objective", ["ul2", "span_corruption"])
+@pytest.mark.parametrize("objective", ["ul2", pytest.param("span_corruption", marks=pytest.mark.slow)])
 def test_pretraining_resumes_to_the_same_weights(tmp_path, objective):
     text = tmp_path / "text.txt"
     text.write_text("".join(row["document"] for row in ROWS) * 8)

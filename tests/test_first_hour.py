@@ -467,7 +467,7 @@ def test_several_labels_are_learned(tmp_path):
     assert finetune_classification.main([*again, "--output_dir", str(tmp_path / "evaluated")])["eval_accuracy"] == 1
 
 
-@pytest.mark.parametrize("numbers", [1, 2])
+@pytest.mark.parametrize("numbers", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_regression_is_learned(tmp_path, numbers):
     texts = ["import os\n", "x = 1\n", "def f(): pass\n", "class A: pass\n"]
     rows = [{"text": text * 5, "label": i / 2 if numbers == 1 else [i / 2, 1 - i / 2]} for i, text in enumerate(texts)]

@@ -49,6 +49,8 @@ def test_on_the_torch_backend_the_reference_itself_is_called() -> None:
     assert second.abs().max() > 0
 
 
+# a process that imports everything
+@pytest.mark.slow
 def test_a_kernel_file_that_cannot_be_imported_is_an_error() -> None:
     # a slip of the pen in a kernel file must not turn the GPU path off without a word
     code = """

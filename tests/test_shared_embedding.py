@@ -54,14 +54,20 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("tied", [False, True])
+# encoders have no head to be tied
 @pytest.mark.parametrize(
-    ("model_class", "way"),
-    [(cls, way) for cls in ALL for way in WAYS if "lm_head" not in way or hasattr(cls(tiny_config()), "lm_head")],
+    ("model_class", "way", "tied"),
+    [
+        (cls, way, tied)
+        for cls, has_head in {cls: hasattr(cls(tiny_config()), "lm_head") for cls in ALL}.items()
+        for way in WAYS
+        for tied in ([False, True] if has_head else [False])
+        if has_head or "lm_head" not in way
+    ],
 )
 @pytest.mark.filterwarnings("ignore:Input and output embeddings are no longer tied:UserWarning:peft")
 @pytest.mark.filterwarnings("ignore:Model (has|with) `tie_word_embeddings=True`:UserWarning:peft")
-def test_what_adapters_train_of_it_is_kept(model_class, tied, way, tmp_path):
+def test_what_adapters_train_of_it_is_kept(model_class, way, tied, tmp_path):
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
     plain = tiny_model(model_class, tie_word_embeddings=tied)
