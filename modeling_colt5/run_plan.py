@@ -144,6 +144,7 @@ class EncoderPlan(RouterPlan):
             blocks may run as such; None where all run as modules.
         side: the stream that heavy branches run on next to the light ones, while a CUDA graph is captured; None
             elsewhere, where switching streams would cost the host more than it saves.
+        has_parted: whether something runs on `side` that `join` has not waited for.
     """
 
     mode: Mode
@@ -151,6 +152,7 @@ class EncoderPlan(RouterPlan):
     feed_forward: RoutingBudget | None = None
     straight: Any = None
     side: torch.cuda.Stream | None = None
+    has_parted: bool = False
 
     @classmethod
     def make(
@@ -197,12 +199,17 @@ class EncoderPlan(RouterPlan):
         if self.side is None:
             return nullcontext()
         self.side.wait_stream(torch.cuda.current_stream())
+        self.has_parted = True
         return torch.cuda.stream(self.side)
 
     def join(self) -> None:
-        """Wait for the heavy branch."""
-        if self.side is not None:
+        """Wait for the heavy branch, where one runs on the other stream.
+
+        To wait for a stream that takes no part in a recording would break that off.
+        """
+        if self.side is not None and self.has_parted:
             torch.cuda.current_stream().wait_stream(self.side)
+            self.has_parted = False
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "EncoderPlan":
         """The same on another device; Accelerate calls it where a device map spreads the blocks."""

@@ -55,9 +55,14 @@ def test_plain_inference_is_what_graphs_are_made_of():
     assert Mode.of_now(states) != graphs.PLAIN_INFERENCE
 
 
+ROADS = pytest.mark.parametrize("straight", [True, False], ids=["straight lines", "modules"])
+
+
+@ROADS
 @pytest.mark.gpu
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_replays_equal_ordinary_calls_bit_for_bit(model, device, mode):
+def test_replays_equal_ordinary_calls_bit_for_bit(model, device, mode, straight, monkeypatch):
+    monkeypatch.setattr(layer_encoder, "enabled", straight)
     with mode():
         kept = []
         for batch in batches(device, 6):
@@ -166,8 +171,35 @@ def test_after_a_change_of_lengths_the_new_ones_get_graphs():
     assert made == 16 and replays > 8 * 80
 
 
+class Stream:
+    """Of CUDA, for the order in which streams wait for each other."""
+
+    def __init__(self):
+        self.waited = []
+
+    def wait_stream(self, other):
+        self.waited.append(other)
+
+
+def test_streams_join_only_where_they_parted(monkeypatch):
+    here, side = Stream(), Stream()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: here)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    plan = EncoderPlan(None, None, {}, None, Mode.of_now(torch.ones(1)), side=side)
+    plan.join()
+    assert not here.waited
+    for layer in range(2):
+        with plan.heavy() as current:
+            assert current is side
+        plan.join()
+        assert side.waited == [here] * (layer + 1) and here.waited == [side] * (layer + 1)
+    # what an error breaks off ends with this too
+    plan.join()
+    assert len(here.waited) == 2
+
+
+@ROADS
 @pytest.mark.gpu
-@pytest.mark.parametrize("straight", [True, False], ids=["straight lines", "modules"])
 def test_recording_that_fails_leaves_the_ordinary_call(model, device, monkeypatch, straight):
     heavy, run_routers = EncoderPlan.heavy, model_encoder_layer.run_routers
 
