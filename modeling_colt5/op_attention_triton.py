@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from .kernel_backend import INTERPRETED
+from .op_dropout_steps_triton import keeps, keys_of_rows
 from .run_launch_triton import adjacent, launch, next_power_of_2
 
 try:
@@ -82,27 +83,6 @@ def _tile_start(step, near_begin, near_end, NEAR: tl.constexpr, BLOCK: tl.conste
 
 
 @triton.jit
-def _row_keys(seed, stream, rows):
-    """Where the random numbers of each query of one head start: Philox by query, head and seed."""
-    zero = rows * 0
-    return tl.philox(tl.load(seed), rows, zero + stream.to(tl.int32), zero, zero)[0]
-
-
-@triton.jit
-def _keeps(row_keys, columns, DROPOUT: tl.constexpr):
-    """Which probabilities dropout keeps: number `column` of the SplitMix32 sequence that starts at a row's key.
-
-    Philox for every probability would cost more than the attention.
-    """
-    state = row_keys + columns.to(tl.uint32) * 0x9E3779B9
-    state = (state ^ (state >> 16)) * 0x85EBCA6B
-    state = (state ^ (state >> 13)) * 0xC2B2AE35
-    state = state ^ (state >> 16)
-    # fp32 holds 24 bits exactly.
-    return (state >> 8).to(tl.float32) >= DROPOUT * 16777216.0
-
-
-@triton.jit
 def _load_valid(mask, start, length, BLOCK: tl.constexpr):
     """Which of the keys [start, start + BLOCK) exist and are real."""
     keys = start + tl.arange(0, BLOCK)
@@ -151,7 +131,7 @@ def attention_forward_kernel(
 
     query_tile = _load_rows(query, start, num_queries, query_stride_n, HEAD, BLOCK_Q, BLOCK_D)
     if DROPOUT > 0.0:
-        row_keys = _row_keys(seed, batch * HEADS + head, rows)[:, None]
+        row_keys = keys_of_rows(seed, batch * HEADS + head, rows)[:, None]
     maximum = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
     accumulator = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
@@ -181,7 +161,7 @@ def attention_forward_kernel(
             probabilities = tl.exp2(scores * LOG2_E - finite[:, None])
             total = total * rescale + tl.sum(probabilities, 1)
             if DROPOUT > 0.0:
-                kept = _keeps(row_keys, (key_start + tl.arange(0, BLOCK_K))[None, :], DROPOUT)
+                kept = keeps(row_keys, (key_start + tl.arange(0, BLOCK_K))[None, :], DROPOUT)
                 probabilities = tl.where(kept, probabilities, 0.0)
             accumulator = accumulator * rescale[:, None]
             accumulator = tl.dot(
@@ -255,7 +235,7 @@ def attention_backward_query_kernel(
     row_lse = tl.load(log_sum_exp + row_vector, mask=rows < num_queries, other=float("inf")) * LOG2_E
 
     if DROPOUT > 0.0:
-        row_keys = _row_keys(seed, batch * HEADS + head, rows)[:, None]
+        row_keys = keys_of_rows(seed, batch * HEADS + head, rows)[:, None]
     accumulator = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     left = tl.zeros([BLOCK_Q], tl.float32)
     right = tl.zeros([BLOCK_Q], tl.float32)
@@ -284,7 +264,7 @@ def attention_backward_query_kernel(
             probabilities = tl.exp2(scores * LOG2_E - row_lse[:, None])
             probability_gradient = tl.dot(gradient_tile, tl.trans(value_tile), input_precision=PRECISION)
             if DROPOUT > 0.0:
-                kept = _keeps(row_keys, (key_start + lanes)[None, :], DROPOUT)
+                kept = keeps(row_keys, (key_start + lanes)[None, :], DROPOUT)
                 probability_gradient = tl.where(kept, probability_gradient / (1.0 - DROPOUT), 0.0)
             score_gradient = probabilities * (probability_gradient - row_delta[:, None])
             accumulator = tl.dot(score_gradient.to(key_tile.dtype), key_tile, accumulator, input_precision=PRECISION)
@@ -389,7 +369,7 @@ def attention_backward_key_kernel(
                 rows = query_start + tl.arange(0, BLOCK_Q)
                 in_rows = rows < num_queries
                 if DROPOUT > 0.0:
-                    row_keys = _row_keys(seed, batch * HEADS + head, rows)[None, :]
+                    row_keys = keys_of_rows(seed, batch * HEADS + head, rows)[None, :]
                 row_lse = tl.load(log_sum_exp + head_vector + rows, mask=in_rows, other=float("inf")) * LOG2_E
                 row_delta = tl.load(delta + head_vector + rows, mask=in_rows, other=0.0)
                 scores = tl.dot(key_tile, tl.trans(query_tile), input_precision=PRECISION)
@@ -406,7 +386,7 @@ def attention_backward_key_kernel(
                 probability_gradient = tl.dot(value_tile, tl.trans(gradient_tile), input_precision=PRECISION)
                 dropped = probabilities
                 if DROPOUT > 0.0:
-                    kept = _keeps(row_keys, columns[:, None], DROPOUT)
+                    kept = keeps(row_keys, columns[:, None], DROPOUT)
                     dropped = tl.where(kept, probabilities / (1.0 - DROPOUT), 0.0)
                     probability_gradient = tl.where(kept, probability_gradient / (1.0 - DROPOUT), 0.0)
                 value_accumulator = tl.dot(

@@ -8,11 +8,11 @@ except ImportError as error:
 
 
 @triton.jit
-def row_keys(seed_ptr, stream, rows):
+def keys_of_rows(seed_ptr, stream, rows):
     """Where the random numbers of each row of a stream start: Philox by row, stream and seed."""
     rows = rows.to(tl.int32)
     zero = rows * 0
-    return tl.philox(tl.load(seed_ptr), rows, zero + stream, zero, zero)[0]
+    return tl.philox(tl.load(seed_ptr), rows, zero + stream.to(tl.int32), zero, zero)[0]
 
 
 @triton.jit
@@ -32,11 +32,13 @@ def keeps(keys, columns, DROPOUT: tl.constexpr):
 @triton.jit
 def dropped(values, seed_ptr, rows, columns, DROPOUT: tl.constexpr):
     """Values `[rows, columns]` in fp32, of which dropout keeps some and makes them larger."""
-    keys = row_keys(seed_ptr, 0, rows)
+    keys = keys_of_rows(seed_ptr, tl.to_tensor(0), rows)
     return tl.where(keeps(keys[:, None], columns[None, :], DROPOUT), values * (1.0 / (1.0 - DROPOUT)), 0.0)
 
 
 @triton.jit
 def dropped_in_row(values, seed_ptr, row, columns, DROPOUT: tl.constexpr):
     """The same for the values `[columns]` of one row."""
-    return tl.where(keeps(row_keys(seed_ptr, 0, row), columns, DROPOUT), values * (1.0 / (1.0 - DROPOUT)), 0.0)
+    return tl.where(
+        keeps(keys_of_rows(seed_ptr, tl.to_tensor(0), row), columns, DROPOUT), values * (1.0 / (1.0 - DROPOUT)), 0.0
+    )
