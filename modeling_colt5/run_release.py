@@ -12,7 +12,8 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import Seq2SeqLMOutput
 from transformers.utils import logging
 
-logger = logging.get_logger(__name__)
+# One for the package and all copies of the code that are loaded beside it, so that they say once what each would say.
+logger = logging.get_logger("modeling_colt5")
 
 # The tests were run with releases up to this one.
 NEWEST_TESTED = (5, 24)

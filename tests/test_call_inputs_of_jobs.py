@@ -106,14 +106,18 @@ def test_prompts_and_prefixes_are_read_by_generation(name, adapter):
     [
         ("feature-extraction", CoLT5EncoderModel, {}),
         ("text-classification", CoLT5ForSequenceClassification, {}),
+        ("zero-shot-classification", CoLT5ForSequenceClassification, {"candidate_labels": ["a", "b"]}),
         ("token-classification", CoLT5ForTokenClassification, {}),
+        ("token-classification", CoLT5ForTokenClassification, {"aggregation_strategy": "simple"}),
         ("text-generation", CoLT5ForCausalLM, {"max_new_tokens": 2}),
+        ("text-generation", CoLT5ForCausalLM, {"max_new_tokens": 2, "do_sample": True, "num_return_sequences": 2}),
     ],
 )
 def test_pipelines(task, model_class, settings):
     vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581a", -1.0), ("\u2581b", -1.0)]
     tokenizer = CoLT5Tokenizer(vocabulary, extra_ids=0)
-    run = pipeline(task, model=tiny_model(model_class), tokenizer=tokenizer, device="cpu")
+    model = tiny_model(model_class, label2id={"entailment": 0, "contradiction": 1})
+    run = pipeline(task, model=model, tokenizer=tokenizer, device="cpu")
     assert len(run(["a b a", "b"], batch_size=2, **settings)) == 2
 
 

@@ -193,6 +193,19 @@ def test_release_newer_than_tested_is_warned_of(monkeypatch: pytest.MonkeyPatch)
             assert f"5.17 to {major}.{minor}" in said[0] and version in said[0]
 
 
+def test_copies_of_the_code_warn_of_a_release_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(run_release.logger, "handle", lambda record: said.append(record.getMessage()))
+    # a release that no other test asks about
+    monkeypatch.setattr(run_release.transformers, "__version__", "99.1.0")
+    for _ in range(2):
+        run_release.warn_of_untested_release()
+    spec = importlib.util.spec_from_file_location("another_copy", run_release.__file__)
+    assert spec is not None and spec.loader is not None
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    assert len(said) == 1 and "99.1.0" in said[0]
+
+
 def test_caches_of_another_copy_of_the_code_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """Transformers makes cache layers by the name of their type, of the copy that was imported last: a model from the
     Hub beside the package brings such a copy."""
