@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from run_costs import KEPT_BESIDE, decoder_kept_values
-from test_readme import INERT, blocks, check_command, help_of, shown_commands
+from test_readme import INERT, SCRIPTS, blocks, check_command, help_of, shown_commands
 
 from modeling_colt5 import CoLT5Config
 from modeling_colt5.encoder_costs import kept_values
@@ -86,6 +86,14 @@ def test_the_pages_commands_exist(page, capsys, monkeypatch):
     assert found, f"{page} shows no command"
     for command in found:
         check_command(command, helps, lambda script: help_of(script, capsys, monkeypatch))
+
+
+def test_the_gallery_has_every_notebook_and_script():
+    text = (DOCS / "gallery.md").read_text(encoding="utf-8")
+    for path in [*ROOT.glob("examples/*.ipynb"), *SCRIPTS]:
+        assert f"examples/{path.name}" in text, path.name
+    for picture in DOCS.glob("gallery_*.png"):
+        assert picture.name in text and (ROOT / "examples" / picture.name[8:]).with_suffix(".ipynb").is_file()
 
 
 def test_the_table_of_memory_is_what_the_formulas_give():
