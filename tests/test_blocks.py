@@ -190,6 +190,7 @@ def test_cross_attention_and_its_gradients_are_the_equation(float64_statistics: 
         weights = (query[:, head] @ (rows @ attention.k.weight.T).T).softmax(-1)
         heads.append(weights @ (rows @ attention.v.weight.T))
     expected = own[0] + torch.cat(heads, 1) @ attention.o.weight.T
+    # float64 throughout, sums of some hundred terms; gradients are sums of those
     torch.testing.assert_close(output[0], expected, rtol=1e-10, atol=1e-10)
     found = torch.autograd.grad((output * goal).sum(), [states, memory, *ours.parameters()])
     wanted = torch.autograd.grad((expected * goal[0]).sum(), [own, read, *written.parameters()])

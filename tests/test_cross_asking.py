@@ -58,6 +58,7 @@ def test_it_and_its_gradients_are_the_equation(float64_statistics: None) -> None
         weights = (query @ (seen @ attention.k.weight.T).T).softmax(-1)
         rows.append(state + attention.o.weight @ (weights @ (seen @ attention.v.weight.T)).flatten())
     expected = torch.stack(rows)
+    # float64 throughout, sums of some hundred terms; gradients are sums of those
     torch.testing.assert_close(output[0], expected, rtol=1e-9, atol=1e-9)
     found = torch.autograd.grad((output * goal).sum(), [states, memory, *ours.parameters()])
     wanted = torch.autograd.grad((expected * goal[0]).sum(), [own, read, *written.parameters()])
