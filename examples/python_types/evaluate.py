@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from python_types.corpus import TRAIN, VALIDATION
-from python_types.holes import choose, holes_of, passes
+from python_types.holes import Hole, choose, holes_of, passes
 from python_types.predict import Prediction, load, predict_all
 from python_types.score import (
     Answer,
@@ -109,6 +109,17 @@ def _baselines(file: Path) -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8"))
 
 
+def name_of(row: dict[str, Any]) -> str:
+    """A module's name, by a row of the corpus."""
+    return f"{row['package']}/{row['path']}"
+
+
+def hidden_in(row: dict[str, Any], share: float) -> tuple[list[Hole], list[Hole]]:
+    """All holes of a module, and a share of its annotations: the same ones every time."""
+    holes = holes_of(row["text"])
+    return holes, choose(holes, zlib.crc32(name_of(row).encode()), share)
+
+
 def question_of(baselines: Path, vocabulary: Path, task: tuple[dict[str, Any], float]) -> Question:
     """Hide a share of a module's annotations; the same ones every time.
 
@@ -119,14 +130,12 @@ def question_of(baselines: Path, vocabulary: Path, task: tuple[dict[str, Any], f
     """
     row, share = task
     text, tokenizer, table = row["text"], _tokenizer(vocabulary), _baselines(baselines)["table"]
-    holes = holes_of(text)
-    name = f"{row['package']}/{row['path']}"
-    chosen = choose(holes, zlib.crc32(name.encode()), share)
+    holes, chosen = hidden_in(row, share)
     parts = list(passes(text, chosen))
     offsets = tokenizer(text, return_offsets_mapping=True, verbose=False)["offset_mapping"]
     return Question(
         row["split"],
-        name,
+        name_of(row),
         share,
         row["n_tokens"],
         [tokenizer(part.text, verbose=False)["input_ids"] for part in parts],

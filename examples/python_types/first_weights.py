@@ -6,8 +6,11 @@ there from the start save these steps: after 1,860 steps of 8,192 tokens (inputs
 types) the decoder's loss on masked spans was 3.26 where T5's own weights were at 4.01.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from modeling_colt5 import CoLT5ForConditionalGeneration
 from modeling_colt5.model_position import relative_position_bucket
@@ -43,14 +46,25 @@ def look(bias: nn.Embedding, heads: tuple[int | str, ...], is_bidirectional: boo
             bias.weight[:, head] = column.to(bias.weight)
 
 
-def looking_from_the_start(model: CoLT5ForConditionalGeneration) -> CoLT5ForConditionalGeneration:
+def looking_from_the_start(model: PreTrainedModel) -> Any:
     """The model with such first weights: its heads begin with a look at neighbours, and its cross-attention looks for
-    the decoder's own token, so that a sentinel finds its place in the input."""
-    encoder, decoder, distance = model.encoder, model.decoder, model.config.relative_attention_max_distance
-    look(encoder.light_relative_attention_bias, LIGHT, True, distance)
-    if model.config.routing != "none":
-        look(encoder.heavy_relative_attention_bias, HEAVY, True, distance)
-    look(decoder.relative_attention_bias, DECODER, False, distance)
+    the decoder's own token, so that a sentinel finds its place in the input.
+
+    Args:
+        model: CoLT5, or T5 or LongT5 of Transformers, with a decoder; it is changed in place.
+    """
+    encoder, decoder = model.encoder, model.decoder
+    if isinstance(model, CoLT5ForConditionalGeneration):
+        distance = model.config.relative_attention_max_distance
+        look(encoder.light_relative_attention_bias, LIGHT, True, distance)
+        if model.config.routing != "none":
+            look(encoder.heavy_relative_attention_bias, HEAVY, True, distance)
+        look(decoder.relative_attention_bias, DECODER, False, distance)
+    else:
+        for stack, heads in ((encoder, (*LIGHT, *HEAVY)), (decoder, DECODER)):
+            attention = next(part for part in stack.block[0].modules() if hasattr(part, "relative_attention_bias"))
+            is_encoder = stack is encoder
+            look(attention.relative_attention_bias, heads, is_encoder, attention.relative_attention_max_distance)
     with torch.no_grad():
         for block in decoder.block:
             attention = block.layer[1].EncDecAttention

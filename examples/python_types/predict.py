@@ -103,16 +103,18 @@ def padded(rows: Sequence[Sequence[int]], length: int, device: torch.device) -> 
     return {"input_ids": torch.from_numpy(ids).to(device), "attention_mask": torch.from_numpy(mask).to(device)}
 
 
-def encode(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """The encoder's output fp32 [batch, n, d_model] and mask [batch, n] of rows, of which it reads a few at a time."""
+def encode(
+    model: PreTrainedModel, rows: Sequence[Sequence[int]], most_tokens: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """The encoder's output fp32 [batch, n, d_model] and mask [batch, n] of rows, of which it reads a few at a time: so
+    many tokens, None for what a CoLT5 has room for."""
     device, lengths = model.device, [len(row) for row in rows]
     # attention's kernels want multiples of 8
     longest = -(-max(lengths) // 8) * 8
     states = torch.zeros(len(rows), longest, model.config.d_model, device=device)
     mask = padded(rows, longest, device)["attention_mask"]
-    for batch in in_batches(
-        [padded_length(length, device) for length in lengths], ENCODED_TOKENS[device.type == "cuda"]
-    ):
+    most_tokens = most_tokens or ENCODED_TOKENS[device.type == "cuda"]
+    for batch in in_batches([padded_length(length, device) for length in lengths], most_tokens):
         length = padded_length(max(lengths[number] for number in batch), device)
         output = model.get_encoder()(**padded([rows[number] for number in batch], length, device)).last_hidden_state
         length = min(length, longest)
@@ -122,7 +124,11 @@ def encode(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> tuple[Tenso
 
 @torch.no_grad()
 def predict(
-    model: PreTrainedModel, tokenizer: Any, rows: Sequence[Sequence[int]], counts: Sequence[int]
+    model: PreTrainedModel,
+    tokenizer: Any,
+    rows: Sequence[Sequence[int]],
+    counts: Sequence[int],
+    encoded_tokens: int | None = None,
 ) -> list[list[Prediction]]:
     """The answers to a batch of modules with hidden annotations, greedily.
 
@@ -131,6 +137,7 @@ def predict(
         tokenizer: its tokenizer, with sentinels.
         rows: the tokens of each module, with eos.
         counts: how many sentinels each has.
+        encoded_tokens: tokens that the encoder reads at a time; None for what a CoLT5 has room for.
 
     Returns:
         For each row a prediction for each sentinel, in order.
@@ -146,7 +153,7 @@ def predict(
         tokenizer.eos_token_id,
     )
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        states, mask = encode(model, rows)
+        states, mask = encode(model, rows, encoded_tokens)
         output = model.generate(
             encoder_outputs=BaseModelOutput(last_hidden_state=states),
             attention_mask=mask,
@@ -184,7 +191,11 @@ def in_batches(lengths: Sequence[int], most_tokens: int, most_rows: int = 2**30)
 
 
 def predict_all(
-    model: PreTrainedModel, tokenizer: Any, rows: Sequence[Sequence[int]], counts: Sequence[int]
+    model: PreTrainedModel,
+    tokenizer: Any,
+    rows: Sequence[Sequence[int]],
+    counts: Sequence[int],
+    encoded_tokens: int | None = None,
 ) -> Iterator[dict[int, list[Prediction]]]:
     """`predict` of any number of rows, in batches as large as memory allows: a step of the decoder takes little longer
     for many rows than for one.
@@ -193,5 +204,6 @@ def predict_all(
         From the numbers of a batch's rows to their predictions.
     """
     for batch in in_batches([len(row) for row in rows], DECODED_TOKENS[model.device.type == "cuda"], MOST_ROWS):
-        answers = predict(model, tokenizer, [rows[each] for each in batch], [counts[each] for each in batch])
+        asked = [rows[each] for each in batch], [counts[each] for each in batch]
+        answers = predict(model, tokenizer, *asked, encoded_tokens)
         yield dict(zip(batch, answers, strict=True))

@@ -1,0 +1,218 @@
+"""The study: each arm learns, reads what it should and answers; runs are compared at the right steps and counted."""
+
+import json
+import lzma
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from python_types import study, train
+from python_types.arms import ARMS, EQUAL_AT, WINDOW, equal_width
+from python_types.evaluate import VOCABULARY, Record, hidden_in, question_of
+from python_types.study import (
+    PLANS,
+    Plan,
+    counted,
+    difference,
+    percent,
+    phase_at,
+    phases_of,
+    rate_share,
+    report,
+    seconds_at,
+)
+from python_types.train import Size
+from python_types.windows import window_around, windowed_question_of
+from transformers import LongT5ForConditionalGeneration, T5ForConditionalGeneration
+
+from modeling_colt5 import CoLT5ForConditionalGeneration, CoLT5Tokenizer
+from modeling_colt5.encoder_costs import encoder_flops
+
+SIZE = {"d_model": 32, "d_kv": 8, "num_layers": 1, "num_decoder_layers": 1, "num_heads": 4, "num_light_heads": 1}
+SIZE |= {"light_d_ff": 32, "heavy_d_ff": 64, "d_ff": 32, "budget": 4}
+CPU = torch.device("cpu")
+FUNCTION = """def function{0}(first: int, second: str = "x", *rest: Name{0}) -> list[int]:
+    return [first + {0}, second, rest]
+
+
+"""
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("study")
+    for split in ("train", "held"):
+        rows = [
+            {"package": split, "path": f"{n}.py", "split": split, "n_tokens": 900,
+             "text": "".join(FUNCTION.format(10 * n + each) for each in range(8 + n))}
+            for n in range(3)
+        ]  # fmt: skip
+        with lzma.open(folder / f"{split}.jsonl.xz", "wt", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+    train.main(["--prepare", str(folder), "--tokens", str(folder / "tokens"), "--processes", "1"])
+    return folder
+
+
+def test_the_arms_are_what_they_are_called():
+    classes = {"colt5": CoLT5ForConditionalGeneration, "t5": T5ForConditionalGeneration}
+    with torch.device("meta"):
+        made = {name: arm._model(Size()) for name, arm in ARMS.items()}
+    for name, model in made.items():
+        assert type(model) is classes.get(ARMS[name].kind, LongT5ForConditionalGeneration)
+        assert (model.config.d_model, model.config.num_layers, model.config.num_decoder_layers) == (256, 6, 2)
+    assert [made[name].config.routing for name in ("learned", "even", "random", "none")] == [
+        "learned", "even", "random", "none"
+    ]  # fmt: skip
+    assert made["learned-64"].config.routed_query_fraction == 1 / 64
+    assert made["learned-cross"].config.routed_cross_key_values == 256
+    assert made["longt5-global"].config.encoder_attention_type == "transient-global"
+    sizes = {name: model.num_parameters() for name, model in made.items()}
+    # T5 and LongT5 have one width for the feed-forwards of encoder and decoder, and so a larger decoder
+    assert all(abs(size / sizes["learned"] - 1) < 0.15 for name, size in sizes.items() if name != "none")
+
+
+def test_without_routing_the_encoder_costs_as_much():
+    config = Size().config()
+    paper = encoder_flops(config, EQUAL_AT)
+    wide = Size(light_d_ff=config.light_d_ff + equal_width(config, EQUAL_AT)).config()
+    # what its formula counts of branches that the model without routing lacks
+    without = 2 * wide.num_layers * 3 * EQUAL_AT * wide.d_model * equal_width(config, EQUAL_AT)
+    heavy = encoder_flops(wide, EQUAL_AT) - paper
+    assert without == pytest.approx(heavy) and 0.2 * paper < without < 0.8 * paper
+    assert ARMS["none"].model(Size(**SIZE), CPU).config.light_d_ff > SIZE["light_d_ff"]
+
+
+@pytest.mark.parametrize("name", ARMS)
+def test_an_arm_trains_and_answers(name, corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr("python_types.predict.LONGEST_ANSWER", 2)
+    monkeypatch.setattr("python_types.predict.MEAN_ANSWER", 2)
+    monkeypatch.setitem(PLANS, "tiny", Plan((name,), (0,), (128,), (256,), batch_tokens=256))
+    arguments = ["--plan", "tiny", "--results", str(tmp_path / "results.jsonl"), "--corpus", str(corpus)]
+    arguments += ["--tokens", str(corpus / "tokens"), "--out", str(tmp_path), "--steps", "6", "--paced", "1"]
+    arguments += [part for field, value in SIZE.items() for part in (f"--{field}", str(value))]
+    study.main([*arguments, "--pace", name])
+    assert set(json.loads((tmp_path / f"pace-{name}.json").read_text())) == {"128", "routed"}
+    arm = ARMS[name]
+    make = question_of if arm.window is None else lambda *given: windowed_question_of(*given[:2], arm.window, given[2])
+    tasks = [task for task in study.tasks_of(corpus, [0.3, 1.0])][:2]
+    questions = [make(corpus / "tokens/baselines.json", VOCABULARY, task) for task in tasks]
+    (tmp_path / f"questions-{arm.window}.pkl").write_bytes(study.pickle.dumps(questions))
+    study.main([*arguments, "--run", f"{name}:0"])
+    line = json.loads((tmp_path / f"{name}-0.json").read_text())
+    assert (line["arm"], line["steps"], line["curve"][-1]["step"]) == (name, 6, 6)
+    assert all(np.isfinite(value) for point in line["curve"] for value in point.values())
+    asked = sum(len(question.keys) for question in questions)
+    assert sum(count for share in line["at_steps"].values() for _, count in share["all"].values()) == asked
+    tables = report([line], PLANS["tiny"])
+    assert f"| {name} |" in tables and "equal time" in tables
+
+
+def test_a_window_shows_what_is_around_its_hole(corpus):
+    tokenizer = CoLT5Tokenizer.from_pretrained(VOCABULARY)
+    text = "".join(FUNCTION.format(number) for number in range(120))
+    row = {"text": text, "package": "p", "path": "m.py"}
+    _, chosen = hidden_in(row, 0.9)
+    assert len(chosen) > 400
+    sentinels = tokenizer.get_sentinel_token_ids()
+    for hole in (chosen[0], chosen[200], chosen[-1]):
+        ids, count = window_around(text, hole, chosen, tokenizer, 512)
+        assert len(ids) <= 512 and ids[-1] == tokenizer.eos_token_id
+        shown = [token for token in ids if token in sentinels]
+        assert shown == sentinels[: len(shown)] and 1 <= count <= len(shown)
+        at = ids.index(sentinels[count - 1])
+        # its own function's name is right before it, whatever stands at the window's ends
+        assert f"function{hole.function.removeprefix('function')}" in tokenizer.decode(ids[max(0, at - 60) : at])
+        # the middle, but at the module's ends
+        assert at <= 256 and (at == 256 or hole is chosen[0])
+
+
+def test_windows_ask_for_each_hole_once(corpus):
+    (task, *_) = study.tasks_of(corpus, [1.0])
+    baselines = corpus / "tokens/baselines.json"
+    question, windowed = (
+        question_of(baselines, VOCABULARY, task),
+        windowed_question_of(baselines, VOCABULARY, 256, task),
+    )
+    assert windowed.keys == question.keys and len(windowed.rows) == len(windowed.counts) == len(question.keys)
+    assert max(map(len, windowed.rows)) <= 256
+
+
+def test_phases_and_rates():
+    plan = PLANS["routing"]
+    assert [phase.name for phase in phases_of(plan, ARMS["learned"])] == ["256", "1024", "2048", "4096", "routed"]
+    assert [phase.lengths for phase in phases_of(plan, ARMS["t5-window"])] == [
+        (256,), (1024,), (2048,), (2048,), (WINDOW,)
+    ]  # fmt: skip
+    at = [phase_at(plan, step, 80) for step in range(80)]
+    assert [at.count(number) for number in range(5)] == [10, 10, 10, 10, 40] and at == sorted(at)
+    assert rate_share(0) < rate_share(299) == rate_share(1000) == 1 and rate_share(4000) == 0.5
+
+
+def test_equal_time_is_the_fastest_arms():
+    paces = {"256": 1.0, "1024": 1.0, "2048": 1.0, "4096": 2.0, "routed": 0.5}
+    seconds = seconds_at(PLANS["routing"], paces, 80)
+    assert seconds[-1] == 10 + 10 + 10 + 20 + 20 and seconds[9] == 10
+
+
+def record(module: str, given: str, is_far: bool | None, share: float = 0.3) -> Record:
+    return Record("held", module, share, 9, "x", "T", is_far, False, given, 1.0, None, None, None)
+
+
+def test_right_types_are_counted_by_module():
+    records = [record("a", "T", True), record("a", "X", None), record("b", "T", False, 1.0)]
+    assert counted(records) == {
+        "30%": {"all": {"a": [1, 2]}, "far": {"a": [1, 1]}},
+        "100%": {"all": {"b": [1, 1]}},
+    }
+
+
+def test_runs_that_cannot_be_compared_are_refused():
+    with pytest.raises(ValueError, match="must have the same --modules"):
+        difference([{"a": [1, 2]}], [{"b": [1, 2]}])
+    with pytest.raises(ValueError, match="there is no line of learned"):
+        report([], PLANS["routing"])
+
+
+def test_a_difference_is_of_the_seeds_means():
+    ours = [{"a": [3, 4], "b": [0, 4]}, {"a": [1, 4], "b": [0, 4]}]
+    theirs = [{"a": [0, 4], "b": [0, 4]}]
+    mean, low, high = difference(ours, theirs)
+    assert mean == pytest.approx(100 * 2 / 8) and low == 0 and high == pytest.approx(50)
+    assert percent(ours) == [37.5, 12.5]
+
+
+def test_what_has_a_line_is_not_run_again(tmp_path, monkeypatch):
+    begun = []
+    monkeypatch.setattr(study, "in_lanes", lambda commands, *_: begun.append(list(commands)))
+    monkeypatch.setattr(study, "prepare", lambda *_: None)
+    results = tmp_path / "results.jsonl"
+    results.write_text(json.dumps({"plan": "routing", "arm": "learned", "seed": 1}) + "\n")
+    arguments = ["--plan", "routing", "--results", str(results), "--out", str(tmp_path / "out"), "--seeds", "1", "2"]
+    (tmp_path / "out").mkdir()
+    for arm in ("learned", "even", "learned-64"):
+        (tmp_path / f"out/pace-{arm}.json").write_text("{}")
+    study.main([*arguments, "--arms", "learned", "even", "none"])
+    # what is known of an arm's steps is not measured again, and an arm of which it is not known is left out
+    assert begun[0] == [f"pace-{arm}" for arm in PLANS["routing"].arms if arm not in ("learned", "even", "learned-64")]
+    assert begun[1] == ["even-1", "learned-2", "even-2"]
+    with pytest.raises(ValueError, match="plan is 'other'; must be one of routing"):
+        study.main(["--plan", "other", "--results", str(results)])
+
+
+def test_lanes_run_side_by_side_and_end_in_time(tmp_path, capsys):
+    python = __import__("sys").executable
+    commands = {
+        "good": [python, "-c", "print(1)"],
+        "bad": [python, "-c", "raise SystemExit('broken')"],
+        "slow": [python, "-c", "import time; time.sleep(60)"],
+        "late": [python, "-c", "print(2)"],
+    }
+    # "slow" has the one lane until the end
+    order = {name: commands[name] for name in ("good", "bad", "slow", "late")}
+    study.in_lanes(order, 1, tmp_path, study.time.monotonic() + 4)
+    said = capsys.readouterr().out
+    assert (
+        "bad failed: broken" in said and "slow was not done in time" in said and "late was not begun in time" in said
+    )
+    assert (tmp_path / "good.log").read_text() == "1\n"
