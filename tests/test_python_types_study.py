@@ -2,6 +2,9 @@
 
 import json
 import lzma
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +35,7 @@ from modeling_colt5.encoder_costs import encoder_flops
 SIZE = {"d_model": 32, "d_kv": 8, "num_layers": 1, "num_decoder_layers": 1, "num_heads": 4, "num_light_heads": 1}
 SIZE |= {"light_d_ff": 32, "heavy_d_ff": 64, "d_ff": 32, "budget": 4}
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parent.parent
 FUNCTION = """def function{0}(first: int, second: str = "x", *rest: Name{0}) -> list[int]:
     return [first + {0}, second, rest]
 
@@ -201,7 +205,7 @@ def test_what_has_a_line_is_not_run_again(tmp_path, monkeypatch):
 
 
 def test_lanes_run_side_by_side_and_end_in_time(tmp_path, capsys):
-    python = __import__("sys").executable
+    python = sys.executable
     commands = {
         "good": [python, "-c", "print(1)"],
         "bad": [python, "-c", "raise SystemExit('broken')"],
@@ -216,3 +220,21 @@ def test_lanes_run_side_by_side_and_end_in_time(tmp_path, capsys):
         "bad failed: broken" in said and "slow was not done in time" in said and "late was not begun in time" in said
     )
     assert (tmp_path / "good.log").read_text() == "1\n"
+
+
+# four processes, one after the other
+@pytest.mark.slow
+def test_the_command_leaves_a_line_for_each_run(corpus, tmp_path, capsys):
+    arguments = ["--plan", "tiny", "--results", str(tmp_path / "results.jsonl"), "--corpus", str(corpus)]
+    arguments += ["--tokens", str(corpus / "tokens"), "--out", str(tmp_path), "--steps", "6", "--modules", "2"]
+    arguments += [part for field, value in SIZE.items() for part in (f"--{field}", str(value))]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'examples'}"}
+    command = [sys.executable, "-m", "python_types.study", *arguments]
+    for _ in range(2):
+        done = subprocess.run(command, env=environment, cwd=ROOT / "examples", capture_output=True, text=True)
+        assert done.returncode == 0 and "failed" not in done.stdout, done.stdout + done.stderr
+        lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+        # the second time there is nothing left to do
+        assert sorted(line["arm"] for line in lines) == ["learned", "t5-window"]
+    study.main([*arguments, "--report"])
+    assert "| t5-window | " in capsys.readouterr().out
