@@ -231,6 +231,7 @@ def token_jobs(quick: bool) -> None:
             joins = [(torch.empty(count, d, dtype=dtype), *[norm] * count) for count in (2, 3, 4, 2)]
             for count in (2, 3, 4):
                 op_rows_triton.join_into(*joins[:count])
+            op_rows_triton.clamp_into(states, 1.0)
             op_gelu_triton.gated_gelu(states, states)
             op_gelu_triton.gated_gelu_backward(states, states, states)
             drop = (torch.empty(1, dtype=torch.int64), 0.1)

@@ -14,7 +14,7 @@ if triton_is_available():
     from .op_gelu_triton import gated_gelu_into
     from .op_norm_triton import combine_norm_into
     from .op_routing_triton import route_forward_into, sharing_shapes
-    from .op_rows_triton import MOST_JOINS, combine_into, gather_into, join_into
+    from .op_rows_triton import MOST_JOINS, clamp_into, combine_into, gather_into, join_into
     from .run_launch_list_triton import Recorder
 
 # matrices of as many numbers each, by their places in `WEIGHTS`
@@ -132,19 +132,13 @@ class Line:
         return result
 
 
-def _clamp(hidden_states: Tensor) -> tuple[()]:
-    """`clamp_half` of model_layers.py in place."""
-    limit = torch.finfo(torch.float16).max - 1000
-    hidden_states.clamp_(-limit, limit)
-    return ()
-
-
 def combined(line: Line, parts: tuple[Tensor, ...], out: Tensor) -> None:
     """Write the sum of `parts_of`, [batch, n, d_model]."""
     residual, light, heavy, indices, valid, weights = parts
     line.run(combine_into, residual, light, heavy, indices, valid, weights, None, None, None, None, out)
     if out.dtype == torch.float16:
-        line.recorder.step(_clamp, out)
+        # `clamp_half` of model_layers.py
+        line.run(clamp_into, out, torch.finfo(torch.float16).max - 1000)
 
 
 def parts_of(line: Line) -> tuple[Tensor, ...]:

@@ -385,6 +385,21 @@ def join_kernel(
             join_block(program, blocks, out3_ptr, first3_ptr, second3_ptr, third3_ptr, fourth3_ptr, size3, BLOCK)
 
 
+@triton.jit
+def clamp_kernel(states_ptr, limit, size, BLOCK: tl.constexpr):
+    """Numbers beyond a limit become the limit, of their sign; what is no number stays."""
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < size
+    states = tl.load(states_ptr + offsets, mask=mask).to(tl.float32)
+    states = tl.where(states > limit, limit, tl.where(states < -limit, -limit, states))
+    tl.store(states_ptr + offsets, states.to(states_ptr.dtype.element_ty), mask=mask)
+
+
+def clamp_into(states: Tensor, limit: float) -> None:
+    """`torch.clamp` of contiguous states, between `-limit` and `limit`, in place."""
+    launch(clamp_kernel, (cdiv(states.numel(), 1024),), states, limit, states.numel(), 1024, num_warps=4)
+
+
 # joins of one launch, and tensors of a join
 MOST_JOINS = MOST_PARTS = 4
 

@@ -2,7 +2,6 @@
 
 Between two launches of a list there is no Python. A list holds no tensor: it says of each address in which of the
 call's memories it lies and how far from its beginning, so that it serves all calls with memories of the same kinds.
-What is computed by PyTorch (`Recorder.step`) stands between two parts of a list.
 """
 
 import ctypes
@@ -193,42 +192,18 @@ def launcher() -> Any:
     return made
 
 
-class _Part(NamedTuple):
-    """A tensor in a memory: its dtype, shape and strides, and where it begins, in numbers of that dtype."""
-
-    memory: int
-    dtype: torch.dtype
-    shape: torch.Size
-    strides: tuple[int, ...]
-    first: int
-
-    def of(self, memories: list[Tensor]) -> Tensor:
-        memory = memories[self.memory]
-        if memory.dtype != self.dtype:
-            memory = memory.view(self.dtype)
-        return memory.as_strided(self.shape, self.strides, memory.storage_offset() + self.first)
-
-
-class _Step(NamedTuple):
-    """What PyTorch computes between two parts of a list, and of what."""
-
-    function: Callable[..., tuple[Tensor, ...]]
-    inputs: list[_Part]
-
-
 class LaunchList:
     """Launches and products of a function of some memories.
 
     Args:
-        parts: words for `launcher`, or steps.
+        words: for `launcher`.
         room: bytes of its temporary tensors.
     """
 
-    __slots__ = ("has_steps", "parts", "room")
+    __slots__ = ("room", "words")
 
-    def __init__(self, parts: "list[bytes | _Step]", room: int):
-        self.parts, self.room = parts, room
-        self.has_steps = any(isinstance(part, _Step) for part in parts)
+    def __init__(self, words: bytes, room: int):
+        self.words, self.room = words, room
 
     def __call__(self, memories: list[Tensor], device: torch.device, index: int) -> bool:
         """Launch on the current stream of a device with this index, which is the current one.
@@ -243,18 +218,7 @@ class LaunchList:
         addresses = [*map(Tensor.data_ptr, memories), room.data_ptr()]
         run, handle = launcher().run, torch._C._cuda_getCurrentBlasHandle()
         stream = torch._C._cuda_getCurrentRawStream(index)
-        given: list[Tensor] = []
-        status = run(b"", addresses, stream, handle) if self.has_steps else DONE
-        for part in self.parts if status == DONE else ():
-            if isinstance(part, bytes):
-                status = run(part, addresses, stream, handle)
-                if status != DONE:
-                    break
-                continue
-            everything = [*memories, room, *given]
-            results = part.function(*[given_part.of(everything) for given_part in part.inputs])
-            given += results
-            addresses += map(Tensor.data_ptr, results)
+        status = run(self.words, addresses, stream, handle)
         if status == WITHOUT_CONTEXT:
             # a thread of its own, in which nothing was computed yet
             torch._C._cuda_setDevice(index)
@@ -275,7 +239,6 @@ class Recorder:
         # what was compiled, grid and arguments; or a word and tensors
         self.notes: list[tuple[Any, ...]] | None = [] if records else None
         self.temporaries: list[Tensor] = []
-        self.results: list[Tensor] = []
 
     def temporary(self, dtype: torch.dtype, *shape: int) -> Tensor:
         """Memory for the time of the function."""
@@ -305,13 +268,6 @@ class Recorder:
         memory.zero_()
         self._note("zeros", memory)
 
-    def step(self, function: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> tuple[Tensor, ...]:
-        """New tensors that a function of tensors gives, contiguous ones."""
-        results = function(*inputs)
-        self.results += results
-        self._note("step", function, inputs)
-        return results
-
     def _note(self, *note: Any) -> None:
         if self.notes is not None:
             self.notes.append(note)
@@ -320,12 +276,12 @@ class Recorder:
         """What was noted, for other memories like these; None where something cannot be repeated.
 
         Args:
-            memories: all contiguous tensors that the function read or wrote, other than temporary ones and what its
-                steps gave, and views of those.
+            memories: all contiguous tensors that the function read or wrote, other than temporary ones, and views of
+                those.
         """
         assert self.notes is not None
         commands = [_command(note) for note in self.notes]
-        places = _Places(memories, self.temporaries, self.results)
+        places = _Places(memories, self.temporaries)
         if not places.are_clear or any(command is None for command in commands):
             return None
         try:
@@ -339,18 +295,18 @@ class _Elsewhere(Exception):
 
 
 class _Places:
-    """The memories of a recording: those of the call, temporary ones, and what steps gave."""
+    """The memories of a recording: those of the call, and temporary ones."""
 
-    def __init__(self, memories: list[Tensor], temporaries: list[Tensor], results: list[Tensor]):
-        everything = [*memories, *temporaries, *results]
-        self.first_temporary, self.first_result = len(memories), len(memories) + len(temporaries)
+    def __init__(self, memories: list[Tensor], temporaries: list[Tensor]):
+        everything = [*memories, *temporaries]
+        self.first_temporary = len(memories)
         self.sizes = [part.numel() * part.itemsize for part in everything]
         spans = sorted((part.data_ptr(), number) for number, part in enumerate(everything))
         self.beginnings = [beginning for beginning, _ in spans]
         self.numbers = [number for _, number in spans]
         # no two in one place, as tied weights are, none of another device, none empty, all aligned to 16 bytes
         self.are_clear = (
-            len(memories) + 1 + len(results) <= MOST_MEMORIES
+            len(memories) + 1 <= MOST_MEMORIES
             and all(self.sizes)
             and all(part.is_contiguous() for part in everything)
             and len({part.device for part in everything}) == 1
@@ -371,7 +327,7 @@ class _Places:
             raise _Elsewhere
         return number, distance
 
-    def finish(self, commands: "list[Command | _Reading]") -> LaunchList:
+    def finish(self, commands: "list[Command]") -> LaunchList:
         """The commands with numbers of memories in the place of tensors."""
         offsets, room = self._plan(commands)
 
@@ -379,38 +335,26 @@ class _Places:
             number, distance = self.find(tensor)
             if number < self.first_temporary:
                 return number, distance
-            if number < self.first_result:
-                return self.first_temporary, offsets[number] + distance
-            # behind the one room of all temporary tensors
-            return number - self.first_result + self.first_temporary + 1, distance
+            # behind the call's memories comes the one room of all temporary tensors
+            return self.first_temporary, offsets[number] + distance
 
-        parts: list[bytes | _Step] = []
         words: list[int] = []
         for command in commands:
-            if isinstance(command, _Reading):
-                parts += [_packed(words)] if words else []
-                words = []
-                inputs = []
-                for part in command.inputs:
-                    memory, distance = final(part)
-                    inputs.append(_Part(memory, part.dtype, part.shape, part.stride(), distance // part.itemsize))
-                parts.append(_Step(command.function, inputs))
-                continue
             own: list[int] = []
             for word in command.words:
                 own += final(word) if isinstance(word, Tensor) else (word,)
             words += [command.kind, len(own) + 2, *own]
-        return LaunchList([*parts, *([_packed(words)] if words else [])], room)
+        return LaunchList(struct.pack(f"<{len(words)}q", *words), room)
 
-    def _plan(self, commands: "list[Command | _Reading]") -> tuple[dict[int, int], int]:
+    def _plan(self, commands: "list[Command]") -> tuple[dict[int, int], int]:
         """Where each temporary tensor lies in their room, so that those that are needed at the same time lie apart,
         and the room's size."""
         needed: dict[int, tuple[int, int]] = {}
         for turn, command in enumerate(commands):
-            for word in command.inputs if isinstance(command, _Reading) else command.words:
+            for word in command.words:
                 if isinstance(word, Tensor):
                     number, _ = self.find(word)
-                    if self.first_temporary <= number < self.first_result:
+                    if number >= self.first_temporary:
                         needed[number] = (needed.get(number, (turn, turn))[0], turn)
         offsets: dict[int, int] = {}
         room = 1
@@ -431,13 +375,6 @@ class _Places:
         return offsets, room
 
 
-class _Reading(NamedTuple):
-    """A step as it was noted."""
-
-    function: Callable[..., tuple[Tensor, ...]]
-    inputs: tuple[Tensor, ...]
-
-
 class Command(NamedTuple):
     """A launch, a product or a filling: its words, in which a tensor stands for its memory and distance."""
 
@@ -445,17 +382,11 @@ class Command(NamedTuple):
     words: tuple[int | Tensor, ...]
 
 
-def _packed(words: list[int]) -> bytes:
-    return struct.pack(f"<{len(words)}q", *words)
-
-
-def _command(note: tuple[Any, ...]) -> "Command | _Reading | None":
+def _command(note: tuple[Any, ...]) -> Command | None:
     """What was noted, as words; None where it cannot be repeated."""
     kind, *rest = note
     if not isinstance(kind, str):
         return launch_command(*note)
-    if kind == "step":
-        return _Reading(*rest)
     if kind == "product":
         return product_command(*rest)
     (memory,) = rest

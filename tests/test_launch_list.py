@@ -1,6 +1,5 @@
 """Lists of launches: what is noted, where temporary tensors lie, and what C is called with."""
 
-from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +11,7 @@ pytest.importorskip("triton")
 from launch_lists import interpreting_launcher  # noqa: E402
 
 from modeling_colt5 import run_launch_list_triton, run_launch_triton  # noqa: E402
-from modeling_colt5.op_rows_triton import join_into  # noqa: E402
+from modeling_colt5.op_rows_triton import clamp_into, join_into  # noqa: E402
 from modeling_colt5.run_launch_list_triton import Recorder, launch_command, product_command  # noqa: E402
 from modeling_colt5.run_launch_triton import Compiled  # noqa: E402
 
@@ -28,27 +27,22 @@ def repeated(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-def scaled(states: torch.Tensor, factor: float) -> tuple[torch.Tensor]:
-    return (states * factor,)
-
-
 def computed(recorder: Recorder, first: torch.Tensor, second: torch.Tensor, out: torch.Tensor) -> None:
-    """out = 3 * joined(first, second) @ first + second @ first, by way of several temporary tensors."""
+    """out = joined(first, second) @ first + second @ first, by way of several temporary tensors."""
     joined = recorder.temporary(torch.float32, 8, 4)
     recorder.run(join_into, (joined, first, second))
     product = recorder.temporary(torch.float32, 8, 4)
     recorder.product(joined, first, product)
-    (tripled,) = recorder.step(partial(scaled, factor=3.0), product)
     upper = recorder.temporary(torch.float32, 4, 4)
-    recorder.run(join_into, (upper, tripled[:4]))
+    recorder.run(join_into, (upper, product[:4]))
     recorder.add_product(second.t(), first, upper)
     recorder.zeros(out)
-    recorder.run(join_into, (out[4:], tripled[4:]))
+    recorder.run(join_into, (out[4:], product[4:]))
     recorder.run(join_into, (out[:4], upper))
 
 
 def expected(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    result = 3 * torch.cat((first, second)) @ first
+    result = torch.cat((first, second)) @ first
     result[:4] += second.t() @ first
     return result
 
@@ -61,7 +55,7 @@ def test_a_list_computes_for_other_memories_what_was_noted(repeated: list[str]) 
     torch.testing.assert_close(memories[2], expected(*memories[:2]))
     launches = recorder.finish(memories)
     assert launches is not None and not repeated
-    # the product's memory serves again for the sum, which is written when nobody needs the product anymore
+    # the joined tensor's memory serves again for the sum, which is written when nobody needs that anymore
     assert launches.room == 2 * 128
     others = [torch.randn(4, 4), torch.randn(4, 4), torch.empty(8, 4)]
     assert launches(others, CPU, -1)
@@ -194,3 +188,23 @@ def test_launches_are_noted_as_what_was_compiled(monkeypatch: pytest.MonkeyPatch
     run_launch_triton.launch(kernel, (1,), x, None, 48)
     assert [(made and made.function, grid) for made, grid, _ in notes] == [(11, (2, 3)), (11, (2, 3)), (None, (1,))]
     assert notes[0][2][0] is x
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_states_are_clamped_as_pytorch_clamps_them(dtype: torch.dtype, device: torch.device) -> None:
+    states = torch.randn(1, 3, 700, device=device).to(dtype) * 1000
+    states[0, 1, :4] = torch.tensor([float("inf"), -float("inf"), float("nan"), 64600], device=device)
+    expected = states.clamp(-900.0, 900.0)
+    clamp_into(states, 900.0)
+    torch.testing.assert_close(states, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_joins_of_one_launch_are_those_of_many(device: torch.device) -> None:
+    # sizes of more than one block, of other dtypes, and of one number
+    parts = [[torch.randn(size, device=device) for _ in range(count)] for size, count in ((2100, 3), (48, 4), (1, 1))]
+    joins = [(torch.empty(len(own), own[0].numel(), device=device, dtype=torch.bfloat16), *own) for own in parts]
+    join_into(*joins)
+    for (result, *_), own in zip(joins, parts, strict=True):
+        expected = torch.stack(own)
+        # Triton's interpreter rounds to bf16 by cutting off
+        torch.testing.assert_close(result.float(), expected, rtol=2**-7, atol=0)
