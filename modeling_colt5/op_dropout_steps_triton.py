@@ -32,7 +32,7 @@ def keeps(keys, columns, DROPOUT: tl.constexpr):
 @triton.jit
 def dropped(values, seed_ptr, rows, columns, DROPOUT: tl.constexpr):
     """Values `[rows, columns]` in fp32, of which dropout keeps some and makes them larger."""
-    keys = keys_of_rows(seed_ptr, tl.to_tensor(0), rows)
+    keys = keys_of_rows(seed_ptr, rows * 0, rows)
     return tl.where(keeps(keys[:, None], columns[None, :], DROPOUT), values * (1.0 / (1.0 - DROPOUT)), 0.0)
 
 
@@ -40,5 +40,5 @@ def dropped(values, seed_ptr, rows, columns, DROPOUT: tl.constexpr):
 def dropped_in_row(values, seed_ptr, row, columns, DROPOUT: tl.constexpr):
     """The same for the values `[columns]` of one row."""
     return tl.where(
-        keeps(keys_of_rows(seed_ptr, tl.to_tensor(0), row), columns, DROPOUT), values * (1.0 / (1.0 - DROPOUT)), 0.0
+        keeps(keys_of_rows(seed_ptr, row * 0, row), columns, DROPOUT), values * (1.0 / (1.0 - DROPOUT)), 0.0
     )
