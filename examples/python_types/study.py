@@ -190,7 +190,7 @@ class Run:
         self.step = TrainingStep(
             self.model, arm.learning_rate, self.processes, self.sentinels, 1.0, graphs=arm.is_captured
         )
-        self.parameters = [parameter.data for parameter in self.model.parameters()]
+        self.parameters = [parameter.detach() for parameter in self.model.parameters()]
         self.mean = [parameter.clone() for parameter in self.parameters]
         self.phases = phases_of(self.plan, arm)
         self.schedule = DenseStart(self.plan.closed, self.plan.opening)
