@@ -35,6 +35,7 @@ SHARES = {
     "encoder_cpu": 4,
     "causal": 4,
     "blocks": 2,
+    "sizes": 2,
 }
 DEFAULT = ("called", "encoder", "generation", "training", "dense")
 TABLES = "tables"

@@ -88,7 +88,10 @@ def main(argv: list[str] | None = None) -> None:
         changed.append(f"{len(unused)} weights of the checkpoint have no place in it, such as {unused[0]}.")
     if changed:
         print("In this it differs from its source:", *changed, sep="\n- ")
-        print("Train it further before you use it: docs/convert.md shows the loss of a small one, step by step.")
+        print(
+            "Train it further before you use it. The one curve that was measured, of a small T5 (docs/convert.md): "
+            "after 2,400 steps of its own, 320 more at the paper's budgets brought the loss back to where it was."
+        )
 
 
 if __name__ == "__main__":
