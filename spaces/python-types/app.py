@@ -48,6 +48,7 @@ STYLE = """
 .types-diff .added { background: rgba(46, 160, 67, 0.22); }
 .types-diff .removed { background: rgba(248, 81, 73, 0.20); }
 .types-diff .place { color: rgb(9, 105, 218); }
+.types-wide { overflow-x: auto; }
 .types-table { border-collapse: collapse; width: 100%; }
 .types-table th, .types-table td { padding: 2px 10px; text-align: left;
   border-bottom: 1px solid rgba(128, 128, 128, 0.3); }
@@ -108,7 +109,8 @@ def annotations_page(annotated: Annotated) -> str:
         names = ", ".join(annotated.needed.early)
         notes.append(f"Used before they are there: {names}; put `from __future__ import annotations` first.")
     said = "".join(f"<p>{as_text(note)}</p>" for note in notes)
-    return f'<table class="types-table"><thead><tr>{heads}</tr></thead><tbody>{"".join(rows)}</tbody></table>{said}'
+    table = f'<table class="types-table"><thead><tr>{heads}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
+    return f'<div class="types-wide">{table}</div>{said}'
 
 
 class Page:
