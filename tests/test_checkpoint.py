@@ -71,6 +71,8 @@ def test_its_code_is_the_packages_own(tmp_path):
     assert json.loads((FOLDER / "config.json").read_text())["auto_map"] == CoLT5Config().to_dict()["auto_map"]
 
 
+# a process that imports everything; that its code is the package's own, the test above says
+@pytest.mark.slow
 def test_it_loads_without_the_package(tmp_path):
     steps = f"""
 import sys

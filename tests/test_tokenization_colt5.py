@@ -196,6 +196,8 @@ print(json.dumps([type(tokenizer).__module__, tokenizer(text)["input_ids"], toke
 """
 
 
+# two processes that import everything
+@pytest.mark.slow
 def test_saved_copies_carry_their_code_for_two_rounds(t5_folder, tmp_path):
     tokenizer = CoLT5Tokenizer.from_pretrained(t5_folder, mode_tokens=True)
     first, second = tmp_path / "first", tmp_path / "second"
