@@ -30,9 +30,9 @@ from training_defaults import CHECKPOINTING, TrainingDefaults  # noqa: E402
 
 TITLE = (
     "Training encoder–decoders through Trainer: bf16 autocast, AdamW, targets of 512 tokens, one pass a step. "
-    "Peak: of PyTorch's allocator over the whole run, with weights. Estimate: what `--dry_run` of the scripts says. Dense: a "
-    "step of the dense start, which reads a quarter of the input; routed: a later step; medians. Run: all steps, as "
-    "measured and as estimated"
+    "Peak: of PyTorch's allocator over the whole run, with weights. Estimate: what `--dry_run` of the scripts says. "
+    "Dense: a step of the dense start, which reads a quarter of the input; routed: a later step; medians. Run: all "
+    "steps, as measured and as estimated"
 )
 # size, tokens, documents of a pass, checkpointing; the most important first: a run that is short of time leaves out
 # the last
