@@ -107,9 +107,8 @@ def check_command(command: str, helps: dict[Path, str], help_of_script) -> None:
         pytest.fail(f"no check for the command {command!r}: write one")
 
 
-def test_the_readme_is_short_and_its_pictures_are_here():
+def test_the_pictures_of_the_readme_are_here():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert len(text.split()) <= 900
     pictures = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", text)
     assert pictures and all((ROOT / picture).is_file() for picture in pictures)
 
