@@ -76,8 +76,6 @@ def test_memory_of_a_dense_start_is_what_autograd_keeps(n: int, fields: dict[str
     assert costs.memory == pytest.approx(measured, rel=0.15)
 
 
-# real sizes
-@pytest.mark.slow
 # more routers are the same kernel, which the interpreter takes seconds for
 @pytest.mark.parametrize(("backend", "routers"), [("torch", 1), ("torch", 2), ("triton", 1)])
 def test_memory_of_routed_cross_attention_is_what_autograd_keeps(backend: str, routers: int) -> None:

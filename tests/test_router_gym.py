@@ -128,7 +128,7 @@ def test_wide_light_branches_cost_what_learned_routing_costs() -> None:
     assert abs(flops["none_wide"] / flops["as_shipped"] - 1) < 0.02
 
 
-# six trainings
+# four trainings
 @pytest.mark.slow
 def test_runs_are_kept_and_not_repeated(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     settings = dataclasses.replace(router_gym.Settings(), batch=2, eval_rows=2, eval_every=2)
