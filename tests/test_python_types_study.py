@@ -112,6 +112,31 @@ def test_an_arm_trains_and_answers(name, corpus, tmp_path, monkeypatch):
     assert f"| {name} |" in tables and "equal time" in tables
 
 
+@pytest.mark.parametrize("name", ["learned", "longt5-local"])
+def test_a_run_learns_and_knows_what_it_knew_before(name, corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "WARMUP", 1)
+    monkeypatch.setattr("python_types.predict.LONGEST_ANSWER", 2)
+    monkeypatch.setattr("python_types.predict.MEAN_ANSWER", 2)
+    monkeypatch.setitem(PLANS, "tiny", Plan((name,), (0,), (128,), (128,), batch_tokens=256))
+    arguments = study.Arguments("tiny", tmp_path, tokens=corpus / "tokens", corpus=corpus)
+    run = study.Run(arguments, ARMS[name], 0, Size(**SIZE))
+    curve, earlier = run.train(40, 20)
+    # a new model's loss is that of a guess among all tokens or more; these modules have few
+    assert curve[0]["step"] == 2 and len(curve) == study.MARKS
+    losses = [
+        [point[loss] for point in part for loss in point if loss.startswith("loss")]
+        for part in (curve[:4], curve[-4:])
+    ]
+    assert np.mean(losses[0]) > 8 and np.mean(losses[1]) < np.mean(losses[0]) - 1
+    # 3 % of 40 steps is a mean of the last one or two
+    now, mean, before = (torch.cat([each.flatten() for each in part]) for part in (run.parameters, run.mean, earlier))
+    assert 0 < (mean - now).norm() < 0.5 * (before - now).norm()
+    question = question_of(corpus / "tokens/baselines.json", VOCABULARY, study.tasks_of(corpus, [0.3])[0])
+    records = [run.ask(weights, [question], []) for weights in (run.mean, earlier)]
+    assert [record.probability for record in records[0]] != [record.probability for record in records[1]]
+    assert torch.equal(now, torch.cat([each.flatten() for each in run.parameters])) and run.model.training
+
+
 def test_a_window_shows_what_is_around_its_hole(corpus):
     tokenizer = CoLT5Tokenizer.from_pretrained(VOCABULARY)
     text = "".join(FUNCTION.format(number) for number in range(120))
