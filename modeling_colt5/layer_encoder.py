@@ -30,9 +30,6 @@ if triton_is_available():
 # False lets every block run as modules, for a comparison
 enabled = True
 
-# no memory outlives the call, or none that the call may write
-_NOTHING = Layout({})
-
 
 def may_run_straight(hidden_states: Tensor, solver: str) -> bool:
     """Whether the blocks of this pass may run as straight lines, as far as that is not a block's own matter.

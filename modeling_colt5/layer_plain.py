@@ -80,12 +80,11 @@ class PlainLayer:
         drops: probabilities of dropout as the modules' modes have them: light and heavy attention's, that of what the
             attention adds, light and heavy feed-forward's, and that of what the feed-forward adds.
         numbers: all of them.
-        addresses: of vectors and tables that were found to be as kernels read them, behind their device's number.
     """
 
     __slots__ = (
         "_children", "_classes", "_dicts", "_forwards", "_kinds", "_kinds_of_values", "_lengths", "_modules",
-        "_parents", "_with_numbers", "_with_parameters", "addresses", "drops", "eps", "head_sizes", "numbers",
+        "_parents", "_with_numbers", "_with_parameters", "drops", "eps", "head_sizes", "numbers",
         "radius",
     )  # fmt: skip
 
@@ -104,7 +103,6 @@ class PlainLayer:
         self._with_numbers = [parts[name].__dict__ for name, _ in _NUMBERS]
         numbers: list[Any] = list(map(dict.get, self._with_numbers, _ATTRIBUTES))
         self.numbers = numbers
-        self.addresses: list[int] = []
         self.eps = tuple(numbers[:2])
         self.head_sizes, self.radius = (numbers[2], numbers[4]), numbers[3]
         self.drops: tuple[float, ...] = block.drop_rates()
