@@ -18,7 +18,7 @@ from peers import DEVICE, DTYPE
 from results import Table
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from modeling_colt5 import op_attention_triton
+from modeling_colt5 import op_attention, op_attention_triton
 from modeling_colt5.op_attention import (
     local_attention,
     local_attention_reference,
@@ -205,12 +205,12 @@ def sweep_call(kernel: str, routed: bool, length: int) -> Callable[[], object]:
     else:
         query, key, value, table = band_inputs(length)
         query_positions = key_positions = mask = None
-    rest = (table, RADIUS, query_positions, key_positions, mask, 0.0, None)
+    inputs = (query, key, value, table, RADIUS, query_positions, key_positions, mask, 0.0, None)
     if kernel == "forward":
-        return lambda: op_attention_triton.attention_forward(query, key, value, *rest)
-    results = op_attention_triton.attention_forward(query, key, value, *rest)
+        return lambda: op_attention._attention.kernel(*inputs)
+    results = op_attention._attention.kernel(*inputs)
     cotangent = torch.randn_like(results[0])
-    return lambda: op_attention_triton.attention_backward(cotangent, *results, query, key, value, *rest, True)
+    return lambda: op_attention._attention.gradient.kernel(cotangent, *inputs, *results, [True] * 4)
 
 
 def compile_candidate(candidate: tuple[str, bool, tuple[int, int, int, int]]) -> None:

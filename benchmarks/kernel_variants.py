@@ -29,13 +29,21 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from modeling_colt5 import (
+    op_attention,
     op_attention_triton,
+    op_dropout,
     op_dropout_triton,
+    op_gates,
     op_gates_triton,
+    op_gelu,
     op_gelu_triton,
+    op_norm,
     op_norm_triton,
+    op_pools,
     op_pools_triton,
+    op_routing,
     op_routing_triton,
+    op_rows,
     op_rows_triton,
     run_launch_triton,
 )
@@ -147,11 +155,11 @@ def attention_jobs(capability: int, quick: bool) -> None:
         seed = torch.zeros(1, dtype=torch.int64) if dropout else None
         positions = torch.arange(n).expand(2, n)
         for places in ((None, None),) if quick else ((None, None), (positions, positions)):
-            rest = (table, 127, *places, mask, dropout, seed)
-            output, log_sum_exp = op_attention_triton.attention_forward(query, key, key, *rest)
+            inputs = (query, key, key, table, 127, *places, mask, dropout, seed)
+            output, log_sum_exp = op_attention._attention.kernel(*inputs)
             for wanted in (True,) if quick else (True, False):
-                op_attention_triton.attention_backward(output, output, log_sum_exp, query, key, key, *rest, wanted)
-        op_attention_triton.table_sums_into(torch.empty(2, 4, 8, 257), table)
+                needs = [True, True, True, wanted]
+                op_attention._attention.gradient.kernel(output, *inputs, output, log_sum_exp, needs)
 
 
 def routing_jobs(quick: bool) -> None:
@@ -168,12 +176,9 @@ def routing_jobs(quick: bool) -> None:
                     for soft in (torch.empty(3),) if quick else (None, torch.empty(3)):
                         budget, capacity = torch.empty(3, dtype=torch.int64), max(1, n // 8)
                         settings = (solver, 1.0, 50, 1.0, 1.0)
-                        routed = op_routing_triton.route_forward(
-                            scores, budget, soft, *masks, capacity, 9 / 8, *settings
-                        )
-                        op_routing_triton.route_backward(
-                            routed[0], scores, budget, soft, *masks, *routed, 9 / 8, *settings
-                        )
+                        inputs = (scores, budget, soft, *masks, capacity, 9 / 8, *settings)
+                        routed = op_routing._route.kernel(*inputs)
+                        op_routing._route.gradient.kernel(routed[0], *inputs, *routed, [True, True])
 
 
 def causal_jobs(quick: bool) -> None:
@@ -183,26 +188,24 @@ def causal_jobs(quick: bool) -> None:
             scores = torch.empty(2, 3, window, dtype=dtype)
             total, handed = torch.empty(2, dtype=torch.int64), torch.empty(2, 2)
             for past in ((total, handed),) if quick else ((total, handed), (None, None)):
-                gates = op_gates_triton.causal_gates(
-                    scores, past[0], total, past[1], window // 16, window // 12, 5.0, 1.0, True
-                )
-                op_gates_triton.causal_gates_backward(
-                    gates[0], gates[4], scores, gates[0], gates[1], gates[2], window // 12, 1.0
-                )
+                inputs = (scores, past[0], total, past[1], window // 16, window // 12, 5.0, 1.0, True)
+                gates = op_gates._gates.kernel(*inputs)
+                op_gates._gates.gradient.kernel(gates[0], gates[4], *inputs, *gates[:3], [True])
     for window, size in ((4096, 4096),) if quick else ((128, 128), (512, 1024), (4096, 4096)):
         scores, initial = torch.empty(2, 3 * window), torch.empty(2, size)
         given = (initial, torch.empty(2, size, dtype=torch.bool))
         for known in (given,) if quick else (given, (None, None)):
-            pooled = op_pools_triton.pool_candidates(scores, *known, window, size)
-            op_pools_triton.pool_candidates_backward(pooled[0], *pooled[1:], window, size)
+            inputs = (scores, *known, window, size)
+            pooled = op_pools._candidates.kernel(*inputs)
+            op_pools._candidates.gradient.kernel(pooled[0], *inputs, pooled[3], [True])
     for heads, d_kv in ((16, 128),) if quick else ((1, 64), (12, 64), (16, 128), (4, 16)):
         for dtype in (torch.float32,) if quick else (torch.bfloat16, torch.float32):
             states = torch.empty(2, 96, heads, d_kv, dtype=dtype)
             indices, weights = torch.empty(2, 4, 16, dtype=torch.int64), torch.empty(2, 4, 16)
             valid, following = weights.bool(), torch.empty(2, 4, 48, dtype=torch.int32)
-            rest = (indices, weights, valid, following, 0)
-            keys, values = op_pools_triton.pool_gather(states, states, *rest)
-            op_pools_triton.pool_gather_backward(keys, values, states, states, *rest)
+            inputs = (states, states, indices, weights, valid, following, 0)
+            keys, values = op_pools._pool_gather.kernel(*inputs)
+            op_pools._pool_gather.gradient.kernel(keys, values, *inputs, [True] * 3)
 
 
 def token_jobs(quick: bool) -> None:
@@ -215,33 +218,34 @@ def token_jobs(quick: bool) -> None:
             slots = torch.empty(2, 16, d, dtype=dtype)
             for routers in (3,) if quick else (0, 1, 2, 3):
                 vectors = torch.empty(routers, d) if routers else None
-                for branches in ((states, slots, *routing),) if quick else ((None,) * 5, (states, slots, *routing)):
-                    normed = op_norm_triton.combine_norm(states, *branches, norm, vectors, 1e-6, None)
-                    scores = normed[3] if routers else None
-                    for gradient in (states,) if quick else (states, None):
-                        op_norm_triton.norm_backward(gradient, states, scores, states, normed[2], norm, vectors)
+                inputs = (states, norm, vectors, 1e-6, None)
+                results = op_norm._norm.kernel(*inputs)
+                op_norm_triton.norm_into(*inputs, *results, states, slots, *routing, states)
+                scores = results[1] if routers else None
+                for gradient in (states,) if quick else (states, None):
+                    grads = (states, norm, vectors, gradient)
+                    op_norm_triton.norm_backward_into(states, scores, *inputs, results[2], *grads)
             for base, light in ((states, states),) if quick else ((states, states), (states, None), (None, None)):
                 for second in ((slots, *routing),) if quick else ((None,) * 4, (slots, *routing)):
-                    op_rows_triton.combine(base, light, slots, *routing, *second, 96)
+                    op_rows._combine.kernel(base, light, slots, *routing, *second, 96)
             for second in (routing,) if quick else ((None,) * 3, routing):
-                op_rows_triton.gather(states, *routing, *second)
-            op_rows_triton.gather_dot(states, slots, *routing)
+                op_rows._gather.kernel(states, *routing, *second)
+            op_rows._gather_dot.kernel(states, slots, *routing)
             for joined in ((norm,), (norm, norm), (norm, norm, norm)):
                 op_rows_triton.join_into((torch.empty(len(joined), d, dtype=dtype), *joined))
             joins = [(torch.empty(count, d, dtype=dtype), *[norm] * count) for count in (2, 3, 4, 2)]
             for count in (2, 3, 4):
                 op_rows_triton.join_into(*joins[:count])
             op_rows_triton.clamp_into(states, 1.0)
-            op_gelu_triton.gated_gelu(states, states)
-            op_gelu_triton.gated_gelu_backward(states, states, states)
+            op_gelu._gated_gelu.kernel(states, states)
+            op_gelu._gated_gelu.gradient.kernel(states, states, states, [True, True])
             drop = (torch.empty(1, dtype=torch.int64), 0.1)
-            op_dropout_triton.dropout(states, *drop)
+            op_dropout._dropout.kernel(states, *drop)
             op_gelu_triton.gated_gelu_into(states, states, states, *drop)
             op_gelu_triton.gated_gelu_backward_into(*[states] * 5, *drop, states)
-            op_rows_triton.combine_into(states, states, slots, *routing, *[None] * 4, states, *drop)
-            vectors, scores = torch.empty(1, d), torch.empty(2, 1, 96)
-            results = (states, states, scores[:, 0].contiguous(), scores, 1e-6)
-            op_norm_triton.combine_norm_into(states, states, slots, *routing, norm, vectors, *results, *drop)
+            op_rows_triton.combine_into(states, states, slots, *routing, *[None] * 4, 96, states, *drop)
+            inputs = (states, norm, torch.empty(1, d), 1e-6, None)
+            op_norm_triton.norm_into(*inputs, *op_norm._norm.kernel(*inputs), states, slots, *routing, states, *drop)
 
 
 class Cost(NamedTuple):

@@ -16,7 +16,7 @@ from results import Table
 from torch import Tensor
 
 from modeling_colt5.op_gelu import gated_gelu
-from modeling_colt5.op_norm import combine_norm_scores, rms_norm_scores
+from modeling_colt5.op_norm import rms_norm_scores
 from modeling_colt5.op_rows import combine_branches, share_and_gather
 
 # the base size
@@ -69,9 +69,6 @@ def cases(n: int, d: int = D_MODEL, light_ff: int = LIGHT_FF, heavy_ff: int = HE
     def norm(backend: str, states: Tensor, weight: Tensor, routers: Tensor) -> tuple[Tensor, ...]:
         return rms_norm_scores(states, weight, routers, EPS, backend)
 
-    def combine_norm(backend: str, *inputs: Tensor) -> tuple[Tensor, ...]:
-        return combine_norm_scores(*inputs, EPS, backend)
-
     def share(
         backend: str, states: Tensor, indices: Tensor, valid: Tensor, _: Tensor, *second: Tensor
     ) -> tuple[Tensor, ...]:
@@ -93,13 +90,6 @@ def cases(n: int, d: int = D_MODEL, light_ff: int = LIGHT_FF, heavy_ff: int = HE
 
     return [
         Case("norm, 2 routers", norm, lambda: [rows(n, d), *vectors(2)], 2 * dense, 3 * dense),
-        Case(
-            "combine, norm, 1 router",
-            combine_norm,
-            lambda: [*make_branches(), *vectors(1)],
-            4 * dense + routed,
-            4 * dense + 3 * routed,
-        ),
         Case("share and gather, 2 routings", share, make_share, 2 * gathered, 2 * dense + 3 * gathered),
         Case("combine", combine, make_branches, 3 * dense + routed, 3 * routed),
         Case(

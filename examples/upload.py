@@ -20,7 +20,7 @@ from run_record import RECORD, RunRecord
 from transformers import AutoConfig
 
 import modeling_colt5  # noqa: F401  (registers the Auto classes)
-from modeling_colt5.run_sizes import routed_capacity
+from modeling_colt5.run_budgets import routed_capacity
 
 # the Hub's names of tasks and of metrics
 PIPELINES = {

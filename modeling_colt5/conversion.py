@@ -17,8 +17,7 @@ from transformers import (
 from transformers.utils import find_adapter_config_file
 
 from .configuration_colt5 import CoLT5Config
-from .model_layers import CoLT5Attention, CoLT5DenseActDense
-from .model_position import relative_position_bucket
+from .model_layers import CoLT5Attention, CoLT5DenseActDense, relative_position_bucket
 from .modeling_colt5 import CoLT5ForConditionalGeneration
 
 # one batch of a text sample, as a tokenizer makes it: input_ids and attention_mask

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from .configuration_colt5 import CoLT5Config
 from .op_attention import BLOCK_LENGTH
-from .run_sizes import routed_capacity
+from .run_budgets import routed_capacity
 
 
 @dataclass(frozen=True)

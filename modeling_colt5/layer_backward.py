@@ -10,7 +10,7 @@ from .layer_forward import Line
 from .layer_program import Program
 
 if triton_is_available():
-    from .op_attention_triton import attention_backward_into, readable, table_sums_into
+    from .op_attention_triton import attention_backward_into
     from .op_gelu_triton import gated_gelu_backward_into
     from .op_norm_triton import norm_backward_into
     from .op_routing_triton import route_backward_into
@@ -93,12 +93,12 @@ class Backward:
     def route(self, router: int, slots: Sequence[Tensor], room: Sequence[Tensor | None]) -> None:
         """The routing's gradient of one launch: `slots` are scores, weights, indices, valid and state, `room` the
         weights' gradient, partial sums, the scores' gradient and the budget's."""
-        _, mask = self.line.common.routers[router]
-        scores, weights, indices, valid, state = slots
+        budget, mask = self.line.common.routers[router]
+        scores, *results = slots
         weights_grad, sums, scores_grad, budget_grad = room
-        rows = (scores, mask, None, None, state, sums, scores_grad, budget_grad)
-        settings = self.line.program.settings[1:]
-        self.line.run(route_backward_into, weights_grad, weights, indices, valid, *rows, *settings)
+        rows = (weights_grad, scores, budget, None, mask, None, results[0].shape[1])
+        settings = self.line.program.settings
+        self.line.run(route_backward_into, *rows, *settings, *results, scores_grad, budget_grad, sums)
 
     def dense(self, name: str, grad: Tensor, states: Tensor, first: int, place: int) -> Tensor:
         """The gradient of a gated feed-forward's states, and those of its weights, from `first` on, as needed; dropout
@@ -137,14 +137,14 @@ class Backward:
     ) -> None:
         """Write the gradients of a norm's states, of its weight, whose place is given, and of the routers."""
         line = self.line
-        router_first, count = (5, 2) if first == 0 else (15, 1)
+        router_first, count, eps = (5, 2, line.program.eps[0]) if first == 0 else (15, 1, line.program.eps[1])
         d = line.program.d
         # gradients of two routers lie side by side, as the routers do
         router_grads = self.gradients.views[router_first].as_strided((count, d), (d, 1))
         line.run(
             norm_backward_into,
-            hidden_grad, line.rows(normed_grad), scores_grad, hidden_states, rstd, line.weights[first], routers,
-            out, shares, self.gradients.views[first], router_grads,
+            line.rows(normed_grad), scores_grad, hidden_states, line.weights[first], routers, eps, None, rstd,
+            out, self.gradients.views[first], router_grads, hidden_grad, shares,
         )  # fmt: skip
 
     def run(self, grad: Tensor, hidden_states: Tensor, out: Tensor) -> None:
@@ -188,8 +188,9 @@ class Backward:
         del heavy_grad
         normed_grad = self.dense("light", light_grad.view(-1, d), normed, 12, 3)
         total = line.temporary(program.dtype, *normed.shape)
-        run(combine_into, rows(normed_grad), None, rows(states_grad), indices, valid, *[None] * 5, rows(total))
-        del normed_grad, states_grad
+        routed = (rows(states_grad), indices, valid, None)
+        run(combine_into, rows(normed_grad), None, *routed, *[None] * 4, program.n, rows(total))
+        del normed_grad, states_grad, routed
         result = line.temporary(program.hidden_dtype, *grad.shape)
         self.norm(
             grad, total, room[gradient.scores], line.place("hidden"), places[0], 11, line.weights[15].view(1, -1),
@@ -216,28 +217,24 @@ class Backward:
         )  # fmt: skip
         attended, query, key_value = (line.place(name) for name in ("heavy_attended", "query", "key_value"))
         if self.needs[10]:
-            self.weight_gradients(heavy_grad, line.rounded(attended, program.dtype), 10, 1)
+            self.weight_gradients(heavy_grad, attended, 10, 1)
         size = program.heavy_size
         attended_grad = line.temporary(program.dtype, *attended.shape)
         line.recorder.product(heavy_grad, heavy_o, attended_grad)
         del heavy_grad
-        query_grad = line.temporary(program.attended, *query.shape)
-        key_value_grad = line.temporary(program.attended, *key_value.shape)
+        query_grad = line.temporary(program.dtype, *query.shape)
+        key_value_grad = line.temporary(program.dtype, *key_value.shape)
         partials = self.partials(program.heavy_partials, heavy_table)
         seed, probability = line.dropout(1)
         run(
             attention_backward_into,
-            *readable(heads(attended_grad, size), heads(attended, size)), places[program.heavy_sums],
-            *readable(heads(query, size), *(heads(part, size) for part in key_value.chunk(2, 1))),
-            line.tables[1], query_slots[0], key_slots[0], key_slots[1], seed,
-            room[program.heavy_delta], heads(query_grad, size),
-            *(heads(part, size) for part in key_value_grad.chunk(2, 1)), partials, 0, probability,
+            heads(attended_grad, size), heads(query, size), *(heads(part, size) for part in key_value.chunk(2, 1)),
+            line.tables[1], 0, query_slots[0], *key_slots[:2], probability, seed,
+            heads(attended, size), places[program.heavy_sums],
+            heads(query_grad, size), *(heads(part, size) for part in key_value_grad.chunk(2, 1)), heavy_table,
+            room[program.heavy_delta], partials,
         )  # fmt: skip
-        del attended_grad
-        if heavy_table is not None and partials is not None:
-            run(table_sums_into, partials, heavy_table)
-        del partials
-        query_grad, key_value_grad = (line.rounded(part, program.dtype) for part in (query_grad, key_value_grad))
+        del attended_grad, partials
         self.weight_gradients(query_grad, query_states, 7, 1)
         self.weight_gradients(key_value_grad, key_states, 8, 2)
         query_states_grad = line.temporary(program.dtype, *query_states.shape)
@@ -249,26 +246,22 @@ class Backward:
         attended, query_key_value = line.place("light_attended"), line.place("query_key_value")
         light_grad, size = line.rounded(update_grad, program.dtype).view(-1, d), program.light_size
         if self.needs[4]:
-            self.weight_gradients(light_grad, line.rounded(attended, program.dtype), 4, 1)
+            self.weight_gradients(light_grad, attended, 4, 1)
         attended_grad = line.temporary(program.dtype, *attended.shape)
         line.recorder.product(light_grad, o, attended_grad)
         del light_grad, update_grad
-        query_key_value_grad = line.temporary(program.attended, *query_key_value.shape)
+        query_key_value_grad = line.temporary(program.dtype, *query_key_value.shape)
         partials = self.partials(program.light_partials, light_table)
         seed, probability = line.dropout(0)
         run(
             attention_backward_into,
-            *readable(heads(attended_grad, size), heads(attended, size)), places[program.light_sums],
-            *readable(*(heads(part, size) for part in query_key_value.chunk(3, 1))),
-            line.tables[0], None, None, line.common.mask, seed, room[program.light_delta],
-            *(heads(part, size) for part in query_key_value_grad.chunk(3, 1)), partials,
-            program.radius, probability,
+            heads(attended_grad, size), *(heads(part, size) for part in query_key_value.chunk(3, 1)),
+            line.tables[0], program.radius, None, None, line.common.mask, probability, seed,
+            heads(attended, size), places[program.light_sums],
+            *(heads(part, size) for part in query_key_value_grad.chunk(3, 1)), light_table,
+            room[program.light_delta], partials,
         )  # fmt: skip
-        del attended_grad
-        if light_table is not None and partials is not None:
-            run(table_sums_into, partials, light_table)
-        del partials
-        query_key_value_grad = line.rounded(query_key_value_grad, program.dtype)
+        del attended_grad, partials
         self.weight_gradients(query_key_value_grad, normed, 1, 3)
         normed_grad = self.states_gradient(query_key_value_grad, 1, 3)
         del query_key_value_grad
@@ -284,7 +277,7 @@ class Backward:
         run(
             combine_into,
             rows(normed_grad), None, rows(query_states_grad), *query_slots[:2], None,
-            rows(key_states_grad), *key_slots, rows(total),
+            rows(key_states_grad), *key_slots, program.n, rows(total),
         )  # fmt: skip
         del normed_grad, query_states_grad, key_states_grad
         self.norm(

@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.nn.modules import module as torch_module
 
-from .kernel_backend import runs_eagerly, triton_is_available
+from .kernel_backend import Mode, triton_is_available
 from .layer_backward import Backward, Gradients
 from .layer_forward import Line, attention, combined, feed_forward, parts_of, sum_of_all
 from .layer_plain import WEIGHTS, PlainLayer
@@ -31,24 +30,25 @@ if triton_is_available():
 enabled = True
 
 
-def may_run_straight(hidden_states: Tensor, solver: str) -> bool:
+def may_run_straight(hidden_states: Tensor, solver: str, mode: Mode) -> bool:
     """Whether the blocks of this pass may run as straight lines, as far as that is not a block's own matter.
 
     Args:
         hidden_states: [batch, n, d_model], what goes into the first layer.
         solver: of the soft top-k.
+        mode: of the pass.
     """
     return (
         enabled
-        and runs_eagerly()
+        and mode.is_eager
+        and not mode.is_watched
         and type(hidden_states) in (Tensor, torch.nn.Parameter)
         and hidden_states.numel() > 0
         and product_dtype(hidden_states) is not None
         and not torch.are_deterministic_algorithms_enabled()
         and forward_ad._current_level < 0
-        and not torch_module._has_any_global_hook()
         and kernels_take(hidden_states.shape[1], solver, hidden_states.device)
-        and not (torch.is_grad_enabled() and hidden_states.dtype == torch.float16)
+        and not (mode.keeps_gradients and hidden_states.dtype == torch.float16)
     )
 
 

@@ -9,11 +9,11 @@ from .kernel_backend import triton_is_available
 from .layer_program import Layout, Program, StraightPass
 
 if triton_is_available():
-    from .op_attention_triton import attention_forward_into, readable
+    from .op_attention_triton import attention_into
     from .op_dropout_triton import dropout_into
     from .op_gelu_triton import gated_gelu_into
-    from .op_norm_triton import combine_norm_into
-    from .op_routing_triton import route_forward_into, sharing_shapes
+    from .op_norm_triton import norm_into
+    from .op_routing_triton import route_into, sharing_shapes
     from .op_rows_triton import MOST_JOINS, clamp_into, combine_into, gather_into, join_into
     from .run_launch_list_triton import Recorder
 
@@ -135,7 +135,7 @@ class Line:
 def combined(line: Line, parts: tuple[Tensor, ...], out: Tensor) -> None:
     """Write the sum of `parts_of`, [batch, n, d_model]."""
     residual, light, heavy, indices, valid, weights = parts
-    line.run(combine_into, residual, light, heavy, indices, valid, weights, None, None, None, None, out)
+    line.run(combine_into, residual, light, heavy, indices, valid, weights, *[None] * 4, line.program.n, out)
     if out.dtype == torch.float16:
         # `clamp_half` of model_layers.py
         line.run(clamp_into, out, torch.finfo(torch.float16).max - 1000)
@@ -157,8 +157,8 @@ def _route(line: Line, router: int, scores: Tensor, results: list[Tensor]) -> No
     if (shapes := sharing_shapes(budget.shape[0], line.program.n, line.program.device)) is not None:
         numbers, arrived = (line.temporary(torch.int32, *shape) for shape in shapes)
         line.recorder.zeros(arrived)
-    rows = (scores, budget, None, mask, None)
-    line.run(route_forward_into, *rows, *results, numbers, arrived, *line.program.settings)
+    rows = (scores, budget, None, mask, None, results[0].shape[1])
+    line.run(route_into, *rows, *line.program.settings, *results, numbers, arrived)
 
 
 def attention(line: Line, incoming: Tensor | None) -> tuple[Tensor, ...]:
@@ -172,15 +172,16 @@ def attention(line: Line, incoming: Tensor | None) -> tuple[Tensor, ...]:
     line.join_weights((routers, query_router, key_router))
     places = program.first.views(line.place("first"))
     normed = line.place("normed")
-    of_norm = (line.rows(normed), *places[:2], program.eps[0])
+    of_norm = (norm_weight, routers, program.eps[0], None, line.rows(normed), places[1], places[0])
     if incoming is None and program.hidden_dtype == torch.float16:
         incoming = line.place("summed")
         combined(line, parts_of(line), incoming)
     if incoming is None:
         incoming = line.place("summed")
-        run(combine_norm_into, *parts_of(line), norm_weight, routers, incoming, *of_norm)
+        residual, *branches = parts_of(line)
+        run(norm_into, residual, *of_norm, *branches, incoming)
     else:
-        run(combine_norm_into, incoming, *[None] * 5, norm_weight, routers, None, *of_norm)
+        run(norm_into, incoming, *of_norm)
     with line.plan.heavy():
         slots = program.first_slots
         for router, (scores, *results) in enumerate(slots.launches):
@@ -189,7 +190,7 @@ def attention(line: Line, incoming: Tensor | None) -> tuple[Tensor, ...]:
         query_states, key_states = line.place("query_states"), line.place("key_states")
         run(
             gather_into,
-            line.rows(normed), *query_slots[:2], None, line.rows(query_states), *key_slots, line.rows(key_states),
+            line.rows(normed), *query_slots[:2], None, *key_slots, line.rows(query_states), line.rows(key_states),
         )  # fmt: skip
         query, key_value = line.place("query"), line.place("key_value")
         line.recorder.product(query_states, heavy_q.t(), query)
@@ -198,13 +199,13 @@ def attention(line: Line, incoming: Tensor | None) -> tuple[Tensor, ...]:
         attended = line.place("heavy_attended")
         seed, probability = line.dropout(1)
         run(
-            attention_forward_into,
-            *readable(line.heads(query, size), *(line.heads(part, size) for part in key_value.chunk(2, 1))),
-            line.tables[1], query_slots[0], key_slots[0], key_slots[1], seed,
-            line.heads(attended, size), places[program.heavy_sums], 0, probability,
+            attention_into,
+            line.heads(query, size), *(line.heads(part, size) for part in key_value.chunk(2, 1)),
+            line.tables[1], 0, query_slots[0], *key_slots[:2], probability, seed,
+            line.heads(attended, size), places[program.heavy_sums],
         )  # fmt: skip
         heavy = line.place("heavy_update")
-        line.recorder.product(line.rounded(attended, program.dtype), heavy_o.t(), heavy)
+        line.recorder.product(attended, heavy_o.t(), heavy)
         del query_states, key_states, query, key_value, attended
     query_key_value = line.place("query_key_value")
     # the heavy branch may still read `normed`, which therefore stays until both branches are done
@@ -213,14 +214,14 @@ def attention(line: Line, incoming: Tensor | None) -> tuple[Tensor, ...]:
     attended = line.place("light_attended")
     seed, probability = line.dropout(0)
     run(
-        attention_forward_into,
-        *readable(*(line.heads(part, size) for part in query_key_value.chunk(3, 1))),
-        line.tables[0], None, None, line.common.mask, seed,
-        line.heads(attended, size), places[program.light_sums], program.radius, probability,
+        attention_into,
+        *(line.heads(part, size) for part in query_key_value.chunk(3, 1)),
+        line.tables[0], program.radius, None, None, line.common.mask, probability, seed,
+        line.heads(attended, size), places[program.light_sums],
     )  # fmt: skip
     del query_key_value
     light = line.place("light_update")
-    line.recorder.product(line.rounded(attended, program.dtype), o.t(), light)
+    line.recorder.product(attended, o.t(), light)
     line.plan.join()
     return incoming, line.rows(light), line.rows(heavy), *query_slots
 
@@ -246,22 +247,21 @@ def feed_forward(line: Line, parts: list[Tensor]) -> tuple[Tensor, ...]:
     parts.clear()
     places = program.second.views(line.place("second"))
     normed = line.place("second_normed")
-    of_norm = (norm_weight, router)
-    results = (line.rows(normed), *places[:2], program.eps[1])
+    of_norm = (norm_weight, router, program.eps[1], None, line.rows(normed), places[1], places[0])
     if program.hidden_dtype == torch.float16:
         hidden_states = line.place("hidden")
         combined(line, (residual, light, heavy, *routed), hidden_states)
-        run(combine_norm_into, hidden_states, *[None] * 5, *of_norm, None, *results)
+        run(norm_into, hidden_states, *of_norm)
     else:
         hidden_states = line.place("hidden")
-        run(combine_norm_into, residual, light, heavy, *routed, *of_norm, hidden_states, *results, *line.dropout(2))
+        run(norm_into, residual, *of_norm, light, heavy, *routed, hidden_states, *line.dropout(2))
     del residual, light, heavy, routed
     with line.plan.heavy():
         ((scores, *of_slots),) = program.second_slots.launches
         _route(line, -1, places[scores], [places[part] for part in of_slots])
         indices, valid, weights = (places[part] for part in program.second_slots.routers[0])
         states = line.place("states")
-        run(gather_into, line.rows(normed), indices, valid, None, line.rows(states), *[None] * 4)
+        run(gather_into, line.rows(normed), indices, valid, *[None] * 4, line.rows(states), None)
         heavy = _dense(line, "heavy", states, 16, 4)
     light = _dense(line, "light", normed, 12, 3)
     line.plan.join()
@@ -270,4 +270,4 @@ def feed_forward(line: Line, parts: list[Tensor]) -> tuple[Tensor, ...]:
 
 def sum_of_all(line: Line, parts: tuple[Tensor, ...], out: Tensor) -> None:
     """Write the sum of what `feed_forward` gave, with the sublayer's dropout."""
-    line.run(combine_into, *parts, *[None] * 4, out, *line.dropout(5))
+    line.run(combine_into, *parts, *[None] * 4, line.program.n, out, *line.dropout(5))

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from .kernel_backend import INTERPRETED, normed_dtype, triton_is_available
 from .layer_plain import PlainLayer
-from .run_sizes import is_one_product
+from .run_plan import is_one_product
 
 if triton_is_available():
-    from .op_attention_triton import band_partials
+    from .op_attention_triton import partial_sums
     from .op_norm_triton import gradient_programs
     from .op_routing_triton import slot_parts
     from .run_launch_list_triton import LaunchList
@@ -265,8 +265,6 @@ class Program:
                 (12, batch * n, 2 * self.light_ff), (16, batch * tokens, 2 * self.heavy_ff),
             )
         }  # fmt: skip
-        # Triton's interpreter rounds to bf16 by cutting off
-        self.attended = torch.float32 if INTERPRETED and self.dtype == torch.bfloat16 else self.dtype
 
         # the norm's reciprocals and the scores come first
         self.first, self.second = Room(), Room()
@@ -287,7 +285,7 @@ class Program:
         self.second_shares = self.second_back.add(torch.float32, shares, 2, d)
         self.heavy_delta = self.first_back.add(torch.float32, batch, heavy_heads, queries)
         self.light_delta = self.first_back.add(torch.float32, batch, light_heads, n)
-        band = band_partials(n, self.light_size, self.attended, self.device)
+        band = partial_sums(n, self.light_size, self.dtype, self.device, routed=False)
         self.light_partials = (batch, light_heads, band)
         self.heavy_partials = (batch, heavy_heads, queries)
         queries, keys, tokens = batch * queries, batch * keys, batch * tokens
@@ -299,10 +297,10 @@ class Program:
             "key_states": (self.dtype, (keys, d)),
             "query": (self.dtype, (queries, self.heavy)),
             "key_value": (self.dtype, (keys, 2 * self.heavy)),
-            "heavy_attended": (self.attended, (queries, self.heavy)),
+            "heavy_attended": (self.dtype, (queries, self.heavy)),
             "heavy_update": (self.dtype, (queries, d)),
             "query_key_value": (self.dtype, (batch * n, 3 * self.light)),
-            "light_attended": (self.attended, (batch * n, self.light)),
+            "light_attended": (self.dtype, (batch * n, self.light)),
             "hidden": (self.hidden_dtype, (batch, n, d)),
             "second": (torch.uint8, (self.second.size,)),
             "second_normed": (self.dtype, (batch * n, d)),

@@ -13,7 +13,7 @@ from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 from .configuration_colt5 import CoLT5Config, check_config
 from .model_checkpoints import OWN_FILES, check_layers, code_file
 from .model_initialisation import init_layer, init_normal
-from .model_position import CoLT5RelativePositionBias
+from .model_layers import CoLT5RelativePositionBias
 from .model_router import set_dense_start
 
 

@@ -1,41 +1,58 @@
 """The models' layers on their own, for networks of a user's: states in, states out, built from plain numbers."""
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from .configuration_colt5 import CoLT5Config
-from .model_causal import CoLT5LayerCausalAttention, CoLT5LayerCausalFF
 from .model_cross_routing import CoLT5CrossRouting
-from .model_decoder_layer import CoLT5LayerCrossAttention
-from .model_encoder_layer import (
-    CoLT5EncoderBlock,
-    CoLT5LayerConditionalAttention,
-    CoLT5LayerConditionalFF,
-    encoder_plan,
+from .model_encoder_layer import encoder_plan
+from .model_from_config import (
+    causal_settings,
+    cross_attention,
+    cross_settings,
+    decoder_feed_forward,
+    encoder_attention,
+    encoder_block,
+    encoder_feed_forward,
+    encoder_settings,
+    implementation,
+    position_bias,
+    self_attention,
 )
 from .model_initialisation import init_layer
 from .model_outputs import CoLT5CausalLayerRouting, CoLT5LayerRouting
-from .model_position import CoLT5RelativePositionBias
 from .op_routing import RoutedTokens
 from .run_causal_cache import CoLT5DynamicRoutedLayer, check_routed_layer
-from .run_causal_plan import CausalPlan, CausalSettings
+from .run_causal_plan import CausalPlan
 from .run_inputs import check_states, padding_mask
-from .run_plan import CrossSettings, EncoderPlan, EncoderSettings, Implementation, SoftTopK
+from .run_plan import EncoderPlan, SoftTopK
 
 ATTENTIONS = ("sdpa", "eager")
 SOFT_TOPK = SoftTopK()
 
 
-def _check(soft_topk: SoftTopK, attn_implementation: str, **fields: Any) -> None:
-    """Check numbers by the rules of the configuration's fields of the same names.
+def _config_of(arguments: dict[str, Any], **others: Any) -> CoLT5Config:
+    """The configuration that a module's arguments are, all of which have the names and the rules of its fields.
+
+    Args:
+        arguments: all local names at the beginning of a module's `__init__`.
+        others: fields that are no arguments.
 
     Raises:
         StrictDataclassError: for a number of another type, or one that breaks a rule.
         ValueError: for another implementation of attention.
     """
-    CoLT5Config(
+    fields = {name: value for name, value in arguments.items() if name not in ("self", "__class__", "soft_topk")}
+    soft_topk = arguments["soft_topk"]
+    attn_implementation = fields.setdefault("attn_implementation", "sdpa")
+    if attn_implementation not in ATTENTIONS:
+        raise ValueError(
+            f"attn_implementation is {attn_implementation!r}; it must be one of {', '.join(map(repr, ATTENTIONS))}"
+        )
+    return CoLT5Config(
         soft_topk_ratio=soft_topk.ratio,
         routing_epsilon=soft_topk.epsilon,
         soft_topk_solver=soft_topk.solver,
@@ -43,14 +60,23 @@ def _check(soft_topk: SoftTopK, attn_implementation: str, **fields: Any) -> None
         routing_epsilon_init=soft_topk.epsilon_init,
         routing_epsilon_decay=soft_topk.epsilon_decay,
         **fields,
+        **others,
     )
-    if attn_implementation not in ATTENTIONS:
-        raise ValueError(
-            f"attn_implementation is {attn_implementation!r}; it must be one of {', '.join(map(repr, ATTENTIONS))}"
-        )
 
 
 class _StandAlone(nn.Module):
+    """What all stand-alone modules share: T5's initialisation, of what the class has made before it calls this."""
+
+    d_model: int
+
+    def initialise(self, d_model: int) -> None:
+        """Initialise all layers for states of this width."""
+        self.d_model = d_model
+        for module in self.modules():
+            init_layer(module, d_model)
+
+
+class _EncoderStandAlone(_StandAlone):
     """What the stand-alone modules of the encoder's layers share.
 
     Attributes:
@@ -59,24 +85,16 @@ class _StandAlone(nn.Module):
         dense_start: fp32 [], how far a dense start has come; `set_dense_start` sets it.
     """
 
-    def __init__(self, d_model: int, settings: EncoderSettings):
+    def __init__(self, config: CoLT5Config):
         super().__init__()
-        self.d_model = d_model
-        self.settings = settings
+        self.settings = encoder_settings(config)
         self.dense_start: Tensor | None = None
 
-    def initialise(self) -> None:
-        """T5's initialisation."""
-        for module in self.modules():
-            init_layer(module, self.d_model)
-
-    def add_position_biases(self, num_light_heads: int, num_heavy_heads: int, num_buckets: int, distance: int) -> None:
+    def add_position_biases(self, config: CoLT5Config) -> None:
         """The biases by distance, which all layers of a model's stack share."""
-        self.light_relative_attention_bias = CoLT5RelativePositionBias(num_light_heads, num_buckets, distance, True)
-        if self.settings.routing != "none":
-            self.heavy_relative_attention_bias = CoLT5RelativePositionBias(
-                num_heavy_heads, num_buckets, distance, True
-            )
+        self.light_relative_attention_bias = position_bias(config, config.num_light_heads, bidirectional=True)
+        if config.routing != "none":
+            self.heavy_relative_attention_bias = position_bias(config, config.num_heavy_heads, bidirectional=True)
 
     def bias_tables(self) -> tuple[Tensor, Tensor | None]:
         """Of the light and of the heavy branch."""
@@ -93,7 +111,7 @@ class _StandAlone(nn.Module):
         return padding_mask("mask", mask, hidden_states), self.dense_start if self.training else None
 
 
-class CoLT5ConditionalFeedForward(_StandAlone):
+class CoLT5ConditionalFeedForward(_EncoderStandAlone):
     """X + LightFF(X) + s̃ · HeavyFF(X): a small feed-forward for every token, a large one for the few important ones
     (Ainslie et al. 2023). The norm before it is inside, and so is the residual.
 
@@ -128,40 +146,11 @@ class CoLT5ConditionalFeedForward(_StandAlone):
         layer_norm_epsilon: float = 1e-6,
         kernel_backend: str = "auto",
     ):
-        _check(
-            soft_topk,
-            "sdpa",
-            d_model=d_model,
-            light_d_ff=light_d_ff,
-            heavy_d_ff=heavy_d_ff,
-            routed_feed_forward_fraction=routed_feed_forward_fraction,
-            min_routed_tokens=min_routed_tokens,
-            feed_forward_proj=feed_forward_proj,
-            routing=routing,
-            dropout_rate=dropout_rate,
-            layer_norm_epsilon=layer_norm_epsilon,
-            kernel_backend=kernel_backend,
-        )
-        settings = EncoderSettings(
-            routing=routing,
-            query_fraction=None,
-            key_value_fraction=None,
-            feed_forward_fraction=routed_feed_forward_fraction,
-            min_routed_tokens=min_routed_tokens,
-            soft_topk=soft_topk,
-            implementation=Implementation(kernel_backend),
-        )
-        super().__init__(d_model, settings)
-        self.layer = CoLT5LayerConditionalFF(
-            d_model=d_model,
-            light_d_ff=light_d_ff,
-            heavy_d_ff=heavy_d_ff,
-            feed_forward_proj=feed_forward_proj,
-            routing=routing,
-            dropout_rate=dropout_rate,
-            layer_norm_epsilon=layer_norm_epsilon,
-        )
-        self.initialise()
+        config = _config_of(locals())
+        super().__init__(config)
+        self.settings = replace(self.settings, query_fraction=None, key_value_fraction=None)
+        self.layer = encoder_feed_forward(config, seed=0)
+        self.initialise(d_model)
 
     def forward(
         self, hidden_states: Tensor, mask: Tensor | None = None, output_routing: bool = False
@@ -187,7 +176,7 @@ class CoLT5ConditionalFeedForward(_StandAlone):
         return (output, tokens) if output_routing else output
 
 
-class CoLT5ConditionalAttention(_StandAlone):
+class CoLT5ConditionalAttention(_EncoderStandAlone):
     """X + LightAttn(X) + s̃ᵩ · HeavyAttn(X, s̃ᵏᵛ ⊙ X): local attention for every token, attention among routed tokens
     for the few important ones (Ainslie et al. 2023). The norm before it is inside, and so is the residual.
 
@@ -230,48 +219,12 @@ class CoLT5ConditionalAttention(_StandAlone):
         kernel_backend: str = "auto",
         attn_implementation: str = "sdpa",
     ):
-        _check(
-            soft_topk,
-            attn_implementation,
-            d_model=d_model,
-            d_kv=d_kv,
-            num_light_heads=num_light_heads,
-            num_heavy_heads=num_heavy_heads,
-            local_radius=local_radius,
-            routed_query_fraction=routed_query_fraction,
-            routed_key_value_fraction=routed_key_value_fraction,
-            min_routed_tokens=min_routed_tokens,
-            relative_attention_num_buckets=relative_attention_num_buckets,
-            relative_attention_max_distance=relative_attention_max_distance,
-            routing=routing,
-            dropout_rate=dropout_rate,
-            layer_norm_epsilon=layer_norm_epsilon,
-            kernel_backend=kernel_backend,
-        )
-        settings = EncoderSettings(
-            routing=routing,
-            query_fraction=routed_query_fraction,
-            key_value_fraction=routed_key_value_fraction,
-            feed_forward_fraction=None,
-            min_routed_tokens=min_routed_tokens,
-            soft_topk=soft_topk,
-            implementation=Implementation(kernel_backend, attn_implementation),
-        )
-        super().__init__(d_model, settings)
-        self.add_position_biases(
-            num_light_heads, num_heavy_heads, relative_attention_num_buckets, relative_attention_max_distance
-        )
-        self.layer = CoLT5LayerConditionalAttention(
-            d_model=d_model,
-            d_kv=d_kv,
-            num_light_heads=num_light_heads,
-            num_heavy_heads=num_heavy_heads,
-            local_radius=local_radius,
-            routing=routing,
-            dropout_rate=dropout_rate,
-            layer_norm_epsilon=layer_norm_epsilon,
-        )
-        self.initialise()
+        config = _config_of(locals())
+        super().__init__(config)
+        self.settings = replace(self.settings, feed_forward_fraction=None)
+        self.add_position_biases(config)
+        self.layer = encoder_attention(config, seed=0)
+        self.initialise(d_model)
 
     def forward(
         self, hidden_states: Tensor, mask: Tensor | None = None, output_routing: bool = False
@@ -287,7 +240,7 @@ class CoLT5ConditionalAttention(_StandAlone):
         return (output, CoLT5LayerRouting(query=queries, key_value=keys)) if output_routing else output
 
 
-class CoLT5ConditionalBlock(_StandAlone):
+class CoLT5ConditionalBlock(_EncoderStandAlone):
     """A whole layer of the encoder: conditional attention, then the conditional feed-forward, each with its norm and
     its residual. Where kernels run and nobody looks inside, it is one straight line of launches, as in a model.
 
@@ -331,63 +284,11 @@ class CoLT5ConditionalBlock(_StandAlone):
         kernel_backend: str = "auto",
         attn_implementation: str = "sdpa",
     ):
-        _check(
-            soft_topk,
-            attn_implementation,
-            d_model=d_model,
-            d_kv=d_kv,
-            num_light_heads=num_light_heads,
-            num_heavy_heads=num_heavy_heads,
-            light_d_ff=light_d_ff,
-            heavy_d_ff=heavy_d_ff,
-            local_radius=local_radius,
-            routed_query_fraction=routed_query_fraction,
-            routed_key_value_fraction=routed_key_value_fraction,
-            routed_feed_forward_fraction=routed_feed_forward_fraction,
-            min_routed_tokens=min_routed_tokens,
-            relative_attention_num_buckets=relative_attention_num_buckets,
-            relative_attention_max_distance=relative_attention_max_distance,
-            feed_forward_proj=feed_forward_proj,
-            routing=routing,
-            dropout_rate=dropout_rate,
-            layer_norm_epsilon=layer_norm_epsilon,
-            kernel_backend=kernel_backend,
-        )
-        settings = EncoderSettings(
-            routing=routing,
-            query_fraction=routed_query_fraction,
-            key_value_fraction=routed_key_value_fraction,
-            feed_forward_fraction=routed_feed_forward_fraction,
-            min_routed_tokens=min_routed_tokens,
-            soft_topk=soft_topk,
-            implementation=Implementation(kernel_backend, attn_implementation),
-        )
-        super().__init__(d_model, settings)
-        self.add_position_biases(
-            num_light_heads, num_heavy_heads, relative_attention_num_buckets, relative_attention_max_distance
-        )
-        attention = CoLT5LayerConditionalAttention(
-            d_model=d_model,
-            d_kv=d_kv,
-            num_light_heads=num_light_heads,
-            num_heavy_heads=num_heavy_heads,
-            local_radius=local_radius,
-            routing=routing,
-            dropout_rate=dropout_rate,
-            layer_norm_epsilon=layer_norm_epsilon,
-        )
-        feed_forward = CoLT5LayerConditionalFF(
-            d_model=d_model,
-            light_d_ff=light_d_ff,
-            heavy_d_ff=heavy_d_ff,
-            feed_forward_proj=feed_forward_proj,
-            routing=routing,
-            seed=2,
-            dropout_rate=dropout_rate,
-            layer_norm_epsilon=layer_norm_epsilon,
-        )
-        self.block = CoLT5EncoderBlock(attention, feed_forward)
-        self.initialise()
+        config = _config_of(locals())
+        super().__init__(config)
+        self.add_position_biases(config)
+        self.block = encoder_block(config, 0)
+        self.initialise(d_model)
 
     def forward(
         self, hidden_states: Tensor, mask: Tensor | None = None, output_routing: bool = False
@@ -408,7 +309,7 @@ class CoLT5ConditionalBlock(_StandAlone):
         return (output, routing) if output_routing else output
 
 
-class _CausalStandAlone(nn.Module):
+class _CausalStandAlone(_StandAlone):
     """What the causal stand-alone modules share.
 
     Attributes:
@@ -417,16 +318,10 @@ class _CausalStandAlone(nn.Module):
         implementation: who computes.
     """
 
-    def __init__(self, d_model: int, settings: CausalSettings, implementation: Implementation):
+    def __init__(self, config: CoLT5Config):
         super().__init__()
-        self.d_model = d_model
-        self.settings = settings
-        self.implementation = implementation
-
-    def initialise(self) -> None:
-        """T5's initialisation."""
-        for module in self.modules():
-            init_layer(module, self.d_model)
+        self.settings = causal_settings(config)
+        self.implementation = implementation(config)
 
     def make_cache(self) -> CoLT5DynamicRoutedLayer:
         """An empty cache of this module's, whose size does not grow with the text. It can be cropped, reordered and
@@ -496,53 +391,12 @@ class CoLT5CausalConditionalAttention(_CausalStandAlone):
         kernel_backend: str = "auto",
         attn_implementation: str = "sdpa",
     ):
-        _check(
-            soft_topk,
-            attn_implementation,
-            causal_attention="routed",
-            d_model=d_model,
-            d_kv=d_kv,
-            num_light_heads=num_light_heads,
-            num_heavy_heads=num_heavy_heads,
-            local_radius=local_radius,
-            causal_window=causal_window,
-            causal_routed_keys=causal_routed_keys,
-            routed_query_fraction=routed_query_fraction,
-            causal_capacity_ratio=causal_capacity_ratio,
-            num_causal_key_value_routers=num_causal_key_value_routers,
-            causal_unrouted_vector=causal_unrouted_vector,
-            relative_attention_num_buckets=relative_attention_num_buckets,
-            relative_attention_max_distance=relative_attention_max_distance,
-            dropout_rate=dropout_rate,
-            layer_norm_epsilon=layer_norm_epsilon,
-            kernel_backend=kernel_backend,
-        )
-        settings = CausalSettings(
-            window=causal_window,
-            radius=local_radius,
-            pool_size=causal_routed_keys,
-            query_fraction=routed_query_fraction,
-            # It has no feed-forward, and nothing reads the share.
-            feed_forward_fraction=routed_query_fraction,
-            capacity_ratio=causal_capacity_ratio,
-            soft_topk_ratio=soft_topk.ratio,
-            epsilon=soft_topk.epsilon,
-        )
-        super().__init__(d_model, settings, Implementation(kernel_backend, attn_implementation))
-        buckets, distance = relative_attention_num_buckets, relative_attention_max_distance
-        self.light_relative_attention_bias = CoLT5RelativePositionBias(num_light_heads, buckets, distance, False)
-        self.heavy_relative_attention_bias = CoLT5RelativePositionBias(num_heavy_heads, buckets, distance, False)
-        self.layer = CoLT5LayerCausalAttention(
-            d_model=d_model,
-            d_kv=d_kv,
-            num_light_heads=num_light_heads,
-            num_heavy_heads=num_heavy_heads,
-            num_key_value_routers=num_causal_key_value_routers,
-            unrouted_vector=causal_unrouted_vector,
-            dropout_rate=dropout_rate,
-            layer_norm_epsilon=layer_norm_epsilon,
-        )
-        self.initialise()
+        config = _config_of(locals(), causal_attention="routed")
+        super().__init__(config)
+        self.light_relative_attention_bias = position_bias(config, num_light_heads, bidirectional=False)
+        self.heavy_relative_attention_bias = position_bias(config, num_heavy_heads, bidirectional=False)
+        self.layer = self_attention(config, 0)
+        self.initialise(d_model)
 
     def forward(
         self,
@@ -607,43 +461,17 @@ class CoLT5CausalConditionalFeedForward(_CausalStandAlone):
         layer_norm_epsilon: float = 1e-6,
         kernel_backend: str = "auto",
     ):
-        _check(
-            soft_topk,
-            "sdpa",
+        config = _config_of(
+            locals(),
             causal_attention="local",
             causal_feed_forward="routed",
-            d_model=d_model,
-            light_d_ff=light_d_ff,
-            heavy_d_ff=heavy_d_ff,
-            causal_window=causal_window,
-            routed_feed_forward_fraction=routed_feed_forward_fraction,
-            causal_capacity_ratio=causal_capacity_ratio,
-            feed_forward_proj=feed_forward_proj,
-            dropout_rate=dropout_rate,
-            layer_norm_epsilon=layer_norm_epsilon,
-            kernel_backend=kernel_backend,
+            # It has no attention, and nothing reads these two.
+            local_radius=0,
+            causal_routed_keys=1,
         )
-        settings = CausalSettings(
-            window=causal_window,
-            # It has no attention, and nothing reads these three.
-            radius=0,
-            pool_size=1,
-            query_fraction=routed_feed_forward_fraction,
-            feed_forward_fraction=routed_feed_forward_fraction,
-            capacity_ratio=causal_capacity_ratio,
-            soft_topk_ratio=soft_topk.ratio,
-            epsilon=soft_topk.epsilon,
-        )
-        super().__init__(d_model, settings, Implementation(kernel_backend))
-        self.layer = CoLT5LayerCausalFF(
-            d_model=d_model,
-            light_d_ff=light_d_ff,
-            heavy_d_ff=heavy_d_ff,
-            feed_forward_proj=feed_forward_proj,
-            dropout_rate=dropout_rate,
-            layer_norm_epsilon=layer_norm_epsilon,
-        )
-        self.initialise()
+        super().__init__(config)
+        self.layer = decoder_feed_forward(config)
+        self.initialise(d_model)
 
     def forward(
         self,
@@ -663,7 +491,7 @@ class CoLT5CausalConditionalFeedForward(_CausalStandAlone):
         return (output, weights) if output_routing else output
 
 
-class CoLT5ConditionalCrossAttention(nn.Module):
+class CoLT5ConditionalCrossAttention(_StandAlone):
     """X + Attn(X, w ⊙ M[routed]): attention of all tokens to what routers choose of a memory, see
     docs/cross_routing.md. The norm of X before it is inside, and so is the residual; M is read as it is, and should be
     normalised, as an encoder's output is.
@@ -709,42 +537,14 @@ class CoLT5ConditionalCrossAttention(nn.Module):
         kernel_backend: str = "auto",
         attn_implementation: str = "sdpa",
     ):
+        config = _config_of(locals())
         super().__init__()
-        _check(
-            soft_topk,
-            attn_implementation,
-            d_model=d_model,
-            d_kv=d_kv,
-            num_heads=num_heads,
-            num_cross_key_value_heads=num_cross_key_value_heads,
-            routed_cross_key_values=routed_cross_key_values,
-            num_cross_routers=num_cross_routers,
-            cross_routing_rank=cross_routing_rank,
-            routing=routing,
-            dropout_rate=dropout_rate,
-            layer_norm_epsilon=layer_norm_epsilon,
-            kernel_backend=kernel_backend,
-        )
-        self.d_model = d_model
-        self.settings = CrossSettings(routed_cross_key_values, soft_topk)
-        self.implementation = Implementation(kernel_backend, attn_implementation)
-        is_routed = routed_cross_key_values is not None
+        self.settings, self.implementation = cross_settings(config), implementation(config)
         self.asks = cross_routing_rank is not None
-        if is_routed and not self.asks:
+        if routed_cross_key_values is not None and not self.asks:
             self.cross_routing = CoLT5CrossRouting(d_model, 1, num_cross_routers, routing)
-        self.layer = CoLT5LayerCrossAttention(
-            d_model=d_model,
-            d_kv=d_kv,
-            num_heads=num_heads,
-            num_key_value_heads=num_cross_key_value_heads,
-            layer_idx=0,
-            num_routers=num_cross_routers if is_routed else None,
-            rank=cross_routing_rank,
-            dropout_rate=dropout_rate,
-            layer_norm_epsilon=layer_norm_epsilon,
-        )
-        for module in self.modules():
-            init_layer(module, d_model)
+        self.layer = cross_attention(config, 0)
+        self.initialise(d_model)
 
     def make_cache(self) -> EncoderDecoderCache:
         """An empty cache of one memory's keys and values, for further calls with the same memory."""

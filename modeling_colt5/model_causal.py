@@ -1,5 +1,6 @@
 """Conditional attention and feed-forward of a causal decoder: no output depends on any later token."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -210,40 +211,35 @@ class CoLT5CausalRoutedAttention(CoLT5Attention):
             ranks = ranks.gather(-1, index.flatten(2)).view(index.shape)
             known = torch.cat([handed.score, known], -1)
 
-        query = self.split_heads(self.q(query_states))
-        positions = plan.starts + queries.indices
         # The pools' indices of each group point into these: the pool that was handed over, then the new tokens.
         keys, values = list(_parts(key, groups, 2)), list(_parts(value, groups, 2))
         if handed is not None:
             keys = [torch.cat([handed.key[:, group], keys[group]], 1) for group in range(groups)]
             values = [torch.cat([handed.value[:, group], values[group]], 1) for group in range(groups)]
-        outputs, num_handed = [], 0 if handed is None else settings.pool_size
-        for group, (own_query, table) in enumerate(
-            zip(_parts(query, groups, 2), _parts(bias_table, groups, 0), strict=True)
-        ):
-            pool = Pools(RoutedTokens(index[:, group], weights[:, group], valid[:, group]), following[:, group])
-            own_keys, own_values = gather_pools(
-                keys[group], values[group], pool, num_handed, plan.implementation.kernel_backend
-            )
-            inputs = (
-                own_query,
-                own_keys.flatten(0, 1),
-                own_values.flatten(0, 1),
-                table,
-                positions,
-                ranks[:, group, :-1].flatten(0, 1),
-                valid[:, group, :-1].flatten(0, 1),
-            )
-            if plan.implementation.fuses_attention and not plan.is_one_token:
-                outputs.append(routed_attention(*inputs, self.dropout if self.training else 0.0))
-            else:
-                attend = partial(self.attend, implementation=plan.implementation.attention)
-                outputs.append(routed_attention_reference(*inputs, attend)[0])
+        query = _parts(self.split_heads(self.q(query_states)), groups, 2)
+        tables, positions = _parts(bias_table, groups, 0), plan.starts + queries.indices
+        attend, outputs = self._attention(plan), []
+        for group in range(groups):
+            tokens = RoutedTokens(index[:, group], weights[:, group], valid[:, group])
+            pool, base = Pools(tokens, following[:, group]), 0 if handed is None else settings.pool_size
+            read = gather_pools(keys[group], values[group], pool, base, plan.implementation.kernel_backend)
+            own_keys, own_values = (part.flatten(0, 1) for part in read)
+            own_ranks, own_valid = (part[:, group, :-1].flatten(0, 1) for part in (ranks, valid))
+            states = (query[group], own_keys, own_values)
+            outputs.append(attend(*states, tables[group], positions, own_ranks, own_valid))
         routed = RoutedTokens(ranks, weights, valid)
         if cache is not None:
             self._carry(plan, cache, keys, values, known, index, routed)
         output = outputs[0] if groups == 1 else torch.cat(outputs, 2)
         return self.o(output.flatten(-2)), routed
+
+    def _attention(self, plan: CausalPlan) -> Callable[..., Tensor]:
+        """`routed_attention` by kernels where they run, or by the dense attention that the plan names."""
+        if plan.implementation.fuses_attention and not plan.is_one_token:
+            return partial(routed_attention, dropout=self.dropout if self.training else 0.0)
+        attend = partial(self.attend, implementation=plan.implementation.attention)
+        reference = partial(routed_attention_reference, attend=attend)
+        return lambda *inputs: reference(*inputs)[0]
 
     def _carry(
         self,

@@ -360,7 +360,7 @@ def encoder_plan(
     """
     plan = EncoderPlan.make(settings, hidden_states, mask, dense_start)
     is_common = plan.implementation.fuses_attention and plan.dense_start is None and settings.routing == "learned"
-    if is_common and not records_blocks and may_run_straight(hidden_states, settings.soft_topk.solver):
+    if is_common and not records_blocks and may_run_straight(hidden_states, settings.soft_topk.solver, plan.mode):
         plan.straight = StraightPass(hidden_states, plan)
     return plan
 

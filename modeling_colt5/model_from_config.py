@@ -14,46 +14,54 @@ from .model_decoder_layer import (
     CoLT5LayerSelfAttention,
 )
 from .model_encoder_layer import CoLT5EncoderBlock, CoLT5LayerConditionalAttention, CoLT5LayerConditionalFF
-from .model_layers import CoLT5LayerNorm
-from .model_position import CoLT5RelativePositionBias
+from .model_layers import CoLT5LayerNorm, CoLT5RelativePositionBias
 from .run_causal_plan import CausalSettings
 from .run_plan import CrossSettings, EncoderSettings, Implementation, SoftTopK
 
 
-def encoder_block(config: CoLT5Config, layer_idx: int) -> CoLT5EncoderBlock:
-    """An encoder layer."""
-    attention = CoLT5LayerConditionalAttention(
+def encoder_attention(config: CoLT5Config, seed: int) -> CoLT5LayerConditionalAttention:
+    """The first sublayer of an encoder layer; `seed` is that of its first router."""
+    return CoLT5LayerConditionalAttention(
         d_model=config.d_model,
         d_kv=config.d_kv,
         num_light_heads=config.num_light_heads,
         num_heavy_heads=config.num_heavy_heads,
         local_radius=config.local_radius,
         routing=config.routing,
-        seed=3 * layer_idx,
+        seed=seed,
         dropout_rate=config.dropout_rate,
         layer_norm_epsilon=config.layer_norm_epsilon,
     )
-    feed_forward = CoLT5LayerConditionalFF(
+
+
+def encoder_feed_forward(config: CoLT5Config, seed: int) -> CoLT5LayerConditionalFF:
+    """The second sublayer of an encoder layer; `seed` is that of its router."""
+    return CoLT5LayerConditionalFF(
         d_model=config.d_model,
         light_d_ff=config.light_d_ff,
         heavy_d_ff=config.heavy_d_ff,
         feed_forward_proj=config.feed_forward_proj,
         routing=config.routing,
-        seed=3 * layer_idx + 2,
+        seed=seed,
         dropout_rate=config.dropout_rate,
         layer_norm_epsilon=config.layer_norm_epsilon,
     )
-    return CoLT5EncoderBlock(attention, feed_forward)
+
+
+def encoder_block(config: CoLT5Config, layer_idx: int) -> CoLT5EncoderBlock:
+    """An encoder layer, which has three routers."""
+    seed = 3 * layer_idx
+    return CoLT5EncoderBlock(encoder_attention(config, seed), encoder_feed_forward(config, seed + 2))
 
 
 def decoder_block(config: CoLT5Config, layer_idx: int) -> CoLT5DecoderBlock:
     """A decoder layer."""
-    attention = _self_attention(config, layer_idx)
-    cross_attention = _cross_attention(config, layer_idx) if config.is_encoder_decoder else None
-    return CoLT5DecoderBlock(layer_idx, attention, cross_attention, _decoder_feed_forward(config))
+    cross = cross_attention(config, layer_idx) if config.is_encoder_decoder else None
+    return CoLT5DecoderBlock(layer_idx, self_attention(config, layer_idx), cross, decoder_feed_forward(config))
 
 
-def _self_attention(config: CoLT5Config, layer_idx: int) -> CoLT5LayerSelfAttention | CoLT5LayerCausalAttention:
+def self_attention(config: CoLT5Config, layer_idx: int) -> CoLT5LayerSelfAttention | CoLT5LayerCausalAttention:
+    """A decoder layer's self-attention, T5's or causally routed."""
     if config.causal_attention == "full":
         return CoLT5LayerSelfAttention(
             d_model=config.d_model,
@@ -75,7 +83,8 @@ def _self_attention(config: CoLT5Config, layer_idx: int) -> CoLT5LayerSelfAttent
     )
 
 
-def _cross_attention(config: CoLT5Config, layer_idx: int) -> CoLT5LayerCrossAttention:
+def cross_attention(config: CoLT5Config, layer_idx: int) -> CoLT5LayerCrossAttention:
+    """A decoder layer's attention to the encoder's output."""
     return CoLT5LayerCrossAttention(
         d_model=config.d_model,
         d_kv=config.d_kv,
@@ -89,7 +98,8 @@ def _cross_attention(config: CoLT5Config, layer_idx: int) -> CoLT5LayerCrossAtte
     )
 
 
-def _decoder_feed_forward(config: CoLT5Config) -> CoLT5LayerFF | CoLT5LayerCausalFF:
+def decoder_feed_forward(config: CoLT5Config) -> CoLT5LayerFF | CoLT5LayerCausalFF:
+    """A decoder layer's feed-forward, T5's or causally routed."""
     if config.causal_feed_forward == "dense":
         return CoLT5LayerFF(
             d_model=config.d_model,

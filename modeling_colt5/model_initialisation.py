@@ -6,8 +6,7 @@ from transformers import initialization as init
 
 from .model_causal import CoLT5LayerCausalAttention
 from .model_cross_routing import CoLT5AskingRouter
-from .model_layers import CoLT5Attention, CoLT5DenseActDense, CoLT5LayerNorm
-from .model_position import CoLT5RelativePositionBias
+from .model_layers import CoLT5Attention, CoLT5DenseActDense, CoLT5LayerNorm, CoLT5RelativePositionBias
 from .model_router import CoLT5Router
 
 

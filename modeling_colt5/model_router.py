@@ -8,9 +8,8 @@ from torch import nn
 from transformers.integrations import use_kernel_forward_from_hub
 
 from .op_routing import RoutedTokens, route
-from .run_budgets import RoutingBudget
+from .run_budgets import RoutingBudget, larger
 from .run_plan import RouterPlan
-from .run_sizes import larger
 
 
 def dense_start_weights(

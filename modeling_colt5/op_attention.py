@@ -12,30 +12,27 @@ from einops import rearrange
 from torch import Tensor
 
 from .kernel_backend import INTERPRETED, triton_is_available
-from .run_operator import Kernel, Operator
-from .run_sizes import as_tensor, computed_size, is_free
+from .run_budgets import as_tensor, computed_size, is_free
+from .run_operator import Gradient, Launch, Operator
 
-attention_kernel: Kernel = None
-attention_backward_kernel: Kernel = None
+attention_into: Launch = None
+attention_backward_into: Launch = None
 if triton_is_available():
-    from .op_attention_triton import attention_backward as attention_backward_kernel
-    from .op_attention_triton import attention_forward as attention_kernel
+    from .op_attention_triton import attention_backward_into, attention_into
 
 BLOCK_LENGTH = 128
 
 # A dense attention takes query [N, H, Q, D], key and value [N, G, K, D], bias [1 or N, H, Q, K], and a bool mask [N,
 # 1, 1 or Q, K] or None. It returns the output [N, Q, H, D], and the weights [N, H, Q, K] or None.
 Attend = Callable[
-    [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None],
-    tuple[torch.Tensor, torch.Tensor | None],
+    [Tensor, Tensor, Tensor, Tensor, Tensor | None],
+    tuple[Tensor, Tensor | None],
 ]
 # This takes the same without values, and returns the weights alone.
-Weigh = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+Weigh = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 
-def bias_by_position(
-    bias_table: torch.Tensor, query_positions: torch.Tensor, key_positions: torch.Tensor
-) -> torch.Tensor:
+def bias_by_position(bias_table: Tensor, query_positions: Tensor, key_positions: Tensor) -> Tensor:
     """The bias of each query and key, read from a table by distance.
 
     Args:
@@ -52,7 +49,7 @@ def bias_by_position(
     return bias.movedim(0, -3)
 
 
-def bias_of_sequence(bias_table: torch.Tensor, length: int, key_length: int, past: int | torch.Tensor) -> torch.Tensor:
+def bias_of_sequence(bias_table: Tensor, length: int, key_length: int, past: int | Tensor) -> Tensor:
     """The bias of consecutive queries and keys: `bias_by_position` of `past`, `past + 1`, ... and of 0, 1, ...
 
     Read in two steps, each distance and then each pair, for the sake of the gradient: a GPU adds up what was read of
@@ -73,9 +70,7 @@ def bias_of_sequence(bias_table: torch.Tensor, length: int, key_length: int, pas
     return by_distance[:, torch.arange(key_length, device=bias_table.device) - query + (length - 1)]
 
 
-def sdpa_attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor, mask: torch.Tensor | None
-) -> tuple[torch.Tensor, None]:
+def sdpa_attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, mask: Tensor | None) -> tuple[Tensor, None]:
     """PyTorch's scaled dot-product attention with an additive bias and T5's scale of 1; see `Attend` for shapes."""
     bias = bias.to(query.dtype)
     if mask is not None:
@@ -87,15 +82,15 @@ def sdpa_attend(
 
 
 def local_attention_reference(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    bias_table: torch.Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias_table: Tensor,
     radius: int,
-    mask: torch.Tensor | None = None,
+    mask: Tensor | None = None,
     attend: Attend = sdpa_attend,
     weigh: Weigh | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> tuple[Tensor, Tensor | None]:
     """Each token attends to the real tokens at most `radius` positions away (Ainslie et al. 2023, light attention).
 
     Args:
@@ -167,15 +162,15 @@ def local_attention_reference(
 
 
 def routed_attention_reference(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    bias_table: torch.Tensor,
-    query_positions: torch.Tensor,
-    key_positions: torch.Tensor,
-    key_mask: torch.Tensor | None = None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias_table: Tensor,
+    query_positions: Tensor,
+    key_positions: Tensor,
+    key_mask: Tensor | None = None,
     attend: Attend = sdpa_attend,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> tuple[Tensor, Tensor | None]:
     """Routed queries attend to all routed keys/values (Ainslie et al. 2023, heavy attention).
 
     Args:
@@ -209,10 +204,19 @@ def attention_reference(
     dropout: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Band attention, or routed attention where positions are given, as `attention_forward` of op_attention_triton.py.
+    """Band attention, or routed attention where positions are given (then `radius` is not read).
+
+    Args:
+        query, key, value, bias_table: as of the two functions above.
+        radius: positions to each side.
+        query_positions, key_positions: int64 [batch, queries] and [batch, keys], or None for the band.
+        mask: bool [batch, keys], True for keys to read; None for all.
+        dropout: probability of dropping an attention probability.
+        seed: int64 [1], of what is dropped; read where `dropout` is above 0.
 
     Returns:
-        The output, and zeros in the shape of what the kernels keep for their gradient.
+        The output [batch, queries, heads, d_kv], and zeros in the shape of what the kernels keep for their gradient,
+        fp32 [batch, heads, queries].
 
     Raises:
         NotImplementedError: for dropout.
@@ -227,73 +231,25 @@ def attention_reference(
     return output.contiguous(), torch.zeros(batch, heads, length, dtype=torch.float32, device=query.device)
 
 
-def attention_backward_reference(
-    output_gradient: Tensor,
-    output: Tensor,
-    log_sum_exp: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias_table: Tensor,
-    radius: int,
-    query_positions: Tensor | None,
-    key_positions: Tensor | None,
-    mask: Tensor | None,
-    dropout: float,
-    seed: Tensor | None,
-    table_gradient: bool,
-) -> tuple[Tensor, ...]:
-    """The gradients of query, key, value and table, by PyTorch's autograd through the reference."""
-    inputs = (query, key, value, bias_table)
-    with torch.enable_grad():
-        leaves = [tensor.detach().requires_grad_() for tensor in inputs]
-        rest = (radius, query_positions, key_positions, mask, dropout, seed)
-        result = attention_reference(leaves[0], leaves[1], leaves[2], leaves[3], *rest)[0]
-    gradients = torch.autograd.grad(result, leaves, output_gradient)
-    return tuple(gradient.contiguous() for gradient in gradients)
-
-
-def _fake_forward(query: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _attention_results(query: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     batch, length, heads = query.shape[:3]
-    log_sum_exp = query.new_empty(batch, heads, length, dtype=torch.float32)
+    log_sum_exp = query.new_empty((batch, heads, length), dtype=torch.float32)
     return torch.empty_like(query, memory_format=torch.contiguous_format), log_sum_exp
 
 
-def _fake_backward(output_gradient: Tensor, output: Tensor, log_sum_exp: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
-    return tuple(torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in inputs[:4])
-
-
-_attention_backward = Operator(
-    "attention_backward(Tensor output_gradient, Tensor output, Tensor log_sum_exp, Tensor query, Tensor key, "
-    "Tensor value, Tensor bias_table, int radius, Tensor? query_positions, Tensor? key_positions, Tensor? mask, "
-    "float dropout, Tensor? seed, bool table_gradient) -> (Tensor, Tensor, Tensor, Tensor)",
-    attention_backward_reference,
-    _fake_backward,
-    attention_backward_kernel,
-    operand=3,
-)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, Tensor]) -> None:
-    query, key, value, bias_table, radius, query_positions, key_positions, mask, dropout, seed = inputs
-    ctx.save_for_backward(*outputs, query, key, value, bias_table, query_positions, key_positions, mask, seed)
-    ctx.radius, ctx.dropout = radius, dropout
-
-
-def _autograd_backward(ctx: Any, output_gradient: Tensor, _: None) -> tuple[Tensor | None, ...]:
-    *states, query_positions, key_positions, mask, seed = ctx.saved_tensors
-    rest = (ctx.radius, query_positions, key_positions, mask, ctx.dropout, seed, ctx.needs_input_grad[3])
-    return *_attention_backward(output_gradient, *states, *rest), *(None,) * 6
-
-
 _attention = Operator(
-    "attention(Tensor query, Tensor key, Tensor value, Tensor bias_table, int radius, Tensor? query_positions, "
-    "Tensor? key_positions, Tensor? mask, float dropout, Tensor? seed) -> (Tensor, Tensor)",
+    "attention",
     attention_reference,
-    _fake_forward,
-    attention_kernel,
-    _save,
-    _autograd_backward,
+    _attention_results,
+    attention_into,
+    Gradient(
+        inputs=("query", "key", "value", "bias_table"),
+        results=("output", "log_sum_exp"),
+        through=("output",),
+        kept=("output", "log_sum_exp"),
+        launch=attention_backward_into,
+        unwanted=("bias_table",),
+    ),
 )
 
 

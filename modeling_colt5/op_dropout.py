@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from .kernel_backend import accumulation_dtype, triton_is_available
-from .run_operator import Kernel, Operator
+from .run_operator import ComposedGradient, Launch, Operator
 
-dropout_kernel: Kernel = None
+dropout_into: Launch = None
 if triton_is_available():
-    from .op_dropout_triton import dropout as dropout_kernel
+    from .op_dropout_triton import dropout_into
 
 _BITS = 0xFFFFFFFF
 
@@ -61,10 +61,6 @@ def dropout_reference(states: Tensor, seed: Tensor, probability: float) -> Tenso
     return torch.where(kept, states.to(dtype) * (1 / (1 - probability)), 0).to(states.dtype)
 
 
-def _fake_dropout(states: Tensor, seed: Tensor, probability: float) -> Tensor:
-    return states.new_empty(states.shape)
-
-
 def _save_dropout(ctx: Any, inputs: tuple[Any, ...], _: Tensor) -> None:
     _, seed, ctx.probability = inputs
     ctx.save_for_backward(seed)
@@ -75,12 +71,11 @@ def _backward_dropout(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _dropout = Operator(
-    "dropout(Tensor states, Tensor seed, float probability) -> Tensor",
+    "dropout",
     dropout_reference,
-    _fake_dropout,
-    dropout_kernel,
-    _save_dropout,
-    _backward_dropout,
+    lambda states, *_: torch.empty_like(states, memory_format=torch.contiguous_format),
+    dropout_into,
+    ComposedGradient(_save_dropout, _backward_dropout),
 )
 
 

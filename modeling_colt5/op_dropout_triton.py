@@ -1,6 +1,5 @@
 """Triton kernel of dropout that follows from a seed and from an element's place."""
 
-import torch
 from torch import Tensor
 
 from .op_dropout_steps_triton import dropped_in_row
@@ -24,16 +23,9 @@ def dropout_kernel(states_ptr, seed_ptr, out_ptr, width, DROPOUT: tl.constexpr, 
     tl.store(out_ptr + row * width + columns, values.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def dropout(states: Tensor, seed: Tensor, probability: float) -> Tensor:
-    """`dropout_reference` of op_dropout.py as one launch."""
-    out = torch.empty(states.shape, device=states.device, dtype=states.dtype)
-    dropout_into(states.contiguous(), seed, probability, out)
-    return out
-
-
 def dropout_into(states: Tensor, seed: Tensor, probability: float, out: Tensor) -> None:
-    """The launch of `dropout`: contiguous states, and its result, which it writes, of any floating dtype."""
+    """Write `dropout_reference` of op_dropout.py to `out`, which may have another floating dtype."""
     width = states.shape[-1]
     block = min(1024, next_power_of_2(width))
     grid = (states.numel() // width, cdiv(width, block))
-    launch(dropout_kernel, grid, states, seed, out, width, probability, block, num_warps=4)
+    launch(dropout_kernel, grid, states.contiguous(), seed, out, width, probability, block, num_warps=4)

@@ -5,22 +5,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .kernel_backend import triton_is_available
+from .kernel_backend import accumulation_dtype, triton_is_available
 from .op_routing import RoutedTokens
 from .op_soft_topk import mask_scores, solve_exactly
-from .run_operator import Kernel, Operator
+from .run_operator import Gradient, Launch, Operator
 
-gates_kernel: Kernel = None
-gates_backward_kernel: Kernel = None
-gates_fit: Kernel = None
-gates_backward_fit: Kernel = None
+causal_gates_into: Launch = None
+causal_gates_backward_into: Launch = None
 if triton_is_available():
-    from .op_gates_triton import causal_gates as gates_kernel
-    from .op_gates_triton import causal_gates_backward as gates_backward_kernel
-    from .op_gates_triton import gates_backward_fit, gates_fit
+    from .op_gates_triton import LONGEST_WINDOW, causal_gates_backward_into, causal_gates_into
 
 
 @dataclass
@@ -115,85 +110,31 @@ def causal_gates_reference(
     return weights, routed, thresholds, *fill_slots(routed.flatten(0, 1), weights.flatten(0, 1), capacity)
 
 
-def causal_gates_backward_reference(
-    grad_weights: Tensor | None,
-    grad_slots: Tensor | None,
-    scores: Tensor,
-    weights: Tensor,
-    routed: Tensor,
-    thresholds: Tensor,
-    capacity: int,
-    epsilon: float,
-) -> Tensor:
-    """The scores' gradient [batch, windows, window], from those of weights and of the slots' weights.
-
-    A weight below 1 gives g w / ε to its score and takes it from t, which gives it to the window before: q / Σ q of it
-    to each score, with q that window's own weights below 1 at t.
-
-    Args:
-        grad_weights: [batch, windows, window] or None.
-        grad_slots: [batch * windows, capacity] or None.
-        scores, weights, routed, thresholds: what `causal_gates_reference` had and returned.
-        capacity, epsilon: as there.
-    """
-    grad = torch.zeros_like(weights) if grad_weights is None else grad_weights
-    if grad_slots is not None:
-        slots = (routed.cumsum(-1) - 1).clamp(min=0).flatten(0, 1)
-        grad = grad + grad_slots.gather(-1, slots).view(grad.shape).masked_fill(~routed, 0)
-    falling = (grad * weights / epsilon).masked_fill(weights >= 1, 0)
-    free = ((scores - thresholds[:, 1:, 1:]) / epsilon).exp()
-    free = free.masked_fill(~(free < 1), 0)
-    mass = free.sum(-1, keepdim=True)
-    handed = F.pad(falling.sum(-1, keepdim=True)[:, 1:], (0, 0, 0, 1))
-    return (falling - free / mass.masked_fill(mass == 0, 1) * handed).to(scores.dtype)
-
-
-def _fake_gates(
+def _gates_results(
     scores: Tensor, past: Tensor | None, total: Tensor, carried: Tensor | None, target: int, capacity: int, *_: Any
 ) -> tuple[Tensor, ...]:
     batch, windows, window = scores.shape
-    dtype = torch.promote_types(scores.dtype, torch.float32)
+    dtype = accumulation_dtype(scores.dtype)
     weights = scores.new_empty((batch, windows, window), dtype=dtype)
     slots = scores.new_empty((batch * windows, capacity), dtype=dtype)
     thresholds = scores.new_empty((batch, windows + 1, 2), dtype=dtype)
-    indices = torch.empty_like(slots, dtype=torch.int64)
-    return weights, weights.bool(), thresholds, indices, slots, slots.bool()
-
-
-def _save_gates(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
-    weights, routed, thresholds, indices, _, valid = outputs
-    ctx.capacity, ctx.epsilon = inputs[5], inputs[7]
-    ctx.mark_non_differentiable(routed, thresholds, indices, valid)
-    ctx.save_for_backward(inputs[0], weights, routed, thresholds)
-
-
-def _autograd_gates(ctx: Any, grad_weights: Tensor | None, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    grad = None
-    if grad_weights is not None or grads[3] is not None:
-        grad = _gates_backward(grad_weights, grads[3], *ctx.saved_tensors, ctx.capacity, ctx.epsilon)
-    return grad, *[None] * 8
-
-
-_gates_backward = Operator(
-    "causal_gates_backward(Tensor? grad_weights, Tensor? grad_slots, Tensor scores, Tensor weights, Tensor routed, "
-    "Tensor thresholds, int capacity, float epsilon) -> Tensor",
-    causal_gates_backward_reference,
-    lambda grad_weights, grad_slots, scores, *_: scores.new_empty(scores.shape),
-    gates_backward_kernel,
-    operand=2,
-    fits=gates_backward_fit,
-)
+    routed, valid = (torch.empty_like(part, dtype=torch.bool) for part in (weights, slots))
+    return weights, routed, thresholds, torch.empty_like(slots, dtype=torch.int64), slots, valid
 
 
 _gates = Operator(
-    "causal_gates(Tensor scores, Tensor? past, Tensor total, Tensor? carried, int target, int capacity, "
-    "float soft_target, float epsilon, bool fill_first) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "causal_gates",
     causal_gates_reference,
-    _fake_gates,
-    gates_kernel,
-    _save_gates,
-    _autograd_gates,
-    fits=gates_fit,
+    _gates_results,
+    causal_gates_into,
+    Gradient(
+        inputs=("scores",),
+        results=("weights", "routed", "thresholds", "indices", "slot_weights", "valid"),
+        through=("weights", "slot_weights"),
+        kept=("weights", "routed", "thresholds"),
+        launch=causal_gates_backward_into,
+    ),
+    fits=lambda scores, *_: scores.shape[2] <= LONGEST_WINDOW,
 )
 
 

@@ -1,6 +1,5 @@
 """Triton kernels of strictly causal gates: a program a window, and another for its gradient."""
 
-import torch
 from torch import Tensor
 
 from .op_routing_steps_triton import HIGHEST_KEY, LOWEST_KEY, key_to_score, load_keys
@@ -12,9 +11,9 @@ try:
 except ImportError as error:
     raise ImportError("op_gates_triton needs triton; use kernel_backend='torch' without it") from error
 
-# A program compares all pairs of a window's tokens, so many at a time.
+# How many tokens of a window a program compares with all others in one step.
 CHUNK = 16
-# In windows of up to so many tokens a program stays within its registers.
+# The most tokens of a window for which a program stays within its registers.
 LONGEST_WINDOW = 4096
 
 
@@ -164,7 +163,7 @@ def gates_backward_kernel(
     tl.store(grad_scores + own * window + slot, grad.to(grad_scores.dtype.element_ty), mask=inside)
 
 
-def causal_gates(
+def causal_gates_into(
     scores: Tensor,
     past: Tensor | None,
     total: Tensor,
@@ -174,50 +173,50 @@ def causal_gates(
     soft_target: float,
     epsilon: float,
     fill_first: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`causal_gates_reference` of op_gates.py as one launch."""
+    *results: Tensor,
+) -> None:
+    """Write `causal_gates_reference` of op_gates.py to its six results."""
     batch, windows, window = scores.shape
     scores = _evenly_spaced(scores)
-    past, carried = adjacent(past), adjacent(carried)
-    new = scores.new_empty
-    weights = new((batch, windows, window), dtype=torch.float32)
-    routed = new((batch, windows, window), dtype=torch.bool)
-    thresholds = new((batch, windows + 1, 2), dtype=torch.float32)
-    indices = new((batch * windows, capacity), dtype=torch.int64)
-    slot_weights = new((batch * windows, capacity), dtype=torch.float32)
-    valid = new((batch * windows, capacity), dtype=torch.bool)
     launch(
         gates_kernel, (batch * (windows + 1),),
-        scores, past, total.contiguous(), carried, weights, routed, thresholds, indices, slot_weights, valid,
-        scores.stride(0), scores.stride(2),
+        scores, *map(adjacent, (past, total, carried)), *results, scores.stride(0), scores.stride(2),
         windows, window, target, capacity, soft_target, epsilon,
         fill_first, max(16, next_power_of_2(window)), next_power_of_2(capacity), CHUNK,
         num_warps=_warps(window),
     )  # fmt: skip
-    return weights, routed, thresholds, indices, slot_weights, valid
 
 
-def causal_gates_backward(
+def causal_gates_backward_into(
     grad_weights: Tensor | None,
     grad_slots: Tensor | None,
     scores: Tensor,
+    past: Tensor | None,
+    total: Tensor,
+    carried: Tensor | None,
+    target: int,
+    capacity: int,
+    soft_target: float,
+    epsilon: float,
+    fill_first: bool,
     weights: Tensor,
     routed: Tensor,
     thresholds: Tensor,
-    capacity: int,
-    epsilon: float,
-) -> Tensor:
-    """`causal_gates_backward_reference` of op_gates.py as one launch."""
+    grad_scores: Tensor,
+) -> None:
+    """Write the scores' gradient [batch, windows, window], from those of weights and of the slots' weights.
+
+    A weight below 1 gives g w / ε to its score and takes it from t, which gives it to the window before: q / Σ q of it
+    to each score, with q that window's own weights below 1 at t.
+    """
     batch, windows, window = scores.shape
     scores = _evenly_spaced(scores)
-    grad_scores = scores.new_empty((batch, windows, window))
     launch(
         gates_backward_kernel, (batch * windows,),
         adjacent(grad_weights), adjacent(grad_slots),
         scores, weights, routed, thresholds, grad_scores, scores.stride(0), scores.stride(2),
         windows, window, capacity, epsilon, max(16, next_power_of_2(window)), num_warps=_warps(window),
     )  # fmt: skip
-    return grad_scores
 
 
 def _evenly_spaced(scores: Tensor) -> Tensor:
@@ -227,13 +226,3 @@ def _evenly_spaced(scores: Tensor) -> Tensor:
 
 def _warps(window: int) -> int:
     return max(1, min(8, next_power_of_2(window) // 64))
-
-
-def gates_fit(scores: Tensor, *_: object) -> bool:
-    """Whether there is a kernel for windows as long as those of these scores."""
-    return scores.shape[2] <= LONGEST_WINDOW
-
-
-def gates_backward_fit(grad_weights: Tensor | None, grad_slots: Tensor | None, scores: Tensor, *_: object) -> bool:
-    """As `gates_fit`, of the backward's arguments."""
-    return scores.shape[2] <= LONGEST_WINDOW

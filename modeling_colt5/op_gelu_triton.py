@@ -1,6 +1,5 @@
 """Triton kernels of T5's gated GELU and of its gradient."""
 
-import torch
 from torch import Tensor
 
 from .op_dropout_steps_triton import dropped_in_row
@@ -95,15 +94,8 @@ def rows_of(states: Tensor) -> tuple[Tensor, int]:
     return rows, rows.stride(0)
 
 
-def gated_gelu(gate: Tensor, up: Tensor) -> Tensor:
-    """`gated_gelu_reference` of op_gelu.py as one launch."""
-    out = torch.empty(gate.shape, device=gate.device, dtype=gate.dtype)
-    gated_gelu_into(gate, up, out)
-    return out
-
-
 def gated_gelu_into(gate: Tensor, up: Tensor, out: Tensor, seed: Tensor | None = None, dropout: float = 0.0) -> None:
-    """The launch of `gated_gelu`; it writes `out`, which is contiguous. With a seed it drops as `dropout` of
+    """Write `gated_gelu_reference` of op_gelu.py to `out`, which is contiguous. With a seed it drops as `dropout` of
     op_dropout.py does."""
     (gate_rows, gate_stride), (up_rows, up_stride) = rows_of(gate), rows_of(up)
     width = gate.shape[-1]
@@ -113,14 +105,6 @@ def gated_gelu_into(gate: Tensor, up: Tensor, out: Tensor, seed: Tensor | None =
         gated_gelu_kernel, (rows, cdiv(width, block)),
         gate_rows, up_rows, seed, out, gate_stride, up_stride, width, dropout, block, num_warps=4,
     )  # fmt: skip
-
-
-def gated_gelu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """`gated_gelu_backward_reference` of op_gelu.py as one launch."""
-    grad_gate = torch.empty(gate.shape, device=gate.device, dtype=gate.dtype)
-    grad_up = torch.empty(up.shape, device=up.device, dtype=up.dtype)
-    gated_gelu_backward_into(grad.contiguous(), gate, up, grad_gate, grad_up)
-    return grad_gate, grad_up
 
 
 def gated_gelu_backward_into(
@@ -133,7 +117,7 @@ def gated_gelu_backward_into(
     dropout: float = 0.0,
     activated: Tensor | None = None,
 ) -> None:
-    """The launch of `gated_gelu_backward`; it writes `grad_gate` and `grad_up`, whose rows lie equally far apart: both
+    """Write the gradients of gate and up to `grad_gate` and `grad_up`, whose rows lie equally far apart: both
     contiguous, or the halves of one tensor. The seed is that of the forward pass, whose result is written to
     `activated` once more where that is given: contiguous, and `grad` itself if nobody needs that any longer."""
     (gate_rows, gate_stride), (up_rows, up_stride) = rows_of(gate), rows_of(up)
@@ -143,6 +127,6 @@ def gated_gelu_backward_into(
     block = min(1024, next_power_of_2(width))
     launch(
         gated_gelu_backward_kernel, (rows, cdiv(width, block)),
-        grad, gate_rows, up_rows, seed, grad_gate, grad_up, activated,
+        grad.contiguous(), gate_rows, up_rows, seed, grad_gate, grad_up, activated,
         gate_stride, up_stride, grad_stride, width, dropout, block, num_warps=4,
     )  # fmt: skip

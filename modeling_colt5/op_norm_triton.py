@@ -4,12 +4,9 @@ A program holds whole rows of `d` features in registers, so the mean square, the
 of one read. The weights' gradients are summed per program and then over the programs in a fixed order, not by atomics.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from .kernel_backend import normed_dtype
 from .op_dropout_steps_triton import dropped
 from .op_rows_triton import routed_rows, tile_shape
 from .run_launch_triton import adjacent, cdiv, launch, next_power_of_2
@@ -215,115 +212,79 @@ def sum_partials_kernel(
         )
 
 
-def combine_norm(
-    residual: Tensor,
-    light: Tensor | None,
-    heavy: Tensor | None,
-    indices: Tensor | None,
-    valid: Tensor | None,
-    weights: Tensor | None,
+def norm_into(
+    hidden_states: Tensor,
     norm_weight: Tensor,
     router_weights: Tensor | None,
     eps: float,
     wanted_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`combine_norm_reference` of op_norm.py as one launch."""
-    batch, n, _ = residual.shape
-    routers = 0 if router_weights is None else router_weights.shape[0]
-    hidden = torch.empty(0 if light is None else residual.shape, device=residual.device, dtype=residual.dtype)
-    dtype = normed_dtype(residual.dtype, norm_weight.dtype, wanted_dtype)
-    normed = torch.empty(residual.shape, device=residual.device, dtype=dtype)
-    rstd = torch.empty(batch, n, device=residual.device, dtype=torch.float32)
-    scores = torch.empty((batch, routers, n) if routers else 0, device=residual.device, dtype=torch.float32)
-    parts = (residual, light, heavy, indices, valid, weights, norm_weight, router_weights)
-    operands: list[Any] = [*map(adjacent, parts), None if light is None else hidden, normed, rstd, scores, eps]
-    combine_norm_into(*operands)
-    return hidden, normed, rstd, scores
-
-
-def combine_norm_into(
-    residual: Tensor,
-    light: Tensor | None,
-    heavy: Tensor | None,
-    indices: Tensor | None,
-    valid: Tensor | None,
-    weights: Tensor | None,
-    norm_weight: Tensor,
-    router_weights: Tensor | None,
-    hidden: Tensor | None,
     normed: Tensor,
-    rstd: Tensor,
     scores: Tensor,
-    eps: float,
+    rstd: Tensor,
+    light: Tensor | None = None,
+    heavy: Tensor | None = None,
+    indices: Tensor | None = None,
+    valid: Tensor | None = None,
+    weights: Tensor | None = None,
+    combined: Tensor | None = None,
     seed: Tensor | None = None,
     dropout: float = 0.0,
 ) -> None:
-    """The launch of `combine_norm`: contiguous operands, then its results, which it writes: `hidden` with `light`, and
-    `scores` with routers. With a seed what is added to the residual is dropped as `dropout` of op_dropout.py does."""
-    batch, n, d = residual.shape
+    """Write `norm_reference` of op_norm.py to `normed`, `scores` (where there are routers) and `rstd`.
+
+    Where there is a light branch, what is normalised is the sum of the states and this, and where there is a heavy one
+    of that too, as `combine_reference` of op_rows.py has it. The sum is written to `combined`. With a seed what is
+    added to the states is dropped as `dropout` of op_dropout.py does.
+    """
+    batch, n, d = hidden_states.shape
     routers = 0 if router_weights is None else router_weights.shape[0]
     rows, block, warps = tile_shape(d)
     launch(
         combine_norm_kernel, (batch * cdiv(n, rows),),
-        residual, light, heavy, indices, valid, weights, 0 if heavy is None else heavy.shape[1],
-        seed, norm_weight, router_weights, hidden, normed, rstd, scores,
+        *map(adjacent, (hidden_states, light, heavy, indices, valid, weights)),
+        0 if heavy is None else heavy.shape[1], seed, *map(adjacent, (norm_weight, router_weights)),
+        combined, normed, rstd, scores,
         n, eps, d, dropout, routers, next_power_of_2(max(routers, 1)), rows, block, num_warps=warps,
     )  # fmt: skip
 
 
-def norm_backward(
-    grad_hidden: Tensor | None,
-    grad_normed: Tensor | None,
-    grad_scores: Tensor | None,
-    hidden_states: Tensor,
-    rstd: Tensor,
-    norm_weight: Tensor,
-    router_weights: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`norm_backward_reference` of op_norm.py as two launches: rows and partial sums, then their sums."""
-    d = hidden_states.shape[-1]
-    routers = 0 if router_weights is None else router_weights.shape[0]
-    grad_rows = torch.empty(hidden_states.shape, device=hidden_states.device, dtype=hidden_states.dtype)
-    grad_norm_weight = torch.empty(d, device=hidden_states.device, dtype=norm_weight.dtype)
-    grad_router = norm_weight.new_empty(0)
-    if router_weights is not None:
-        grad_router = router_weights.new_empty(router_weights.shape)
-    shape = (gradient_programs(*hidden_states.shape), 1 + routers, d)
-    partials = torch.empty(shape, device=hidden_states.device, dtype=torch.float32)
-    parts = (grad_hidden, grad_normed, grad_scores, hidden_states, rstd, norm_weight, router_weights)
-    operands: list[Any] = [*map(adjacent, parts), grad_rows, partials, grad_norm_weight, grad_router]
-    norm_backward_into(*operands)
-    return grad_rows, grad_norm_weight, grad_router
-
-
 def gradient_programs(batch: int, n: int, d: int) -> int:
-    """How many programs of `norm_backward` leave a share of the weights' gradients, for states [batch, n, d]."""
+    """How many programs of `norm_backward_into` leave a share of the weights' gradients, for states [batch, n, d]."""
     rows, _, _ = tile_shape(d, BACKWARD_TILE, BACKWARD_WARP)
     return min(GRADIENT_PROGRAMS, batch * cdiv(n, rows))
 
 
 def norm_backward_into(
-    grad_hidden: Tensor | None,
     grad_normed: Tensor | None,
     grad_scores: Tensor | None,
     hidden_states: Tensor,
-    rstd: Tensor,
     norm_weight: Tensor,
     router_weights: Tensor | None,
-    grad_rows: Tensor,
-    partials: Tensor,
+    eps: float,
+    wanted_dtype: torch.dtype | None,
+    rstd: Tensor,
+    grad_states: Tensor,
     grad_norm_weight: Tensor,
-    grad_router: Tensor,
+    grad_router: Tensor | None,
+    grad_hidden: Tensor | None = None,
+    partials: Tensor | None = None,
 ) -> None:
-    """The launches of `norm_backward`: contiguous operands, then its results, which it writes, and among them room for
-    the programs' shares, fp32 `[gradient_programs, 1 + routers, d]`; without routers `grad_router` is not written."""
+    """Write the gradients of states, norm and routers, by two launches: rows and partial sums, then their sums.
+
+    `grad_hidden` is what else flows into the states. `partials` is room for the programs' shares, fp32
+    `[gradient_programs, 1 + routers, d]`; None takes some.
+    """
     batch, n, d = hidden_states.shape
     routers = 0 if router_weights is None else router_weights.shape[0]
+    if partials is None:
+        shape = (gradient_programs(batch, n, d), 1 + routers, d)
+        partials = torch.empty(shape, device=hidden_states.device, dtype=torch.float32)
     rows, block, warps = tile_shape(d, BACKWARD_TILE, BACKWARD_WARP)
     programs = partials.shape[0]
+    parts = (grad_hidden, grad_normed, grad_scores, hidden_states, rstd, norm_weight, router_weights)
     launch(
         norm_backward_kernel, (programs,),
-        grad_hidden, grad_normed, grad_scores, hidden_states, rstd, norm_weight, router_weights, grad_rows, partials,
+        *map(adjacent, parts), grad_states, partials,
         n, batch * cdiv(n, rows), d, routers, next_power_of_2(max(routers, 1)), rows, block, num_warps=warps,
     )  # fmt: skip
     launch(

@@ -10,19 +10,20 @@ from torch import Tensor
 from .kernel_backend import triton_is_available
 from .op_routing import RoutedTokens, route
 from .op_soft_topk import mask_scores
-from .run_operator import Kernel, Operator
+from .run_operator import Gradient, Launch, Operator
 
-candidates_kernel: Kernel = None
-candidates_backward_kernel: Kernel = None
-candidates_fit: Kernel = None
-gather_kernel: Kernel = None
-gather_backward_kernel: Kernel = None
+pool_candidates_into: Launch = None
+pool_candidates_backward_into: Launch = None
+pool_gather_into: Launch = None
+pool_gather_backward_into: Launch = None
 if triton_is_available():
-    from .op_pools_triton import candidates_fit
-    from .op_pools_triton import pool_candidates as candidates_kernel
-    from .op_pools_triton import pool_candidates_backward as candidates_backward_kernel
-    from .op_pools_triton import pool_gather as gather_kernel
-    from .op_pools_triton import pool_gather_backward as gather_backward_kernel
+    from .op_pools_triton import (
+        LONGEST_LIST,
+        pool_candidates_backward_into,
+        pool_candidates_into,
+        pool_gather_backward_into,
+        pool_gather_into,
+    )
 
 # Candidates that stand for no token have this number, which sorts behind all others.
 NO_TOKEN = 2**31 - 1
@@ -130,65 +131,7 @@ def pool_candidates_reference(
     return known.gather(1, places).view(candidates.shape), candidates, present, links(candidates, size)
 
 
-def pool_candidates_backward_reference(
-    grad: Tensor, candidates: Tensor, present: Tensor, following: Tensor, window: int, base: int
-) -> Tensor:
-    """The scores' gradient [rows, windows * window] from that of the candidates' scores.
-
-    Args:
-        grad: [rows, windows + 1, size + window].
-        candidates, present, following: what `pool_candidates_reference` returned.
-        window: tokens of a window.
-        base: size of the initial pool, which has no gradient; 0 without one.
-    """
-    rows, pools, _ = candidates.shape
-    sums = grad.new_zeros(rows, base + (pools - 1) * window)
-    sums.scatter_add_(1, candidates.masked_fill(~present, 0).flatten(1), grad.masked_fill(~present, 0).flatten(1))
-    return sums[:, base:]
-
-
-def _flat(index: Tensor, length: int) -> Tensor:
-    return (index + torch.arange(index.shape[0], device=index.device)[:, None] * length).flatten()
-
-
-def pool_gather_reference(
-    key: Tensor, value: Tensor, indices: Tensor, weights: Tensor, valid: Tensor, following: Tensor, base: int
-) -> tuple[Tensor, Tensor]:
-    """What `gather_pools` returns, whose docstring says what the arguments are."""
-    used = valid[:, :-1].flatten(1)
-    index = indices[:, :-1].flatten(1).masked_fill(~used, 0)
-    factors = weights[:, :-1].flatten(1).masked_fill(~used, 0)[..., None, None]
-
-    def gather(states: Tensor) -> Tensor:
-        # A token is in many pools, and its gradient is summed in fp32, whatever the states' dtype.
-        wide = states.to(torch.promote_types(states.dtype, torch.float32))
-        rows = wide.flatten(0, 1).index_select(0, _flat(index, states.shape[1])).view(*index.shape, *states.shape[2:])
-        rows = rows.masked_fill(~used[..., None, None], 0) * factors
-        return rows.to(states.dtype).unflatten(1, (-1, indices.shape[2]))
-
-    return gather(key), gather(value)
-
-
-def pool_gather_backward_reference(
-    grad_keys: Tensor,
-    grad_values: Tensor,
-    key: Tensor,
-    value: Tensor,
-    indices: Tensor,
-    weights: Tensor,
-    valid: Tensor,
-    following: Tensor,
-    base: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of key, value and weights, given those of what `pool_gather_reference` returned."""
-    with torch.enable_grad():
-        leaves = [tensor.detach().requires_grad_() for tensor in (key, value, weights)]
-        outputs = pool_gather_reference(leaves[0], leaves[1], indices, leaves[2], valid, following, base)
-    grad_key, grad_value, grad_weights = torch.autograd.grad(outputs, leaves, (grad_keys, grad_values))
-    return grad_key, grad_value, grad_weights
-
-
-def _fake_candidates(
+def _candidates_results(
     scores: Tensor, initial: Tensor | None, initial_valid: Tensor | None, window: int, size: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     candidate_scores = scores.new_empty((scores.shape[0], scores.shape[1] // window + 1, size + window))
@@ -197,39 +140,19 @@ def _fake_candidates(
     return candidate_scores, candidates, present, following
 
 
-def _save_candidates(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
-    _, initial, _, ctx.window, size = inputs
-    ctx.base = 0 if initial is None else size
-    ctx.mark_non_differentiable(*outputs[1:])
-    ctx.save_for_backward(*outputs[1:])
-
-
-def _autograd_candidates(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    if grad is not None:
-        grad = _candidates_backward(grad, *ctx.saved_tensors, ctx.window, ctx.base)
-    return grad, None, None, None, None
-
-
-_candidates_backward = Operator(
-    "pool_candidates_backward(Tensor grad, Tensor candidates, Tensor present, Tensor following, int window, int base) "
-    "-> Tensor",
-    pool_candidates_backward_reference,
-    lambda grad, candidates, present, following, window, base: grad.new_empty(
-        (grad.shape[0], (grad.shape[1] - 1) * window)
-    ),
-    candidates_backward_kernel,
-)
-
-
 _candidates = Operator(
-    "pool_candidates(Tensor scores, Tensor? initial, Tensor? initial_valid, int window, int size) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "pool_candidates",
     pool_candidates_reference,
-    _fake_candidates,
-    candidates_kernel,
-    _save_candidates,
-    _autograd_candidates,
-    fits=candidates_fit,
+    _candidates_results,
+    pool_candidates_into,
+    Gradient(
+        inputs=("scores",),
+        results=("candidate_scores", "candidates", "present", "following"),
+        through=("candidate_scores",),
+        kept=("following",),
+        launch=pool_candidates_backward_into,
+    ),
+    fits=lambda scores, initial, initial_valid, window, size: max(window, size) <= LONGEST_LIST,
 )
 
 
@@ -282,50 +205,44 @@ def routed_pools(
     return Pools(RoutedTokens(indices, weights, valid), following)
 
 
-def _fake_pool_gather(key: Tensor, value: Tensor, indices: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _flat(index: Tensor, length: int) -> Tensor:
+    return (index + torch.arange(index.shape[0], device=index.device)[:, None] * length).flatten()
+
+
+def pool_gather_reference(
+    key: Tensor, value: Tensor, indices: Tensor, weights: Tensor, valid: Tensor, following: Tensor, base: int
+) -> tuple[Tensor, Tensor]:
+    """What `gather_pools` returns, whose docstring says what the arguments are."""
+    used = valid[:, :-1].flatten(1)
+    index = indices[:, :-1].flatten(1).masked_fill(~used, 0)
+    factors = weights[:, :-1].flatten(1).masked_fill(~used, 0)[..., None, None]
+
+    def gather(states: Tensor) -> Tensor:
+        # A token is in many pools, and its gradient is summed in fp32, whatever the states' dtype.
+        wide = states.to(torch.promote_types(states.dtype, torch.float32))
+        rows = wide.flatten(0, 1).index_select(0, _flat(index, states.shape[1])).view(*index.shape, *states.shape[2:])
+        rows = rows.masked_fill(~used[..., None, None], 0) * factors
+        return rows.to(states.dtype).unflatten(1, (-1, indices.shape[2]))
+
+    return gather(key), gather(value)
+
+
+def _pool_gather_results(key: Tensor, value: Tensor, indices: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     shape = (key.shape[0], indices.shape[1] - 1, indices.shape[2], *key.shape[2:])
     return key.new_empty(shape), value.new_empty(shape)
 
 
-def _fake_pool_gather_backward(
-    grad_keys: Tensor, grad_values: Tensor, key: Tensor, value: Tensor, indices: Tensor, weights: Tensor, *_: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    return key.new_empty(key.shape), value.new_empty(value.shape), weights.new_empty(weights.shape)
-
-
-def _save_pool_gather(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.base = inputs
-    ctx.save_for_backward(*tensors)
-    ctx.shape = outputs[0].shape
-
-
-def _autograd_pool_gather(ctx: Any, grad_keys: Tensor | None, grad_values: Tensor | None) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors
-    grad_keys, grad_values = (
-        saved[0].new_zeros(ctx.shape) if grad is None else grad for grad in (grad_keys, grad_values)
-    )
-    grad_key, grad_value, grad_weights = _pool_gather_backward(grad_keys, grad_values, *saved, ctx.base)
-    return grad_key, grad_value, None, grad_weights, None, None, None
-
-
-_POOL = "Tensor key, Tensor value, Tensor indices, Tensor weights, Tensor valid, Tensor following, int base"
-
-
-_pool_gather_backward = Operator(
-    f"pool_gather_backward(Tensor grad_keys, Tensor grad_values, {_POOL}) -> (Tensor, Tensor, Tensor)",
-    pool_gather_backward_reference,
-    _fake_pool_gather_backward,
-    gather_backward_kernel,
-)
-
-
 _pool_gather = Operator(
-    f"pool_gather({_POOL}) -> (Tensor, Tensor)",
+    "pool_gather",
     pool_gather_reference,
-    _fake_pool_gather,
-    gather_kernel,
-    _save_pool_gather,
-    _autograd_pool_gather,
+    _pool_gather_results,
+    pool_gather_into,
+    Gradient(
+        inputs=("key", "value", "weights"),
+        results=("keys", "values"),
+        through=("keys", "values"),
+        launch=pool_gather_backward_into,
+    ),
 )
 
 

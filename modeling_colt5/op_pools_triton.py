@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .op_routing_steps_triton import load_keys
-from .run_launch_triton import cdiv, launch, next_power_of_2
+from .run_launch_triton import adjacent, cdiv, launch, next_power_of_2
 
 try:
     import triton
@@ -17,12 +17,12 @@ try:
 except ImportError as error:
     raise ImportError("op_pools_triton needs triton; use kernel_backend='torch' without it") from error
 
-# So many lists are merged at once.
+# How many lists are merged in one step.
 RADIX = 8
-# A program compares all pairs of its keys, so many at a time.
+# How many of its keys a program compares with all others in one step.
 CHUNK = 16
-# A window or a pool has at most so many keys: Triton's tensors have at most 2**20 entries, and lists are a power of
-# two long.
+# The most keys of a window or of a pool: Triton's tensors have at most 2**20 entries, and lists are a power of two
+# long.
 LONGEST_LIST = 2**20 // CHUNK
 NO_TOKEN = tl.constexpr(2**31 - 1)
 NO_KEY = tl.constexpr(-(2**63))
@@ -276,21 +276,26 @@ def gather_backward_kernel(
     tl.store(grad_value + out * width + columns, value_sum.to(grad_value.dtype.element_ty), mask=inside)
 
 
-def pool_candidates(
-    scores: Tensor, initial: Tensor | None, initial_valid: Tensor | None, window: int, size: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`pool_candidates_reference` of op_pools.py by kernels, for fp32 scores."""
+def pool_candidates_into(
+    scores: Tensor,
+    initial: Tensor | None,
+    initial_valid: Tensor | None,
+    window: int,
+    size: int,
+    candidate_scores: Tensor,
+    candidates: Tensor,
+    present: Tensor,
+    following: Tensor,
+) -> None:
+    """Write `pool_candidates_reference` of op_pools.py to the last four, for fp32 scores."""
     rows, length = scores.shape
     windows = length // window
     if scores.stride(1) != 1:
         scores = scores.contiguous()
-    base, initial_stride = 0, 0
-    if initial is not None and initial_valid is not None:
-        initial, initial_valid = initial.contiguous(), initial_valid.contiguous()
-        base, initial_stride = size, size
+    initial, initial_valid = adjacent(initial), adjacent(initial_valid)
+    base = initial_stride = 0 if initial is None else size
     list_size = max(16, next_power_of_2(size))
-    new = scores.new_empty
-    tops, merged = (new((rows, windows, list_size), dtype=torch.int64) for _ in range(2))
+    tops, merged = (scores.new_empty((rows, windows, list_size), dtype=torch.int64) for _ in range(2))
     launch(
         tops_kernel, (rows * windows,),
         scores, initial, initial_valid, tops, scores.stride(0), initial_stride, windows, window, size, base,
@@ -301,12 +306,6 @@ def pool_candidates(
         launch(merge_kernel, (rows * windows, RADIX), tops, merged, windows, step, RADIX, list_size, num_warps=4)
         tops, merged = merged, tops
         step *= RADIX
-
-    shape = (rows, windows + 1, size + window)
-    candidate_scores = new(shape)
-    candidates = new(shape, dtype=torch.int64)
-    present = new(shape, dtype=torch.bool)
-    following = new(shape, dtype=torch.int32)
     launch(
         candidates_kernel, (rows * (windows + 1),),
         scores, initial, tops, candidate_scores, candidates, present,
@@ -317,22 +316,26 @@ def pool_candidates(
         links_kernel, (rows * (windows + 1),),
         candidates, following, windows, window, size, min(1024, next_power_of_2(size + window)), num_warps=8,
     )  # fmt: skip
-    return candidate_scores, candidates, present, following
 
 
-def pool_candidates_backward(
-    grad: Tensor, candidates: Tensor, present: Tensor, following: Tensor, window: int, base: int
-) -> Tensor:
-    """`pool_candidates_backward_reference` of op_pools.py as one launch, each sum in a fixed order."""
-    rows, pools, width = candidates.shape
-    windows = pools - 1
-    grad_scores = grad.new_empty((rows, windows * window))
+def pool_candidates_backward_into(
+    grad: Tensor,
+    scores: Tensor,
+    initial: Tensor | None,
+    initial_valid: Tensor | None,
+    window: int,
+    size: int,
+    following: Tensor,
+    grad_scores: Tensor,
+) -> None:
+    """Write the scores' gradient from that of the candidates' scores, each sum in a fixed order."""
+    rows, length = scores.shape
+    windows = length // window
     block = min(128, next_power_of_2(window))
     launch(
         candidates_backward_kernel, (rows * windows * cdiv(window, block),),
-        grad.contiguous(), following, grad_scores, windows, window, width - window, block, num_warps=4,
+        grad.contiguous(), following, grad_scores, windows, window, size, block, num_warps=4,
     )  # fmt: skip
-    return grad_scores
 
 
 def _readable(states: Tensor) -> Tensor:
@@ -340,28 +343,7 @@ def _readable(states: Tensor) -> Tensor:
     return states if states.stride(3) == 1 else states.contiguous()
 
 
-def pool_gather(
-    key: Tensor, value: Tensor, indices: Tensor, weights: Tensor, valid: Tensor, following: Tensor, base: int
-) -> tuple[Tensor, Tensor]:
-    """`pool_gather_reference` of op_pools.py as one launch."""
-    batch, _, heads, d_kv = key.shape
-    _, pools, size = indices.shape
-    key, value = _readable(key), _readable(value)
-    keys, values = (key.new_empty((batch, pools - 1, size, heads, d_kv)) for _ in range(2))
-    width = heads * d_kv
-    block = next_power_of_2(width)
-    launch(
-        gather_kernel, (batch * (pools - 1) * size,),
-        key, value, indices.contiguous(), weights.contiguous(), valid.contiguous(), keys, values,
-        *key.stride()[:3], *value.stride()[:3], pools - 1, size, width, d_kv, block,
-        num_warps=max(1, min(8, block // 256)),
-    )  # fmt: skip
-    return keys, values
-
-
-def pool_gather_backward(
-    grad_keys: Tensor,
-    grad_values: Tensor,
+def pool_gather_into(
     key: Tensor,
     value: Tensor,
     indices: Tensor,
@@ -369,29 +351,51 @@ def pool_gather_backward(
     valid: Tensor,
     following: Tensor,
     base: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`pool_gather_backward_reference` of op_pools.py as one launch, each sum in a fixed order."""
+    keys: Tensor,
+    values: Tensor,
+) -> None:
+    """Write `pool_gather_reference` of op_pools.py to the last two."""
+    batch, _, heads, d_kv = key.shape
+    _, pools, size = indices.shape
+    key, value = _readable(key), _readable(value)
+    width = heads * d_kv
+    block = next_power_of_2(width)
+    launch(
+        gather_kernel, (batch * (pools - 1) * size,),
+        key, value, *map(adjacent, (indices, weights, valid)), keys, values,
+        *key.stride()[:3], *value.stride()[:3], pools - 1, size, width, d_kv, block,
+        num_warps=max(1, min(8, block // 256)),
+    )  # fmt: skip
+
+
+def pool_gather_backward_into(
+    grad_keys: Tensor | None,
+    grad_values: Tensor | None,
+    key: Tensor,
+    value: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    valid: Tensor,
+    following: Tensor,
+    base: int,
+    grad_key: Tensor,
+    grad_value: Tensor,
+    grad_weights: Tensor,
+) -> None:
+    """Write the gradients of key, value and weights, each sum in a fixed order."""
     batch, tokens, heads, d_kv = key.shape
     _, pools, size = indices.shape
     key, value = _readable(key), _readable(value)
-    grad_key, grad_value = (states.new_empty(states.shape) for states in (key, value))
+    shape = (batch, pools - 1, size, heads, d_kv)
+    grads = (key.new_zeros(shape) if grad is None else grad.contiguous() for grad in (grad_keys, grad_values))
     # A slot that is not used has no token to write its gradient.
-    grad_weights = torch.zeros_like(weights, memory_format=torch.contiguous_format)
+    grad_weights.zero_()
     width = heads * d_kv
     block = next_power_of_2(width)
     launch(
         gather_backward_kernel, (batch * tokens,),
-        grad_keys.contiguous(), grad_values.contiguous(), key, value,
-        weights.contiguous(), valid.contiguous(), following.contiguous(), grad_key, grad_value, grad_weights,
+        *grads, key, value, *map(adjacent, (weights, valid, following)), grad_key, grad_value, grad_weights,
         *key.stride()[:3], *value.stride()[:3],
         tokens, pools - 1, following.shape[2] - size, size, base, width, d_kv, block,
         num_warps=max(1, min(8, block // 128)),
     )  # fmt: skip
-    return grad_key, grad_value, grad_weights
-
-
-def candidates_fit(
-    scores: Tensor, initial: Tensor | None, initial_valid: Tensor | None, window: int, size: int
-) -> bool:
-    """Whether there is a kernel for windows and pools of these sizes."""
-    return max(window, size) <= LONGEST_LIST

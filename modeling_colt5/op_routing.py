@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,17 +18,13 @@ from .op_soft_topk import (
     solve,
     weights_dtype,
 )
-from .run_operator import Kernel, Operator
-from .run_sizes import smaller
+from .run_budgets import smaller
+from .run_operator import Gradient, Launch, Operator
 
-route_kernel: Kernel = None
-route_backward_kernel: Kernel = None
-route_fits: Kernel = None
-route_backward_fits: Kernel = None
+route_into: Launch = None
+route_backward_into: Launch = None
 if triton_is_available():
-    from .op_routing_triton import route_backward as route_backward_kernel
-    from .op_routing_triton import route_backward_fits, route_fits
-    from .op_routing_triton import route_forward as route_kernel
+    from .op_routing_triton import kernels_take, route_backward_into, route_into
 
 
 @dataclass
@@ -48,14 +43,14 @@ class RoutedTokens:
     valid: Tensor
 
 
-def real_tokens(scores: torch.Tensor, mask: torch.Tensor | None, lengths: torch.Tensor | None) -> torch.Tensor | None:
+def real_tokens(scores: Tensor, mask: Tensor | None, lengths: Tensor | None) -> Tensor | None:
     """The mask [rows, n] of real tokens, from either of its two forms; `None` where all are real."""
     if lengths is None:
         return mask
     return torch.arange(scores.shape[-1], device=scores.device) < lengths.unsqueeze(-1)
 
 
-def select_tokens(scores: torch.Tensor, budget: torch.Tensor, capacity: int) -> tuple[torch.Tensor, torch.Tensor]:
+def select_tokens(scores: Tensor, budget: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
     """Positions of the `budget` largest scores of each row, ties to the lower position.
 
     Args:
@@ -85,11 +80,11 @@ def _state_width(solver: str, num_iterations: int) -> int:
 
 
 def route_reference(
-    scores: torch.Tensor,
-    budget: torch.Tensor,
-    soft_budget: torch.Tensor | None,
-    mask: torch.Tensor | None,
-    lengths: torch.Tensor | None,
+    scores: Tensor,
+    budget: Tensor,
+    soft_budget: Tensor | None,
+    mask: Tensor | None,
+    lengths: Tensor | None,
     capacity: int,
     soft_topk_ratio: float,
     solver: str,
@@ -97,7 +92,7 @@ def route_reference(
     num_iterations: int,
     epsilon_init: float | None,
     epsilon_decay: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What `route` returns, whose docstring says what the arguments are.
 
     Returns:
@@ -119,32 +114,7 @@ def route_reference(
     return weights, indices, valid, weights.new_zeros((rows, _state_width(solver, num_iterations)))
 
 
-def route_backward_reference(
-    grad_weights: Tensor,
-    scores: Tensor,
-    budget: Tensor,
-    soft_budget: Tensor | None,
-    mask: Tensor | None,
-    lengths: Tensor | None,
-    weights: Tensor,
-    indices: Tensor,
-    valid: Tensor,
-    state: Tensor,
-    soft_topk_ratio: float,
-    *solver_settings: Any,
-) -> tuple[Tensor, Tensor]:
-    """The gradients of scores [rows, n] and soft budget [rows], by PyTorch's autograd through the reference."""
-    with torch.enable_grad():
-        leaves = [scores.detach().requires_grad_()]
-        if soft_budget is not None:
-            leaves.append(soft_budget.detach().requires_grad_())
-        rows = (leaves[0], budget, None if soft_budget is None else leaves[1], mask, lengths)
-        repeated = route_reference(*rows, weights.shape[1], soft_topk_ratio, *solver_settings)[0]
-    grads = torch.autograd.grad(repeated, leaves, grad_weights)
-    return grads[0], weights.new_zeros(scores.shape[0]) if soft_budget is None else grads[1].to(weights.dtype)
-
-
-def _fake_route(
+def _route_results(
     scores: Tensor,
     budget: Tensor,
     soft_budget: Tensor | None,
@@ -164,54 +134,19 @@ def _fake_route(
     return weights, indices, valid, weights.new_empty((rows, _state_width(solver, num_iterations)))
 
 
-def _fake_route_backward(
-    grad_weights: Tensor, scores: Tensor, budget: Tensor, *arguments: Any
-) -> tuple[Tensor, Tensor]:
-    return scores.new_empty(scores.shape), grad_weights.new_empty(budget.shape)
-
-
-def _save_route(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
-    *rows, _capacity, soft_topk_ratio, solver, epsilon, iterations, init, decay = inputs
-    ctx.settings = (soft_topk_ratio, solver, epsilon, iterations, init, decay)
-    ctx.mark_non_differentiable(*outputs[1:])
-    ctx.save_for_backward(*rows, *outputs)
-
-
-def _route_autograd(ctx: Any, grad_weights: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    grad_scores = grad_soft_budget = None
-    if grad_weights is not None:
-        # They are unpacked once: gradient checkpointing recomputes them the first time and refuses a second.
-        saved = ctx.saved_tensors
-        grad_scores, grad_k = _route_backward(grad_weights, *saved, *ctx.settings)
-        soft_budget = saved[2]
-        grad_soft_budget = None if soft_budget is None else grad_k.to(soft_budget.dtype)
-    return grad_scores, None, grad_soft_budget, *[None] * (3 + len(ctx.settings))
-
-
-_SETTINGS = "str solver, float epsilon, int num_iterations, float? epsilon_init, float epsilon_decay"
-
-
-_ROWS = "Tensor scores, Tensor budget, Tensor? soft_budget, Tensor? mask, Tensor? lengths"
-
-
-_route_backward = Operator(
-    f"route_backward(Tensor grad_weights, {_ROWS}, Tensor weights, Tensor indices, Tensor valid, Tensor state, "
-    f"float soft_topk_ratio, {_SETTINGS}) -> (Tensor, Tensor)",
-    route_backward_reference,
-    _fake_route_backward,
-    route_backward_kernel,
-    fits=route_backward_fits,
-)
-
-
 _route = Operator(
-    f"route({_ROWS}, SymInt capacity, float soft_topk_ratio, {_SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    "route",
     route_reference,
-    _fake_route,
-    route_kernel,
-    _save_route,
-    _route_autograd,
-    fits=route_fits,
+    _route_results,
+    route_into,
+    Gradient(
+        inputs=("scores", "soft_budget"),
+        results=("weights", "indices", "valid", "state"),
+        through=("weights",),
+        kept=("weights", "indices", "valid", "state"),
+        launch=route_backward_into,
+    ),
+    fits=lambda scores, *rest: kernels_take(scores.shape[1], rest[6], scores.device),
 )
 
 

@@ -1,8 +1,7 @@
-"""Triton kernels of routing's gradient, in closed form from what the forward saved."""
+"""Triton kernels of the gradient of routing by the exact solver, in closed form from what the forward saved."""
 
 from .op_routing_steps_triton import (
     LOWEST_KEY,
-    descent_epsilon,
     key_to_score,
     load_keys,
     sum_of_blocks,
@@ -108,73 +107,3 @@ def route_backward_kernel(
         tl.store(grad_scores + index, grad, mask=used)
         first += SLOTS
         more = tl.min(here.to(tl.int32))
-
-
-@triton.jit(do_not_specialize=[*STRIDES, "n", "capacity", "num_iterations"])
-def descent_backward_kernel(
-    grad_weights, weights, indices, valid, scores, mask, lengths, soft_budgets, state, grad_scores, grad_budget,
-    grad_row_stride, score_row_stride, mask_row_stride, grad_score_row_stride,
-    n, capacity, epsilon, epsilon_init, log2_decay, num_iterations,
-    HAS_SOFT_BUDGET: tl.constexpr, HAS_MASK: tl.constexpr, HAS_LENGTHS: tl.constexpr,
-    BLOCK: tl.constexpr, SLOTS: tl.constexpr,
-):  # fmt: skip
-    """The gradient of coordinate descent, one program a row: the iteration backward from its thresholds, by the
-    derivatives of a step that docs/soft_topk.md has."""
-    row = tl.program_id(0).to(tl.int64)
-    weights += row * capacity
-    indices += row * capacity
-    valid += row * capacity
-    grad_weights += row * grad_row_stride
-    grad_scores += row * grad_score_row_stride
-    state += row * num_iterations
-    positions = tl.arange(0, BLOCK)
-    keys = load_keys(
-        scores, mask, lengths, row, positions, n,
-        score_row_stride, 1, mask_row_stride, 1, HAS_MASK, HAS_LENGTHS,
-    )  # fmt: skip
-    score = key_to_score(keys)
-    last = tl.load(state + num_iterations - 1)
-    descended = last != float("-inf")
-    last_epsilon = descent_epsilon(num_iterations * 1.0, epsilon, epsilon_init, log2_decay)
-
-    total = 0.0
-    for start in range(0, capacity, SLOTS):
-        slots = start + tl.arange(0, SLOTS)
-        inside = slots < capacity
-        weight = tl.load(weights + slots, mask=inside, other=0.0)
-        free = inside & (weight < 1.0) & (weight > 0.0)
-        grad = tl.load(grad_weights + slots, mask=free, other=0.0)
-        total += tl.sum(tl.where(free, weight * grad, 0.0))
-    grad_threshold = tl.where(descended, -total / last_epsilon, 0.0)
-
-    grad_score = tl.zeros([BLOCK], tl.float32)
-    before = descent_epsilon(num_iterations - 1.0, epsilon, epsilon_init, log2_decay)
-    grad_k = -before * grad_threshold
-    for back in range(1, num_iterations):
-        column = num_iterations - 1 - back
-        threshold = tl.load(state + column)
-        current = descent_epsilon(column + 1.0, epsilon, epsilon_init, log2_decay)
-        saturated = tl.sum((score >= threshold).to(tl.int32)).to(tl.float32)
-        free_weight = tl.where(score < threshold, tl.exp((score - threshold) / current), 0.0)
-        free = tl.sum(free_weight)
-        # Far above all scores nothing is left of the sum, nor of the threshold's effect.
-        share = tl.where(free + saturated > 0.0, grad_threshold / (free + saturated), 0.0)
-        grad_score += share * free_weight
-        grad_threshold = share * saturated
-        grad_k += -descent_epsilon(column * 1.0, epsilon, epsilon_init, log2_decay) * grad_threshold
-    if HAS_SOFT_BUDGET:
-        k = tl.load(soft_budgets + row).to(tl.float32)
-        tl.store(grad_budget + row, tl.where(descended, grad_k / k, 0.0))
-
-    grad_score = tl.where(keys != LOWEST_KEY, tl.where(descended, grad_score, 0.0), 0.0)
-    tl.store(grad_scores + positions, grad_score, mask=positions < n)
-    tl.debug_barrier()
-    for start in range(0, capacity, SLOTS):
-        slots = start + tl.arange(0, SLOTS)
-        used = tl.load(valid + slots, mask=slots < capacity, other=0) != 0
-        weight = tl.load(weights + slots, mask=used, other=0.0)
-        used = used & (weight < 1.0)
-        index = tl.load(indices + slots, mask=used, other=0)
-        grad = tl.load(grad_weights + slots, mask=used, other=0.0)
-        shared = tl.load(grad_scores + index, mask=used, other=0.0)
-        tl.store(grad_scores + index, shared + weight * grad / last_epsilon, mask=used)

@@ -25,9 +25,9 @@ LOWEST_FINITE_KEY = tl.constexpr(-0x7F800000)
 
 LARGEST_SCORE = tl.constexpr(3.4028234663852886e38)
 
-# A program can leave so many 32-bit numbers in an exchange.
+# How many 32-bit numbers a program can leave in an exchange.
 PLACES = tl.constexpr(3)
-# From one row's counter of arrivals to the next one's it is so many integers, which is a cache line.
+# Distance in integers between the counters of arrivals of two rows, which is a cache line.
 COUNTER_STRIDE = tl.constexpr(32)
 
 
@@ -129,12 +129,6 @@ def weigh(z, threshold):
     # A comparison instead of a minimum keeps NaN.
     weight = tl.exp(z - threshold)
     return tl.where(weight > 1.0, 1.0, weight)
-
-
-@triton.jit
-def descent_epsilon(iteration, epsilon, epsilon_init, log2_decay):
-    """ε of an iteration of coordinate descent, counted from 0."""
-    return tl.maximum(epsilon_init * tl.exp2(iteration * log2_decay), epsilon)
 
 
 @triton.jit

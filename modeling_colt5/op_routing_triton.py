@@ -5,29 +5,29 @@ Rows of up to `LONGEST_ROW` tokens are one program each, longer ones are shared 
 
 import functools
 import math
-from typing import Any
 
 import torch
+from torch import Tensor
 
 from .kernel_backend import INTERPRETED
+from .op_routing_descent_triton import descent_backward_kernel, descent_kernel
 from .op_routing_forward_triton import route_kernel
-from .op_routing_gradient_triton import descent_backward_kernel, route_backward_kernel, slot_sums_kernel
+from .op_routing_gradient_triton import route_backward_kernel, slot_sums_kernel
 from .op_routing_steps_triton import COUNTER_STRIDE, PLACES
 from .run_launch_triton import adjacent, cdiv, launch, next_power_of_2
 
-# A row of up to so many tokens is one program's. It is below 32,768, so that two counts in one integer never reach its
-# sign.
+# The longest row that one program takes. It is below 32,768, so that two counts in one integer never reach its sign.
 LONGEST_ROW = 16384
-# A program that has a row to itself takes at least so many tokens, so that all short rows share one compiled kernel.
+# The fewest tokens that a program with a row to itself is compiled for, so that all short rows share one kernel.
 SHORTEST_BLOCK = 2048
-# A program of the backward takes so many tokens, and any program so many slots at once.
+# How many tokens a program of the backward takes, and how many slots any program takes in one step.
 GRADIENT_BLOCK = 2048
 SLOTS_AT_ONCE = 1024
-# In rows of up to so many tokens, a program that shares one takes so many of them.
+# Pairs of a row's length and how many of its tokens a program takes that shares a row of up to that length.
 PARTS = ((65536, 2048), (1 << 20, 4096))
-# A program takes at most so many tokens, because its counts must fit 16 bits.
+# The most tokens of a program that shares a row, because its counts must fit 16 bits.
 LONGEST_PART = 32768
-# One program of the backward sums so many slots by itself.
+# How many slots one program of the backward sums by itself.
 SLOTS_OF_A_PART = 4096
 
 
@@ -66,58 +66,9 @@ def kernels_take(n: int, solver: str, device: torch.device) -> bool:
     return n <= LONGEST_ROW or (shares and _parts(n, device)[0] <= LONGEST_PART)
 
 
-def route_fits(scores: torch.Tensor, *inputs: Any) -> bool:
-    """Whether there is a kernel for the rows of `route_forward`'s arguments."""
-    return kernels_take(scores.shape[1], inputs[6], scores.device)
-
-
-def route_backward_fits(grad_weights: torch.Tensor, scores: torch.Tensor, *inputs: Any) -> bool:
-    """Whether there is a kernel for the rows of `route_backward`'s arguments."""
-    return kernels_take(scores.shape[1], inputs[9], scores.device)
-
-
-def _readable(rows: torch.Tensor) -> torch.Tensor:
+def _readable(rows: Tensor) -> Tensor:
     """Rows [rows, n] as the kernels read them: at any distance, each one's numbers side by side."""
     return rows if rows.stride(1) == 1 else rows.contiguous()
-
-
-def route_forward(
-    scores: torch.Tensor,
-    budget: torch.Tensor,
-    soft_budget: torch.Tensor | None,
-    mask: torch.Tensor | None,
-    lengths: torch.Tensor | None,
-    capacity: int,
-    soft_topk_ratio: float,
-    solver: str,
-    epsilon: float,
-    num_iterations: int,
-    epsilon_init: float | None,
-    epsilon_decay: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`route_reference` of op_routing.py by kernels; for fp16, bf16 and fp32 scores.
-
-    Returns:
-        weights, indices, valid [rows, capacity] and, for `route_backward`, a state [rows, 3 or iterations].
-    """
-    rows, n = scores.shape
-    exact = solver == "exact"
-    weights = scores.new_empty((rows, capacity), dtype=torch.float32)
-    indices = weights.new_empty((rows, capacity), dtype=torch.int64)
-    valid = weights.new_empty((rows, capacity), dtype=torch.bool)
-    state = weights.new_empty((rows, 3 if exact else num_iterations))
-    if rows == 0:
-        return weights, indices, valid, state
-    numbers = arrived = None
-    if (shapes := sharing_shapes(rows, n, scores.device)) is not None:
-        numbers = torch.empty(shapes[0], dtype=torch.int32, device=scores.device)
-        arrived = torch.zeros(shapes[1], dtype=torch.int32, device=scores.device)
-    route_forward_into(
-        _readable(scores), budget.contiguous(), adjacent(soft_budget), None if mask is None else _readable(mask),
-        adjacent(lengths), weights, indices, valid, state, numbers, arrived,
-        soft_topk_ratio, solver, epsilon, num_iterations, epsilon_init, epsilon_decay,
-    )  # fmt: skip
-    return weights, indices, valid, state
 
 
 def sharing_shapes(rows: int, n: int, device: torch.device) -> tuple[tuple[int, int], tuple[int, int]] | None:
@@ -129,45 +80,60 @@ def sharing_shapes(rows: int, n: int, device: torch.device) -> tuple[tuple[int, 
     return (rows, 2 * PLACES.value * programs), (rows, COUNTER_STRIDE.value)
 
 
-def route_forward_into(
-    scores: torch.Tensor,
-    budget: torch.Tensor,
-    soft_budget: torch.Tensor | None,
-    mask: torch.Tensor | None,
-    lengths: torch.Tensor | None,
-    weights: torch.Tensor,
-    indices: torch.Tensor,
-    valid: torch.Tensor,
-    state: torch.Tensor,
-    numbers: torch.Tensor | None,
-    arrived: torch.Tensor | None,
+def route_into(
+    scores: Tensor,
+    budget: Tensor,
+    soft_budget: Tensor | None,
+    mask: Tensor | None,
+    lengths: Tensor | None,
+    capacity: int,
     soft_topk_ratio: float,
     solver: str,
     epsilon: float,
     num_iterations: int,
     epsilon_init: float | None,
     epsilon_decay: float,
+    weights: Tensor,
+    indices: Tensor,
+    valid: Tensor,
+    state: Tensor,
+    numbers: Tensor | None = None,
+    arrived: Tensor | None = None,
 ) -> None:
-    """The launch of `route_forward`: operands as kernels read them, its results, which it writes, and memory of
-    `sharing_shapes`, None where that gives none."""
+    """Write `route_reference` of op_routing.py to weights, indices and valid [rows, capacity] and to a state that its
+    gradient needs, [rows, 3 or iterations]; for fp16, bf16 and fp32 scores.
+
+    `numbers` and `arrived` are memory of `sharing_shapes`, None where that gives none, or to take some.
+    """
     rows, n = scores.shape
-    capacity = weights.shape[1]
-    exact = solver == "exact"
-    inputs = (scores, budget, soft_budget, mask, lengths)
-    strides = (scores.stride(0), 0 if mask is None else mask.stride(0))
+    if rows == 0:
+        return
+    scores, mask = _readable(scores), None if mask is None else _readable(mask)
+    inputs = (scores, budget.contiguous(), adjacent(soft_budget), mask, adjacent(lengths))
+    sizes = (scores.stride(0), 0 if mask is None else mask.stride(0), n, capacity)
     # Constants are given by position, which costs the host less than by name.
     given = (soft_budget is not None, mask is not None, lengths is not None)
-    highest = max(epsilon, epsilon_init or epsilon)
-    schedule = (soft_topk_ratio, epsilon, highest, math.log2(epsilon_decay), num_iterations)
+    block = _row_block(n)
+    if solver != "exact":
+        highest = max(epsilon, epsilon_init or epsilon)
+        launch(
+            descent_kernel, (rows,),
+            *inputs, weights, indices, valid, state, *sizes,
+            soft_topk_ratio, epsilon, highest, math.log2(epsilon_decay), num_iterations,
+            *given, block, SLOTS_AT_ONCE, num_warps=_row_warps(block),
+        )  # fmt: skip
+        return
     if n <= LONGEST_ROW:
-        block = _row_block(n)
         launch(
             route_kernel, (rows,),
-            *inputs, weights, indices, valid, state, None, None, *strides, n, capacity,
-            *schedule, 1, 1, 1, *given, exact, False, 1, block, SLOTS_AT_ONCE, num_warps=_row_warps(block),
+            *inputs, weights, indices, valid, state, None, None, *sizes, soft_topk_ratio, epsilon, 1, 1, 1,
+            *given, False, 1, block, SLOTS_AT_ONCE, num_warps=_row_warps(block),
         )  # fmt: skip
         return
 
+    if numbers is None and (shapes := sharing_shapes(rows, n, scores.device)) is not None:
+        numbers = torch.empty(shapes[0], dtype=torch.int32, device=scores.device)
+        arrived = torch.zeros(shapes[1], dtype=torch.int32, device=scores.device)
     block, num_warps, together = _parts(n, scores.device)
     programs = cdiv(n, block)
     groups = min(rows, together * _multiprocessors(scores.device) // programs)
@@ -175,45 +141,9 @@ def route_forward_into(
     columns = max(16, next_power_of_2(programs))
     launch(
         route_kernel, (groups * programs,),
-        *inputs, weights, indices, valid, state, numbers, arrived, *strides, n, capacity,
-        *schedule, rows, groups, programs, *given, exact, True, columns, block, 1,
-        num_warps=num_warps, together=together,
+        *inputs, weights, indices, valid, state, numbers, arrived, *sizes, soft_topk_ratio, epsilon,
+        rows, groups, programs, *given, True, columns, block, 1, num_warps=num_warps, together=together,
     )  # fmt: skip
-
-
-def route_backward(
-    grad_weights: torch.Tensor,
-    scores: torch.Tensor,
-    budget: torch.Tensor,
-    soft_budget: torch.Tensor | None,
-    mask: torch.Tensor | None,
-    lengths: torch.Tensor | None,
-    weights: torch.Tensor,
-    indices: torch.Tensor,
-    valid: torch.Tensor,
-    state: torch.Tensor,
-    soft_topk_ratio: float,
-    solver: str,
-    epsilon: float,
-    num_iterations: int,
-    epsilon_init: float | None,
-    epsilon_decay: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradient of `route_forward`, by kernels: with respect to scores [rows, n] and soft budget [rows]."""
-    rows, n = scores.shape
-    capacity = weights.shape[1]
-    grad_scores = scores.new_empty((rows, n))
-    grad_budget = state.new_empty(rows)
-    if rows == 0:
-        return grad_scores, grad_budget
-    parts = slot_parts(capacity) if solver == "exact" else 1
-    sums = state.new_empty((rows, parts)) if parts > 1 else None
-    route_backward_into(
-        _readable(grad_weights), weights, indices, valid, _readable(scores), None if mask is None else _readable(mask),
-        adjacent(lengths), adjacent(soft_budget), state, sums, grad_scores, grad_budget,
-        solver, epsilon, num_iterations, epsilon_init, epsilon_decay,
-    )  # fmt: skip
-    return grad_scores, grad_budget
 
 
 def slot_parts(capacity: int) -> int:
@@ -222,29 +152,41 @@ def slot_parts(capacity: int) -> int:
 
 
 def route_backward_into(
-    grad_weights: torch.Tensor,
-    weights: torch.Tensor,
-    indices: torch.Tensor,
-    valid: torch.Tensor,
-    scores: torch.Tensor,
-    mask: torch.Tensor | None,
-    lengths: torch.Tensor | None,
-    soft_budget: torch.Tensor | None,
-    state: torch.Tensor,
-    sums: torch.Tensor | None,
-    grad_scores: torch.Tensor,
-    grad_budget: torch.Tensor,
+    grad_weights: Tensor,
+    scores: Tensor,
+    budget: Tensor,
+    soft_budget: Tensor | None,
+    mask: Tensor | None,
+    lengths: Tensor | None,
+    capacity: int,
+    soft_topk_ratio: float,
     solver: str,
     epsilon: float,
     num_iterations: int,
     epsilon_init: float | None,
     epsilon_decay: float,
+    weights: Tensor,
+    indices: Tensor,
+    valid: Tensor,
+    state: Tensor,
+    grad_scores: Tensor,
+    grad_budget: Tensor | None,
+    sums: Tensor | None = None,
 ) -> None:
-    """The launches of `route_backward`: operands as kernels read them, room for partial sums [rows, `slot_parts`]
-    where it takes more than one, and its results, which it writes."""
+    """Write the gradients of `route_into`, of scores [rows, n] and of a soft budget [rows].
+
+    `sums` is room for partial sums [rows, `slot_parts`] where it takes more than one; None takes some.
+    """
     rows, n = scores.shape
-    capacity = weights.shape[1]
-    slots = (grad_weights, weights, indices, valid, scores, mask, lengths)
+    if rows == 0:
+        return
+    # the kernels write it in any case
+    grad_budget = state.new_empty(rows) if grad_budget is None else grad_budget
+    if sums is None and solver == "exact" and slot_parts(capacity) > 1:
+        sums = state.new_empty((rows, slot_parts(capacity)))
+    grad_weights, scores = _readable(grad_weights), _readable(scores)
+    mask = None if mask is None else _readable(mask)
+    slots = (grad_weights, *map(adjacent, (weights, indices, valid)), scores, mask, adjacent(lengths))
     strides = (
         grad_weights.stride(0), scores.stride(0), 0 if mask is None else mask.stride(0), grad_scores.stride(0),
     )  # fmt: skip
@@ -253,7 +195,7 @@ def route_backward_into(
         block = _row_block(n)
         launch(
             descent_backward_kernel, (rows,),
-            *slots, soft_budget, state, grad_scores, grad_budget, *strides, n, capacity,
+            *slots, adjacent(soft_budget), adjacent(state), grad_scores, grad_budget, *strides, n, capacity,
             epsilon, max(epsilon, epsilon_init or epsilon), math.log2(epsilon_decay), num_iterations,
             soft_budget is not None, *given, block, SLOTS_AT_ONCE, num_warps=_row_warps(block),
         )  # fmt: skip
@@ -269,7 +211,7 @@ def route_backward_into(
     blocks = cdiv(n, GRADIENT_BLOCK)
     launch(
         route_backward_kernel, (rows * blocks,),
-        *slots, state, grad_budget if sums is None else sums, grad_scores, grad_budget, *strides,
+        *slots, adjacent(state), grad_budget if sums is None else sums, grad_scores, grad_budget, *strides,
         n, capacity, epsilon, blocks, parts,
         *given, one_part, next_power_of_2(parts), 2 if capacity <= 2**20 else 3,
         max(256, next_power_of_2(capacity)) if one_part else SLOTS_AT_ONCE, GRADIENT_BLOCK, num_warps=4,

@@ -1,8 +1,7 @@
 """Rows of routed tokens: gathered for the heavy branches, and combined with the states.
 
 A routing is `indices`, `valid` and `weights`, each `[batch, k]`, as in docs/architecture.md: positions ascending over
-the used slots, which come first. The forward references are plain differentiable PyTorch; the backward ones write
-their gradients out.
+the used slots, which come first.
 """
 
 from typing import Any
@@ -11,15 +10,13 @@ import torch
 from torch import Tensor
 
 from .kernel_backend import accumulation_dtype, runs_eagerly, triton_is_available, uses_triton
-from .run_operator import Kernel, Operator, refuse_derivatives_of_kernels
+from .run_operator import ComposedGradient, Launch, Operator, refuse_derivatives_of_kernels
 
-combine_kernel: Kernel = None
-gather_kernel: Kernel = None
-gather_dot_kernel: Kernel = None
+combine_into: Launch = None
+gather_into: Launch = None
+gather_dot_into: Launch = None
 if triton_is_available():
-    from .op_rows_triton import combine as combine_kernel
-    from .op_rows_triton import gather as gather_kernel
-    from .op_rows_triton import gather_dot as gather_dot_kernel
+    from .op_rows_triton import combine_into, gather_dot_into, gather_into
 
 
 def flat_rows(indices: Tensor, length: int) -> Tensor:
@@ -145,20 +142,14 @@ def gather_dot_reference(
     return (rows * slot_weights(valid, weights, dtype)).to(other.dtype), dots
 
 
-def _fake_gather_dot(hidden_states: Tensor, other: Tensor, indices: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _gather_dot_results(hidden_states: Tensor, other: Tensor, indices: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return other.new_empty(other.shape), hidden_states.new_empty(indices.shape, dtype=torch.float32)
 
 
-_gather_dot = Operator(
-    "token_gather_dot(Tensor hidden_states, Tensor other, Tensor indices, Tensor valid, Tensor? weights) "
-    "-> (Tensor, Tensor)",
-    gather_dot_reference,
-    _fake_gather_dot,
-    gather_dot_kernel,
-)
+_gather_dot = Operator("token_gather_dot", gather_dot_reference, _gather_dot_results, gather_dot_into)
 
 
-def scatter_gradients(
+def _scatter_gradients(
     ctx: Any, grad: Tensor, first: int, updates: Tensor, indices: Tensor, valid: Tensor, weights: Tensor | None
 ) -> tuple[Tensor | None, None, None, Tensor | None]:
     """The gradients of a scatter's (updates, indices, valid, weights), which are inputs `first` and up."""
@@ -168,7 +159,7 @@ def scatter_gradients(
     return grad_updates, None, None, None if weights is None else dots.to(weights.dtype)
 
 
-def _fake_combine(base: Tensor | None, light: Tensor | None, updates: Tensor, *rest: Any) -> Tensor:
+def _combine_result(base: Tensor | None, light: Tensor | None, updates: Tensor, *rest: Any) -> Tensor:
     length = rest[-1]
     return (updates if base is None else base).new_empty(updates.shape[0], length, updates.shape[2])
 
@@ -181,33 +172,25 @@ def _save_combine(ctx: Any, inputs: tuple[Any, ...], _: Tensor) -> None:
 def _backward_combine(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     updates, indices, valid, weights, updates2, indices2, valid2, weights2 = ctx.saved_tensors
     grad_light = None if ctx.light_dtype is None else grad.to(ctx.light_dtype)
-    first = scatter_gradients(ctx, grad, 2, updates, indices, valid, weights)
+    first = _scatter_gradients(ctx, grad, 2, updates, indices, valid, weights)
     second: tuple[Tensor | None, ...] = (None, None, None, None)
     if updates2 is not None:
-        second = scatter_gradients(ctx, grad, 6, updates2, indices2, valid2, weights2)
+        second = _scatter_gradients(ctx, grad, 6, updates2, indices2, valid2, weights2)
     return grad if ctx.needs_input_grad[0] else None, grad_light, *first, *second, None
 
 
 _combine = Operator(
-    "token_combine(Tensor? base, Tensor? light, Tensor updates, Tensor indices, Tensor valid, Tensor? weights, "
-    "Tensor? updates2, Tensor? indices2, Tensor? valid2, Tensor? weights2, SymInt length) -> Tensor",
+    "token_combine",
     combine_reference,
-    _fake_combine,
-    combine_kernel,
-    _save_combine,
-    _backward_combine,
+    _combine_result,
+    combine_into,
+    ComposedGradient(_save_combine, _backward_combine),
     operand=2,
 )
 
 
-def _fake_gather(
-    hidden_states: Tensor,
-    indices: Tensor,
-    valid: Tensor,
-    weights: Tensor | None,
-    indices2: Tensor | None,
-    valid2: Tensor | None,
-    weights2: Tensor | None,
+def _gather_results(
+    hidden_states: Tensor, indices: Tensor, valid: Tensor, weights: Tensor | None, indices2: Tensor | None, *_: Any
 ) -> tuple[Tensor, Tensor]:
     d = hidden_states.shape[-1]
     second = (0,) if indices2 is None else (*indices2.shape, d)
@@ -243,13 +226,11 @@ def _backward_gather(ctx: Any, grad: Tensor | None, grad2: Tensor | None) -> tup
 
 
 _gather = Operator(
-    "token_gather(Tensor hidden_states, Tensor indices, Tensor valid, Tensor? weights, Tensor? indices2, "
-    "Tensor? valid2, Tensor? weights2) -> (Tensor, Tensor)",
+    "token_gather",
     gather_reference,
-    _fake_gather,
-    gather_kernel,
-    _save_gather,
-    _backward_gather,
+    _gather_results,
+    gather_into,
+    ComposedGradient(_save_gather, _backward_gather),
 )
 
 

@@ -5,9 +5,7 @@ position, which finds the slot routed there by a search in the ascending indices
 """
 
 import functools
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from .op_dropout_steps_triton import dropped
@@ -19,17 +17,17 @@ try:
 except ImportError as error:
     raise ImportError("op_rows_triton needs triton; use kernel_backend='torch' without it") from error
 
-# A search looks at so many indices in one step.
+# How many indices a search looks at in one step.
 PROBES = tl.constexpr(64)
-# A program and a warp hold so many elements. Kernels that move memory gain from small programs: of nine shapes at 768
+# How many elements a program and a warp hold. Kernels that move memory gain from small programs: of nine shapes at 768
 # features 2 rows by 2 warps were the fastest at 4,096 to 65,536 tokens (NVIDIA H100).
 FORWARD_TILE, FORWARD_WARP = 2048, 1024
 
 
 @functools.cache
 def tile_shape(width: int, elements: int = FORWARD_TILE, warp: int = FORWARD_WARP) -> tuple[int, int, int]:
-    """Rows a program holds, its padded width and its warps, for rows of `width` features: about so many elements a
-    program and a warp."""
+    """Rows a program holds, its padded width and its warps, for rows of `width` features; a program and a warp hold
+    about as many elements as `elements` and `warp` say."""
     block = next_power_of_2(width)
     rows = max(1, min(16, elements // block))
     return rows, block, max(1, min(16, rows * block // warp))
@@ -199,28 +197,6 @@ def gather_kernel(
             )  # fmt: skip
 
 
-def combine(
-    base: Tensor | None,
-    light: Tensor | None,
-    updates: Tensor,
-    indices: Tensor,
-    valid: Tensor,
-    weights: Tensor | None,
-    updates2: Tensor | None,
-    indices2: Tensor | None,
-    valid2: Tensor | None,
-    weights2: Tensor | None,
-    length: int,
-) -> Tensor:
-    """`combine_reference` of op_rows.py as one launch."""
-    batch, _, d = updates.shape
-    out = torch.empty(batch, length, d, device=updates.device, dtype=updates.dtype if base is None else base.dtype)
-    parts = (base, light, updates, indices, valid, weights, updates2, indices2, valid2, weights2)
-    operands: list[Any] = [*map(adjacent, parts), out]
-    combine_into(*operands)
-    return out
-
-
 def combine_into(
     base: Tensor | None,
     light: Tensor | None,
@@ -232,42 +208,22 @@ def combine_into(
     indices2: Tensor | None,
     valid2: Tensor | None,
     weights2: Tensor | None,
+    length: int,
     out: Tensor,
     seed: Tensor | None = None,
     dropout: float = 0.0,
 ) -> None:
-    """The launch of `combine`: contiguous operands, then its result, which it writes. With a seed what is added to the
-    base is dropped as `dropout` of op_dropout.py does."""
-    batch, length, d = out.shape
+    """Write `combine_reference` of op_rows.py to `out`. With a seed what is added to the base is dropped as `dropout`
+    of op_dropout.py does."""
+    batch, _, d = out.shape
+    first = map(adjacent, (base, light, updates, indices, valid, weights))
+    second = map(adjacent, (updates2, indices2, valid2, weights2))
     rows, block, warps = tile_shape(d)
     launch(
         combine_kernel, (batch * cdiv(length, rows),),
-        base, light, updates, indices, valid, weights, updates.shape[1],
-        updates2, indices2, valid2, weights2, 0 if updates2 is None else updates2.shape[1],
+        *first, updates.shape[1], *second, 0 if updates2 is None else updates2.shape[1],
         seed, out, length, d, dropout, rows, block, num_warps=warps,
     )  # fmt: skip
-
-
-def gather(
-    hidden_states: Tensor,
-    indices: Tensor,
-    valid: Tensor,
-    weights: Tensor | None,
-    indices2: Tensor | None,
-    valid2: Tensor | None,
-    weights2: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """`gather_reference` of op_rows.py as one launch."""
-    batch, _, d = hidden_states.shape
-    capacity2 = 0 if indices2 is None else indices2.shape[1]
-    out = torch.empty(batch, indices.shape[1], d, device=hidden_states.device, dtype=hidden_states.dtype)
-    out2 = torch.empty(
-        (batch, capacity2, d) if capacity2 else 0, device=hidden_states.device, dtype=hidden_states.dtype
-    )
-    operands: list[Any] = [*map(adjacent, (hidden_states, indices, valid, weights)), out]
-    operands += [*map(adjacent, (indices2, valid2, weights2)), None if indices2 is None else out2]
-    gather_into(*operands)
-    return out, out2
 
 
 def gather_into(
@@ -275,36 +231,23 @@ def gather_into(
     indices: Tensor,
     valid: Tensor,
     weights: Tensor | None,
-    out: Tensor,
     indices2: Tensor | None,
     valid2: Tensor | None,
     weights2: Tensor | None,
-    out2: Tensor | None,
+    rows: Tensor,
+    rows2: Tensor | None,
 ) -> None:
-    """The launch of `gather`: contiguous operands, each routing's with its result, which it writes."""
+    """Write `gather_reference` of op_rows.py to the last two."""
     batch, n, d = hidden_states.shape
     capacity = indices.shape[1]
     capacity2 = 0 if indices2 is None else indices2.shape[1]
     _, block, _ = tile_shape(d)
     launch(
         gather_kernel, (batch * (capacity + capacity2),),
-        hidden_states, None, indices, valid, weights, out, None, capacity,
-        indices2, valid2, weights2, out2, capacity2,
+        adjacent(hidden_states), None, *map(adjacent, (indices, valid, weights)), rows, None, capacity,
+        *map(adjacent, (indices2, valid2, weights2)), None if indices2 is None else rows2, capacity2,
         n, d, block, num_warps=max(1, min(8, block // 256)),
     )  # fmt: skip
-
-
-def gather_dot(
-    hidden_states: Tensor, other: Tensor, indices: Tensor, valid: Tensor, weights: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """`gather_dot_reference` of op_rows.py as one launch."""
-    batch, _, d = hidden_states.shape
-    capacity = indices.shape[1]
-    out = torch.empty(batch, capacity, d, device=hidden_states.device, dtype=other.dtype)
-    dots = torch.empty(batch, capacity, device=hidden_states.device, dtype=torch.float32)
-    operands: list[Any] = [*map(adjacent, (hidden_states, other, indices, valid, weights)), out, dots]
-    gather_dot_into(*operands)
-    return out, dots
 
 
 def gather_dot_into(
@@ -313,16 +256,16 @@ def gather_dot_into(
     indices: Tensor,
     valid: Tensor,
     weights: Tensor | None,
-    out: Tensor | None,
+    rows: Tensor | None,
     dots: Tensor,
 ) -> None:
-    """The launch of `gather_dot`: contiguous operands, then its results, which it writes, `out` where it is given."""
+    """Write `gather_dot_reference` of op_rows.py to the last two, `rows` where it is given."""
     batch, n, d = hidden_states.shape
     capacity = indices.shape[1]
     _, block, _ = tile_shape(d)
     launch(
         gather_kernel, (batch * capacity,),
-        hidden_states, other, indices, valid, weights, out, dots, capacity,
+        *map(adjacent, (hidden_states, other, indices, valid, weights)), rows, dots, capacity,
         None, None, None, None, 0,
         n, d, block, num_warps=max(1, min(8, block // 256)),
     )  # fmt: skip

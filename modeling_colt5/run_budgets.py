@@ -1,16 +1,102 @@
-"""How many tokens the routers of a batch take: by fractions, of a memory, and during a dense start."""
+"""How many tokens routers take: the one formula of budgets, in numbers that may be symbols, and a batch's budgets.
+
+Compilers and exporters put symbols in place of a length that they keep free.
+"""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-
-from .run_sizes import as_tensor, computed_size, is_free, routed_budget, routed_capacity, smaller
+from torch import Tensor
 
 # When a dense start begins, a row's weights sum to this share of its tokens.
 DENSE_SHARE = 0.9
 
 
-def _repeated(mask: torch.Tensor | None, routers: int) -> torch.Tensor | None:
+def is_free(size: int) -> bool:
+    """Whether an exporter (torch.export, torch.onnx) keeps this size free, for any length."""
+    return not isinstance(size, int) and torch.compiler.is_exporting()
+
+
+def computed_size(size: Tensor, most: int) -> int:
+    """A size that the exported program computes itself when it runs, out of an int64 tensor [1]: from 1 to `most`.
+
+    An expression of symbols would not do: operations compare it with other sizes while the program is made, and the
+    program then holds only for lengths where all comparisons come out as they did for the example.
+    """
+    number: int = size.item()  # type: ignore[assignment]
+    torch._check(number >= 1)
+    torch._check(number <= most)
+    return number
+
+
+def as_tensor(size: int) -> Tensor:
+    """A size as an int64 tensor [1] on the CPU."""
+    return torch.full((1,), size, dtype=torch.int64, device="cpu")
+
+
+def smaller(size: int, other: int) -> int:
+    """The smaller one of two sizes; symbols are not compared."""
+    return min(size, other) if isinstance(size, int) and isinstance(other, int) else torch.sym_min(size, other)
+
+
+def larger(size: int, other: int) -> int:
+    """The larger one of two sizes; symbols are not compared."""
+    return max(size, other) if isinstance(size, int) and isinstance(other, int) else torch.sym_max(size, other)
+
+
+def share_of(length: Any, fraction: float) -> Any:
+    """ceil(fraction · length - 1e-6), exact: no rounding of a product decides how many tokens are routed.
+
+    A fraction in floating point is p / 2^s with integers, so the result is (p · length + a constant) >> s. It is
+    computed in parts of 31 bits, so that nothing exceeds 64: devices without float64 have integers of those.
+
+    Args:
+        length: number of tokens, below 2^31: an integer, a symbolic one, or an int64 tensor.
+        fraction: share of them, above 0 and below 2^31.
+
+    Returns:
+        What the length is: an integer, a symbolic one, or an int64 tensor of its shape.
+    """
+    numerator, denominator = fraction.as_integer_ratio()
+    bits = -(-(denominator.bit_length() - 1) // 31) * 31
+    one = 1 << bits
+    numerator *= one // denominator
+    # With this constant, what is more than 1e-6 above an integer is rounded up.
+    constant = one - 1 - one // 10**6
+    carried, part = 0, (1 << 31) - 1
+    for shift in range(0, bits, 31):
+        carried = (length * ((numerator >> shift) & part) + (carried + ((constant >> shift) & part))) >> 31
+    whole = numerator >> bits
+    return length * whole + carried if whole else carried
+
+
+def routed_budget(lengths: Tensor, fraction: float, minimum: int) -> Tensor:
+    """How many tokens each row routes: min(length, max(minimum, ceil(fraction · length - 1e-6))), exact.
+
+    Args:
+        lengths: int [rows], real tokens of each row.
+        fraction: share of the tokens, in (0, 1].
+        minimum: tokens that are routed however short the row is.
+
+    Returns:
+        int64 [rows].
+    """
+    lengths = lengths.to(torch.int64)
+    return share_of(lengths, fraction).clamp(min=minimum).minimum(lengths)
+
+
+def routed_capacity(n: int, fraction: float, minimum: int) -> int:
+    """The slots that rows of padded length `n` need: `routed_budget` of `n`, at least 1, also for a symbolic `n`."""
+    if is_free(n):
+        return computed_size(routed_budget(as_tensor(n), fraction, minimum).clamp(min=1), n)
+    budget = share_of(n, fraction)
+    if isinstance(n, int):
+        return max(1, min(n, max(minimum, budget)))
+    return torch.sym_max(1, torch.sym_min(n, torch.sym_max(minimum, budget)))
+
+
+def _repeated(mask: Tensor | None, routers: int) -> Tensor | None:
     """The mask of each router's rows, one router's after another's; of one row no copy."""
     return None if mask is None else mask.expand(routers, -1, -1).flatten(0, 1)
 
@@ -27,14 +113,14 @@ class RoutingBudget:
             the budget determines it.
     """
 
-    budget: torch.Tensor
+    budget: Tensor
     capacities: tuple[int, ...]
-    mask: torch.Tensor | None
-    soft_budget: torch.Tensor | None = None
+    mask: Tensor | None
+    soft_budget: Tensor | None = None
 
     @classmethod
     def of_fractions(
-        cls, states: torch.Tensor, mask: torch.Tensor | None, minimum: int, *kinds: tuple[float, ...]
+        cls, states: Tensor, mask: Tensor | None, minimum: int, *kinds: tuple[float, ...]
     ) -> list["RoutingBudget"]:
         """The paper's budgets: of each row's own number of real tokens, whatever its padding.
 
@@ -69,12 +155,12 @@ class RoutingBudget:
     @classmethod
     def of_memory(
         cls,
-        memory: torch.Tensor,
-        mask: torch.Tensor | None,
+        memory: Tensor,
+        mask: Tensor | None,
         num_tokens: int | None,
         num_routers: int,
         soft_topk_ratio: float,
-        dense_start: torch.Tensor | None,
+        dense_start: Tensor | None,
     ) -> "RoutingBudget":
         """Of all routers of routed cross-attention to a memory [batch, n, d_model]: each takes `num_tokens` of a row's
         real tokens, or all where the row has no more, or for None.
@@ -92,11 +178,11 @@ class RoutingBudget:
     @classmethod
     def of_dense_start(
         cls,
-        states: torch.Tensor,
-        mask: torch.Tensor | None,
-        fractions: tuple[float | torch.Tensor, ...],
+        states: Tensor,
+        mask: Tensor | None,
+        fractions: tuple[float | Tensor, ...],
         soft_topk_ratio: float,
-        progress: torch.Tensor,
+        progress: Tensor,
     ) -> "RoutingBudget":
         """All real tokens of states [batch, n, d_model], for routers whose own budgets have these fractions: the other
         arguments are those of `dense_start_budget`."""
@@ -111,7 +197,7 @@ class RoutingBudget:
     def for_each(self, times: int) -> "RoutingBudget":
         """The same for `times` rows in the place of each."""
 
-        def repeated(part: torch.Tensor | None) -> torch.Tensor | None:
+        def repeated(part: Tensor | None) -> Tensor | None:
             return None if part is None else part.repeat_interleave(times, 0)
 
         budget = self.budget.repeat_interleave(times, 0)
@@ -120,7 +206,7 @@ class RoutingBudget:
     def to(self, device: torch.device, non_blocking: bool = False) -> "RoutingBudget":
         """The same on another device."""
 
-        def moved(part: torch.Tensor | None) -> torch.Tensor | None:
+        def moved(part: Tensor | None) -> Tensor | None:
             return None if part is None else part.to(device, non_blocking=non_blocking)
 
         budget = self.budget.to(device, non_blocking=non_blocking)
@@ -128,8 +214,8 @@ class RoutingBudget:
 
 
 def dense_start_budget(
-    lengths: torch.Tensor, fractions: tuple[float | torch.Tensor, ...], soft_topk_ratio: float, progress: torch.Tensor
-) -> torch.Tensor:
+    lengths: Tensor, fractions: tuple[float | Tensor, ...], soft_topk_ratio: float, progress: Tensor
+) -> Tensor:
     """What the weights of a row sum to during a dense start: from `DENSE_SHARE` of its tokens at progress 0, in equal
     factors, to the soft top-k of the router's own budget at progress 1.
 
@@ -146,14 +232,14 @@ def dense_start_budget(
     return torch.cat([lengths * share for share in shares])
 
 
-def real_lengths(states: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+def real_lengths(states: Tensor, mask: Tensor | None) -> Tensor:
     """How many real tokens each row of states [batch, n, d_model] has, int64 [batch]."""
     if mask is not None:
         return mask.sum(-1)
     return torch.full((states.shape[0],), states.shape[1], dtype=torch.int64, device=states.device)
 
 
-def memory_slots(num_tokens: int | None, memory: torch.Tensor) -> int:
+def memory_slots(num_tokens: int | None, memory: Tensor) -> int:
     """The slots of each router that takes `num_tokens` tokens, None for all, of a memory [batch, n, d_model], also for
     a symbolic n."""
     length = memory.shape[1]

@@ -71,7 +71,7 @@ class CoLT5DynamicRoutedLayer(_RoutedState, DynamicLayer):
         return self.seen if self.has_state else super().get_seq_length()
 
     def count(self, positions: int) -> None:
-        """Note that so many positions came in."""
+        """Note how many positions came in."""
         self.seen += positions
 
     def reset(self) -> None:
@@ -160,7 +160,7 @@ class CoLT5StaticRoutedLayer(_RoutedState, StaticLayer):
             )
 
     def count(self, positions: int) -> None:
-        """Note that so many positions came in."""
+        """Note how many positions came in."""
         if not torch.compiler.is_compiling():
             self.cumulative_length = _kept_in_place(self.cumulative_length.to(self.counters["lengths"].device))
         self.cumulative_length.add_(positions)

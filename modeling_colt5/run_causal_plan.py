@@ -15,8 +15,8 @@ from torch import Tensor
 
 from .op_attention import bias_of_sequence
 from .op_routing import RoutedTokens
+from .run_budgets import share_of
 from .run_plan import Implementation
-from .run_sizes import share_of
 
 
 def _rows(index: Tensor, n: int) -> Tensor:

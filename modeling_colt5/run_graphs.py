@@ -16,13 +16,15 @@ from torch import Tensor, nn
 
 from .kernel_backend import Mode, is_hooked
 
-# Beyond so many tokens the GPU takes longer than the host, and a graph's memory is no longer small.
+# The most tokens of a call that is recorded: beyond, the GPU takes longer than the host, and a graph's memory is no
+# longer small.
 MOST_TOKENS = 2**16
-# A module has at most so many graphs; the least recently used one goes first.
+# The most graphs of a module; the least recently used one goes first.
 MOST_GRAPHS = 8
-# A graph is made after so many calls of one kind: kernels are compiled by then, and lengths that come once make none.
+# How many calls of one kind come before its graph is made: kernels are compiled by then, and lengths that come once
+# make none.
 CALLS_BEFORE = 2
-# So many kinds of call are counted at once.
+# How many kinds of call are counted at the same time.
 MOST_COUNTED = 8 * MOST_GRAPHS
 
 # Plain modules come from here: torch's layers, Transformers' activations, and this code as a package or out of a

@@ -1,15 +1,18 @@
 """Operators of the namespace `colt5`: a reference, the kernel beside it, and how both are called."""
 
+import functools
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .kernel_backend import kernel_takes, runs_eagerly, uses_triton
 
-# A function of an operator's arguments that needs Triton, or None where Triton is not installed.
-Kernel = Callable[..., Any] | None
+# A function that launches kernels, or None where Triton is not installed.
+Launch = Callable[..., None] | None
 
 
 def own_schema(schema: str) -> str:
@@ -57,50 +60,59 @@ def refuse_transforms_of_kernels(name: str) -> None:
 class Operator:
     """An operation with a kernel: `colt5::<name>` for those who trace, a plain Python call for everybody else.
 
-    The dispatcher's Python path costs more host time than a Triton launch (docs/operators.md has the numbers), so
-    only tracers (torch.compile, torch.export, fake tensors, opcheck) go through it. An eager call runs the kernel,
-    inside a `torch.autograd.Function` where gradients are wanted. Where no kernel runs, the reference is called as
-    the PyTorch code that it is.
+    Its signature is written once, in the reference, whose annotations give the operator's schema. The dispatcher's
+    Python path costs more host time than a Triton launch (docs/operators.md has the numbers), so only tracers
+    (torch.compile, torch.export, fake tensors, opcheck) go through it. An eager call runs the kernel, inside a
+    `torch.autograd.Function` where gradients are wanted. Where no kernel runs, the reference is called as the PyTorch
+    code that it is.
 
     Args:
-        schema: `"name(Tensor x, ...) -> ..."`, functional; no output may alias an input.
-        reference: takes the schema's arguments, on any device, in plain differentiable PyTorch.
-        fake: the same on fake tensors, for shapes and dtypes alone.
-        kernel: takes the schema's arguments too; None where Triton is not installed.
-        save: `(ctx, inputs, outputs)`, keeps what the backward needs; None for an operator without gradient.
-        backward: `(ctx, *output gradients)` → a gradient or None for each input. Gradients of unused outputs come as
-            None. It calls other operators, never kernels, so that tracers see it.
+        name: of the operator.
+        reference: annotated, in plain differentiable PyTorch, on any device. No result may alias an input.
+        results: takes the same arguments: empty tensors for the results, for kernels to write and for tracers to see.
+        launch: takes the same arguments, then the results, which it writes.
+        gradient: how gradients go through it; None where none do.
         operand: which argument's device and dtype decide whether the kernel runs.
-        fits: takes the schema's arguments: whether the kernel runs on sizes like theirs; None for all.
+        fits: takes the same arguments: whether the kernel runs on sizes like theirs; None for all.
+        schema: instead of what the reference's annotations say.
     """
 
     def __init__(
         self,
-        schema: str,
+        name: str,
         reference: Callable[..., Any],
-        fake: Callable[..., Any],
-        kernel: Kernel = None,
-        save: Callable[..., None] | None = None,
-        backward: Callable[..., Any] | None = None,
+        results: Callable[..., Any],
+        launch: Launch = None,
+        gradient: "Gradient | ComposedGradient | None" = None,
         operand: int = 0,
-        fits: Kernel = None,
+        fits: Callable[..., bool] | None = None,
+        schema: str = "",
     ):
-        schema = own_schema(schema)
+        schema = own_schema(schema or torch.library.infer_schema(reference, op_name=name, mutates_args=()))
         self.name = name = schema.split("(")[0]
-        self.reference, self.kernel, self.operand, self.fits = reference, kernel, operand, fits
+        self.reference, self.results, self.launch = reference, results, launch
+        self.operand, self.fits = operand, fits
+        self.gradient: Operator | None = None
         self.function: type[torch.autograd.Function] | None = None
-        if save is not None and backward is not None:
-            self.function = self._make_function(name, save, backward)
+        if gradient is not None:
+            self.function = self._make_function(*gradient.of(self, schema))
             # `Function.apply` would look through the arguments for what functorch left behind, which takes 4 µs a
             # call.
             self.apply = super(torch.autograd.Function, self.function).apply  # type: ignore[misc]
         if not hasattr(torch.ops.colt5, name):
-            self._register(name, schema, fake)
+            self._register(name, schema)
         self.overload = getattr(torch.ops.colt5, name).default
 
-    def chosen(self, inputs: tuple[Any, ...]) -> Callable[..., Any]:
+    def kernel(self, *inputs: Any) -> Any:
+        """The result by kernels."""
+        results = self.results(*inputs)
+        assert self.launch is not None
+        self.launch(*inputs, *_as_tuple(results))
+        return results
+
+    def chosen(self, inputs: Sequence[Any]) -> Callable[..., Any]:
         """The kernel where it takes these inputs, else the reference."""
-        if self.kernel is None or not kernel_takes(inputs[self.operand]):
+        if self.launch is None or not kernel_takes(inputs[self.operand]):
             return self.reference
         return self.kernel if self.fits is None or self.fits(*inputs) else self.reference
 
@@ -108,33 +120,31 @@ class Operator:
         """The result, without a gradient."""
         return self.chosen(inputs)(*inputs)
 
-    def _make_function(
-        self, name: str, save: Callable[..., None], backward: Callable[..., Any]
-    ) -> type[torch.autograd.Function]:
+    def _make_function(self, save: Callable[..., None], backward: Callable[..., Any]) -> type[torch.autograd.Function]:
         # There is no separate `setup_context`: with one, PyTorch binds the arguments by inspection, which takes 30 µs
         # a call.
         def forward(ctx: Any, *inputs: Any) -> Any:
             if runs_eagerly():
-                outputs = self.implementation(*inputs)
+                results = self.implementation(*inputs)
             else:
                 with torch._C._AutoDispatchBelowAutograd():
-                    outputs = self.overload(*inputs)
+                    results = self.overload(*inputs)
             ctx.set_materialize_grads(False)
-            save(ctx, inputs, outputs)
-            return outputs
+            save(ctx, inputs, results)
+            return results
 
         def backward_once(ctx: Any, *grads: Any) -> Any:
-            refuse_derivatives_of_kernels(name)
+            refuse_derivatives_of_kernels(self.name)
             return backward(ctx, *grads)
 
         members = {"forward": staticmethod(forward), "backward": staticmethod(backward_once)}
-        return type(name, (torch.autograd.Function,), members)
+        return type(self.name, (torch.autograd.Function,), members)
 
-    def _register(self, name: str, schema: str, fake: Callable[..., Any]) -> None:
+    def _register(self, name: str, schema: str) -> None:
         self.library = torch.library.Library("colt5", "FRAGMENT")
         self.library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         self.library.impl(name, self.implementation, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"colt5::{name}", fake, lib=self.library)
+        torch.library.register_fake(f"colt5::{name}", self.results, lib=self.library)
         if self.function is not None:
             self.library.impl(name, self.function.apply, "Autograd")
 
@@ -143,7 +153,7 @@ class Operator:
 
         Args:
             kernel_backend: as in `uses_triton` of kernel_backend.py.
-            inputs: the schema's arguments.
+            inputs: the reference's arguments.
         """
         if not uses_triton(inputs[self.operand], kernel_backend):
             return self.reference(*inputs)
@@ -156,6 +166,138 @@ class Operator:
         run = self.chosen(inputs)
         if self.function is not None and run is not self.reference and torch.is_grad_enabled():
             for value in inputs:
-                if isinstance(value, torch.Tensor) and value.requires_grad:
+                if isinstance(value, Tensor) and value.requires_grad:
                     return self.apply(*inputs)
         return run(*inputs)
+
+
+@dataclass(frozen=True)
+class ComposedGradient:
+    """A gradient that calls several operators. It calls no kernel itself, so that tracers see it.
+
+    Args:
+        save: `(ctx, inputs, results)`, keeps what `backward` needs.
+        backward: `(ctx, *results' gradients)` → a gradient or None for each input. Gradients of results that nobody
+            used come as None.
+    """
+
+    save: Callable[..., None]
+    backward: Callable[..., Any]
+
+    def of(self, operator: Operator, schema: str) -> tuple[Callable[..., None], Callable[..., Any]]:
+        """The two."""
+        return self.save, self.backward
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """A gradient that is one operator, `colt5::<name>_backward`; its reference is PyTorch's autograd through the
+    operation's own.
+
+    Args:
+        inputs: names of the inputs that have a gradient.
+        results: names of all results.
+        through: names of those that pass a gradient on.
+        kept: names of those that kernels read in the backward pass.
+        launch: takes the gradients of `through`, None where nobody used the result, then the operation's arguments,
+            then its results in `kept`, and then for each of `inputs` the tensor to write, None where the input is.
+        unwanted: names of inputs whose gradient `launch` does not make where nobody wants it: None stands for the
+            tensor to write then.
+    """
+
+    inputs: tuple[str, ...]
+    results: tuple[str, ...]
+    through: tuple[str, ...]
+    kept: tuple[str, ...] = ()
+    launch: Launch = None
+    unwanted: tuple[str, ...] = ()
+
+    def of(self, operator: Operator, schema: str) -> tuple[Callable[..., None], Callable[..., Any]]:
+        """What the operator's `torch.autograd.Function` saves, and its backward."""
+        arguments = schema[schema.index("(") + 1 : schema.rindex(") ->")]
+        names = [argument.split()[-1] for argument in arguments.split(", ")]
+        places = [names.index(name) for name in self.inputs]
+        through, kept = ([self.results.index(name) for name in some] for some in (self.through, self.kept))
+        # among the backward's arguments, those of the operation, and which gradients are wanted
+        own = slice(len(through), len(through) + len(names))
+        count = own.stop + len(kept)
+
+        def leaves_out(values: Sequence[Any]) -> list[bool]:
+            """Of each gradient, whether none is to be made."""
+            inputs, needs = values[own], values[count]
+            return [
+                inputs[place] is None or (name in self.unwanted and not needed)
+                for place, name, needed in zip(places, self.inputs, needs, strict=True)
+            ]
+
+        def for_each(values: Sequence[Any], gradient_of: Callable[[int], Tensor]) -> Any:
+            """The gradients, an empty tensor for each that is left out."""
+            made = tuple(
+                values[own][operator.operand].new_empty(0) if left_out else gradient_of(place)
+                for place, left_out in zip(places, leaves_out(values), strict=True)
+            )
+            return made if len(made) > 1 else made[0]
+
+        def results(*values: Any) -> Any:
+            inputs, layout = values[own], torch.contiguous_format
+            return for_each(values, lambda place: torch.empty_like(inputs[place], memory_format=layout))
+
+        def reference(*values: Any) -> Any:
+            inputs = list(values[own])
+            leaves = [place for place in places if inputs[place] is not None]
+            with torch.enable_grad():
+                for place in leaves:
+                    inputs[place] = inputs[place].detach().requires_grad_()
+                given = _as_tuple(operator.reference(*inputs))
+            used = [(given[place], grad) for place, grad in zip(through, values, strict=False) if grad is not None]
+            ends, grads = zip(*used, strict=True)
+            found = torch.autograd.grad(ends, [inputs[place] for place in leaves], grads, materialize_grads=True)
+            by_place = dict(zip(leaves, found, strict=True))
+            return for_each(values, lambda place: by_place[place].contiguous())
+
+        def launch(*values: Any) -> None:
+            assert self.launch is not None
+            written = [
+                None if left_out else tensor
+                for left_out, tensor in zip(leaves_out(values), values[count + 1 :], strict=True)
+            ]
+            self.launch(*values[:count], *written)
+
+        parts = [f"Tensor? grad_{name}" for name in self.through]
+        parts += [arguments, *(f"Tensor {name}" for name in self.kept), "bool[] needs"]
+        gradient = Operator(
+            f"{operator.name}_backward",
+            reference,
+            results,
+            None if self.launch is None else functools.wraps(self.launch)(launch),
+            operand=own.start + operator.operand,
+            fits=None if operator.fits is None else lambda *values: operator.fits(*values[own]),  # type: ignore[misc]
+            schema=f"{operator.name}_backward({', '.join(parts)}) -> ({', '.join(['Tensor'] * len(places))})",
+        )
+        operator.gradient = gradient
+
+        def save(ctx: Any, inputs: tuple[Any, ...], results: Any) -> None:
+            given = _as_tuple(results)
+            ctx.mark_non_differentiable(*(part for place, part in enumerate(given) if place not in through))
+            tensors = (value if isinstance(value, Tensor) else None for value in inputs)
+            ctx.save_for_backward(*tensors, *(given[place] for place in kept))
+            ctx.others = [None if isinstance(value, Tensor) else value for value in inputs]
+
+        def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+            found: list[Tensor | None] = [None] * len(names)
+            used = [grads[place] for place in through]
+            if any(grad is not None for grad in used):
+                # They are unpacked once: gradient checkpointing recomputes them the first time and refuses a second.
+                saved = ctx.saved_tensors
+                inputs = [other if part is None else part for part, other in zip(saved, ctx.others, strict=False)]
+                needs = [ctx.needs_input_grad[place] for place in places]
+                made = _as_tuple(gradient(*used, *inputs, *saved[len(names) :], needs))
+                for place, needed, part in zip(places, needs, made, strict=True):
+                    found[place] = part if needed else None
+            return tuple(found)
+
+        return save, backward
+
+
+def _as_tuple(results: Any) -> tuple[Tensor, ...]:
+    return results if isinstance(results, tuple) else (results,)

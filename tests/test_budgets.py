@@ -8,7 +8,7 @@ import torch
 
 from modeling_colt5 import CoLT5Config
 from modeling_colt5.model_from_config import causal_settings
-from modeling_colt5.run_sizes import routed_budget, routed_capacity, share_of
+from modeling_colt5.run_budgets import routed_budget, routed_capacity, share_of
 
 LENGTHS = 2**20
 # the configuration's defaults, and those whose product with a length is most often close to an integer

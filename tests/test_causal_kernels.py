@@ -17,6 +17,8 @@ from modeling_colt5.run_causal_plan import CausalPlan
 kernels = pytest.importorskip("modeling_colt5.op_pools_triton")
 gates = pytest.importorskip("modeling_colt5.op_gates_triton")
 
+run_gates, run_candidates, run_gather = op_gates._gates, op_pools._candidates, op_pools._pool_gather
+
 # fp32 sums of at most 32 terms of size 1 in another order, and their logarithm
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
 KINDS = ("distinct", "ties", "odd")
@@ -78,19 +80,18 @@ def test_gates(
     settings = (target, capacity, 9 / 8 * target, epsilon, fill_first)
     scores.requires_grad_()
     expected = op_gates.causal_gates_reference(scores, *rest, *settings)
-    actual = gates.causal_gates(scores.detach(), *rest, *settings)
+    actual = run_gates.kernel(scores.detach(), *rest, *settings)
     # thresholds of incomplete windows too: whatever stands there is the same
     assert_same(actual, expected)
     weights, routed, thresholds, _, slots, valid = (part.detach() for part in expected)
     grads = [torch.randn_like(weights), torch.randn_like(slots).masked_fill(~valid, 0)]
     (autograd,) = torch.autograd.grad([expected[0], expected[4]], [scores], grads)
-    inputs = (scores.detach(), weights, routed, thresholds, capacity, epsilon)
-    for backward in (op_gates.causal_gates_backward_reference, gates.causal_gates_backward):
-        assert_same((backward(*grads, *inputs),), (autograd,))
-        (alone,) = torch.autograd.grad(
-            op_gates.causal_gates_reference(scores, *rest, *settings)[4], [scores], grads[1], allow_unused=True
-        )
-        assert_same((backward(None, grads[1], *inputs),), (alone,))
+    inputs = (scores.detach(), *rest, *settings, weights, routed, thresholds, [True])
+    assert_same((run_gates.gradient.kernel(*grads, *inputs),), (autograd,))
+    (alone,) = torch.autograd.grad(
+        op_gates.causal_gates_reference(scores, *rest, *settings)[4], [scores], grads[1], allow_unused=True
+    )
+    assert_same((run_gates.gradient.kernel(None, grads[1], *inputs),), (alone,))
 
 
 def test_any_window_has_a_number_of_warps_that_triton_takes() -> None:
@@ -104,7 +105,7 @@ def test_gates_by_numbers_that_do_not_lie_side_by_side(device: torch.device) -> 
     apart.append(torch.stack([carried, carried * 0], 2)[..., 0])
     settings = (2, 4, 2.25, 1.0, True)
     expected = op_gates.causal_gates_reference(scores, past, total, carried, *settings)
-    assert_same(gates.causal_gates(scores, *apart, *settings), expected)
+    assert_same(run_gates.kernel(scores, *apart, *settings), expected)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -144,19 +145,21 @@ def test_pool_candidates(
     rows: int, windows: int, window: int, size: int, with_initial: bool, kind: str, device: torch.device
 ) -> None:
     scores = make_scores(kind, rows, windows * window, device=device)
-    initial, initial_valid, base = None, None, 0
+    initial = initial_valid = None
     if with_initial:
-        initial, base = make_scores(kind, rows, size, device=device), size
+        initial = make_scores(kind, rows, size, device=device)
         initial_valid = torch.arange(size, device=device) < torch.tensor([[size - 2], [size]], device=device)[:rows]
     inputs = (scores, initial, initial_valid, window, size)
-    expected, actual = op_pools.pool_candidates_reference(*inputs), kernels.pool_candidates(*inputs)
+    expected, actual = op_pools.pool_candidates_reference(*inputs), run_candidates.kernel(*inputs)
     present = expected[2]
     for one, other in zip(actual[1:], expected[1:], strict=True):
         assert torch.equal(one, other)
     assert torch.equal(actual[0][present], expected[0][present])
-    grad = torch.randn_like(expected[0])
-    inputs = (grad, *expected[1:], window, base)
-    assert_same((kernels.pool_candidates_backward(*inputs),), (op_pools.pool_candidates_backward_reference(*inputs),))
+    # what stands for no token has no gradient
+    grad = torch.randn_like(expected[0]).masked_fill(~present, 0)
+    inputs = (grad, *inputs, expected[3], [True])
+    backward = run_candidates.gradient
+    assert_same((backward.kernel(*inputs),), (backward.reference(*inputs),))
 
 
 def test_a_pool_of_more_keys_than_a_program_holds_is_pytorchs(device: torch.device) -> None:
@@ -174,7 +177,7 @@ def test_scores_that_are_not_numbers_are_the_largest(device: torch.device) -> No
     scores = torch.randn(1, 24, device=device)
     scores[0, [3, 9, 20]] = torch.nan
     inputs = (scores, None, None, 4, 5)
-    assert torch.equal(kernels.pool_candidates(*inputs)[1], op_pools.pool_candidates_reference(*inputs)[1])
+    assert torch.equal(run_candidates.kernel(*inputs)[1], op_pools.pool_candidates_reference(*inputs)[1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -187,12 +190,12 @@ def test_gathering(rows: int, windows: int, window: int, size: int, dtype: torch
     joint = torch.randn(rows, windows * window - 1, 12, device=device).to(dtype)
     key, value = (states.unflatten(-1, (2, 3)) for states in joint.split(6, -1))
     expected = op_pools.pool_gather_reference(key, value, *parts, 0)
-    for one, other in zip(kernels.pool_gather(key, value, *parts, 0), expected, strict=True):
+    for one, other in zip(run_gather.kernel(key, value, *parts, 0), expected, strict=True):
         # a product each, rounded once
         assert torch.equal(one, other)
     grads = [torch.randn_like(part) for part in expected]
-    inputs = (*grads, key, value, *parts, 0)
-    actual, expected = kernels.pool_gather_backward(*inputs), op_pools.pool_gather_backward_reference(*inputs)
+    inputs = (*grads, key, value, *parts, 0, [True] * 3)
+    actual, expected = run_gather.gradient.kernel(*inputs), run_gather.gradient.reference(*inputs)
     # the weights' gradient is a sum of 12 products, and in half precision the reference rounds each
     tolerance = TOLERANCE if dtype == torch.float32 else {"rtol": 2e-3, "atol": 1e-2}
     for one, other in zip(actual, expected, strict=True):
@@ -209,11 +212,10 @@ def test_gathering_from_an_initial_pool(device: torch.device) -> None:
     weights = torch.rand(indices.shape, device=device).masked_fill(~used, 0)
     key, value = torch.randn(2, 1, size + windows * window, 2, 3, device=device).unbind(0)
     inputs = (key, value, indices.masked_fill(~used, 0), weights, used, following, size)
-    assert_same(kernels.pool_gather(*inputs), op_pools.pool_gather_reference(*inputs))
+    assert_same(run_gather.kernel(*inputs), op_pools.pool_gather_reference(*inputs))
     grads = [torch.randn(1, windows, size, 2, 3, device=device) for _ in range(2)]
-    assert_same(
-        kernels.pool_gather_backward(*grads, *inputs), op_pools.pool_gather_backward_reference(*grads, *inputs)
-    )
+    inputs = (*grads, *inputs, [True] * 3)
+    assert_same(run_gather.gradient.kernel(*inputs), run_gather.gradient.reference(*inputs))
 
 
 def test_operators_say_their_shapes_and_kinds() -> None:
@@ -228,12 +230,12 @@ def test_operators_say_their_shapes_and_kinds() -> None:
     gated = op_gates.causal_gates_reference(*gate_settings)
     grads = [torch.randn(2, 3, 5, 2, 3) for _ in range(2)]
     for operator, inputs in (
-        (op_gates._gates, gate_settings),
-        (op_gates._gates_backward, (None, gated[4], gate_settings[0], *gated[:3], 3, 1.0)),
-        (op_pools._candidates, (scores, None, None, 4, 5)),
-        (op_pools._candidates_backward, (candidates[0], *candidates[1:], 4, 0)),
-        (op_pools._pool_gather, gathered),
-        (op_pools._pool_gather_backward, (*grads, *gathered)),
+        (run_gates, gate_settings),
+        (run_gates.gradient, (None, gated[4], *gate_settings, *gated[:3], [True])),
+        (run_candidates, (scores, None, None, 4, 5)),
+        (run_candidates.gradient, (candidates[0], scores, None, None, 4, 5, candidates[3], [True])),
+        (run_gather, gathered),
+        (run_gather.gradient, (*grads, *gathered, [True] * 3)),
     ):
         torch.library.opcheck(operator.overload, inputs, test_utils=("test_schema", "test_faketensor"))
 

@@ -102,7 +102,7 @@ def test_it_knows_this_repositorys_code_better_than_a_copy_by_name(loaded):
     # this package was not trained on
     table = json.loads((FOLDER / "baselines.json").read_text())["table"]
     right, copied, hidden = 0, 0, 0
-    for name in ("run_sizes.py", "op_gelu.py", "model_outputs.py"):
+    for name in ("run_budgets.py", "op_gelu.py", "model_outputs.py"):
         scored = score(read_source(ROOT / "modeling_colt5" / name), *loaded, table, 1.0)
         right, copied, hidden = right + scored.model, copied + scored.by_name, hidden + scored.hidden
     assert hidden >= 10 and right > copied

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 from modeling_colt5 import CoLT5EncoderModel, CoLT5ForCausalLM, CoLT5ForConditionalGeneration, CoLT5Model
 from modeling_colt5.op_routing import route
 from modeling_colt5.op_soft_topk import soft_topk
-from modeling_colt5.run_sizes import routed_budget, routed_capacity
+from modeling_colt5.run_budgets import routed_budget, routed_capacity
 from tests.models import ENCODER_HEADS, random_ids, tiny_model
 
 CAUSAL = {

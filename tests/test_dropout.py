@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from modeling_colt5 import CoLT5EncoderModel
 from modeling_colt5.model_layers import CoLT5Dropout
 from modeling_colt5.op_dropout import draw_seeds, dropout, dropout_reference, kept_elements
-from modeling_colt5.op_gelu import gated_gelu_backward_reference, gated_gelu_reference
+from modeling_colt5.op_gelu import gated_gelu_reference
 
 pytest.importorskip("triton")
 
 from modeling_colt5.op_gelu_triton import gated_gelu_backward_into, gated_gelu_into  # noqa: E402
-from modeling_colt5.op_norm_triton import combine_norm_into  # noqa: E402
+from modeling_colt5.op_norm_triton import norm_into  # noqa: E402
 from modeling_colt5.op_rows_triton import combine_into  # noqa: E402
 
 
@@ -69,9 +69,11 @@ def test_gated_gelu_drops_forward_and_backward(seed: Tensor) -> None:
     gate, up, grad = torch.randn(3, 2, 4, 70, device=seed.device)
     output, grad_gate, grad_up = (torch.empty_like(gate) for _ in range(3))
     gated_gelu_into(gate, up, output, seed, 0.3)
-    assert_same_but_for_rounding(output, dropout_reference(gated_gelu_reference(gate, up), seed, 0.3))
+    leaves = [gate.clone().requires_grad_(), up.clone().requires_grad_()]
+    expected = dropout_reference(gated_gelu_reference(*leaves), seed, 0.3)
+    assert_same_but_for_rounding(output, expected.detach())
     gated_gelu_backward_into(grad, gate, up, grad_gate, grad_up, seed, 0.3)
-    expected = gated_gelu_backward_reference(dropout_reference(grad, seed, 0.3), gate, up)
+    expected = torch.autograd.grad(expected, leaves, grad)
     for found, own in zip((grad_gate, grad_up), expected, strict=True):
         assert_same_but_for_rounding(found, own)
     # once more, with the result in the place of its gradient
@@ -90,13 +92,13 @@ def test_sums_of_branches_drop_what_is_added(rows: int, seed: Tensor) -> None:
     valid = torch.tensor([[True, True, True], [True, True, False]], device=device)
     slots = (light, heavy, indices, valid, weights)
     update, output, hidden, normed = (torch.empty_like(residual) for _ in range(4))
-    combine_into(None, *slots, *[None] * 4, update)
+    combine_into(None, *slots, *[None] * 4, rows, update)
     expected = residual + dropout_reference(update, seed, 0.4)
-    combine_into(residual, *slots, *[None] * 4, output, seed, 0.4)
+    combine_into(residual, *slots, *[None] * 4, rows, output, seed, 0.4)
     assert_same_but_for_rounding(output, expected)
     rstd, scores = torch.empty(2, rows, device=device), torch.empty(2, 1, rows, device=device)
     norm, router = torch.rand(d, device=device), torch.randn(1, d, device=device)
-    combine_norm_into(residual, *slots, norm, router, hidden, normed, rstd, scores, 1e-6, seed, 0.4)
+    norm_into(residual, norm, router, 1e-6, None, normed, scores, rstd, *slots, hidden, seed, 0.4)
     assert_same_but_for_rounding(hidden, expected)
     mean = expected.square().mean(-1, keepdim=True)
     assert_same_but_for_rounding(normed, expected * (mean + 1e-6).rsqrt() * norm)

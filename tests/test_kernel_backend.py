@@ -5,6 +5,7 @@ from itertools import count
 
 import pytest
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from modeling_colt5 import kernel_backend
@@ -21,7 +22,10 @@ def name() -> str:
 
 
 def times(name: str) -> Operator:
-    return Operator(f"{name}(Tensor x, float factor) -> Tensor", lambda x, factor: x * factor, lambda x, factor: x + 0)
+    def reference(x: Tensor, factor: float) -> Tensor:
+        return x * factor
+
+    return Operator(name, reference, lambda x, factor: x + 0)
 
 
 def traced(operator: Operator, *inputs: object) -> torch.Tensor:
@@ -37,11 +41,11 @@ def test_two_copies_share_an_operator(name: str) -> None:
 
 def test_copies_of_two_versions_have_an_operator_each(name: str) -> None:
     older = times(name)
-    newer = Operator(
-        f"{name}(Tensor x, float factor, int rows) -> Tensor",
-        lambda x, factor, rows: (x * factor).expand(rows, -1).clone(),
-        lambda x, factor, rows: x.new_empty(rows, *x.shape),
-    )
+
+    def reference(x: Tensor, factor: float, rows: int) -> Tensor:
+        return (x * factor).expand(rows, -1).clone()
+
+    newer = Operator(name, reference, lambda x, factor, rows: x.new_empty(rows, *x.shape))
     assert traced(older, 2.0).shape == (3,)
     assert traced(newer, 2.0, 4).shape == (4, 3)
     assert newer(torch.ones(3), 2.0, 4).sum() == 24 and older(torch.ones(3), 2.0).sum() == 6

@@ -18,7 +18,7 @@ import collections, json, sys
 sys.path.insert(0, "benchmarks")
 import torch
 from kernel_variants import recorded
-from modeling_colt5 import op_routing_triton, op_rows_triton
+from modeling_colt5 import op_routing, op_rows
 
 variants = set()
 settings = ("exact", 1.0, 50, 1.0, 1.0)
@@ -29,10 +29,11 @@ with recorded(variants):
             scores, mask = torch.zeros(rows, 2, n)[:, 0], torch.ones(rows, n + 7, dtype=torch.bool)[:, :n]
             capacity = max(1, n // 16)
             budget = torch.full((rows,), capacity)
-            routed = op_routing_triton.route_forward(scores, budget, None, mask, None, capacity, 9 / 8, *settings)
-            op_routing_triton.route_backward(routed[0], scores, budget, None, mask, None, *routed, 9 / 8, *settings)
+            inputs = (scores, budget, None, mask, None, capacity, 9 / 8, *settings)
+            routed = op_routing._route.kernel(*inputs)
+            op_routing._route.gradient.kernel(routed[0], *inputs, *routed, [True, True])
             routing = (*routed[1:3], routed[0])
-            op_rows_triton.gather(torch.zeros(rows, n, 32), *routing, *routing)
+            op_rows._gather.kernel(torch.zeros(rows, n, 32), *routing, *routing)
 print(json.dumps(collections.Counter(variant.kernel for variant in variants)))
 """
 

@@ -16,6 +16,7 @@ from torch import nn
 pytest.importorskip("triton")
 
 from modeling_colt5 import CoLT5EncoderModel, layer_encoder, layer_program, run_launch_list_triton  # noqa: E402
+from modeling_colt5.kernel_backend import Mode  # noqa: E402
 from modeling_colt5.layer_encoder import StraightLayer  # noqa: E402
 from modeling_colt5.model_encoder_layer import PLAIN, CoLT5EncoderBlock  # noqa: E402
 
@@ -321,25 +322,30 @@ def test_copies_and_files_of_a_block_look_at_their_own_modules() -> None:
 # the road of a whole pass
 
 
+def may_run(states: torch.Tensor, solver: str) -> bool:
+    """Whether a pass that begins now may run straight lines."""
+    return layer_encoder.may_run_straight(states, solver, Mode.of_now(states))
+
+
 def test_modes_that_take_the_modules() -> None:
     states = torch.zeros(1, 4, 8)
-    assert layer_encoder.may_run_straight(states, "exact")
+    assert may_run(states, "exact")
     hook = nn.modules.module.register_module_forward_hook(lambda *arguments: None)
-    assert not layer_encoder.may_run_straight(states, "exact")
+    assert not may_run(states, "exact")
     hook.remove()
     torch.use_deterministic_algorithms(True)
     try:
-        assert not layer_encoder.may_run_straight(states, "exact")
+        assert not may_run(states, "exact")
     finally:
         torch.use_deterministic_algorithms(False)
     with torch.autograd.forward_ad.dual_level():
-        assert not layer_encoder.may_run_straight(states, "exact")
+        assert not may_run(states, "exact")
     with torch._subclasses.FakeTensorMode():
-        assert not layer_encoder.may_run_straight(states, "exact")
+        assert not may_run(states, "exact")
     # more tokens than coordinate descent has a kernel for
-    assert not layer_encoder.may_run_straight(torch.zeros(1, 20_000, 1), "coordinate_descent")
+    assert not may_run(torch.zeros(1, 20_000, 1), "coordinate_descent")
     asked = []
-    torch.func.grad(lambda x: asked.append(layer_encoder.may_run_straight(x, "exact")) or x.sum())(states)
+    torch.func.grad(lambda x: asked.append(may_run(x, "exact")) or x.sum())(states)
     assert asked == [False]
 
 

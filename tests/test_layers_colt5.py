@@ -18,8 +18,8 @@ from modeling_colt5.model_decoder_layer import CoLT5CrossAttention, CoLT5SelfAtt
 from modeling_colt5.model_encoder_layer import CoLT5LayerConditionalFF, CoLT5LocalAttention, CoLT5RoutedAttention
 from modeling_colt5.model_layers import CoLT5Attention, CoLT5LayerNorm, clamp_half
 from modeling_colt5.model_router import CoLT5Router
+from modeling_colt5.run_budgets import routed_budget, routed_capacity
 from modeling_colt5.run_plan import EncoderPlan, Implementation
-from modeling_colt5.run_sizes import routed_budget, routed_capacity
 
 
 def brute_budget(n: int, fraction: float, minimum: int = 1) -> int:

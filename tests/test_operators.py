@@ -18,25 +18,31 @@ OPERATORS = {
     for operator in vars(module).values()
     if isinstance(operator, Operator)
 }
+OPERATORS |= {operator.gradient.name: operator.gradient for operator in OPERATORS.values() if operator.gradient}
 
 
 def names(function: object) -> list[str]:
-    return [parameter.name.lstrip("_") for parameter in inspect.signature(function).parameters.values()]
+    return [parameter.name for parameter in inspect.signature(function).parameters.values()]
 
 
 @pytest.mark.parametrize("name", OPERATORS)
-def test_an_operator_has_a_kernel_of_its_references_arguments(name: str) -> None:
+def test_a_launch_takes_the_operators_arguments_and_then_the_results(name: str) -> None:
     operator = OPERATORS[name]
     given = [argument.name for argument in operator.overload._schema.arguments]
-    assert operator.kernel is not None and operator.kernel is not operator.reference
-    for function in (operator.reference, operator.kernel):
-        own = names(function)
-        # the last ones may come as one list
-        assert own == given or own[:-1] == given[: len(own) - 1]
+    results = len(operator.overload._schema.returns)
+    if name.endswith("_backward"):
+        gradients = sum(argument.startswith("grad_") for argument in given)
+        # a launch may name gradients as it likes, and which ones are wanted it sees by the tensors that it gets
+        given, own = given[gradients:-1], names(operator.launch)[gradients:]
+    else:
+        assert names(operator.reference) == given
+        own = names(operator.launch)
+    assert own[: len(given)] == given
+    assert len(own) >= len(given) + results or own[len(given) :] == ["results"]
 
 
 def test_the_list_of_operators_is_not_empty() -> None:
-    assert {"route", "attention", "token_combine_norm", "token_gather", "causal_gates", "gated_gelu"} <= set(OPERATORS)
+    assert {"route", "attention", "token_norm", "token_gather", "causal_gates", "gated_gelu"} <= set(OPERATORS)
 
 
 def test_on_the_torch_backend_the_reference_itself_is_called() -> None:

@@ -7,7 +7,7 @@ from transformers import T5Config
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from modeling_colt5 import CoLT5EncoderModel
-from modeling_colt5.model_position import CoLT5RelativePositionBias, relative_position_bucket
+from modeling_colt5.model_layers import CoLT5RelativePositionBias, relative_position_bucket
 from modeling_colt5.op_attention import bias_by_position, bias_of_sequence
 
 BUCKETS = [(32, 128), (32, 17), (8, 20), (4, 3), (4, 128), (64, 1000)]

@@ -13,11 +13,11 @@ import torch
 from rounding import assert_all_same_but_for_rounding, assert_same_but_for_rounding
 
 import modeling_colt5
-from modeling_colt5 import op_routing_forward_triton, op_routing_triton
+from modeling_colt5 import op_routing, op_routing_forward_triton, op_routing_triton
 from modeling_colt5.kernel_backend import INTERPRETED
 from modeling_colt5.op_routing import RoutedTokens, route
 from modeling_colt5.op_soft_topk import soft_topk
-from modeling_colt5.run_sizes import routed_budget, routed_capacity
+from modeling_colt5.run_budgets import routed_budget, routed_capacity
 
 # weights: 2 ulp of exp, and the exponent's own rounding, below 2.4e-7 for exponents to 4; sums over 1e4 terms
 WEIGHT_TOLERANCE = 2e-6
@@ -428,7 +428,7 @@ def test_same_bits_every_time(kernels, device):
 def test_operator_passes_opcheck(device, solver, runs_kernel, monkeypatch):
     if not runs_kernel:
         # as for rows that no kernel holds
-        monkeypatch.setattr(op_routing_triton, "kernels_take", lambda *_: False)
+        monkeypatch.setattr(op_routing, "kernels_take", lambda *_: False)
     scores = torch.randn(2, 30, device=device, requires_grad=True)
     budget = torch.tensor([3, 4], device=device)
     soft_budget = torch.tensor([3.5, 4.5], device=device, requires_grad=True)

@@ -19,7 +19,7 @@ from modeling_colt5 import (
 from modeling_colt5.op_attention import local_attention, routed_attention
 from modeling_colt5.op_gates import causal_gates
 from modeling_colt5.op_gelu import gated_gelu
-from modeling_colt5.op_norm import combine_norm_scores, rms_norm_scores, router_scores
+from modeling_colt5.op_norm import rms_norm_scores, router_scores
 from modeling_colt5.op_pools import gather_pools, routed_pools
 from modeling_colt5.op_routing import route
 from modeling_colt5.op_rows import combine_branches, gather_tokens, scatter_add_tokens, share_and_gather
@@ -125,10 +125,6 @@ def operations(dtype: torch.dtype, device: torch.device | str, **backend: Any) -
         "pools": (pooled, (draw(1, 8), draw(1, 8, 1, 16), draw(1, 8, 1, 16))),
         "norm": (lambda x, w, r: rms_norm_scores(x, w, r, 1e-6, **backend), (states, draw(16), draw(2, 16))),
         "router scores": (lambda x, r: router_scores(x, r, **backend), (states, draw(2, 16))),
-        "combine and norm": (
-            lambda x, y, h, s, w, r: combine_norm_scores(x, y, h, *tokens, s, w, r, 1e-6, **backend),
-            (states, draw(2, 16, 16), draw(2, 4, 16), weights, draw(16), draw(2, 16)),
-        ),
         "combine": (
             lambda x, y, h, s: combine_branches(x, y, h, *tokens, s, **backend),
             (states, draw(2, 16, 16), draw(2, 4, 16), weights),

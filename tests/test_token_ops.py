@@ -14,8 +14,8 @@ from torch.library import opcheck
 from modeling_colt5 import op_norm, op_norm_triton
 from modeling_colt5.model_layers import recomputed_in_backward
 from modeling_colt5.op_gelu import gated_gelu
-from modeling_colt5.op_norm import combine_norm_scores, rms_norm_scores, router_scores
-from modeling_colt5.op_norm_triton import BACKWARD_TILE, GRADIENT_PROGRAMS, norm_backward
+from modeling_colt5.op_norm import rms_norm_scores, router_scores
+from modeling_colt5.op_norm_triton import BACKWARD_TILE, GRADIENT_PROGRAMS, norm_backward_into, norm_into
 from modeling_colt5.op_rows import combine_branches, gather_tokens, scatter_add_tokens, share_and_gather
 from modeling_colt5.op_rows_triton import tile_shape
 
@@ -95,21 +95,44 @@ def test_norm_and_scores(d: int, routers: int, dtype: torch.dtype, device: torch
     assert_close(values_and_gradients(outputs, kernel_inputs), expected, dtype)
 
 
+def combined_norm(
+    tensors: list[Tensor], routed: tuple[Tensor, ...], dtype: torch.dtype | None = None
+) -> tuple[Tensor, ...]:
+    """What an encoder layer's straight line launches between two sublayers: the sum of the branches, its norm and its
+    scores; and the reciprocals of the norm."""
+    residual, light, heavy, norm_weight, router_weights = tensors
+    hidden, normed = torch.empty_like(residual), torch.empty_like(residual, dtype=dtype)
+    scores = torch.empty(BATCH, len(router_weights), LENGTH, device=residual.device)
+    rstd = torch.empty(BATCH, LENGTH, device=residual.device)
+    norm_into(residual, norm_weight, router_weights, EPS, None, normed, scores, rstd, light, heavy, *routed, hidden)
+    return hidden, normed, scores, rstd
+
+
+def combined_norm_in_float64(tensors: list[Tensor], routed: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The same by the references, one after another."""
+    residual, light, heavy, norm_weight, router_weights = tensors
+    hidden = combine_branches(residual, light, heavy, *routed, "torch")
+    return hidden, *rms_norm_scores(hidden, norm_weight, router_weights, EPS, "torch")
+
+
 @by_case
 def test_combine_norm_and_scores(d: int, routers: int, dtype: torch.dtype, device: torch.device) -> None:
+    """The norm of a sum of branches, and its gradients with what else flows into the sum."""
     indices, valid, weights = routing(*ROUTINGS["first"], LENGTH, device, last=True)
     inputs = leaves(dtype, device, (BATCH, LENGTH, d), (BATCH, LENGTH, d), (BATCH, 9, d), (d,), (routers, d))
-    inputs.append(weights.float().double().requires_grad_())
+    exact = combined_norm_in_float64(inputs, (indices, valid, weights.float().double()))
+    own = [tensor.detach() for tensor in cast(inputs, dtype)]
+    *results, rstd = combined_norm(own, (indices, valid, weights.float()))
+    assert_close(results, [tensor.detach() for tensor in exact], dtype)
 
-    def run(tensors: list[Tensor], backend: str) -> tuple[Tensor, ...]:
-        residual, light, heavy, norm_weight, router_weights, factors = tensors
-        return combine_norm_scores(
-            residual, light, heavy, indices, valid, factors, norm_weight, router_weights, EPS, backend
-        )
-
-    expected = values_and_gradients(run(inputs, "torch"), inputs)
-    kernel_inputs = [*cast(inputs[:-1], dtype), *cast(inputs[-1:], torch.float32)]
-    assert_close(values_and_gradients(run(kernel_inputs, "triton"), kernel_inputs), expected, dtype)
+    cotangents = leaves(dtype, device, *(tensor.shape for tensor in exact))
+    expected = torch.autograd.grad(exact, [inputs[0], *inputs[3:]], cotangents)
+    hidden_grad, normed_grad, scores_grad = (tensor.detach().to(dtype) for tensor in cotangents)
+    gradients = [torch.empty_like(own[place]) for place in (0, 3, 4)]
+    norm_backward_into(
+        normed_grad, scores_grad.float(), results[0], *own[3:], EPS, None, rstd, *gradients, hidden_grad
+    )
+    assert_close(gradients, list(expected), dtype)
 
 
 @by_case
@@ -194,8 +217,8 @@ def test_references_against_loops() -> None:
     )
     # what unused slots hold must never show
     heavy[1, 2:] = float("nan")
-    hidden, normed, scores = combine_norm_scores(
-        residual, light, heavy, indices, valid, weights, norm_weight, router, EPS
+    hidden, normed, scores = combined_norm_in_float64(
+        [residual, light, heavy, norm_weight, router], (indices, valid, weights)
     )
     tokens = gather_tokens(normed, indices, valid, weights)
     for row in range(2):
@@ -255,16 +278,18 @@ def test_mixed_precision(device: torch.device) -> None:
 
     def run(tensors: list[Tensor], factors: Tensor, backend: str) -> tuple[Tensor, ...]:
         residual, light, heavy, norm_weight, router_weights = tensors
-        return combine_norm_scores(
-            residual, light, heavy, indices, valid, factors, norm_weight, router_weights, EPS, backend
-        )
+        hidden = combine_branches(residual, light, heavy, indices, valid, factors, backend)
+        return hidden, *rms_norm_scores(hidden, norm_weight, router_weights, EPS, backend)
 
     inputs = [tensor.detach().to(dtype).requires_grad_() for tensor, dtype in zip(exact, dtypes, strict=True)]
     outputs = run(inputs, factors, "triton")
     assert [output.dtype for output in outputs] == [torch.float32, torch.bfloat16, torch.float32]
     results = values_and_gradients(outputs, inputs)
     assert [gradient.dtype for gradient in results[3:]] == list(dtypes)
-    assert_close(results, values_and_gradients(run(exact, factors.double(), "torch"), exact), torch.bfloat16)
+    expected = values_and_gradients(run(exact, factors.double(), "torch"), exact)
+    assert_close(results, expected, torch.bfloat16)
+    together = combined_norm([tensor.detach() for tensor in inputs], (indices, valid, factors), torch.bfloat16)
+    assert_close(list(together[:3]), expected[:3], torch.bfloat16)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -272,28 +297,20 @@ def test_normalised_states_in_another_dtype_are_rounded_once_and_the_scores_are_
     backend: str, device: torch.device
 ) -> None:
     # fp16, as Triton's interpreter cuts bfloat16 off instead of rounding it
-    indices, valid, weights = routing(*ROUTINGS["first"], LENGTH, device)
-    exact = leaves(torch.float32, device, (BATCH, LENGTH, 32), (BATCH, LENGTH, 32), (BATCH, 9, 32), (32,), (2, 32))
-    residual, light, heavy, norm_weight, routers = cast(exact, torch.float32)
-    routed = (indices, valid, weights.float())
-    for run in (
-        lambda dtype: rms_norm_scores(residual, norm_weight, routers, EPS, backend, dtype),
-        lambda dtype: combine_norm_scores(residual, light, heavy, *routed, norm_weight, routers, EPS, backend, dtype)[
-            1:
-        ],
-    ):
-        normed, scores = run(None)
-        rounded, same_scores = run(torch.float16)
-        assert rounded.dtype == torch.float16
-        # half of fp16's last bit, and fp32's rounding where the states are computed again
-        assert ((rounded.float() - normed).abs() <= (2**-11 + 1e-6) * normed.abs() + 2**-25).all()
-        assert_same_but_for_rounding(scores, same_scores)
-        # the rounding's own gradient is the identity: what comes in is representable
-        grad = torch.randn_like(rounded)
-        inputs = (residual, norm_weight)
-        narrow = torch.autograd.grad(rounded, inputs, grad)
-        wide = torch.autograd.grad(normed, inputs, grad.float())
-        assert_all_same_but_for_rounding(narrow, wide)
+    states, norm_weight, routers = cast(
+        leaves(torch.float32, device, (BATCH, LENGTH, 32), (32,), (2, 32)), torch.float32
+    )
+    normed, scores = rms_norm_scores(states, norm_weight, routers, EPS, backend)
+    rounded, same_scores = rms_norm_scores(states, norm_weight, routers, EPS, backend, torch.float16)
+    assert rounded.dtype == torch.float16
+    # half of fp16's last bit, and fp32's rounding where the states are computed again
+    assert ((rounded.float() - normed).abs() <= (2**-11 + 1e-6) * normed.abs() + 2**-25).all()
+    assert_same_but_for_rounding(scores, same_scores)
+    # the rounding's own gradient is the identity: what comes in is representable
+    grad = torch.randn_like(rounded)
+    narrow = torch.autograd.grad(rounded, (states, norm_weight), grad)
+    wide = torch.autograd.grad(normed, (states, norm_weight), grad.float())
+    assert_all_same_but_for_rounding(narrow, wide)
 
 
 @pytest.mark.parametrize("programs", [4, pytest.param(GRADIENT_PROGRAMS, marks=needs_cuda)])
@@ -311,7 +328,9 @@ def test_weight_gradients_are_summed_in_one_order(
     scores, routers = torch.randn(1, 2, n, device=device), torch.randn(2, d, device=device)
     weight = torch.randn(d, device=device)
     rstd = torch.rsqrt(states.pow(2).mean(-1) + EPS)
-    first, second = (norm_backward(None, grad, scores, states, rstd, weight, routers) for _ in range(2))
+    backward = op_norm._norm.gradient
+    inputs = (grad, scores, states, weight, routers, EPS, None, rstd, [True] * 3)
+    first, second = (backward.kernel(*inputs) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     exact = [tensor.double().requires_grad_() for tensor in (states, weight, routers)]
     outputs = rms_norm_scores(*exact, EPS)
@@ -322,9 +341,8 @@ def test_weight_gradients_are_summed_in_one_order(
 def chain(residual: Tensor, heavy: Tensor, norm_weight: Tensor, routers: Tensor, factors: Tensor, *where: Tensor):
     """All the operations after one another, as in a layer."""
     backend = "triton"
-    hidden, normed, scores = combine_norm_scores(
-        residual, residual * 2, heavy, *where, factors, norm_weight, routers, EPS, backend
-    )
+    hidden = combine_branches(residual, residual * 2, heavy, *where, factors, backend)
+    normed, scores = rms_norm_scores(hidden, norm_weight, routers, EPS, backend)
     shared, rows, rows2 = share_and_gather(normed, (*where, None), (*where, factors), kernel_backend=backend)
     light = gated_gelu(shared, hidden, backend)
     return combine_branches(hidden, light, rows + rows2, *where, factors, backend).sum() + scores.sum()
@@ -365,23 +383,22 @@ def test_operators_are_registered_well(device: torch.device) -> None:
     plain = (indices, valid, None)
     nothing = (None, None, None)
     ops = torch.ops.colt5
-    with torch.no_grad():
-        _, normed, rstd, scores = ops.token_combine_norm(residual, *[None] * 5, norm_weight, routers, EPS, None)
+    norm = (residual.detach(), norm_weight.detach(), routers.detach(), EPS, None)
+    normed, scores, rstd = ops.token_norm(*norm)
     samples: list[tuple[torch._ops.OpOverload, tuple[object, ...]]] = [
-        (ops.token_combine_norm.default, (residual, light, heavy, *routed, norm_weight, routers, EPS, None)),
-        (ops.token_combine_norm.default, (residual, *[None] * 5, norm_weight, None, EPS, None)),
-        (ops.token_combine_norm.default, (residual, *[None] * 5, norm_weight, routers, EPS, torch.bfloat16)),
-        (ops.token_norm_backward.default, (normed, None, scores, residual.detach(), rstd, norm_weight.detach(),
-                                           routers.detach())),
+        (ops.token_norm.default, (residual, norm_weight, routers, EPS, None)),
+        (ops.token_norm.default, (residual, norm_weight, None, EPS, None)),
+        (ops.token_norm.default, (residual, norm_weight, routers, EPS, torch.bfloat16)),
+        (ops.token_norm_backward.default, (normed, scores, *norm, rstd, [True] * 3)),
         (ops.token_combine.default, (residual, light, heavy, *routed, None, *nothing, 12)),
         (ops.token_combine.default, (None, None, heavy, *plain, heavy.detach(), *routed, 12)),
         (ops.token_gather.default, (residual, *routed, *plain)),
         (ops.token_gather.default, (residual, *plain, *nothing)),
         (ops.token_gather_dot.default, (residual.detach(), heavy.detach(), indices, valid, factors.detach())),
         (ops.router_scores.default, (residual, routers)),
-        (ops.router_scores_backward.default, (scores, residual.detach(), routers.detach())),
+        (ops.router_scores_backward.default, (scores, residual.detach(), routers.detach(), [True] * 2)),
         (ops.gated_gelu.default, (residual, light)),
-        (ops.gated_gelu_backward.default, (normed, residual.detach(), light.detach())),
+        (ops.gated_gelu_backward.default, (normed, residual.detach(), light.detach(), [True] * 2)),
     ]  # fmt: skip
     for operator, inputs in samples:
         opcheck(operator, inputs)

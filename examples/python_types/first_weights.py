@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from modeling_colt5 import CoLT5ForConditionalGeneration
-from modeling_colt5.model_position import relative_position_bucket
+from modeling_colt5.model_layers import relative_position_bucket
 
 # what `look` writes: e⁶ against the at most 255 keys of a light head, which have e⁰ each
 STRENGTH = 6.0

@@ -1,0 +1,254 @@
+"""Triton kernels of the gradient of band and routed attention, each sum in a fixed order."""
+
+from .op_attention_steps_triton import (
+    LOG2_E,
+    UNSPECIALIZED,
+    add_bias,
+    load_rows,
+    load_valid,
+    near_range,
+    store_rows,
+    tile_start,
+)
+from .op_dropout_steps_triton import keeps, keys_of_rows
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError as error:
+    raise ImportError("op_attention_gradient_triton needs triton; use kernel_backend='torch' without it") from error
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def attention_backward_query_kernel(
+    query, key, value, table, query_positions, key_positions, mask, seed, output, log_sum_exp, output_gradient,
+    delta, query_gradient, table_partials,
+    query_stride_b, query_stride_n, query_stride_h,
+    key_stride_b, key_stride_n, key_stride_h,
+    value_stride_b, value_stride_n, value_stride_h,
+    num_queries, num_keys, radius, max_distance, gradient_stride, num_partials, TABLE_GRADIENT: tl.constexpr,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD: tl.constexpr, BLOCK_D: tl.constexpr,
+    ROUTED: tl.constexpr, WIDE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One block of queries of one head: their gradient, delta = <output, its gradient>, and partial table gradients.
+
+    Routed: a query's row of partials holds its own score gradients at their distances, which are distinct.
+    Band: a block's row holds the sums along the diagonals of its score gradients.
+    """
+    tl.static_assert(ROUTED or BLOCK_Q == BLOCK_K)
+    start = tl.program_id(0) * BLOCK_Q
+    head = tl.program_id(1)
+    batch = tl.program_id(2).to(tl.int64)
+    query += batch * query_stride_b + head * query_stride_h
+    key += batch * key_stride_b + head // GROUP * key_stride_h
+    value += batch * value_stride_b + head // GROUP * value_stride_h
+    head_offset = (batch * num_queries * HEADS + head) * HEAD
+    table += head * (2 * max_distance + 1)
+    if mask is not None:
+        mask += batch * num_keys
+    if TABLE_GRADIENT:
+        table_partials += (batch * HEADS + head) * num_partials * (2 * max_distance + 1)
+
+    rows = start + tl.arange(0, BLOCK_Q)
+    if ROUTED:
+        query_positions += batch * num_queries
+        key_positions += batch * num_keys
+    row_positions, near_begin, near_end = near_range(
+        query_positions, key_positions, start, num_queries, num_keys, radius, max_distance, ROUTED, BLOCK_Q, BLOCK_K
+    )
+    if TABLE_GRADIENT:
+        if ROUTED:
+            partial_rows = table_partials + rows.to(tl.int64) * (2 * max_distance + 1)
+        else:
+            partial_rows = table_partials + tl.program_id(0).to(tl.int64) * (2 * max_distance + 1)
+
+    query_tile = load_rows(query, start, num_queries, query_stride_n, HEAD, BLOCK_Q, BLOCK_D)
+    gradient_tile = load_rows(output_gradient + head_offset, start, num_queries, HEADS * HEAD, HEAD, BLOCK_Q, BLOCK_D)
+    output_tile = load_rows(output + head_offset, start, num_queries, HEADS * HEAD, HEAD, BLOCK_Q, BLOCK_D)
+    row_delta = tl.sum(output_tile.to(tl.float32) * gradient_tile.to(tl.float32), 1)
+    row_vector = (batch * HEADS + head) * num_queries + rows
+    tl.store(delta + row_vector, row_delta, mask=rows < num_queries)
+    row_lse = tl.load(log_sum_exp + row_vector, mask=rows < num_queries, other=float("inf")) * LOG2_E
+
+    if DROPOUT > 0.0:
+        row_keys = keys_of_rows(seed, batch * HEADS + head, rows)[:, None]
+    accumulator = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+    left = tl.zeros([BLOCK_Q], tl.float32)
+    right = tl.zeros([BLOCK_Q], tl.float32)
+    carried = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
+    lanes = tl.arange(0, BLOCK_K)
+    # Column j of a skewed tile holds its entries at the distances j and j - BLOCK_K from the tile's own.
+    skew = (tl.arange(0, BLOCK_Q)[:, None] + lanes[None, :]) % BLOCK_K
+    before = tl.arange(0, BLOCK_Q)[:, None] + lanes[None, :] >= BLOCK_K
+    for NEAR in tl.static_range(0 if ROUTED else 1, 2):
+        steps = near_end - near_begin if NEAR else tl.cdiv(num_keys, BLOCK_K) - (near_end - near_begin)
+        for step in range(0, steps):
+            key_start = tile_start(step, near_begin, near_end, NEAR, BLOCK_K)
+            key_tile = load_rows(key, key_start, num_keys, key_stride_n, HEAD, BLOCK_K, BLOCK_D)
+            value_tile = load_rows(value, key_start, num_keys, value_stride_n, HEAD, BLOCK_K, BLOCK_D)
+            valid = load_valid(mask, key_start, num_keys, BLOCK_K)[None, :]
+            scores = tl.dot(query_tile, tl.trans(key_tile), input_precision=PRECISION)
+            if not NEAR:
+                bias = tl.load(table + tl.where(step < near_begin, 0, 2 * max_distance))
+                scores = tl.where(valid, scores + bias, float("-inf"))
+            else:
+                columns = key_start + lanes
+                if ROUTED:
+                    columns = tl.load(key_positions + columns, mask=columns < num_keys, other=0).to(tl.int32)
+                distance = columns[None, :] - row_positions[:, None]
+                scores = add_bias(scores, distance, valid, table, max_distance, radius, ROUTED, WIDE)
+            probabilities = tl.exp2(scores * LOG2_E - row_lse[:, None])
+            probability_gradient = tl.dot(gradient_tile, tl.trans(value_tile), input_precision=PRECISION)
+            if DROPOUT > 0.0:
+                kept = keeps(row_keys, (key_start + lanes)[None, :], DROPOUT)
+                probability_gradient = tl.where(kept, probability_gradient / (1.0 - DROPOUT), 0.0)
+            score_gradient = probabilities * (probability_gradient - row_delta[:, None])
+            accumulator = tl.dot(score_gradient.to(key_tile.dtype), key_tile, accumulator, input_precision=PRECISION)
+            if TABLE_GRADIENT:
+                if not NEAR:
+                    far = tl.sum(score_gradient, 1)
+                    left += tl.where(step < near_begin, far, 0.0)
+                    right += tl.where(step < near_begin, 0.0, far)
+                elif ROUTED:
+                    inside = (distance > -max_distance) & (distance < max_distance) & valid
+                    tl.store(
+                        partial_rows[:, None] + max_distance + distance,
+                        score_gradient,
+                        mask=inside & (rows < num_queries)[:, None],
+                    )
+                    left += tl.sum(tl.where(distance <= -max_distance, score_gradient, 0.0), 1)
+                    right += tl.sum(tl.where(distance >= max_distance, score_gradient, 0.0), 1)
+                else:
+                    skewed = tl.gather(score_gradient, skew, 1)
+                    diagonals = tl.sum(tl.where(before, skewed, carried), 0)
+                    diagonal = key_start - start - BLOCK_K + lanes
+                    inside = (diagonal > -max_distance) & (diagonal < max_distance)
+                    tl.store(partial_rows + max_distance + diagonal, diagonals, mask=inside)
+                    if WIDE:
+                        left += tl.sum(tl.where(diagonal <= -max_distance, diagonals, 0.0))
+                        right += tl.sum(tl.where(diagonal >= max_distance, diagonals, 0.0))
+                    carried = skewed
+
+    query_gradient += batch * num_queries * gradient_stride + head * HEAD
+    store_rows(query_gradient, accumulator, start, num_queries, gradient_stride, HEAD, BLOCK_Q, BLOCK_D)
+    if TABLE_GRADIENT:
+        if ROUTED:
+            tl.store(partial_rows, left, mask=rows < num_queries)
+            tl.store(partial_rows + 2 * max_distance, right, mask=rows < num_queries)
+        else:
+            # No tile follows the last one, so what it holds past its own distance is added here.
+            diagonals = tl.sum(tl.where(before, 0.0, carried), 0)
+            diagonal = (near_end - 1) * BLOCK_K - start + lanes
+            inside = (diagonal > -max_distance) & (diagonal < max_distance)
+            tl.store(partial_rows + max_distance + diagonal, diagonals, mask=inside)
+            if WIDE:
+                left += tl.sum(tl.where(diagonal <= -max_distance, diagonals, 0.0))
+                right += tl.sum(tl.where(diagonal >= max_distance, diagonals, 0.0))
+                one = tl.arange(0, BLOCK_Q)
+                tl.store(partial_rows + one, left, mask=one == 0)
+                tl.store(partial_rows + 2 * max_distance + one, right, mask=one == 0)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def attention_backward_key_kernel(
+    query, key, value, table, query_positions, key_positions, mask, seed, log_sum_exp, output_gradient, delta,
+    key_gradient, value_gradient,
+    query_stride_b, query_stride_n, query_stride_h,
+    key_stride_b, key_stride_n, key_stride_h,
+    value_stride_b, value_stride_n, value_stride_h,
+    num_queries, num_keys, radius, max_distance, gradient_stride,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD: tl.constexpr, BLOCK_D: tl.constexpr,
+    ROUTED: tl.constexpr, WIDE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One block of keys of one key/value head: gradients of keys and values, over all query heads that share them."""
+    start = tl.program_id(0) * BLOCK_K
+    kv_head = tl.program_id(1)
+    batch = tl.program_id(2).to(tl.int64)
+    key += batch * key_stride_b + kv_head * key_stride_h
+    value += batch * value_stride_b + kv_head * value_stride_h
+    if mask is not None:
+        mask += batch * num_keys
+
+    columns = start + tl.arange(0, BLOCK_K)
+    if ROUTED:
+        query_positions += batch * num_queries
+        key_positions += batch * num_keys
+    column_positions, near_begin, near_end = near_range(
+        key_positions, query_positions, start, num_keys, num_queries, radius, max_distance, ROUTED, BLOCK_K, BLOCK_Q
+    )
+
+    key_tile = load_rows(key, start, num_keys, key_stride_n, HEAD, BLOCK_K, BLOCK_D)
+    value_tile = load_rows(value, start, num_keys, value_stride_n, HEAD, BLOCK_K, BLOCK_D)
+    valid = load_valid(mask, start, num_keys, BLOCK_K)[:, None]
+    key_accumulator = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    value_accumulator = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    for member in range(GROUP):
+        head = kv_head * GROUP + member
+        head_query = query + batch * query_stride_b + head * query_stride_h
+        head_gradient = output_gradient + (batch * num_queries * HEADS + head) * HEAD
+        head_vector = (batch * HEADS + head) * num_queries
+        head_table = table + head * (2 * max_distance + 1)
+        for NEAR in tl.static_range(0 if ROUTED else 1, 2):
+            steps = near_end - near_begin if NEAR else tl.cdiv(num_queries, BLOCK_Q) - (near_end - near_begin)
+            for step in range(0, steps):
+                query_start = tile_start(step, near_begin, near_end, NEAR, BLOCK_Q)
+                query_tile = load_rows(head_query, query_start, num_queries, query_stride_n, HEAD, BLOCK_Q, BLOCK_D)
+                gradient_tile = load_rows(
+                    head_gradient, query_start, num_queries, HEADS * HEAD, HEAD, BLOCK_Q, BLOCK_D
+                )
+                rows = query_start + tl.arange(0, BLOCK_Q)
+                in_rows = rows < num_queries
+                if DROPOUT > 0.0:
+                    row_keys = keys_of_rows(seed, batch * HEADS + head, rows)[None, :]
+                row_lse = tl.load(log_sum_exp + head_vector + rows, mask=in_rows, other=float("inf")) * LOG2_E
+                row_delta = tl.load(delta + head_vector + rows, mask=in_rows, other=0.0)
+                scores = tl.dot(key_tile, tl.trans(query_tile), input_precision=PRECISION)
+                if not NEAR:
+                    # The first queries stand far before these keys, which are then on their right.
+                    bias = tl.load(head_table + tl.where(step < near_begin, 2 * max_distance, 0))
+                    scores = tl.where(valid, scores + bias, float("-inf"))
+                else:
+                    if ROUTED:
+                        rows = tl.load(query_positions + rows, mask=in_rows, other=0).to(tl.int32)
+                    distance = column_positions[:, None] - rows[None, :]
+                    scores = add_bias(scores, distance, valid, head_table, max_distance, radius, ROUTED, WIDE)
+                probabilities = tl.exp2(scores * LOG2_E - row_lse[None, :])
+                probability_gradient = tl.dot(value_tile, tl.trans(gradient_tile), input_precision=PRECISION)
+                dropped = probabilities
+                if DROPOUT > 0.0:
+                    kept = keeps(row_keys, columns[:, None], DROPOUT)
+                    dropped = tl.where(kept, probabilities / (1.0 - DROPOUT), 0.0)
+                    probability_gradient = tl.where(kept, probability_gradient / (1.0 - DROPOUT), 0.0)
+                value_accumulator = tl.dot(
+                    dropped.to(gradient_tile.dtype), gradient_tile, value_accumulator, input_precision=PRECISION
+                )
+                score_gradient = probabilities * (probability_gradient - row_delta[None, :])
+                key_accumulator = tl.dot(
+                    score_gradient.to(query_tile.dtype), query_tile, key_accumulator, input_precision=PRECISION
+                )
+
+    offset = batch * num_keys * gradient_stride + kv_head * HEAD
+    store_rows(key_gradient + offset, key_accumulator, start, num_keys, gradient_stride, HEAD, BLOCK_K, BLOCK_D)
+    store_rows(value_gradient + offset, value_accumulator, start, num_keys, gradient_stride, HEAD, BLOCK_K, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def table_sums_kernel(
+    partials, table, batch, rows, width, heads: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """The sums [heads, width] of partial sums [batch, heads, rows, width], in a fixed order."""
+    head = tl.program_id(1)
+    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
+    for row in range(batch):
+        first = partials + (row * heads + head).to(tl.int64) * rows * width
+        for start in range(0, rows, ROWS):
+            numbers = start + tl.arange(0, ROWS)
+            total += tl.load(
+                first + numbers.to(tl.int64)[:, None] * width + columns[None, :],
+                mask=(numbers < rows)[:, None] & (columns < width)[None, :],
+                other=0.0,
+            )
+    tl.store(table + head * width + columns, tl.sum(total, axis=0), mask=columns < width)
