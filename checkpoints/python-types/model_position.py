@@ -1,1 +1,0 @@
-../../modeling_colt5/model_position.py

@@ -1,0 +1,1 @@
+../../modeling_colt5/op_attention_forward_triton.py

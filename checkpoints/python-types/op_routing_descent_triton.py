@@ -1,0 +1,1 @@
+../../modeling_colt5/op_routing_descent_triton.py
