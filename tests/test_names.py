@@ -17,7 +17,8 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((RO
 FOREIGN = {
     "DataLoader", "SentenceTransformer", "TorchAoConfig", "add_bos_token", "custom_op", "functional_call",
     "ignore_data_skip", "index_add", "load_adapter", "make_fx", "max_memory", "once_differentiable",
-    "quantize_dynamic", "register_autograd", "set_use_kernels", "setup_context", "tie_weights", "trainable_token_indices",
+    "quantize_dynamic", "register_autograd", "set_use_kernels", "setup_context", "tie_weights",
+    "trainable_token_indices",
 }  # fmt: skip
 # of a checkpoint's folder, or of one that the reader makes
 WRITTEN = {
