@@ -27,7 +27,7 @@ from .model_outputs import CoLT5CausalLayerRouting, CoLT5LayerRouting
 from .op_routing import RoutedTokens
 from .run_causal_cache import CoLT5DynamicRoutedLayer, check_routed_layer
 from .run_causal_plan import CausalPlan
-from .run_inputs import check_states, padding_mask
+from .run_inputs import check_states, padding_mask, refuse_jit_trace
 from .run_plan import EncoderPlan, SoftTopK
 
 ATTENTIONS = ("sdpa", "eager")
@@ -107,6 +107,7 @@ class _EncoderStandAlone(_StandAlone):
         Raises:
             TypeError, ValueError: for states or a mask that do not fit.
         """
+        refuse_jit_trace()
         check_states("hidden_states", hidden_states, self.d_model)
         return padding_mask("mask", mask, hidden_states), self.dense_start if self.training else None
 
@@ -334,6 +335,7 @@ class _CausalStandAlone(_StandAlone):
         Raises:
             TypeError, ValueError: for states, a mask or a cache that do not fit.
         """
+        refuse_jit_trace()
         check_states("hidden_states", hidden_states, self.d_model)
         bool_mask = padding_mask("mask", mask, hidden_states)
         if cache is not None:
@@ -577,6 +579,7 @@ class CoLT5ConditionalCrossAttention(_StandAlone):
             TypeError: for states or a memory that are no floating point tensor, or another kind of cache.
             ValueError: for another shape of anything.
         """
+        refuse_jit_trace()
         check_states("hidden_states", hidden_states, self.d_model)
         check_states("memory", memory, self.d_model)
         if len(memory) != len(hidden_states):

@@ -355,6 +355,15 @@ def test_compilers_take_it_whole(kind: str) -> None:
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning")
+@pytest.mark.parametrize("kind", MAKERS)
+def test_jit_trace_names_what_works(kind: str) -> None:
+    states = torch.randn(1, 20, 32)
+    inputs = (states[:, :3], states) if kind == "cross-attention" else (states,)
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"torch\.export"):
+        torch.jit.trace(make(kind), inputs)
+
+
 @pytest.mark.parametrize("kind", ["feed-forward", "block", "cross-attention"])
 def test_a_dense_start_gives_every_token_a_weight(kind: str) -> None:
     module = nn.Sequential(make(kind)).train()
