@@ -66,7 +66,9 @@ def _save_dropout(ctx: Any, inputs: tuple[Any, ...], _: Tensor) -> None:
     ctx.save_for_backward(seed)
 
 
-def _backward_dropout(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _backward_dropout(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return None, None, None
     return _dropout(grad, *ctx.saved_tensors, ctx.probability), None, None
 
 

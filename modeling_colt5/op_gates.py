@@ -133,6 +133,7 @@ _gates = Operator(
         through=("weights", "slot_weights"),
         kept=("weights", "routed", "thresholds"),
         launch=causal_gates_backward_into,
+        copied=("past", "total", "carried"),
     ),
     fits=lambda scores, *_: scores.shape[2] <= LONGEST_WINDOW,
 )

@@ -151,6 +151,7 @@ _candidates = Operator(
         through=("candidate_scores",),
         kept=("following",),
         launch=pool_candidates_backward_into,
+        copied=("initial", "initial_valid"),
     ),
     fits=lambda scores, initial, initial_valid, window, size: max(window, size) <= LONGEST_LIST,
 )

@@ -169,7 +169,9 @@ def _save_combine(ctx: Any, inputs: tuple[Any, ...], _: Tensor) -> None:
     ctx.light_dtype = None if inputs[1] is None else inputs[1].dtype
 
 
-def _backward_combine(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _backward_combine(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 11
     updates, indices, valid, weights, updates2, indices2, valid2, weights2 = ctx.saved_tensors
     grad_light = None if ctx.light_dtype is None else grad.to(ctx.light_dtype)
     first = _scatter_gradients(ctx, grad, 2, updates, indices, valid, weights)

@@ -203,6 +203,7 @@ class Gradient:
             then its results in `kept`, and then for each of `inputs` the tensor to write, None where the input is.
         unwanted: names of inputs whose gradient `launch` does not make where nobody wants it: None stands for the
             tensor to write then.
+        copied: names of small inputs that a cache may write over before the backward pass: it reads copies of them.
     """
 
     inputs: tuple[str, ...]
@@ -211,6 +212,7 @@ class Gradient:
     kept: tuple[str, ...] = ()
     launch: Launch = None
     unwanted: tuple[str, ...] = ()
+    copied: tuple[str, ...] = ()
 
     def of(self, operator: Operator, schema: str) -> tuple[Callable[..., None], Callable[..., Any]]:
         """What the operator's `torch.autograd.Function` saves, and its backward."""
@@ -279,7 +281,10 @@ class Gradient:
         def save(ctx: Any, inputs: tuple[Any, ...], results: Any) -> None:
             given = _as_tuple(results)
             ctx.mark_non_differentiable(*(part for place, part in enumerate(given) if place not in through))
-            tensors = (value if isinstance(value, Tensor) else None for value in inputs)
+            tensors = [value if isinstance(value, Tensor) else None for value in inputs]
+            for place, tensor in enumerate(tensors):
+                if tensor is not None and names[place] in self.copied:
+                    tensors[place] = tensor.detach().clone()
             ctx.save_for_backward(*tensors, *(given[place] for place in kept))
             ctx.others = [None if isinstance(value, Tensor) else value for value in inputs]
 

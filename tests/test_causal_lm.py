@@ -502,3 +502,21 @@ def test_kernels_are_the_reference(device: torch.device) -> None:
         # products of fp32 in another order, or TF32 on a GPU
         tolerance = (3e-2 if device.type == "cuda" else 1e-4) * expected.abs().max().item()
         torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_gradients_of_a_chunk_behind_a_static_cache(backend: str, device: torch.device) -> None:
+    """The cache is written in place in the call whose gradients are asked for; a dynamic one makes new tensors."""
+    ids = random_ids(1, 3 * WINDOW).to(device)
+    gradients = []
+    for kind, of in (("dynamic", "torch"), ("static", backend)):
+        model = make_model(kernel_backend=of, num_decoder_layers=1).to(device)
+        cache = make_cache(model, kind, ids.shape[1])
+        with torch.no_grad():
+            model(ids[:, : 2 * WINDOW], cache=cache, use_cache=True)
+        model(ids[:, 2 * WINDOW :], cache=cache, use_cache=True).logits.square().sum().backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, expected in gradients[0].items():
+        # products of fp32 in another order, or TF32 on a GPU
+        tolerance = (3e-2 if device.type == "cuda" else 1e-4) * expected.abs().max().item()
+        torch.testing.assert_close(gradients[1][name], expected, rtol=0, atol=tolerance, msg=name)

@@ -12,6 +12,7 @@ from modeling_colt5 import CoLT5EncoderModel
 from modeling_colt5.model_layers import CoLT5Dropout
 from modeling_colt5.op_dropout import draw_seeds, dropout, dropout_reference, kept_elements
 from modeling_colt5.op_gelu import gated_gelu_reference
+from modeling_colt5.op_rows import scatter_add_tokens
 
 pytest.importorskip("triton")
 
@@ -145,3 +146,26 @@ def test_other_modules_may_stand_in_for_dropout(
     assert not torch.equal(model(input_ids=ids).last_hidden_state, first)
     first.sum().backward()
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters() if parameter.grad is not None)
+
+
+class _NoGradient(torch.autograd.Function):
+    """The same states; nothing is passed on."""
+
+    @staticmethod
+    def forward(ctx, states: Tensor) -> Tensor:
+        return states.clone()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> None:
+        return None
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_an_output_that_passes_nothing_on(backend: str, seed: Tensor) -> None:
+    states = torch.randn(1, 4, 16, device=seed.device, requires_grad=True)
+    places = torch.tensor([[1]], device=seed.device)
+    routing = places, places >= 0, torch.ones(1, 1, device=seed.device)
+    added = scatter_add_tokens(states, states[:, :1], *routing, kernel_backend=backend)
+    for output in (dropout(states, seed, 0.3, backend), added):
+        (found,) = torch.autograd.grad(_NoGradient.apply(output).sum() + states.sum(), states)
+        assert torch.equal(found, torch.ones_like(states))
