@@ -126,8 +126,9 @@ class NullAttention(CoLT5RoutedAttention):
         queries: RoutedTokens,
         keys: RoutedTokens,
         plan: EncoderPlan,
+        seed: Tensor | None = None,
     ) -> tuple[Tensor, None]:
-        """As of the class that this one stands in for."""
+        """As of the class that this one stands in for, without dropout, which the gym has none of."""
         query = self.split_heads(self.q(query_states))
         key, value = project(key_value_states, self.k, self.v, head_size=self.d_kv)
         null_key, null_value = (part.to(key.dtype).expand(len(key), 1, -1, -1) for part in self.null)
@@ -149,10 +150,10 @@ class NullLayer(CoLT5LayerConditionalAttention):
         self.null_query = nn.Parameter(torch.zeros(d_model))
 
     def forward(
-        self, hidden_states: Tensor, light_bias_table: Tensor, heavy_bias_table: Tensor | None, plan: EncoderPlan
+        self, hidden_states: Tensor, *more: Any
     ) -> tuple[Tensor, Tensor | None, Tensor | None, RoutedTokens | None, RoutedTokens | None]:
         """As of the class that this one stands in for."""
-        output, light, heavy, queries, keys = super().forward(hidden_states, light_bias_table, heavy_bias_table, plan)
+        output, light, heavy, queries, keys = super().forward(hidden_states, *more)
         assert queries is not None
         routed = torch.zeros(output.shape[:2], dtype=torch.bool, device=output.device)
         routed = routed.scatter(1, queries.indices, queries.valid)

@@ -309,7 +309,7 @@ class Batches(Dataset):
         end = min(len(tokens), start + shape.length - 1)
         inside = np.flatnonzero((first >= start) & (last <= end))
         others: dict[int, np.ndarray] = {}
-        if self.retyping is not None and len(inside) and generator.random() < self.retyped:
+        if self.retyping is not None and self.retyped > 0 and len(inside) and generator.random() < self.retyped:
             names = [
                 self.retyping.name_before(tokens[max(0, first[hole] - TOKENS_OF_NAME) : first[hole]])
                 for hole in inside
