@@ -7,17 +7,11 @@
 #                   torch, for example one for its GPU
 #   WORKERS=n       test processes (2)
 #   THREADS=n       threads of each test process (1)
-#   TRANSFORMERS=x  with this release of Transformers, such as 5.17.0, in an environment of its own (.venv-x)
+#   TRANSFORMERS=x  with this release of Transformers, such as 5.17.0, in an environment of its own (.venv-x), which
+#                   takes everything else from the shared one
 #   ARGS='...'      more arguments for pytest or the demo, for example ARGS='tests/test_routing.py -x'
 
-ifdef TRANSFORMERS
-VENV ?= .venv-$(TRANSFORMERS)
-# it may want another release of its Hub's client than the newest does
-PINS = sed -e '/^transformers==/d' -e '/^huggingface_hub==/d' constraints.txt; echo 'transformers==$(TRANSFORMERS)'
-else
 VENV ?= .venv
-PINS = cat constraints.txt
-endif
 DOCS_VENV ?= .venv-docs
 WORKERS ?= 2
 THREADS ?= 1
@@ -25,6 +19,9 @@ ARGS ?=
 
 ifdef PYTHON
 READY :=
+else ifdef TRANSFORMERS
+PYTHON := $(VENV)-$(TRANSFORMERS)/bin/python
+READY := $(VENV)-$(TRANSFORMERS)/ready
 else
 PYTHON := $(VENV)/bin/python
 READY := $(VENV)/ready
@@ -78,13 +75,22 @@ $(DOCS_VENV)/ready: docs/requirements.txt
 $(VENV)/ready: constraints.txt pyproject.toml setup.py
 	@echo "environment: installing into $(VENV) (some minutes the first time)"
 	@test -x $(VENV)/bin/python || python3 -m venv $(VENV)
-	@{ $(PINS); } >$(VENV)/constraints.txt
 	@# -qq: pip's errors only. What builds the package comes first, pinned too, so that no build environment is fetched
-	@$(VENV)/bin/python -m pip install -qq --disable-pip-version-check -c $(VENV)/constraints.txt setuptools
-	@$(VENV)/bin/python -m pip install -qq --disable-pip-version-check -c $(VENV)/constraints.txt \
+	@$(VENV)/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt setuptools
+	@$(VENV)/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt \
 		--no-build-isolation -e ".[dev]"
 	@touch $@
 	@echo "environment: ready"
 
+# a copy of everything would take 3 GB more. The line in shared.pth makes the packages of the shared environment visible
+# behind this one's own; a release may want another release of its Hub's client, which then comes here too
+$(VENV)-%/ready: $(VENV)/ready
+	@echo "environment: Transformers $* into $(VENV)-$*"
+	@$(VENV)/bin/python -m venv --without-pip $(VENV)-$*
+	@$(VENV)/bin/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+		>"$$($(VENV)-$*/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/shared.pth"
+	@$(VENV)/bin/python -m pip --python $(VENV)-$*/bin/python install -qq --disable-pip-version-check transformers==$*
+	@touch $@
+
 clean:
-	@rm -rf $(VENV) .venv-* build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .demo
+	@rm -rf $(VENV) $(VENV)-* $(DOCS_VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .demo

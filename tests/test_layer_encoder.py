@@ -426,7 +426,7 @@ def lists(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there the calls above are repeated from lists themselves")
-@pytest.mark.parametrize(("lengths", "rate"), [((6,), 0.0), ((9, 5), 0.3)])
+@pytest.mark.parametrize(("lengths", "rate"), [((6,), 0.0), pytest.param((9, 5), 0.3, marks=pytest.mark.slow)])
 def test_lists_read_and_write_what_they_should(lengths: tuple[int, ...], rate: float, lists: list[str]) -> None:
     device = torch.device("cpu")
     model = encoder(device, num_layers=2, dropout_rate=rate).train(rate > 0)
