@@ -14,14 +14,16 @@ from .model_base import CoLT5PreTrainedModel, CoLT5Stack
 
 def _tie_assigned_head(model: "CoLT5EmbeddingModel", incompatible_keys: Any) -> None:
     """After `load_state_dict(..., assign=True)`, which puts other parameters in place: a tied head, whose weight
-    checkpoints lack, takes the new one of `shared`."""
+    checkpoints lack, takes the new one of `shared`. Where that is missing as well, nothing was put in its place."""
     head = getattr(model, "lm_head", None)
+    missing = [f".{key}" for key in incompatible_keys.missing_keys]
     if (
         head is not None
         and model.config.tie_word_embeddings
         and type(model.shared) is nn.Embedding
         and head.weight is not model.shared.weight
-        and any(f".{key}".endswith(".lm_head.weight") for key in incompatible_keys.missing_keys)
+        and any(key.endswith(".lm_head.weight") for key in missing)
+        and not any(key.endswith(".shared.weight") for key in missing)
     ):
         head.weight = model.shared.weight
 
@@ -90,7 +92,9 @@ class CoLT5EmbeddingModel(CoLT5PreTrainedModel):
             return
         inner = next((part for part in head.modules() if type(part) is nn.Linear), None)
         if inner is not None and any(inner.weight is weight for weight in self.shared.parameters()):
-            inner.weight = nn.Parameter(inner.weight.detach().clone(), inner.weight.requires_grad)
+            # PEFT can make adapters without data (`low_cpu_mem_usage`), by a way that takes the data of every parameter
+            # which is registered meanwhile. This one is the model's and has to keep it.
+            inner._parameters["weight"] = nn.Parameter(inner.weight.detach().clone(), inner.weight.requires_grad)
 
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True

@@ -89,14 +89,18 @@ def test_what_adapters_train_of_it_is_kept(model_class, way, tied, tmp_path):
         with warnings.catch_warnings():
             # of keys that are there under another name
             warnings.filterwarnings("error", "Found missing adapter keys")
+            other = copy.deepcopy(plain)
             again = run(peft.PeftModel.from_pretrained(plain, tmp_path / "adapter").eval(), ids)
+            # the adapter's parameters are made without data, the model's own must keep theirs
+            other = peft.PeftModel.from_pretrained(other, tmp_path / "adapter", low_cpu_mem_usage=True)
+            filled = run(other.eval(), ids)
         merged = model.merge_and_unload()
         assert_one_embedding(merged)
         merged.save_pretrained(tmp_path / "merged")
         loaded = model_class.from_pretrained(tmp_path / "merged").eval()
         # fp32, sums of some hundred products; merging adds LoRA's product to the weights first
         scale = expected.abs().max()
-        for logits in (again, run(merged, ids), run(loaded, ids)):
+        for logits in (again, filled, run(merged, ids), run(loaded, ids)):
             assert (logits - expected).abs().max() <= 1e-4 * scale
 
 
@@ -108,6 +112,16 @@ def test_a_tied_head_is_tied_again_when_an_adapter_is_taken_off():
     assert not any(p is q for p in model.shared.parameters() for q in model.lm_head.parameters())
     adapted.unload()
     assert model.lm_head.weight is model.shared.weight
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_checkpoint_of_other_parts_leaves_a_head_of_its_own(assign):
+    model = tiny_model(tie_word_embeddings=True)
+    model.lm_head.weight = nn.Parameter(torch.randn_like(model.lm_head.weight))
+    head = model.lm_head.weight.detach().clone()
+    norm = torch.full((32,), 2.0)
+    model.load_state_dict({"encoder.final_layer_norm.weight": norm}, strict=False, assign=assign)
+    assert torch.equal(model.lm_head.weight, head) and torch.equal(model.encoder.final_layer_norm.weight, norm)
 
 
 def test_a_second_adapter_finds_it_under_a_stacks_name():
