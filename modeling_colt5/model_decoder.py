@@ -27,6 +27,7 @@ from .op_attention import bias_of_sequence
 from .op_routing import RoutedTokens
 from .run_causal_cache import routed_layer
 from .run_causal_plan import CausalPlan
+from .run_growing_cache import let_grow
 from .run_inputs import (
     ForwardFlags,
     check_cache,
@@ -125,6 +126,7 @@ class CoLT5Decoder(CoLT5Stack):
             cache = DynamicCache(config=self.config)
             if has_encoder:
                 cache = EncoderDecoderCache(cache, DynamicCache(config=self.config))
+            let_grow(cache)
         check_cache(cache, hidden_states)
         self_cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.generation import GenerationMixin
 from transformers.loss.loss_utils import fixed_cross_entropy
 from transformers.masking_utils import create_masks_for_generate
@@ -41,6 +41,7 @@ from .model_outputs import (
 )
 from .model_router import set_dense_start  # noqa: F401
 from .op_soft_topk import soft_topk  # noqa: F401
+from .run_growing_cache import let_grow
 from .run_inputs import (
     ForwardFlags,
     check_class_labels,
@@ -50,7 +51,7 @@ from .run_inputs import (
     read_arguments,
 )
 from .run_plan import SoftTopK  # noqa: F401
-from .run_release import CACHE, cache_of_forward, is_called_by_peft, one_cache
+from .run_release import CACHE, cache_of_forward, is_called_by_peft, model_arguments, one_cache
 
 # This one is for saved models: they take along the files that this file imports, and need the tokenizer's.
 from .tokenization_colt5 import CoLT5Tokenizer  # noqa: F401
@@ -106,6 +107,24 @@ class CoLT5GenerationMixin(GenerationMixin):
         if CACHE in inputs and is_called_by_peft():
             inputs["past_key_values"] = inputs.pop(CACHE)
         return inputs
+
+    def _prepare_cache_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        # A dynamic cache that Transformers makes here, because the call brings none, takes new tokens in place.
+        prepare = super()._prepare_cache_for_generation
+        given = model_arguments(prepare, *args, **kwargs) if self.config.causal_attention == "full" else None
+        is_new = given is not None and given.get(CACHE) is None
+        result = prepare(*args, **kwargs)
+        if given is not None and is_new:
+            let_grow(given.get(CACHE))
+        return result
+
+    def _reorder_cache(self, cache: Cache, beam_idx: torch.Tensor) -> Cache:
+        # Transformers calls this for beams, which change places only among those of the same document.
+        if isinstance(cache, EncoderDecoderCache) and not getattr(cache, "_is_user_defined", False):
+            cache.self_attention_cache.reorder_cache(beam_idx)
+        else:
+            cache.reorder_cache(beam_idx)
+        return cache
 
     @staticmethod
     def create_masks_for_generate(

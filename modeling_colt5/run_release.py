@@ -1,7 +1,9 @@
 """What differs between the releases of Transformers that this code runs under."""
 
+import inspect
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import fields
 from types import FrameType
 from typing import Any
@@ -69,6 +71,26 @@ def cache_of_forward(cache: Cache | None, past_key_values: Cache | None) -> Cach
         # The warning is attributed to who calls the forward, as Transformers' own is.
         warnings.warn(message, FutureWarning, stacklevel=3)
     return given
+
+
+def model_arguments(prepare: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, Any] | None:
+    """The arguments of the model's calls, which `generate` hands to its own method that puts a new cache among them.
+
+    That method is private to Transformers: where it takes other arguments, a warning says so once, and this is None.
+    """
+    try:
+        arguments = inspect.signature(prepare).bind(*args, **kwargs).arguments
+    except TypeError:
+        arguments = {}
+    given = arguments.get("model_kwargs")
+    if isinstance(given, dict):
+        return given
+    logger.warning_once(
+        f"transformers {transformers.__version__} prepares caches in another way than the releases that "
+        "modeling_colt5 knows; generate uses the plain dynamic cache, which copies all earlier keys and values for "
+        "each token."
+    )
+    return None
 
 
 class NamesOfTheCache:
