@@ -10,7 +10,7 @@ from transformers import GenerationConfig
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parent))
 
-from modeling_colt5.configuration_colt5 import SIZES, CoLT5Config  # noqa: E402
+from modeling_colt5.configuration_colt5 import SIZES, CoLT5BaseConfig, CoLT5Config  # noqa: E402
 
 
 def write_preset(size: str, folder: Path) -> None:
@@ -29,7 +29,8 @@ def write_preset(size: str, folder: Path) -> None:
     )
     folder.mkdir(parents=True, exist_ok=True)
     # the model's own fields, all of them and nothing else: the rest are defaults of the Transformers at hand
-    fields = {"model_type", "architectures", "is_encoder_decoder"} | set(CoLT5Config.__annotations__)
+    fields = {"model_type", "architectures", "is_encoder_decoder"}
+    fields.update(CoLT5BaseConfig.__annotations__, CoLT5Config.__annotations__)
     contents = {
         "config.json": {key: value for key, value in config.to_dict().items() if key in fields},
         "generation_config.json": generation_config.to_diff_dict(),

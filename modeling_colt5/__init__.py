@@ -2,17 +2,22 @@
 
 from transformers import (
     AutoConfig,
+    AutoImageProcessor,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
     AutoModelForQuestionAnswering,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForTextEncoding,
     AutoModelForTokenClassification,
     AutoTokenizer,
+    ViltImageProcessorPil,
 )
+from transformers.utils import is_vision_available
 
 from .configuration_colt5 import CoLT5Config
+from .configuration_colt5_vision import CoLT5VisionConfig
 from .model_base import CoLT5PreTrainedModel
 from .model_blocks import (
     CoLT5CausalConditionalAttention,
@@ -32,6 +37,7 @@ from .modeling_colt5 import (
     CoLT5ForTokenClassification,
     CoLT5Model,
 )
+from .modeling_colt5_vision import CoLT5ForImageClassification, CoLT5VisionModel
 from .op_soft_topk import soft_topk
 from .routing_view import show_routing
 from .run_plan import SoftTopK
@@ -50,12 +56,15 @@ __all__ = [
     "CoLT5EncoderModel",
     "CoLT5ForCausalLM",
     "CoLT5ForConditionalGeneration",
+    "CoLT5ForImageClassification",
     "CoLT5ForQuestionAnswering",
     "CoLT5ForSequenceClassification",
     "CoLT5ForTokenClassification",
     "CoLT5Model",
     "CoLT5PreTrainedModel",
     "CoLT5Tokenizer",
+    "CoLT5VisionConfig",
+    "CoLT5VisionModel",
     "SoftTopK",
     "set_dense_start",
     "show_routing",
@@ -63,7 +72,13 @@ __all__ = [
 ]
 
 AutoConfig.register(CoLT5Config.model_type, CoLT5Config, exist_ok=True)
+AutoConfig.register(CoLT5VisionConfig.model_type, CoLT5VisionConfig, exist_ok=True)
 AutoTokenizer.register(CoLT5Config, tokenizer_class=CoLT5Tokenizer, exist_ok=True)
+if is_vision_available():
+    # without Pillow there are no pictures to process, and Transformers refuses to register a class for them
+    AutoImageProcessor.register(
+        CoLT5VisionConfig, image_processor_classes={"pil": ViltImageProcessorPil}, exist_ok=True
+    )
 for _auto_class, _model_class in (
     (AutoModel, CoLT5Model),
     (AutoModelForSeq2SeqLM, CoLT5ForConditionalGeneration),
@@ -74,3 +89,5 @@ for _auto_class, _model_class in (
     (AutoModelForQuestionAnswering, CoLT5ForQuestionAnswering),
 ):
     _auto_class.register(CoLT5Config, _model_class, exist_ok=True)
+AutoModel.register(CoLT5VisionConfig, CoLT5VisionModel, exist_ok=True)
+AutoModelForImageClassification.register(CoLT5VisionConfig, CoLT5ForImageClassification, exist_ok=True)

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     # of the models, which its map of Auto classes names, have to be among them.
     from .modeling_colt5 import CoLT5Model  # noqa: F401
 
+# the model types of this project, which a configuration of another one of them refuses
+MODEL_TYPES = ("colt5", "colt5_vision")
 ROUTINGS = ("learned", "random", "even", "none")
 CAUSAL_ATTENTIONS = ("full", "local", "routed")
 CAUSAL_FEED_FORWARDS = ("dense", "routed")
@@ -72,32 +74,32 @@ AUTO_MAP: dict[str, Any] = {
 }
 
 
-# These are the fields that `convert` takes.
-CONVERTIBLE = ("t5", "longt5")
 # how alike an unknown field and a known one are for a slip: T5's, LongT5's and mT5's own fields stay below
 _SLIP = 0.8
 
 
-def _other_model(given: str, model_type: str, name: str | None) -> str:
-    """What to say where a model of another type is given, with the name of its folder or repository where known."""
-    message = f"{given}; it must be a CoLT5's"
-    if model_type in CONVERTIBLE:
-        command = f"python examples/convert_t5.py {name or 'SOURCE'} FOLDER"
-        message += f". Convert it first: {command}, or in Python modeling_colt5.conversion.convert(model)"
-    return message
+def _conversion_advice(model_type: str, name: str | None) -> str:
+    """What to do with a model of a type that `convert` takes, with the name of its folder or repository where known;
+    nothing for another type."""
+    if model_type not in ("t5", "longt5"):
+        return ""
+    command = f"python examples/convert_t5.py {name or 'SOURCE'} FOLDER"
+    return f". Convert it first: {command}, or in Python modeling_colt5.conversion.convert(model)"
 
 
-def check_config(config: Any) -> None:
-    """Check that a model is made from a CoLT5 configuration, or from one that derives from it.
+def check_config(config: Any, class_name: str = "CoLT5Config") -> None:
+    """Check that a model is made from a configuration of its class, or of one that derives from it.
 
     Raises:
         TypeError: for another one, or for a model.
     """
     # Classes are compared by name, because the package's class and that of a copy from the Hub are two objects.
-    if not any(base.__name__ == "CoLT5Config" for base in type(config).__mro__):
-        model_type = getattr(getattr(config, "config", config), "model_type", "")
-        name = getattr(config, "name_or_path", None)
-        raise TypeError(_other_model(f"config is a {type(config).__name__}", model_type, name))
+    if not any(base.__name__ == class_name for base in type(config).__mro__):
+        message = f"config is a {type(config).__name__}; it must be a {class_name}"
+        if class_name == "CoLT5Config":
+            model_type = getattr(getattr(config, "config", config), "model_type", "")
+            message += _conversion_advice(model_type, getattr(config, "name_or_path", None))
+        raise TypeError(message)
 
 
 def _rule(default: Any, rule: str, holds: Callable[[Any], bool]) -> Any:
@@ -112,7 +114,8 @@ def _rule(default: Any, rule: str, holds: Callable[[Any], bool]) -> Any:
     return field(default=default, metadata={"validator": validate})
 
 
-def _at_least(minimum: int, default: int) -> Any:
+def at_least(minimum: int, default: int) -> Any:
+    """A field for an integer of at least `minimum`."""
     return _rule(default, f"an integer of at least {minimum}", lambda value: value >= minimum)
 
 
@@ -147,7 +150,169 @@ def activation_name(feed_forward_proj: str) -> str:
 
 
 @strict
-class CoLT5Config(PreTrainedConfig):
+class CoLT5BaseConfig(PreTrainedConfig):
+    """What the configurations of all CoLT5 models share: the fields of conditional layers, and how they are saved.
+
+    A field that is declared again in a class below has that class's default. See `CoLT5Config` for what they mean.
+
+    Attributes:
+        dimensions: of the positions of tokens, 2 for pictures.
+    """
+
+    dimensions = 1
+
+    d_model: int = at_least(1, 768)
+    d_kv: int = at_least(1, 64)
+    num_layers: int = at_least(1, 12)
+    num_light_heads: int = at_least(1, 4)
+    num_heavy_heads: int = at_least(1, 8)
+    light_d_ff: int = at_least(1, 1024)
+    heavy_d_ff: int = at_least(1, 8192)
+    local_radius: int = at_least(0, 127)
+    routed_feed_forward_fraction: float | int = _fraction(1 / 16)
+    routed_query_fraction: float | int = _fraction(1 / 16)
+    routed_key_value_fraction: float | int = _fraction(1 / 8)
+    min_routed_tokens: int = at_least(1, 1)
+    routing: str = _one_of(ROUTINGS)
+    routers_trained: bool = False
+    soft_topk_ratio: float | int = _rule(9 / 8, "a finite number of at least 1", lambda value: value >= 1)
+    routing_epsilon: float | int = _positive(1.0)
+    soft_topk_solver: str = _one_of(SOFT_TOPK_SOLVERS)
+    num_soft_topk_iterations: int = at_least(1, 50)
+    routing_epsilon_init: float | int | None = _rule(None, "None or a finite number above 0", lambda value: value > 0)
+    routing_epsilon_decay: float | int = _fraction(1.0)
+    relative_attention_num_buckets: int = at_least(4, 32)
+    relative_attention_max_distance: int = at_least(2, 128)
+    dropout_rate: float | int = _dropout(0.1)
+    classifier_dropout: float | int = _dropout(0.0)
+    layer_norm_epsilon: float = _positive(1e-6)
+    initializer_factor: float | int = _positive(1.0)
+    feed_forward_proj: str = _rule(
+        "gated-gelu", "an activation of Transformers, such as 'relu', or 'gated-' and one", _is_feed_forward
+    )
+    kernel_backend: str = _one_of(KERNEL_BACKENDS)
+    output_routing: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Take what is no field: Transformers' own arguments, and attributes of the caller's.
+
+        Raises:
+            ValueError: for the fields of another type of model, such as a T5's.
+        """
+        model_type: str = kwargs.get("model_type") or self.model_type
+        # A model type that Transformers does not know may be a configuration that derives from this one.
+        is_other = model_type in CONFIG_MAPPING_NAMES or model_type in MODEL_TYPES
+        if is_other and model_type not in [getattr(base, "model_type", "") for base in type(self).__mro__]:
+            message = f"model_type is {model_type!r}; it must be {self.model_type!r}"
+            if isinstance(self, CoLT5Config):
+                message += _conversion_advice(model_type, kwargs.get("_name_or_path"))
+            raise ValueError(message)
+        super().__post_init__(**kwargs)
+
+    def __setattr__(self, key: str, value: Any) -> None:
+        self._warn_of_slip(key)
+        super().__setattr__(key, value)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As of every configuration; fields that would be left out for a slip in their name are warned of."""
+        if not kwargs.get("return_unused_kwargs"):
+            for name in kwargs:
+                cls._warn_of_slip(name)
+        return super().from_dict(config_dict, **kwargs)
+
+    @classmethod
+    def _warn_of_slip(cls, name: str) -> None:
+        """Warn of a name that is not known, but close to one that is. Others are the caller's own affair."""
+        if name.startswith("_") or hasattr(cls, name) or name in cls.attribute_map:
+            return
+        known = [part.name for part in fields(cls)] + list(cls.attribute_map)
+        for nearest in difflib.get_close_matches(name, known, n=1, cutoff=_SLIP):
+            warnings.warn(f"{cls.__name__} has no field {name}, and nothing reads it; is it {nearest}?", stacklevel=2)
+
+    @property
+    def is_gated_act(self) -> bool:
+        """Whether the feed-forwards are gated."""
+        return is_gated(self.feed_forward_proj)
+
+    @property
+    def dense_act_fn(self) -> str:
+        """The activation's name in Transformers."""
+        return activation_name(self.feed_forward_proj)
+
+    def validate_architecture(self) -> None:
+        """Check the rules between fields.
+
+        Raises:
+            ValueError: naming the fields, their values and the rule.
+        """
+        if self.relative_attention_num_buckets % 2 != 0:
+            raise ValueError(
+                f"relative_attention_num_buckets is {self.relative_attention_num_buckets}; it must be even, "
+                "half for each direction"
+            )
+        if self.relative_attention_max_distance <= self.relative_attention_num_buckets // 2:
+            raise ValueError(
+                f"relative_attention_max_distance is {self.relative_attention_max_distance}; it must be above half of "
+                f"relative_attention_num_buckets, which is {self.relative_attention_num_buckets}"
+            )
+        if self.soft_topk_solver == "exact" and (
+            self.routing_epsilon_init is not None or self.routing_epsilon_decay != 1
+        ):
+            raise ValueError(
+                f"routing_epsilon_init is {self.routing_epsilon_init} and routing_epsilon_decay is "
+                f"{self.routing_epsilon_decay}; they belong to soft_topk_solver 'coordinate_descent' and must be None "
+                "and 1 with 'exact'"
+            )
+        if self.routing_epsilon_init is not None and self.routing_epsilon_init < self.routing_epsilon:
+            raise ValueError(
+                f"routing_epsilon_init is {self.routing_epsilon_init}; it must be at least routing_epsilon, which is "
+                f"{self.routing_epsilon}"
+            )
+
+    def own_auto_map(self) -> dict[str, Any]:
+        """The classes of this project that each Auto class gives for this configuration."""
+        raise NotImplementedError
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as they are saved, with the map of every Auto class to this code or to a user's."""
+        # A model that came from a repository has that repository's name in its map; a saved copy must not point back
+        # to it.
+        return super().to_dict() | {"auto_map": self.own_auto_map() | self.users_classes()}
+
+    def users_classes(self) -> dict[str, Any]:
+        """The entries of the map of Auto classes that name classes of a user's code."""
+        auto_map = getattr(self, "auto_map", None) or {}
+        return {name: reference for name, reference in auto_map.items() if code_file(reference) not in OWN_FILES}
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Transformers' `save_pretrained`: the fields, and the code of every class that the map of Auto classes names.
+
+        Args:
+            save_directory: the folder, made where there is none.
+            push_to_hub: whether to push it as well, to `repo_id`, or to a repository of the folder's name.
+            kwargs: `repo_id` and other arguments of `push_to_hub`.
+        """
+        folder = Path(save_directory)
+        for name, reference in self.users_classes().items():
+            # A user's model saves its file before its configuration. Other maps are of the place that this one was
+            # loaded from.
+            if "--" not in str(reference) and not (folder / f"{code_file(reference)}.py").is_file():
+                del self.auto_map[name]
+        super().save_pretrained(folder)
+        own = next(base for base in type(self).__mro__ if base.__module__.rpartition(".")[2] in OWN_FILES)
+        if own is not type(self):
+            # The saved files of a user's class import the files of this package.
+            custom_object_save(own, folder)
+        for reference in self.users_classes().values():
+            if "--" not in str(reference):
+                import_copies(folder, code_file(reference))
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)
+
+
+@strict
+class CoLT5Config(CoLT5BaseConfig):
     """The configuration of a CoLT5 model (Ainslie et al. 2023); the defaults are the paper's base size.
 
     T5's fields have T5's meaning, and `num_heads` and `d_ff` are the decoder's. Every field is checked at creation
@@ -224,55 +389,24 @@ class CoLT5Config(PreTrainedConfig):
         "decoder.final_layer_norm": "keep_full_weight",
     }
 
-    vocab_size: int = _at_least(1, 32128)
-    d_model: int = _at_least(1, 768)
-    d_kv: int = _at_least(1, 64)
-    d_ff: int = _at_least(1, 2048)
-    num_layers: int = _at_least(1, 12)
-    num_decoder_layers: int = _at_least(1, 12)
-    num_heads: int = _at_least(1, 12)
-    num_light_heads: int = _at_least(1, 4)
-    num_heavy_heads: int = _at_least(1, 8)
-    light_d_ff: int = _at_least(1, 1024)
-    heavy_d_ff: int = _at_least(1, 8192)
-    local_radius: int = _at_least(0, 127)
-    routed_feed_forward_fraction: float | int = _fraction(1 / 16)
-    routed_query_fraction: float | int = _fraction(1 / 16)
-    routed_key_value_fraction: float | int = _fraction(1 / 8)
-    min_routed_tokens: int = _at_least(1, 1)
-    routing: str = _one_of(ROUTINGS)
-    routers_trained: bool = False
-    soft_topk_ratio: float | int = _rule(9 / 8, "a finite number of at least 1", lambda value: value >= 1)
-    routing_epsilon: float | int = _positive(1.0)
-    soft_topk_solver: str = _one_of(SOFT_TOPK_SOLVERS)
-    num_soft_topk_iterations: int = _at_least(1, 50)
-    routing_epsilon_init: float | int | None = _rule(None, "None or a finite number above 0", lambda value: value > 0)
-    routing_epsilon_decay: float | int = _fraction(1.0)
-    relative_attention_num_buckets: int = _at_least(4, 32)
-    relative_attention_max_distance: int = _at_least(2, 128)
-    num_cross_key_value_heads: int = _at_least(1, 1)
+    vocab_size: int = at_least(1, 32128)
+    d_ff: int = at_least(1, 2048)
+    num_decoder_layers: int = at_least(1, 12)
+    num_heads: int = at_least(1, 12)
+    num_cross_key_value_heads: int = at_least(1, 1)
     routed_cross_key_values: int | None = _rule(None, "None or an integer of at least 1", lambda value: value >= 1)
-    num_cross_routers: int = _at_least(1, 1)
+    num_cross_routers: int = at_least(1, 1)
     cross_routing_rank: int | None = _rule(None, "None or an integer of at least 1", lambda value: value >= 1)
     causal_attention: str = _one_of(CAUSAL_ATTENTIONS)
     causal_feed_forward: str = _one_of(CAUSAL_FEED_FORWARDS)
-    causal_window: int = _at_least(1, 256)
-    causal_routed_keys: int = _at_least(1, 512)
+    causal_window: int = at_least(1, 256)
+    causal_routed_keys: int = at_least(1, 512)
     causal_capacity_ratio: float | int = _rule(2.0, "a finite number of at least 1", lambda value: value >= 1)
-    num_causal_key_value_routers: int = _at_least(1, 1)
+    num_causal_key_value_routers: int = at_least(1, 1)
     causal_unrouted_vector: bool = False
-    dropout_rate: float | int = _dropout(0.1)
-    classifier_dropout: float | int = _dropout(0.0)
-    layer_norm_epsilon: float = _positive(1e-6)
-    initializer_factor: float | int = _positive(1.0)
-    feed_forward_proj: str = _rule(
-        "gated-gelu", "an activation of Transformers, such as 'relu', or 'gated-' and one", _is_feed_forward
-    )
     tie_word_embeddings: bool = False
     scale_decoder_outputs: bool = False
-    kernel_backend: str = _one_of(KERNEL_BACKENDS)
     use_cuda_graphs: bool = False
-    output_routing: bool = False
     is_encoder_decoder: bool = True
     is_decoder: bool = False
     use_cache: bool = True
@@ -281,40 +415,6 @@ class CoLT5Config(PreTrainedConfig):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = 1
     decoder_start_token_id: int | None = 0
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        """Take what is no field: Transformers' own arguments, and attributes of the caller's.
-
-        Raises:
-            ValueError: for the fields of another type of model, such as T5's.
-        """
-        model_type = kwargs.get("model_type", self.model_type)
-        # A model type that Transformers does not know may be a configuration that derives from this one.
-        if model_type != self.model_type and model_type in CONFIG_MAPPING_NAMES:
-            given = f"model_type is {model_type!r}"
-            raise ValueError(_other_model(given, model_type, kwargs.get("_name_or_path")))
-        super().__post_init__(**kwargs)
-
-    def __setattr__(self, key: str, value: Any) -> None:
-        self._warn_of_slip(key)
-        super().__setattr__(key, value)
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As of every configuration; fields that would be left out for a slip in their name are warned of."""
-        if not kwargs.get("return_unused_kwargs"):
-            for name in kwargs:
-                cls._warn_of_slip(name)
-        return super().from_dict(config_dict, **kwargs)
-
-    @classmethod
-    def _warn_of_slip(cls, name: str) -> None:
-        """Warn of a name that is not known, but close to one that is. Others are the caller's own affair."""
-        if name.startswith("_") or hasattr(cls, name) or name in cls.attribute_map:
-            return
-        known = [part.name for part in fields(cls)] + list(cls.attribute_map)
-        for nearest in difflib.get_close_matches(name, known, n=1, cutoff=_SLIP):
-            warnings.warn(f"{cls.__name__} has no field {name}, and nothing reads it; is it {nearest}?", stacklevel=2)
 
     @classmethod
     def from_size(cls, size: str, **kwargs: Any) -> "CoLT5Config":
@@ -331,22 +431,13 @@ class CoLT5Config(PreTrainedConfig):
             raise ValueError(f"size is {size!r}; it must be one of {', '.join(map(repr, SIZES))}")
         return cls(**(SIZES[size] | kwargs))
 
-    @property
-    def is_gated_act(self) -> bool:
-        """Whether the feed-forwards are gated."""
-        return is_gated(self.feed_forward_proj)
-
-    @property
-    def dense_act_fn(self) -> str:
-        """The activation's name in Transformers."""
-        return activation_name(self.feed_forward_proj)
-
     def validate_architecture(self) -> None:
         """Check the rules between fields.
 
         Raises:
             ValueError: naming the fields, their values and the rule.
         """
+        super().validate_architecture()
         if self.num_heads % self.num_cross_key_value_heads != 0:
             raise ValueError(
                 f"num_cross_key_value_heads is {self.num_cross_key_value_heads}; it must divide num_heads, "
@@ -378,29 +469,6 @@ class CoLT5Config(PreTrainedConfig):
                 f"which is {self.routed_cross_key_values}, is a number, routing, which is {self.routing!r}, is "
                 f"'learned', and num_cross_routers and num_cross_key_value_heads, which are {self.num_cross_routers} "
                 f"and {self.num_cross_key_value_heads}, are 1"
-            )
-        if self.relative_attention_num_buckets % 2 != 0:
-            raise ValueError(
-                f"relative_attention_num_buckets is {self.relative_attention_num_buckets}; it must be even, "
-                "half for each direction"
-            )
-        if self.relative_attention_max_distance <= self.relative_attention_num_buckets // 2:
-            raise ValueError(
-                f"relative_attention_max_distance is {self.relative_attention_max_distance}; it must be above half of "
-                f"relative_attention_num_buckets, which is {self.relative_attention_num_buckets}"
-            )
-        if self.soft_topk_solver == "exact" and (
-            self.routing_epsilon_init is not None or self.routing_epsilon_decay != 1
-        ):
-            raise ValueError(
-                f"routing_epsilon_init is {self.routing_epsilon_init} and routing_epsilon_decay is "
-                f"{self.routing_epsilon_decay}; they belong to soft_topk_solver 'coordinate_descent' and must be None "
-                "and 1 with 'exact'"
-            )
-        if self.routing_epsilon_init is not None and self.routing_epsilon_init < self.routing_epsilon:
-            raise ValueError(
-                f"routing_epsilon_init is {self.routing_epsilon_init}; it must be at least routing_epsilon, which is "
-                f"{self.routing_epsilon}"
             )
         if self.num_heavy_heads % self.num_causal_key_value_routers != 0:
             raise ValueError(
@@ -440,43 +508,12 @@ class CoLT5Config(PreTrainedConfig):
             config.layer_types = [LAYER_TYPE] * self.num_decoder_layers
         return config
 
-    def to_dict(self) -> dict[str, Any]:
-        """All fields as they are saved, with the map of every Auto class to this code or to a user's."""
+    def own_auto_map(self) -> dict[str, Any]:
+        """The classes of this project that each Auto class gives for this configuration."""
         auto_map = copy.deepcopy(AUTO_MAP)
         if not self.is_encoder_decoder:
             auto_map["AutoModel"] = auto_map["AutoModelForTextEncoding"]
-        # A model that came from a repository has that repository's name in its map; a saved copy must not point back
-        # to it.
-        return super().to_dict() | {"auto_map": auto_map | self.users_classes()}
-
-    def users_classes(self) -> dict[str, Any]:
-        """The entries of the map of Auto classes that name classes of a user's code."""
-        auto_map = getattr(self, "auto_map", None) or {}
-        return {name: reference for name, reference in auto_map.items() if code_file(reference) not in OWN_FILES}
-
-    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Transformers' `save_pretrained`: the fields, and the code of every class that the map of Auto classes names.
-
-        Args:
-            save_directory: the folder, made where there is none.
-            push_to_hub: whether to push it as well, to `repo_id`, or to a repository of the folder's name.
-            kwargs: `repo_id` and other arguments of `push_to_hub`.
-        """
-        folder = Path(save_directory)
-        for name, reference in self.users_classes().items():
-            # A user's model saves its file before its configuration. Other maps are of the place that this one was
-            # loaded from.
-            if "--" not in str(reference) and not (folder / f"{code_file(reference)}.py").is_file():
-                del self.auto_map[name]
-        super().save_pretrained(folder)
-        if type(self) is not CoLT5Config:
-            # The saved files of a user's class import the files of this package.
-            custom_object_save(CoLT5Config, folder)
-        for reference in self.users_classes().values():
-            if "--" not in str(reference):
-                import_copies(folder, code_file(reference))
-        if push_to_hub:
-            self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)
+        return auto_map
 
 
 CoLT5Config.register_for_auto_class()

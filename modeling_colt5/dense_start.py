@@ -11,7 +11,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from .configuration_colt5 import CoLT5Config
+from .configuration_colt5 import CoLT5BaseConfig
 from .encoder_costs import encoder_flops, kept_values
 from .kernel_backend import uses_triton
 
@@ -92,7 +92,7 @@ class DenseStartCosts:
     @classmethod
     def of(
         cls,
-        config: CoLT5Config,
+        config: CoLT5BaseConfig,
         length: int,
         input_share: float,
         fused_attention: bool = True,
@@ -162,6 +162,39 @@ def shorten(inputs: Inputs, share: float) -> Inputs:
         name: value[rows, places] if name in per_token and _is_per_token(value, batch, length) else value
         for name, value in inputs.items()
     } | answer
+
+
+def shorten_pictures(inputs: Inputs, share: float) -> Inputs:
+    """A cut-out of every picture of a batch, which lies anywhere, as in the usual training of image classifiers; all
+    else stays.
+
+    Args:
+        inputs: a model's keywords: `pixel_values` [batch, channels, height, width] and `pixel_mask` [batch, height,
+            width].
+        share: how much of the area stays; each side has the square root of it, rounded up.
+
+    Returns:
+        The keywords with smaller pictures. Of a picture that is smaller than the batch, the cut-out begins where as
+        much of it as possible is inside.
+    """
+    pixels = inputs.get("pixel_values")
+    if pixels is None:
+        return inputs
+    mask = inputs.get("pixel_mask")
+    places = []
+    for dim in (2, 3):
+        size = pixels.shape[dim]
+        kept = math.ceil(math.sqrt(share) * size)
+        first, real = 0, torch.full((len(pixels),), size, device=pixels.device)
+        if mask is not None:
+            lines = mask.ne(0).any(4 - dim)
+            first, real = lines.int().argmax(1), lines.sum(1)
+        spare = (real - kept).clamp(min=0)
+        start = first + (torch.rand(len(pixels), device=pixels.device) * (spare + 1)).long()
+        places.append(start.clamp(max=size - kept)[:, None] + torch.arange(kept, device=pixels.device))
+    at = (torch.arange(len(pixels), device=pixels.device)[:, None, None], places[0][:, :, None], places[1][:, None])
+    short = {"pixel_values": pixels.movedim(1, -1)[at].movedim(-1, 1)}
+    return inputs | short | ({} if mask is None else {"pixel_mask": mask[at]})
 
 
 def _is_per_token(value: Any, batch: int, length: int) -> bool:
@@ -277,9 +310,9 @@ class DenseStartCallback(TrainerCallback):
     Args:
         schedule: the parts of the run.
         shorten: from a batch's keywords and the schedule's `input_share` to a shorter batch; None for `shorten`, or
-            `shorten_documents` for an encoder-decoder.
+            `shorten_documents` for an encoder-decoder, or `shorten_pictures`.
         always: whether a model whose routers have been trained gets a dense start as well.
-        input_length: tokens of the longest inputs, for the message about costs before the run.
+        input_length: tokens, or patches, of the longest inputs, for the message about costs before the run.
     """
 
     def __init__(
@@ -317,7 +350,11 @@ class DenseStartCallback(TrainerCallback):
             self._model = None
             return
         if self.shorten is None:
-            self.shorten = shorten_documents if self._model.config.is_encoder_decoder else shorten
+            config = self._model.config
+            if config.dimensions == 2:
+                self.shorten = shorten_pictures
+            else:
+                self.shorten = shorten_documents if config.is_encoder_decoder else shorten
         self._hook = model.register_forward_pre_hook(self._shorten_inputs, with_kwargs=True)
         self._say_what_it_costs(state.max_steps)
 
@@ -332,7 +369,10 @@ class DenseStartCallback(TrainerCallback):
             config,
             length,
             share,
-            fused_attention=uses_triton(weight, config.kernel_backend) and config._attn_implementation == "sdpa",
+            # pictures have no kernels for their attention
+            fused_attention=config.dimensions == 1
+            and uses_triton(weight, config.kernel_backend)
+            and config._attn_implementation == "sdpa",
             checkpointed=any(getattr(part, "gradient_checkpointing", False) for part in self._model.modules()),
         )
         logger.warning(

@@ -1,10 +1,12 @@
 """What an encoder costs, by formula: the operations of its matrix products, and what it keeps for its backward, with
 what the decoder reads of it by routed cross-attention."""
 
+import math
 from dataclasses import dataclass
 
-from .configuration_colt5 import CoLT5Config
+from .configuration_colt5 import CoLT5BaseConfig
 from .op_attention import BLOCK_LENGTH
+from .op_window_attention import block_side
 from .run_budgets import routed_capacity
 
 
@@ -22,7 +24,7 @@ class RoutedNumbers:
     tokens: int
 
     @classmethod
-    def of(cls, config: CoLT5Config, n: int, dense: bool = False) -> "RoutedNumbers":
+    def of(cls, config: CoLT5BaseConfig, n: int, dense: bool = False) -> "RoutedNumbers":
         """The numbers for n real tokens: the configuration's budgets, or all tokens where `dense`."""
         if dense:
             return cls(n, n, n)
@@ -38,7 +40,26 @@ def band_pairs(n: int, radius: int) -> int:
     return n * (2 * radius + 1) - radius * (radius + 1)
 
 
-def encoder_flops(config: CoLT5Config, n: int, light_pairs: int | None = None, dense: bool = False) -> int:
+def light_pairs_of(config: CoLT5BaseConfig, n: int) -> int:
+    """The pairs of n tokens that light attention needs. Patches of pictures are taken for those of a square."""
+    return band_pairs(side_of(config, n), config.local_radius) ** config.dimensions
+
+
+def side_of(config: CoLT5BaseConfig, n: int) -> int:
+    """How many tokens stand in a row: all n of a text, of patches as many as in a square."""
+    return n if config.dimensions == 1 else math.isqrt(n - 1) + 1
+
+
+def light_blocks(config: CoLT5BaseConfig, n: int) -> tuple[int, ...]:
+    """How many blocks the light attention without kernels cuts n tokens into, and the queries and the keys of each."""
+    side = side_of(config, n)
+    radius = min(config.local_radius, side - 1)
+    block = BLOCK_LENGTH if config.dimensions == 1 else block_side(radius, side, side)
+    blocks = side // block + 1 if config.dimensions == 1 else -(-side // block)
+    return tuple(count**config.dimensions for count in (blocks, block, block + 2 * radius))
+
+
+def encoder_flops(config: CoLT5BaseConfig, n: int, light_pairs: int | None = None, dense: bool = False) -> int:
     """FLOP of the matrix products of one row's forward pass, a multiplication and an addition as two; the backward
     has twice as many.
 
@@ -49,7 +70,7 @@ def encoder_flops(config: CoLT5Config, n: int, light_pairs: int | None = None, d
         dense: whether all tokens take the heavy branches, as in a dense start.
     """
     routed = RoutedNumbers.of(config, n, dense)
-    pairs = band_pairs(n, config.local_radius) if light_pairs is None else light_pairs
+    pairs = light_pairs_of(config, n) if light_pairs is None else light_pairs
     light, heavy = config.num_light_heads * config.d_kv, config.num_heavy_heads * config.d_kv
     matrices = 3 if config.is_gated_act else 2
     multiplications = (
@@ -68,7 +89,7 @@ def encoder_flops(config: CoLT5Config, n: int, light_pairs: int | None = None, d
 
 
 def kept_values(
-    config: CoLT5Config, n: int, dense: bool = False, fused_attention: bool = True, checkpointed: bool = False
+    config: CoLT5BaseConfig, n: int, dense: bool = False, fused_attention: bool = True, checkpointed: bool = False
 ) -> int:
     """How many numbers the layers keep of one row's forward pass for its backward: the large tensors, to compare one
     kind of step with another. Dropout's masks and what is copied for a product come on top, up to a third in all.
@@ -99,16 +120,16 @@ def kept_values(
         + routed.tokens * (2 * d_model + hidden * config.heavy_d_ff)
     )
     if not fused_attention:
-        window = BLOCK_LENGTH + 2 * min(config.local_radius, n - 1)
-        blocks = n // BLOCK_LENGTH + 1
+        blocks, queries, window = light_blocks(config, n)
         # the bias, with dropout the attention weights before and after it as well
         copies = 3 if config.dropout_rate > 0 else 1
         # keys and values of overlapping windows
-        layer += blocks * window * (copies * config.num_light_heads * BLOCK_LENGTH + 2 * light)
+        layer += blocks * window * (copies * config.num_light_heads * queries + 2 * light)
         # for each pair also its distance, an int64
         layer += routed.queries * routed.keys * (copies * config.num_heavy_heads + 2)
-    cross_rows = cross_keys = 0
+    cross_rows = cross_keys = decoder_layers = 0
     if config.is_encoder_decoder and config.routed_cross_key_values is not None:
+        decoder_layers = config.num_decoder_layers
         slots = config.num_cross_routers * (n if dense else min(n, config.routed_cross_key_values))
         # without kernels the rows are kept before their weights and after
         cross_rows = (1 if fused_attention else 2) * slots * d_model
@@ -116,7 +137,7 @@ def kept_values(
         if config.cross_routing_rank is not None:
             cross_rows, cross_keys = 0, n * (2 * config.d_kv + config.cross_routing_rank)
     # the last norm keeps its input
-    kept = n * d_model + config.num_decoder_layers * cross_rows
+    kept = n * d_model + decoder_layers * cross_rows
     if checkpointed:
         return kept + config.num_layers * n * d_model + layer + cross_keys
-    return kept + config.num_layers * layer + config.num_decoder_layers * cross_keys
+    return kept + config.num_layers * layer + decoder_layers * cross_keys

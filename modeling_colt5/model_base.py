@@ -17,6 +17,18 @@ from .model_layers import CoLT5RelativePositionBias
 from .model_router import set_dense_start
 
 
+def mean_of_real(hidden_states: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    """The mean of each row's real states [batch, n, d_model] → [batch, d_model], taken in fp32.
+
+    Args:
+        hidden_states: [batch, n, d_model].
+        real: bool [batch, n], True for real tokens.
+    """
+    wide = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
+    sums = wide.masked_fill(~real[..., None], 0.0).sum(1)
+    return (sums / real.sum(1, keepdim=True).clamp(min=1)).to(hidden_states.dtype)
+
+
 class CoLT5ClassificationHead(nn.Module):
     """T5's head for sequences: dense, tanh, projection to the labels."""
 
@@ -50,6 +62,8 @@ class CoLT5PreTrainedModel(PreTrainedModel):
     """What all CoLT5 models share: initialisation, loading, and the budgets of a loaded model."""
 
     config: CoLT5Config
+    # the class that a model's configuration is of, or derives from
+    config_name = "CoLT5Config"
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["CoLT5EncoderBlock", "CoLT5DecoderBlock", "CoLT5CrossRouting"]
@@ -60,7 +74,7 @@ class CoLT5PreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
 
     def __init__(self, config: CoLT5Config, *args: Any, **kwargs: Any):
-        check_config(config)
+        check_config(config, self.config_name)
         super().__init__(config, *args, **kwargs)
 
     @classmethod
@@ -176,7 +190,7 @@ class CoLT5PreTrainedModel(PreTrainedModel):
                 then.
             ValueError: for `cross_key_values` where the model's cross-attention has no routers.
         """
-        if cross_key_values is not None and self.config.routed_cross_key_values is None:
+        if cross_key_values is not None and getattr(self.config, "routed_cross_key_values", None) is None:
             raise ValueError(
                 f"cross_key_values is {cross_key_values}; it must be None where the configuration's "
                 "routed_cross_key_values is, as the model then has no routers for its cross-attention"
@@ -207,7 +221,9 @@ class CoLT5PreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: for a number outside of that, or a model without learned routers in an encoder.
         """
-        has_encoder = any(isinstance(part, CoLT5Stack) and "dense_start" in vars(part) for part in self.modules())
+        has_encoder = any(
+            isinstance(part, CoLT5PreTrainedModel) and "dense_start" in vars(part) for part in self.modules()
+        )
         if not has_encoder or self.config.routing != "learned":
             raise ValueError(
                 f"{type(self).__name__} with routing={self.config.routing!r} has no learned routers in an encoder; "

@@ -11,7 +11,10 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 # A folder's map of Auto classes names these files where all classes are this project's.
-OWN_FILES = ("configuration_colt5", "modeling_colt5", "tokenization_colt5")
+OWN_FILES = (
+    *("configuration_colt5", "modeling_colt5", "tokenization_colt5"),
+    *("configuration_colt5_vision", "modeling_colt5_vision"),
+)
 
 
 def code_file(reference: str | list[str | None]) -> str:

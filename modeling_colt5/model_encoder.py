@@ -29,7 +29,7 @@ from .run_inputs import (
 from .run_plan import EncoderPlan
 
 
-def _heavy_attentions_too(forward: Callable) -> Callable:
+def heavy_attentions_too(forward: Callable) -> Callable:
     """`output_attentions` asks for the heavy branch's weights as well as the light branch's."""
 
     @wraps(forward)
@@ -64,7 +64,7 @@ class CoLT5Encoder(CoLT5Stack):
         self.post_init()
 
     @merge_with_config_defaults
-    @_heavy_attentions_too
+    @heavy_attentions_too
     @capture_outputs
     def forward(
         self,

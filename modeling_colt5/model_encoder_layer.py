@@ -130,6 +130,9 @@ class CoLT5LayerConditionalAttention(nn.Module):
         layer_norm_epsilon: of the norm.
     """
 
+    light_attention_class = CoLT5LocalAttention
+    heavy_attention_class = CoLT5RoutedAttention
+
     def __init__(
         self,
         d_model: int,
@@ -144,11 +147,13 @@ class CoLT5LayerConditionalAttention(nn.Module):
     ):
         super().__init__()
         self.layer_norm = CoLT5LayerNorm(d_model, layer_norm_epsilon)
-        self.light_attention = CoLT5LocalAttention(d_model, d_kv, num_light_heads, local_radius, dropout_rate)
+        self.light_attention = self.light_attention_class(d_model, d_kv, num_light_heads, local_radius, dropout_rate)
         if routing != "none":
             self.query_router = CoLT5Router(d_model, routing, seed)
             self.key_value_router = CoLT5Router(d_model, routing, seed + 1)
-            self.heavy_attention = CoLT5RoutedAttention(d_model, d_kv, num_heavy_heads, dropout_rate=dropout_rate)
+            self.heavy_attention = self.heavy_attention_class(
+                d_model, d_kv, num_heavy_heads, dropout_rate=dropout_rate
+            )
         self.dropout = CoLT5Dropout(dropout_rate)
 
     def drop_rates(self) -> tuple[float, float, float]:

@@ -4,7 +4,7 @@ Layers take plain numbers. Budgets, routing and who computes may change after a 
 anew in each pass, through the settings here; once for all layers, as Transformers' configurations are slow to read.
 """
 
-from .configuration_colt5 import CoLT5Config
+from .configuration_colt5 import CoLT5BaseConfig, CoLT5Config
 from .model_causal import CoLT5LayerCausalAttention, CoLT5LayerCausalFF
 from .model_cross_routing import CoLT5CrossRouting
 from .model_decoder_layer import (
@@ -19,9 +19,13 @@ from .run_causal_plan import CausalSettings
 from .run_plan import CrossSettings, EncoderSettings, Implementation, SoftTopK
 
 
-def encoder_attention(config: CoLT5Config, seed: int) -> CoLT5LayerConditionalAttention:
+def encoder_attention(
+    config: CoLT5BaseConfig,
+    seed: int,
+    attention_class: type[CoLT5LayerConditionalAttention] = CoLT5LayerConditionalAttention,
+) -> CoLT5LayerConditionalAttention:
     """The first sublayer of an encoder layer; `seed` is that of its first router."""
-    return CoLT5LayerConditionalAttention(
+    return attention_class(
         d_model=config.d_model,
         d_kv=config.d_kv,
         num_light_heads=config.num_light_heads,
@@ -34,7 +38,7 @@ def encoder_attention(config: CoLT5Config, seed: int) -> CoLT5LayerConditionalAt
     )
 
 
-def encoder_feed_forward(config: CoLT5Config, seed: int) -> CoLT5LayerConditionalFF:
+def encoder_feed_forward(config: CoLT5BaseConfig, seed: int) -> CoLT5LayerConditionalFF:
     """The second sublayer of an encoder layer; `seed` is that of its router."""
     return CoLT5LayerConditionalFF(
         d_model=config.d_model,
@@ -48,10 +52,15 @@ def encoder_feed_forward(config: CoLT5Config, seed: int) -> CoLT5LayerConditiona
     )
 
 
-def encoder_block(config: CoLT5Config, layer_idx: int) -> CoLT5EncoderBlock:
+def encoder_block(
+    config: CoLT5BaseConfig,
+    layer_idx: int,
+    attention_class: type[CoLT5LayerConditionalAttention] = CoLT5LayerConditionalAttention,
+) -> CoLT5EncoderBlock:
     """An encoder layer, which has three routers."""
     seed = 3 * layer_idx
-    return CoLT5EncoderBlock(encoder_attention(config, seed), encoder_feed_forward(config, seed + 2))
+    attention = encoder_attention(config, seed, attention_class)
+    return CoLT5EncoderBlock(attention, encoder_feed_forward(config, seed + 2))
 
 
 def decoder_block(config: CoLT5Config, layer_idx: int) -> CoLT5DecoderBlock:
@@ -130,27 +139,28 @@ def cross_routers(config: CoLT5Config) -> CoLT5CrossRouting:
     )
 
 
-def layer_norm(config: CoLT5Config) -> CoLT5LayerNorm:
+def layer_norm(config: CoLT5BaseConfig) -> CoLT5LayerNorm:
     """The norm at the end of a stack."""
     return CoLT5LayerNorm(config.d_model, config.layer_norm_epsilon)
 
 
-def position_bias(config: CoLT5Config, num_heads: int, bidirectional: bool) -> CoLT5RelativePositionBias:
+def position_bias(config: CoLT5BaseConfig, num_heads: int, bidirectional: bool) -> CoLT5RelativePositionBias:
     """The bias by distance of one branch, for all layers of a stack."""
     return CoLT5RelativePositionBias(
         num_heads=num_heads,
         num_buckets=config.relative_attention_num_buckets,
         max_distance=config.relative_attention_max_distance,
         bidirectional=bidirectional,
+        dimensions=config.dimensions,
     )
 
 
-def implementation(config: CoLT5Config) -> Implementation:
+def implementation(config: CoLT5BaseConfig) -> Implementation:
     """Who computes."""
     return Implementation(kernel_backend=config.kernel_backend, attention=config._attn_implementation)
 
 
-def soft_topk(config: CoLT5Config) -> SoftTopK:
+def soft_topk(config: CoLT5BaseConfig) -> SoftTopK:
     """The soft top-k of all routers."""
     return SoftTopK(
         ratio=config.soft_topk_ratio,
@@ -167,7 +177,7 @@ def cross_settings(config: CoLT5Config) -> CrossSettings:
     return CrossSettings(num_tokens=config.routed_cross_key_values, soft_topk=soft_topk(config))
 
 
-def encoder_settings(config: CoLT5Config) -> EncoderSettings:
+def encoder_settings(config: CoLT5BaseConfig) -> EncoderSettings:
     """What all encoder layers have in common in a pass."""
     return EncoderSettings(
         routing=config.routing,

@@ -363,15 +363,19 @@ def relative_position_bucket(
 
 
 class CoLT5RelativePositionBias(nn.Embedding):
-    """The learned bias of one attention branch, shared by all layers of a stack: [num_buckets, num_heads]."""
+    """The learned bias of one attention branch, shared by all layers of a stack: [num_buckets, num_heads].
 
-    def __init__(self, num_heads: int, num_buckets: int, max_distance: int, bidirectional: bool):
-        super().__init__(num_buckets, num_heads)
+    In two dimensions each pair of buckets, one by rows and one by columns, has an entry: [num_buckets², num_heads].
+    """
+
+    def __init__(self, num_heads: int, num_buckets: int, max_distance: int, bidirectional: bool, dimensions: int = 1):
+        super().__init__(num_buckets**dimensions, num_heads)
         self.max_distance = max_distance
         self.bidirectional = bidirectional
         # It is no buffer, because a buffer that checkpoints lack is lost where a model without data is filled.
         distance = torch.arange(-max_distance, max_distance + 1, device="cpu")
-        self.bucket = relative_position_bucket(distance, bidirectional, num_buckets, max_distance)
+        bucket = relative_position_bucket(distance, bidirectional, num_buckets, max_distance)
+        self.bucket = bucket if dimensions == 1 else bucket[:, None] * num_buckets + bucket
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "CoLT5RelativePositionBias":
         super()._apply(fn, recurse)
@@ -379,7 +383,8 @@ class CoLT5RelativePositionBias(nn.Embedding):
         return self
 
     def _bucket_beside_weight(self) -> torch.Tensor:
-        """The bucket of each distance from -max_distance to max_distance, int64 on the weight's device.
+        """The bucket of each distance from -max_distance to max_distance, or of each pair of them, int64 on the
+        weight's device.
 
         It is kept there, as twenty operations make it, which are always the same."""
         device = self.weight.device
@@ -393,11 +398,12 @@ class CoLT5RelativePositionBias(nn.Embedding):
         return self.bucket
 
     def forward(self) -> torch.Tensor:  # type: ignore[override]
-        """The bias by distance: fp32 (float64 in a float64 model), [num_heads, 2 * max_distance + 1].
+        """The bias by distance: fp32 (float64 in a float64 model), [num_heads, 2 * max_distance + 1], and in two
+        dimensions as many rows of as many columns.
 
         Entry max_distance + d is the bias of a key d positions after its query. All distances from max_distance on
         share a bucket, so that clamped distances lose nothing.
         """
-        table = super().forward(self._bucket_beside_weight()).transpose(0, 1)
+        table = super().forward(self._bucket_beside_weight()).movedim(-1, 0)
         # one copy, whatever the dtype: the first leaves fp32 as it is, the second what the first has copied
         return table.to(accumulation_dtype(table.dtype), memory_format=torch.contiguous_format).contiguous()

@@ -9,6 +9,7 @@ from transformers.modeling_outputs import (
     BaseModelOutput,
     BaseModelOutputWithPastAndCrossAttentions,
     CausalLMOutputWithPast,
+    ImageClassifierOutput,
     QuestionAnsweringModelOutput,
     Seq2SeqLMOutput,
     Seq2SeqModelOutput,
@@ -143,6 +144,28 @@ class CoLT5QuestionAnsweringOutput(QuestionAnsweringModelOutput):
 
     heavy_attentions: tuple[torch.Tensor, ...] | None = None
     routing: tuple[CoLT5LayerRouting, ...] | None = None
+
+
+@dataclass
+class CoLT5VisionOutput(CoLT5EncoderOutput):
+    """The output of the encoder of pictures. Its tokens are patches, which count row by row in the padded pictures;
+    the light attention weights are [batch, num_light_heads, rows, columns, 2 * r + 1, 2 * r + 1], see
+    `window_attention_reference`.
+
+    Args:
+        patch_mask: bool [batch, rows, columns], True for the patches of a picture, False for padding.
+    """
+
+    patch_mask: torch.Tensor | None = None
+
+
+@dataclass
+class CoLT5ImageClassifierOutput(ImageClassifierOutput):
+    """The output of image classification; what is added here is `CoLT5VisionOutput`'s."""
+
+    heavy_attentions: tuple[torch.Tensor, ...] | None = None
+    routing: tuple[CoLT5LayerRouting, ...] | None = None
+    patch_mask: torch.Tensor | None = None
 
 
 def as_encoder_output(given: Any) -> CoLT5EncoderOutput:

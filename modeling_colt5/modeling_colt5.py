@@ -14,7 +14,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import can_return_tuple
 
 from .configuration_colt5 import CoLT5Config, check_config
-from .model_base import CoLT5ClassificationHead, CoLT5PreTrainedModel
+from .model_base import CoLT5ClassificationHead, CoLT5PreTrainedModel, mean_of_real
 
 # These imports, and three below, are for a saved copy of a user's code, which imports from this file what it imported
 # from the package.
@@ -525,10 +525,7 @@ class CoLT5ForSequenceClassification(CoLT5EncoderHeadModel):
         hidden_states = outputs.pop("last_hidden_state")
         mask = padding_mask("attention_mask", attention_mask, hidden_states)
         real = hidden_states.new_ones(hidden_states.shape[:2], dtype=torch.bool) if mask is None else mask
-        wide = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
-        sums = wide.masked_fill(~real[..., None], 0.0).sum(1)
-        pooled = (sums / real.sum(1, keepdim=True).clamp(min=1)).to(hidden_states.dtype)
-        logits = self.classification_head(pooled)
+        logits = self.classification_head(mean_of_real(hidden_states, real))
         loss = None
         if labels is not None:
             check_class_labels(labels, logits, self.config.problem_type)

@@ -187,6 +187,47 @@ def check_states(name: str, states: Any, d_model: int) -> None:
         raise _shape_error(name, states, wanted)
 
 
+def check_pixels(pixel_values: Any, num_channels: int) -> None:
+    """Check that pictures are floating point [batch, channels, height, width] with at least one pixel.
+
+    Raises:
+        TypeError: for what is no floating point tensor.
+        ValueError: for another shape, naming what is wrong with it.
+    """
+    shape = f"[batch, {num_channels}, height, width]"
+    if not isinstance(pixel_values, Tensor) or not pixel_values.is_floating_point():
+        is_tensor = isinstance(pixel_values, Tensor)
+        given = f"has dtype {pixel_values.dtype}" if is_tensor else f"is {type(pixel_values).__name__}"
+        raise TypeError(f"pixel_values {given}; it must be floating point {shape}, as an image processor makes it")
+    if pixel_values.dim() != 4:
+        raise _shape_error("pixel_values", pixel_values, f"{shape}, also for a single picture")
+    if pixel_values.shape[1] != num_channels:
+        wanted = f"{shape}, as num_channels of the configuration is {num_channels}"
+        raise _shape_error("pixel_values", pixel_values, wanted)
+    if 0 in pixel_values.shape:
+        raise _shape_error("pixel_values", pixel_values, f"{shape} with at least one picture and one pixel")
+
+
+def pixel_mask_of(pixel_mask: Tensor | None, pixel_values: Tensor) -> Tensor | None:
+    """The mask of pictures [batch, channels, height, width] as bool [batch, height, width], True for real pixels.
+
+    Raises:
+        ValueError: for a mask of another shape, or where it can be seen, a picture without a real pixel.
+    """
+    if pixel_mask is None:
+        return None
+    batch, _, *size = pixel_values.shape
+    if pixel_mask.shape != (batch, *size):
+        wanted = f"[batch, height, width], here {(batch, *size)}, with 1 for real pixels and 0 for padding"
+        raise _shape_error("pixel_mask", pixel_mask, wanted)
+    mask = pixel_mask.to(torch.bool)
+    if can_look(mask):
+        empty = (~mask.flatten(1).any(1)).nonzero().flatten().tolist()
+        if empty:
+            raise ValueError(f"pixel_mask has no real pixel in the pictures {empty}; each must have at least one")
+    return mask
+
+
 def padding_mask(name: str, attention_mask: Tensor | None, states: Tensor) -> Tensor | None:
     """The mask of states [batch, n, d_model] as bool [batch, n], True for real tokens.
 

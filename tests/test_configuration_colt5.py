@@ -13,8 +13,10 @@ from models import tiny_config
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
 from modeling_colt5 import CoLT5Config, CoLT5ForConditionalGeneration
+from modeling_colt5.configuration_colt5 import CoLT5BaseConfig
 
 ROOT = Path(__file__).resolve().parents[1]
+ANNOTATIONS = CoLT5BaseConfig.__annotations__ | CoLT5Config.__annotations__
 
 # the defaults are the paper's base model
 DEFAULTS = {
@@ -141,9 +143,9 @@ def test_impossible_values_are_refused_by_field_value_and_rule(name, value, rule
     assert getattr(config, name) == getattr(CoLT5Config(), name)
 
 
-@pytest.mark.parametrize("name", sorted(CoLT5Config.__annotations__))
+@pytest.mark.parametrize("name", sorted(ANNOTATIONS))
 def test_values_of_another_type_are_refused(name):
-    declared = CoLT5Config.__annotations__[name]
+    declared = ANNOTATIONS[name]
     wrong = ["a string", True, 0.5, b"bytes", [0.5], {}]
     accepted = {bool: True, str: "a string", float: 0.5, float | int: 0.5, float | int | None: 0.5}.get(declared)
     for value in wrong:
@@ -373,7 +375,7 @@ def test_decoders_config_keeps_every_field_under_its_name():
         assert not hasattr(text_config, "start_token_id")
         differing = {name for name, value in text_config.to_dict().items() if config.to_dict().get(name, "") != value}
         assert differing <= {"num_layers"}
-    assert not any(name.startswith("encoder") for name in CoLT5Config.__annotations__)
+    assert not any(name.startswith("encoder") for name in ANNOTATIONS)
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(path.name for path in DOCS.glob("*.md"))
 # test_recipes.py, test_readme.py and the pages' own tests run the others
-RUN_HERE = ["index.md", "concepts.md", "deploy.md", "see_routing.md"]
+RUN_HERE = ["index.md", "concepts.md", "deploy.md", "images.md", "see_routing.md"]
 COMMANDS_HERE = ["convert.md", "embeddings.md", "fine_tune.md", "index.md", "several_gpus.md"]
 
 

@@ -1,0 +1,116 @@
+"""The encoder of pictures: patches, and conditional layers over all of them."""
+
+import torch
+from torch import nn
+from transformers.processing_utils import Unpack
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_colt5_vision import CoLT5VisionConfig
+from .model_base import CoLT5PreTrainedModel
+from .model_encoder import CoLT5Encoder, heavy_attentions_too
+from .model_from_config import encoder_block, encoder_settings, layer_norm, position_bias
+from .model_initialisation import init_normal
+from .model_outputs import CoLT5VisionOutput
+from .model_vision_layer import CoLT5LayerVisionAttention, CoLT5PatchEmbedding, VisionPlan
+from .run_inputs import (
+    ForwardFlags,
+    check_pixels,
+    pixel_mask_of,
+    read_arguments,
+    refuse_jit_trace,
+    warn_of_missing_attentions,
+)
+from .run_plan import EncoderPlan
+
+
+class CoLT5VisionPreTrainedModel(CoLT5PreTrainedModel):
+    """What all CoLT5 models over pictures share."""
+
+    config: CoLT5VisionConfig
+    config_name = "CoLT5VisionConfig"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """T5's initialisation. Pixels of a standard deviation of 1 give patches the one of T5's embeddings, 1."""
+        if isinstance(module, CoLT5PatchEmbedding):
+            init_normal(module.projection, self.config.initializer_factor * module.projection.in_features**-0.5)
+        else:
+            super()._init_weights(module)
+
+    @property
+    def dummy_inputs(self) -> dict[str, torch.Tensor]:
+        """A batch of two pictures of four patches."""
+        side = 2 * self.config.patch_size
+        return {"pixel_values": torch.zeros(2, self.config.num_channels, side, side, device=self.device)}
+
+
+class CoLT5VisionEncoder(CoLT5VisionPreTrainedModel):
+    """The encoder of pictures: conditional layers whose tokens are patches."""
+
+    _can_record_outputs = CoLT5Encoder._can_record_outputs
+
+    def __init__(self, config: CoLT5VisionConfig):
+        super().__init__(config)
+        self.patch_embedding = CoLT5PatchEmbedding(config.patch_size, config.num_channels, config.d_model)
+        self.light_relative_attention_bias = position_bias(config, config.num_light_heads, bidirectional=True)
+        if config.routing != "none":
+            self.heavy_relative_attention_bias = position_bias(config, config.num_heavy_heads, bidirectional=True)
+        self.block = nn.ModuleList(
+            [encoder_block(config, layer_idx, CoLT5LayerVisionAttention) for layer_idx in range(config.num_layers)]
+        )
+        self.final_layer_norm = layer_norm(config)
+        self.dropout = nn.Dropout(config.dropout_rate)
+        self.gradient_checkpointing = False
+        self.dense_start: torch.Tensor | None = None
+        self.post_init()
+
+    @merge_with_config_defaults
+    @heavy_attentions_too
+    @capture_outputs
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        pixel_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[ForwardFlags],
+    ) -> CoLT5VisionOutput:
+        """Encode a batch of pictures.
+
+        Args:
+            pixel_values: floating point [batch, channels, height, width]. A size that is no multiple of the patch is
+                filled up with zeros at the right and at the bottom.
+            pixel_mask: [batch, height, width], 1 for real pixels, 0 for padding; None where there is none. What
+                padding holds is never read.
+            kwargs: `output_hidden_states`, `output_attentions`, `output_routing` and `return_dict`.
+
+        Raises:
+            TypeError: for pictures that are no floating point tensor.
+            ValueError: for another number of channels, an empty picture, or another shape of anything.
+        """
+        refuse_jit_trace()
+        flags = read_arguments(self, kwargs)
+        warn_of_missing_attentions(self, flags)
+        check_pixels(pixel_values, self.config.num_channels)
+        pixels = pixel_mask_of(pixel_mask, pixel_values)
+        patches, mask = self.patch_embedding(pixel_values.to(self.dtype), pixels)
+        hidden_states = self.run_blocks(self.dropout(patches), mask)
+        if mask is None:
+            mask = torch.ones(patches.shape[:3], dtype=torch.bool, device=patches.device)
+        return CoLT5VisionOutput(last_hidden_state=self.dropout(hidden_states), patch_mask=mask)
+
+    def run_blocks(self, patches: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """All layers and the last norm: [batch, rows, columns, d_model] and a bool mask [batch, rows, columns] →
+        [batch, rows * columns, d_model]."""
+        _, rows, columns, _ = patches.shape
+        hidden_states = patches.flatten(1, 2)
+        mask = None if mask is None else mask.flatten(1)
+        dense_start = self.dense_start if self.training else None
+        plan = EncoderPlan.make(encoder_settings(self.config), hidden_states, mask, dense_start)
+        plan = VisionPlan(**vars(plan), grid=(rows, columns))
+        light_bias_table = self.light_relative_attention_bias()
+        heavy_bias_table = None if self.config.routing == "none" else self.heavy_relative_attention_bias()
+        for block in self.block:
+            hidden_states = block(hidden_states, light_bias_table, heavy_bias_table, plan)[0]
+        return self.final_layer_norm(hidden_states, None, plan.kernel_backend)[0]

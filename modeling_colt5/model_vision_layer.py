@@ -1,0 +1,110 @@
+"""What is two-dimensional in a layer over pictures: patches, attention by rows and columns. The rest is the text's."""
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+
+from .model_encoder_layer import CoLT5LayerConditionalAttention, CoLT5LocalAttention, CoLT5RoutedAttention
+from .model_layers import project
+from .op_routing import RoutedTokens
+from .op_window_attention import patch_attention_reference, places_of, window_attention_reference
+from .run_plan import EncoderPlan
+
+
+@dataclass
+class VisionPlan(EncoderPlan):
+    """What all layers share in one pass over pictures, whose patches are tokens that are counted row by row.
+
+    Args:
+        grid: rows and columns of patches, of the padded pictures.
+    """
+
+    grid: tuple[int, int] = (1, 1)
+
+
+class CoLT5PatchEmbedding(nn.Module):
+    """A linear projection of each square patch of a picture."""
+
+    def __init__(self, patch_size: int, num_channels: int, d_model: int):
+        super().__init__()
+        self.patch_size = patch_size
+        self.projection = nn.Linear(num_channels * patch_size**2, d_model)
+
+    def forward(
+        self, pixel_values: torch.Tensor, mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Patches of pictures, which are filled up with zeros to whole patches at the right and at the bottom.
+
+        Args:
+            pixel_values: [batch, channels, height, width].
+            mask: bool [batch, height, width], True for real pixels; the others count as zeros. None for all real.
+
+        Returns:
+            [batch, rows, columns, d_model], and bool [batch, rows, columns], True for patches with a real pixel; None
+            where all pixels are.
+        """
+        size = self.patch_size
+        height, width = pixel_values.shape[-2:]
+        filling = (0, -width % size, 0, -height % size)
+        real = None
+        if mask is not None:
+            pixel_values = pixel_values.masked_fill(~mask[:, None], 0)
+            real = F.max_pool2d(F.pad(mask, filling)[:, None].to(torch.float32), size)[:, 0] > 0
+        patches = rearrange(F.pad(pixel_values, filling), "b c (y i) (x j) -> b y x (i j c)", i=size, j=size)
+        return self.projection(patches), real
+
+
+class CoLT5WindowAttention(CoLT5LocalAttention):
+    """The light branch over pictures: every patch attends to a square around it, `radius` patches to each side."""
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        bias_table: torch.Tensor,
+        plan: VisionPlan,  # type: ignore[override]
+        seed: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[batch, rows * columns, d_model] → the same shape, and the weights where the implementation gives them, see
+        `window_attention_reference`."""
+        projected = project(hidden_states, self.q, self.k, self.v, head_size=self.d_kv)
+        query, key, value = (part.unflatten(1, plan.grid) for part in projected)
+        mask = None if plan.mask is None else plan.mask.unflatten(1, plan.grid)
+        attend = partial(self.attend, implementation=plan.implementation.attention)
+        output, weights = window_attention_reference(query, key, value, bias_table, self.radius, mask, attend)
+        return self.o(output.flatten(3).flatten(1, 2)), weights
+
+
+class CoLT5PatchAttention(CoLT5RoutedAttention):
+    """The heavy branch over pictures: routed queries attend to routed keys and values, wherever their patches are."""
+
+    def forward(
+        self,
+        query_states: torch.Tensor,
+        key_value_states: torch.Tensor,
+        bias_table: torch.Tensor,
+        queries: RoutedTokens,
+        keys: RoutedTokens,
+        plan: VisionPlan,  # type: ignore[override]
+        seed: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[batch, query slots, d_model], [batch, key/value slots, d_model] → [batch, query slots, d_model], and the
+        weights where the implementation gives them."""
+        query = self.split_heads(self.q(query_states))
+        key, value = project(key_value_states, self.k, self.v, head_size=self.d_kv)
+        query_places, key_places = (places_of(tokens.indices, plan.grid[1]) for tokens in (queries, keys))
+        attend = partial(self.attend, implementation=plan.implementation.attention)
+        output, weights = patch_attention_reference(
+            query, key, value, bias_table, query_places, key_places, keys.valid, attend
+        )
+        return self.o(output.flatten(-2)), weights
+
+
+class CoLT5LayerVisionAttention(CoLT5LayerConditionalAttention):
+    """Conditional attention over pictures: the text's, with the two branches above."""
+
+    light_attention_class = CoLT5WindowAttention
+    heavy_attention_class = CoLT5PatchAttention

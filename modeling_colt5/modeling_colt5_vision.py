@@ -1,0 +1,78 @@
+"""The Hugging Face models of CoLT5 over pictures: the encoder, and image classification."""
+
+from typing import Any
+
+import torch
+from transformers.processing_utils import Unpack
+from transformers.utils import can_return_tuple
+
+from .configuration_colt5_vision import CoLT5VisionConfig
+from .model_base import CoLT5ClassificationHead, mean_of_real
+from .model_outputs import CoLT5ImageClassifierOutput, CoLT5VisionOutput
+from .model_vision_encoder import CoLT5VisionEncoder, CoLT5VisionPreTrainedModel
+from .run_inputs import ForwardFlags, check_class_labels, read_arguments
+
+
+class CoLT5VisionHeadModel(CoLT5VisionPreTrainedModel):
+    """What the models over pictures share: the encoder."""
+
+    def __init__(self, config: CoLT5VisionConfig):
+        super().__init__(config)
+        self.encoder = CoLT5VisionEncoder(self.config)
+
+    def encode(self, pixel_values: torch.Tensor, pixel_mask: torch.Tensor | None, **kwargs: Any) -> dict[str, Any]:
+        """The encoder's output by name; the arguments are those of `CoLT5VisionEncoder.forward`."""
+        kwargs = read_arguments(self, kwargs)
+        return dict(self.encoder(pixel_values, pixel_mask, return_dict=True, **kwargs))
+
+
+class CoLT5VisionModel(CoLT5VisionHeadModel):
+    """The encoder of pictures."""
+
+    _auto_class = "AutoModel"
+
+    def __init__(self, config: CoLT5VisionConfig):
+        super().__init__(config)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self, pixel_values: torch.Tensor, pixel_mask: torch.Tensor | None = None, **kwargs: Unpack[ForwardFlags]
+    ) -> CoLT5VisionOutput:
+        """Encode; the arguments are those of `CoLT5VisionEncoder.forward`."""
+        return CoLT5VisionOutput(**self.encode(pixel_values, pixel_mask, **kwargs))
+
+
+class CoLT5ForImageClassification(CoLT5VisionHeadModel):
+    """The encoder with a head for whole pictures: the mean of the real patches' states, taken in fp32."""
+
+    _auto_class = "AutoModelForImageClassification"
+    # The losses of regression and of several labels do not take `num_items_in_batch`, so Trainer averages them.
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: CoLT5VisionConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.classification_head = CoLT5ClassificationHead(
+            config.d_model, config.num_labels, config.classifier_dropout
+        )
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        pixel_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs: Unpack[ForwardFlags],
+    ) -> CoLT5ImageClassifierOutput:
+        """Classify; beside `CoLT5VisionEncoder.forward`'s arguments takes `labels`: int64 [batch], or floats [batch]
+        or [batch, num_labels] for regression and several labels. Gives logits [batch, num_labels]."""
+        outputs = self.encode(pixel_values, pixel_mask, **kwargs)
+        hidden_states = outputs.pop("last_hidden_state")
+        logits = self.classification_head(mean_of_real(hidden_states, outputs["patch_mask"].flatten(1)))
+        loss = None
+        if labels is not None:
+            check_class_labels(labels, logits, self.config.problem_type)
+            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
+        return CoLT5ImageClassifierOutput(loss=loss, logits=logits, **outputs)
