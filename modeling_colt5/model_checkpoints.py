@@ -29,18 +29,20 @@ def import_copies(folder: Path, file: str) -> None:
     """Let a file of a user's in a saved folder, and the files it imports there, import the copies of this project's
     code beside them in place of the package, which is not installed everywhere that the folder is loaded.
 
-    `from modeling_colt5 import …` becomes `from .modeling_colt5 import …`, and `from modeling_colt5.x import …`
-    becomes `from .x import …`. Another form is warned of: with it the folder loads only where the package is.
+    `from modeling_colt5 import …` becomes `from .modeling_colt5 import …`, or beside a model over pictures
+    `from .modeling_colt5_vision import …`; `from modeling_colt5.x import …` becomes `from .x import …`. Another form
+    is warned of: with it the folder loads only where the package is.
 
     Args:
         folder: the saved folder.
         file: name of the user's file in it, without ".py".
     """
     first = folder / f"{file}.py"
+    models = "modeling_colt5_vision" if (folder / "modeling_colt5_vision.py").is_file() else "modeling_colt5"
     for path in {first, *map(Path, get_relative_import_files(first))}:
         text = path.read_text(encoding="utf-8")
         changed = re.sub(r"^(\s*from\s+)modeling_colt5\.(?=\w)", r"\1.", text, flags=re.MULTILINE)
-        changed = re.sub(r"^(\s*from\s+)modeling_colt5(?=\s)", r"\1.modeling_colt5", changed, flags=re.MULTILINE)
+        changed = re.sub(r"^(\s*from\s+)modeling_colt5(?=\s)", rf"\1.{models}", changed, flags=re.MULTILINE)
         if changed != text:
             path.write_text(changed, encoding="utf-8")
         if re.search(r"^\s*import\s+modeling_colt5\b", changed, flags=re.MULTILINE):

@@ -6,11 +6,35 @@ import torch
 from transformers.processing_utils import Unpack
 from transformers.utils import can_return_tuple
 
+# The imports that are not used are for a saved copy of a user's code, which imports from this file what it imported
+# from the package.
+from .configuration_colt5 import CoLT5Config  # noqa: F401
 from .configuration_colt5_vision import CoLT5VisionConfig
-from .model_base import CoLT5ClassificationHead, mean_of_real
+from .model_base import CoLT5ClassificationHead, CoLT5PreTrainedModel, mean_of_real  # noqa: F401
+from .model_blocks import (  # noqa: F401
+    CoLT5CausalConditionalAttention,
+    CoLT5CausalConditionalFeedForward,
+    CoLT5ConditionalAttention,
+    CoLT5ConditionalBlock,
+    CoLT5ConditionalCrossAttention,
+    CoLT5ConditionalFeedForward,
+)
 from .model_outputs import CoLT5ImageClassifierOutput, CoLT5VisionOutput
+from .model_router import set_dense_start  # noqa: F401
 from .model_vision_encoder import CoLT5VisionEncoder, CoLT5VisionPreTrainedModel
+from .modeling_colt5 import (  # noqa: F401
+    CoLT5EncoderModel,
+    CoLT5ForCausalLM,
+    CoLT5ForConditionalGeneration,
+    CoLT5ForQuestionAnswering,
+    CoLT5ForSequenceClassification,
+    CoLT5ForTokenClassification,
+    CoLT5Model,
+)
+from .op_soft_topk import soft_topk  # noqa: F401
 from .run_inputs import ForwardFlags, check_class_labels, read_arguments
+from .run_plan import SoftTopK  # noqa: F401
+from .tokenization_colt5 import CoLT5Tokenizer  # noqa: F401
 
 
 class CoLT5VisionHeadModel(CoLT5VisionPreTrainedModel):

@@ -10,9 +10,12 @@ from pathlib import Path
 import hub_steps
 import pytest
 import torch
-from PIL import Image
-from safetensors.torch import load_file, save_file
-from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification, pipeline
+import vision_hub_steps
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoModelForImageClassification
+from vision import tiny_vision_model
+
+import modeling_colt5
 
 AUTO_MAP = {
     "AutoConfig": "configuration_colt5_vision.CoLT5VisionConfig",
@@ -21,43 +24,7 @@ AUTO_MAP = {
 }
 
 
-def picture() -> torch.Tensor:
-    return torch.linspace(0, 255, 3 * 30 * 21).view(3, 30, 21).to(torch.uint8)
-
-
-def read(model: torch.nn.Module, folder: str) -> torch.Tensor:
-    batch = AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)(picture(), return_tensors="pt")
-    with torch.no_grad():
-        return model.eval()(**batch)[0].clone()
-
-
-def without_the_package(out: str, folder: str) -> None:
-    """In a process of its own: the Auto classes, the pipeline, a step of training, and one more round."""
-    hub_steps.Hidden(["modeling_colt5", "triton", "torchao"])
-    outputs = {}
-    for auto_class in (AutoModel, AutoModelForImageClassification):
-        model = auto_class.from_pretrained(folder, trust_remote_code=True)
-        assert type(model).__module__.startswith("transformers_modules."), type(model)
-        outputs[auto_class.__name__] = read(model, folder)
-    classify = pipeline("image-classification", model=folder, trust_remote_code=True)
-    image = Image.fromarray(picture().permute(1, 2, 0).numpy())
-    scores = {entry["label"]: entry["score"] for entry in classify(image)}
-    outputs["pipeline"] = torch.tensor([scores[f"LABEL_{i}"] for i in range(5)]).log()
-    batch = AutoImageProcessor.from_pretrained(folder)(picture(), return_tensors="pt")
-    model.train()(**batch, labels=torch.tensor([1])).loss.backward()
-    torch.optim.SGD(model.parameters(), lr=0.1).step()
-    model.save_pretrained(f"{folder}/again")
-    AutoImageProcessor.from_pretrained(folder).save_pretrained(f"{folder}/again")
-    again = AutoModelForImageClassification.from_pretrained(f"{folder}/again", trust_remote_code=True)
-    outputs["tuned"] = read(again, f"{folder}/again")
-    torch.testing.assert_close(outputs["tuned"], read(model, folder), rtol=0, atol=1e-5)
-    assert importlib.util.find_spec("modeling_colt5") is None and "modeling_colt5" not in sys.modules
-    save_file(outputs, out)
-
-
 def save(folder: Path) -> torch.nn.Module:
-    from vision import tiny_vision_model
-
     torch.manual_seed(0)
     model = tiny_vision_model()
     model.save_pretrained(folder)
@@ -83,6 +50,37 @@ def test_code_for_text_does_not_travel_with_that_for_pictures():
     assert not {name for name in hub_steps.closure("modeling_colt5") if "vision" in name or "window" in name}
 
 
+USERS_CODE = """from modeling_colt5 import CoLT5Config, CoLT5ForImageClassification
+from modeling_colt5.model_layers import CoLT5LayerNorm
+
+
+class DoubleClassifier(CoLT5ForImageClassification):
+    def forward(self, pixel_values, pixel_mask=None, **kwargs):
+        return {"logits": 2 * super().forward(pixel_values, pixel_mask, **kwargs).logits}
+
+
+DoubleClassifier.register_for_auto_class("AutoModelForImageClassification")
+"""
+
+
+def test_a_users_class_is_saved_with_imports_of_the_copies(tmp_path, monkeypatch):
+    (tmp_path / "double_pictures.py").write_text(USERS_CODE, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    users = importlib.import_module("double_pictures").DoubleClassifier
+    model = users(tiny_vision_model().config).eval()
+    folder = tmp_path / "model"
+    model.save_pretrained(folder)
+    saved = (folder / "double_pictures.py").read_text(encoding="utf-8")
+    assert "from .modeling_colt5_vision import CoLT5Config, CoLT5ForImage" in saved
+    assert "from .model_layers import" in saved
+    copies = importlib.import_module("modeling_colt5.modeling_colt5_vision")
+    assert {name for name in modeling_colt5.__all__ if not hasattr(copies, name)} == {"show_routing"}
+    loaded = AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True)
+    assert type(loaded).__name__ == "DoubleClassifier" and type(loaded) is not users
+    pixels = torch.randn(1, 3, 9, 10, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(loaded.eval()(pixels)["logits"], model(pixels)["logits"], rtol=0, atol=1e-5)
+
+
 # a process that imports everything anew
 @pytest.mark.slow
 def test_code_goes_round_without_the_package(tmp_path):
@@ -90,7 +88,7 @@ def test_code_goes_round_without_the_package(tmp_path):
     model = save(folder)
     environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": str(hub_steps.ROOT)}
     done = subprocess.run(
-        [sys.executable, __file__, str(tmp_path / "out.safetensors"), str(folder)],
+        [sys.executable, vision_hub_steps.__file__, str(tmp_path / "out.safetensors"), str(folder)],
         env=environment,
         capture_output=True,
         text=True,
@@ -99,13 +97,9 @@ def test_code_goes_round_without_the_package(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     outputs = load_file(tmp_path / "out.safetensors")
     expected = {
-        "AutoModel": read(AutoModel.from_pretrained(folder), str(folder)),
-        "AutoModelForImageClassification": read(model, str(folder)),
-        "pipeline": read(model, str(folder))[0].log_softmax(0),
-        "tuned": read(AutoModelForImageClassification.from_pretrained(folder / "again"), str(folder)),
+        "AutoModel": vision_hub_steps.read(AutoModel.from_pretrained(folder), str(folder)),
+        "AutoModelForImageClassification": vision_hub_steps.read(model, str(folder)),
+        "pipeline": vision_hub_steps.read(model, str(folder))[0].log_softmax(0),
+        "tuned": vision_hub_steps.read(AutoModelForImageClassification.from_pretrained(folder / "again"), str(folder)),
     }
     hub_steps.assert_equal(outputs, expected)
-
-
-if __name__ == "__main__":
-    without_the_package(*sys.argv[1:])
