@@ -11,6 +11,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
+from .causal_costs import causal_flops, causal_kept_values
 from .configuration_colt5 import CoLT5BaseConfig
 from .encoder_costs import encoder_flops, kept_values
 from .kernel_backend import uses_triton
@@ -76,7 +77,9 @@ MEMORY_LIMIT = 1.5
 
 @dataclass(frozen=True)
 class DenseStartCosts:
-    """What the encoder costs in a step of a dense start, over what it costs in a later one, by formula.
+    """What an encoder, or a causal language model, costs in a step of a dense start over what it costs in a later one.
+
+    All of it is by formula.
 
     Attributes:
         flops: operations.
@@ -97,18 +100,21 @@ class DenseStartCosts:
         input_share: float,
         fused_attention: bool = True,
         checkpointed: bool = False,
+        causal: bool = False,
     ) -> "DenseStartCosts":
-        """The costs for inputs of `length` tokens; the arguments are those of `DenseStart` and `kept_values`."""
+        """The costs for inputs of `length` tokens; the arguments are those of `DenseStart` and `kept_values`, and
+        `causal` says whether the model is a causal language model."""
         how = {"fused_attention": fused_attention, "checkpointed": checkpointed}
-        later = kept_values(config, length, **how)
+        kept, operations = (causal_kept_values, causal_flops) if causal else (kept_values, encoder_flops)
+        later = kept(config, length, **how)
 
         def memory(share: float) -> float:
-            return kept_values(config, math.ceil(share * length), dense=True, **how) / later
+            return kept(config, math.ceil(share * length), dense=True, **how) / later
 
         # a search by halves: memory grows with the share
         shares = [hundredth / 100 for hundredth in range(1, 101)]
         allowed = bisect_right(shares, MEMORY_LIMIT, key=memory)
-        flops = encoder_flops(config, math.ceil(input_share * length), dense=True) / encoder_flops(config, length)
+        flops = operations(config, math.ceil(input_share * length), dense=True) / operations(config, length)
         return cls(flops, memory(input_share), shares[allowed - 1] if allowed else None)
 
 
@@ -363,7 +369,11 @@ class DenseStartCallback(TrainerCallback):
         share = schedule.input_share
         ends = next(step for step in range(steps + 1) if schedule.progress(step, steps) is None)
         is_cross_routed = config.is_encoder_decoder and config.routed_cross_key_values is not None
-        keeping = "encoder and routed cross-attention keep" if is_cross_routed else "the encoder keeps"
+        stacks = [part for part in self._model.modules() if hasattr(part, "dense_start") and hasattr(part, "block")]
+        # not by class: a model with code of the Hub has classes of its own, and FSDP2 makes others with longer names
+        has_encoder = any(not type(part).__name__.endswith("CoLT5Decoder") for part in stacks)
+        stack = "encoder" if has_encoder else "decoder"
+        keeping = "encoder and routed cross-attention keep" if is_cross_routed else f"the {stack} keeps"
         weight = next(self._model.parameters())
         costs = DenseStartCosts.of(
             config,
@@ -374,13 +384,14 @@ class DenseStartCallback(TrainerCallback):
             and uses_triton(weight, config.kernel_backend)
             and config._attn_implementation == "sdpa",
             checkpointed=any(getattr(part, "gradient_checkpointing", False) for part in self._model.modules()),
+            causal=not has_encoder,
         )
         logger.warning(
             f"Dense start: until step {ends} of {steps} every token takes the heavy branches, on "
             f"{share:.0%} of every input; from then on routing is the paper's. For inputs of {length:,} tokens a "
-            f"step of it has {costs.flops:.2f} times the encoder's operations of a later step, and {keeping} "
+            f"step of it has {costs.flops:.2f} times the {stack}'s operations of a later step, and {keeping} "
             f"{costs.memory:.2f} times as much for the backward; the run has "
-            f"{1 + ends / max(1, steps) * (costs.flops - 1):.2f} times the encoder's operations of one without."
+            f"{1 + ends / max(1, steps) * (costs.flops - 1):.2f} times the {stack}'s operations of one without."
         )
         if costs.memory > MEMORY_LIMIT:
             advice = (

@@ -14,7 +14,7 @@ from .configuration_colt5 import CoLT5Config, check_config
 from .model_checkpoints import OWN_FILES, check_layers, code_file
 from .model_initialisation import init_layer, init_normal
 from .model_layers import CoLT5RelativePositionBias
-from .model_router import set_dense_start
+from .model_router import CoLT5Router, set_dense_start
 
 
 def mean_of_real(hidden_states: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
@@ -207,10 +207,12 @@ class CoLT5PreTrainedModel(PreTrainedModel):
             setattr(self.config, name, budget)
 
     def set_dense_start(self, progress: float | None) -> None:
-        """Train the routers of the encoder, and of the cross-attention, before they choose: see docs/routers.md.
+        """Train the routers of encoder, cross-attention and causally routed layers before they choose: see
+        docs/routers.md.
 
         While the model is in training mode, every token takes the heavy branches, and its weight says how much of them
-        it receives; routed cross-attention reads every token, times its weight. At progress 0 the weights are near 1
+        it receives; routed cross-attention reads every token, times its weight, and a window of a causally routed
+        decoder every token of the windows before it. At progress 0 the weights are near 1
         and constant. From there to 1 they shrink until they sum to the configured budgets, and the routers have a
         gradient. In evaluation mode, and after None, routing is the paper's. Nothing of this is saved. `DenseStart` of
         dense_start.py calls it at every step of a training run.
@@ -219,15 +221,12 @@ class CoLT5PreTrainedModel(PreTrainedModel):
             progress: from 0 to 1, or None to end the dense start.
 
         Raises:
-            ValueError: for a number outside of that, or a model without learned routers in an encoder.
+            ValueError: for a number outside of that, or a model without learned routers.
         """
-        has_encoder = any(
-            isinstance(part, CoLT5PreTrainedModel) and "dense_start" in vars(part) for part in self.modules()
-        )
-        if not has_encoder or self.config.routing != "learned":
+        if not any(part.routing == "learned" for part in self.modules() if isinstance(part, CoLT5Router)):
             raise ValueError(
-                f"{type(self).__name__} with routing={self.config.routing!r} has no learned routers in an encoder; "
-                "a dense start needs them"
+                f"{type(self).__name__} with routing={self.config.routing!r} has no learned routers; a dense start "
+                "needs them"
             )
         set_dense_start(self, progress)
 

@@ -27,7 +27,7 @@ from .model_outputs import CoLT5CausalLayerRouting, CoLT5LayerRouting
 from .op_routing import RoutedTokens
 from .run_causal_cache import CoLT5DynamicRoutedLayer, check_routed_layer
 from .run_causal_plan import CausalPlan
-from .run_inputs import check_states, padding_mask, refuse_jit_trace
+from .run_inputs import check_no_dense_start, check_states, padding_mask, refuse_jit_trace
 from .run_plan import EncoderPlan, SoftTopK
 
 ATTENTIONS = ("sdpa", "eager")
@@ -317,12 +317,14 @@ class _CausalStandAlone(_StandAlone):
         settings: windows, budgets and soft top-k. Another object of its class in its place changes the budgets of a
             module that is already there.
         implementation: who computes.
+        dense_start: fp32 [], how far a dense start has come; `set_dense_start` sets it.
     """
 
     def __init__(self, config: CoLT5Config):
         super().__init__()
         self.settings = causal_settings(config)
         self.implementation = implementation(config)
+        self.dense_start: Tensor | None = None
 
     def make_cache(self) -> CoLT5DynamicRoutedLayer:
         """An empty cache of this module's, whose size does not grow with the text. It can be cropped, reordered and
@@ -338,10 +340,12 @@ class _CausalStandAlone(_StandAlone):
         refuse_jit_trace()
         check_states("hidden_states", hidden_states, self.d_model)
         bool_mask = padding_mask("mask", mask, hidden_states)
+        dense_start = self.dense_start if self.training else None
         if cache is not None:
             check_routed_layer(cache, len(hidden_states))
+            check_no_dense_start(dense_start)
         past = None if cache is None else cache.past_lengths()
-        plan = CausalPlan.make(self.settings, self.implementation, hidden_states, bool_mask, past)
+        plan = CausalPlan.make(self.settings, self.implementation, hidden_states, bool_mask, past, dense_start)
         if cache is not None:
             plan.count_in([cache], bool_mask)
         return plan

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from .model_layers import CoLT5Attention, CoLT5DenseActDense, CoLT5LayerNorm, clamp_half, project
 from .model_router import CoLT5Router, router_weights
 from .op_attention import local_attention, local_attention_reference, routed_attention, routed_attention_reference
-from .op_gates import Gates, causal_gates
+from .op_gates import Gates, causal_gates, dense_gates
 from .op_pools import Pools, gather_pools, routed_pools
 from .op_routing import RoutedTokens
 from .op_rows import scatter_add_tokens, share_and_gather
+from .run_budgets import dense_start_budget
 from .run_causal_plan import CausalPlan, take
 
 
@@ -50,6 +51,14 @@ def _run_gates(
         The gates, and RoutedTokens in the rows that `plan.windows` gives.
     """
     settings = plan.settings
+    if plan.dense_start is not None:
+        framed = plan.frame(scores).unflatten(1, (-1, settings.window))
+        share = (target / settings.window,)
+        (soft_target,) = dense_start_budget(
+            plan.counts.new_full((1,), settings.window), share, settings.soft_topk_ratio, plan.dense_start
+        )
+        gates = dense_gates(framed, plan.total, soft_target, settings.epsilon, plan.dense_start)
+        return gates, gates.tokens
     carried = None if cache is None else cache.carried.get(name)
     joined = _with_earlier(scores, plan, cache, name)
     gates = causal_gates(
@@ -67,6 +76,16 @@ def _run_gates(
     if cache is not None:
         _hand_on(plan.handed(gates.thresholds.detach()), plan, cache, name)
     return gates, plan.routed(gates.tokens)
+
+
+def _pools_of_dense_start(plan: CausalPlan, groups: int) -> tuple[Tensor, Tensor] | None:
+    """What `routed_pools` takes for a dense start, for the pools of all rows and groups; None outside of one."""
+    if plan.dense_start is None:
+        return None
+    settings, windows = plan.settings, torch.arange(plan.num_windows + 1, device=plan.counts.device)
+    lengths = (windows * settings.window).repeat(len(plan.counts) * groups)
+    share = lengths.clamp(max=settings.pool_size) / lengths.clamp(min=1)
+    return dense_start_budget(lengths, (share,), settings.soft_topk_ratio, plan.dense_start), plan.dense_start
 
 
 def _share_and_gather(states: Tensor, tokens: RoutedTokens, plan: CausalPlan) -> tuple[Tensor, Tensor]:
@@ -194,8 +213,9 @@ class CoLT5CausalRoutedAttention(CoLT5Attention):
         pools = routed_pools(
             known.flatten(0, 1),
             settings.window,
-            settings.pool_size,
+            plan.pool_size,
             None if handed is None else handed.initial(),
+            dense_start=_pools_of_dense_start(plan, groups),
             soft_topk_ratio=settings.soft_topk_ratio,
             epsilon=settings.epsilon,
             kernel_backend=plan.implementation.kernel_backend,

@@ -33,6 +33,7 @@ from .run_inputs import (
     check_cache,
     check_causal_mask,
     check_memory,
+    check_no_dense_start,
     embed,
     padding_mask,
     read_arguments,
@@ -71,6 +72,7 @@ class CoLT5Decoder(CoLT5Stack):
         self.final_layer_norm = layer_norm(config)
         self.dropout = nn.Dropout(config.dropout_rate)
         self.gradient_checkpointing = False
+        self.dense_start: torch.Tensor | None = None
         self.post_init()
 
     @merge_with_config_defaults
@@ -102,8 +104,8 @@ class CoLT5Decoder(CoLT5Stack):
             kwargs: `output_hidden_states`, `output_attentions`, `output_routing` and `return_dict`.
 
         Raises:
-            ValueError: for both or neither of ids and embeddings, no row or no token, no encoder output, or another
-                shape of anything.
+            ValueError: for both or neither of ids and embeddings, no row or no token, no encoder output, another shape
+                of anything, or a cache during a dense start of causally routed layers.
             TypeError: for a cache that does not fit a causally routed decoder, or one under both names.
         """
         cache = cache_of_forward(cache, past_key_values)
@@ -122,7 +124,9 @@ class CoLT5Decoder(CoLT5Stack):
                 )
             encoder_hidden_states = check_memory(encoder_hidden_states, hidden_states)
             encoder_mask = padding_mask("encoder attention_mask", encoder_attention_mask, encoder_hidden_states)
-        if use_cache and cache is None:
+        if cache is not None:
+            check_no_dense_start(self.progress)
+        if use_cache and cache is None and self.progress is None:
             cache = DynamicCache(config=self.config)
             if has_encoder:
                 cache = EncoderDecoderCache(cache, DynamicCache(config=self.config))
@@ -156,6 +160,12 @@ class CoLT5Decoder(CoLT5Stack):
             **{CACHE: cache},
             cross_routing=cross_routing if flags.get("output_routing", self.config.output_routing) else None,
         )
+
+    @property
+    def progress(self) -> torch.Tensor | None:
+        """fp32 [], how far a dense start of causally routed layers has come in this call; None for the budgets."""
+        is_routed = "routed" in (self.config.causal_attention, self.config.causal_feed_forward)
+        return self.dense_start if self.training and is_routed else None
 
     def attention_to_all(
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, cache: Cache | None, prefix: str
@@ -198,7 +208,9 @@ class CoLT5Decoder(CoLT5Stack):
             attention_mask = attention_mask[:, -length:].to(torch.bool)
         past = None if first is None else first.past_lengths()
         settings = causal_settings(self.config)
-        plan = CausalPlan.make(settings, implementation(self.config), hidden_states, attention_mask, past)
+        plan = CausalPlan.make(
+            settings, implementation(self.config), hidden_states, attention_mask, past, self.progress
+        )
         if first is not None:
             layers = [routed_layer(cache, layer_idx) for layer_idx in range(len(self.block))]
             plan.count_in(layers, attention_mask)

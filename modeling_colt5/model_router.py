@@ -7,32 +7,9 @@ import torch
 from torch import nn
 from transformers.integrations import use_kernel_forward_from_hub
 
-from .op_routing import RoutedTokens, route
+from .op_routing import RoutedTokens, dense_start_weights, route
 from .run_budgets import RoutingBudget, larger
 from .run_plan import RouterPlan
-
-
-def dense_start_weights(
-    weights: torch.Tensor, scores: torch.Tensor, epsilon: float, progress: torch.Tensor
-) -> torch.Tensor:
-    """The soft top-k's weights, with the gradient that they have during a dense start.
-
-    Each weight follows its own score alone, with the slope weight / ε, as if the threshold were constant; a saturated
-    weight does so too. So a token whose heavy branch helps rises, whatever the others do, and none is pushed down
-    because another is chosen. At progress 0 the weights are constants: the heavy branches learn first.
-
-    Args:
-        weights: fp32 [rows, slots], the soft top-k's weights, without a gradient.
-        scores: [rows, slots], the scores of the same tokens.
-        epsilon: the soft top-k's temperature.
-        progress: fp32 [], from 0 to 1.
-
-    Returns:
-        fp32 [rows, slots], equal to `weights`.
-    """
-    scores = scores.float()
-    slope = weights / epsilon * (progress > 0)
-    return weights + slope * (scores - scores.detach())
 
 
 @use_kernel_forward_from_hub("CoLT5Routing")

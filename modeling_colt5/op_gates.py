@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .kernel_backend import accumulation_dtype, triton_is_available
-from .op_routing import RoutedTokens
+from .op_routing import RoutedTokens, dense_start_weights
 from .op_soft_topk import mask_scores, solve_exactly
 from .run_operator import Gradient, Launch, Operator
 
@@ -36,13 +36,13 @@ class Gates:
     tokens: RoutedTokens
 
 
-def window_thresholds(scores: Tensor, target: int, soft_target: float, epsilon: float) -> Tensor:
+def window_thresholds(scores: Tensor, target: int, soft_target: float | Tensor, epsilon: float) -> Tensor:
     """What complete windows hand on to the next: their `target`-th largest score, and the t of their soft top-k.
 
     Args:
         scores: [rows, window].
         target: how many tokens a window routes on average.
-        soft_target: k of the soft top-k.
+        soft_target: k of the soft top-k; a number, or fp32 [].
         epsilon: its temperature.
 
     Returns:
@@ -50,8 +50,12 @@ def window_thresholds(scores: Tensor, target: int, soft_target: float, epsilon: 
     """
     values = mask_scores(scores, None)
     least = values.detach().topk(target, -1).values[:, -1]
-    k = values.new_full((len(values),), soft_target)
-    centre, _, offset = solve_exactly(values, k, epsilon, min(values.shape[1], math.ceil(soft_target)))
+    rows, window = values.shape
+    if isinstance(soft_target, Tensor):
+        k, largest = soft_target.to(values.dtype).expand(rows), window
+    else:
+        k, largest = values.new_full((rows,), soft_target), min(window, math.ceil(soft_target))
+    centre, _, offset = solve_exactly(values, k, epsilon, largest)
     return torch.stack([least, (centre + epsilon * offset)[:, 0]], -1)
 
 
@@ -178,3 +182,30 @@ def causal_gates(
         kernel_backend, scores, past, total, carried, target, capacity, soft_target, epsilon, fill_first
     )
     return Gates(weights, routed, thresholds, RoutedTokens(indices, slot_weights, valid))
+
+
+def dense_gates(scores: Tensor, total: Tensor, soft_target: Tensor, epsilon: float, progress: Tensor) -> Gates:
+    """What `causal_gates` gives during a dense start: every token is routed, with a weight of the budget's size.
+
+    The weight is min(1, exp((s - t) / ε)) with the t of the window before, as there, for a soft top-k of size
+    `soft_target`. A row's very first window, which nothing was handed to, has equal weights of that sum.
+
+    Args:
+        scores: [batch, windows, window], of a whole sequence's tokens by rank.
+        total: int64 [batch], real tokens; the rest of the last window holds anything finite.
+        soft_target: fp32 [], above 0, what the weights of a window sum to on average.
+        epsilon: the soft top-k's temperature.
+        progress: fp32 [], how far the dense start has come; see `dense_start_weights`.
+    """
+    batch, windows, window = scores.shape
+    values = mask_scores(scores.detach(), None)
+    handed = window_thresholds(values.flatten(0, 1), window, soft_target, epsilon).view(batch, windows, 2)
+    thresholds = torch.cat([torch.zeros_like(handed[:, :1]), handed], 1)
+    weights = ((values - thresholds[:, :-1, 1:]) / epsilon).clamp(max=0).exp()
+    weights = dense_start_weights(weights, scores, epsilon, progress)
+    ranks = torch.arange(windows * window, device=scores.device).view(windows, window)
+    weights = torch.where(ranks < window, (soft_target / window).to(weights.dtype), weights)
+    routed = ranks < total[:, None, None]
+    weights = weights.masked_fill(~routed, 0)
+    slots = fill_slots(routed.flatten(0, 1), weights.flatten(0, 1), window)
+    return Gates(weights, routed, thresholds, RoutedTokens(*slots))

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .kernel_backend import triton_is_available
-from .op_routing import RoutedTokens, route
+from .op_routing import RoutedTokens, dense_start_weights, route
 from .op_soft_topk import mask_scores
 from .run_operator import Gradient, Launch, Operator
 
@@ -163,6 +163,7 @@ def routed_pools(
     size: int,
     initial: tuple[Tensor, RoutedTokens] | None,
     *,
+    dense_start: tuple[Tensor, Tensor] | None = None,
     kernel_backend: str = "auto",
     **settings: Any,
 ) -> Pools:
@@ -177,6 +178,8 @@ def routed_pools(
         size: tokens of a pool.
         initial: where window 0 was handed a pool: its scores [rows, size], and what it is, used slots first. None for
             none.
+        dense_start: what the weights of each pool sum to, fp32 [rows * (windows + 1)], and how far a dense start has
+            come, fp32 [], see `dense_start_weights`; None for the paper's weights.
         kernel_backend: as in `uses_triton` of kernel_backend.py.
         settings: keywords of `route`.
     """
@@ -186,17 +189,18 @@ def routed_pools(
         known = (initial[0].to(scores.dtype), initial[1].valid)
     candidate_scores, candidates, present, following = _candidates.call(kernel_backend, scores, *known, window, size)
     budget = torch.full((rows * candidates.shape[1],), size, device=scores.device)
-    chosen = route(
-        candidate_scores.flatten(0, 1),
-        budget,
-        size,
-        mask=present.flatten(0, 1),
-        kernel_backend=kernel_backend,
-        **settings,
-    )
+    known_scores, settings["mask"] = candidate_scores.flatten(0, 1), present.flatten(0, 1)
+    if dense_start is None:
+        chosen = route(known_scores, budget, size, kernel_backend=kernel_backend, **settings)
+        weights = chosen.weights
+    else:
+        settings["soft_budget"], progress = dense_start
+        chosen = route(known_scores.detach(), budget, size, kernel_backend=kernel_backend, **settings)
+        own_scores = known_scores.gather(1, chosen.indices).masked_fill(~chosen.valid, 0)
+        weights = dense_start_weights(chosen.weights, own_scores, settings["epsilon"], progress)
     shape = (rows, -1, size)
     indices = candidates.flatten(0, 1).gather(-1, chosen.indices).view(shape)
-    weights, valid = chosen.weights.view(shape), chosen.valid.view(shape)
+    weights, valid = weights.view(shape), chosen.valid.view(shape)
     if initial is not None:
         first = initial[1]
         slots = torch.arange(size, device=scores.device).expand(rows, 1, size)

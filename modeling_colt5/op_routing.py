@@ -217,3 +217,24 @@ def route(
         epsilon, num_iterations, epsilon_init, epsilon_decay,
     )  # fmt: skip
     return RoutedTokens(indices, weights, valid)
+
+
+def dense_start_weights(weights: Tensor, scores: Tensor, epsilon: float, progress: Tensor) -> Tensor:
+    """The soft top-k's weights, with the gradient that they have during a dense start.
+
+    Each weight follows its own score alone, with the slope weight / ε, as if the threshold were constant; a saturated
+    weight does so too. So a token whose heavy branch helps rises, whatever the others do, and none is pushed down
+    because another is chosen. At progress 0 the weights are constants: the heavy branches learn first.
+
+    Args:
+        weights: fp32 [rows, slots], the soft top-k's weights, without a gradient.
+        scores: [rows, slots], the scores of the same tokens.
+        epsilon: the soft top-k's temperature.
+        progress: fp32 [], from 0 to 1.
+
+    Returns:
+        fp32 [rows, slots], equal to `weights`.
+    """
+    scores = scores.float()
+    slope = weights / epsilon * (progress > 0)
+    return weights + slope * (scores - scores.detach())

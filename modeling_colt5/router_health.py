@@ -147,9 +147,10 @@ class RouterHealthCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
         """Find the encoder, and wait for the first batch."""
-        # not by class: a model with code of the Hub has classes of its own, and FSDP2 makes others
+        # not by class: a model with code of the Hub has classes of its own, and FSDP2 makes others with longer names
         parts = [part for part in model.modules() if hasattr(part, "dense_start")]
-        self._encoder = next((part for part in parts if hasattr(part, "block")), None)
+        stacks = [part for part in parts if hasattr(part, "block")]
+        self._encoder = next((part for part in stacks if not type(part).__name__.endswith("CoLT5Decoder")), None)
         self._cross_routing = next((part for part in parts if hasattr(part, "routers")), None)
         if self._encoder is None or not learned_routers(self._encoder):
             return

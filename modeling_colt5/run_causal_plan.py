@@ -101,6 +101,7 @@ class CausalPlan(ABC):
         order: int64 [batch, n], positions of the real tokens in order, then of the padding; None without padding.
         rank: int64 [batch, n], the inverse permutation.
         past: int64 [batch], real tokens before the new ones; None for a whole sequence.
+        dense_start: fp32 [], how far a dense start has come, of whole sequences alone; None for the budgets.
 
     Attributes:
         ranks: int64 [batch, windows * window], the rank of every slot.
@@ -120,6 +121,7 @@ class CausalPlan(ABC):
     order: Tensor | None
     rank: Tensor | None
     past: Tensor | None
+    dense_start: Tensor | None
     ranks: Tensor = field(init=False)
     total: Tensor = field(init=False)
     completed: Tensor = field(init=False)
@@ -135,9 +137,11 @@ class CausalPlan(ABC):
         hidden_states: Tensor,
         mask: Tensor | None,
         past: Tensor | None,
+        dense_start: Tensor | None = None,
     ) -> "CausalPlan":
         """The plan for new tokens [batch, n, d_model] with their mask, bool [batch, n] or None, and what came before:
-        int64 [batch], real tokens, or None where there is no cache or an empty one."""
+        int64 [batch], real tokens, or None where there is no cache or an empty one. `dense_start` is fp32 [], how far
+        a dense start has come, for calls without a cache."""
         batch, length = hidden_states.shape[:2]
         device = hidden_states.device
         order = rank = None
@@ -152,9 +156,9 @@ class CausalPlan(ABC):
                 order = torch.empty_like(rank).scatter_(1, rank, positions)
         implementation = implementation.for_states(hidden_states)
         if past is None:
-            return WholePlan(settings, implementation, length, counts, order, rank, None)
+            return WholePlan(settings, implementation, length, counts, order, rank, None, dense_start)
         kind = StepPlan if length == 1 else ChunkPlan
-        return kind(settings, implementation, length, counts, order, rank, past)
+        return kind(settings, implementation, length, counts, order, rank, past, None)
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "CausalPlan":
         """The same on another device; Accelerate calls it where a device map spreads the blocks."""
@@ -170,6 +174,11 @@ class CausalPlan(ABC):
     def num_windows(self) -> int:
         """Windows that the tokens of a row may fall into, whatever its offset."""
         return -(-self.length // self.settings.window)
+
+    @property
+    def pool_size(self) -> int:
+        """Keys/values that a window's heavy attention reads at most: the budget, in a dense start all tokens."""
+        return self.settings.pool_size if self.dense_start is None else self.num_windows * self.settings.window
 
     @property
     def ring_size(self) -> int:

@@ -285,6 +285,20 @@ def check_causal_mask(
         raise _shape_error(name, attention_mask, wanted)
 
 
+def check_no_dense_start(dense_start: Tensor | None) -> None:
+    """For a causally routed decoder that is given a cache: what it carries has the budgets' sizes, which a dense start
+    has not yet.
+
+    Raises:
+        ValueError: for a dense start.
+    """
+    if dense_start is not None:
+        raise ValueError(
+            "a cache is given during a dense start, which trains on whole sequences; pass none, or end it with "
+            "set_dense_start(None)"
+        )
+
+
 def check_cache(cache: Cache | None, states: Tensor) -> None:
     """Check that a cache has a row for each of a decoder's: attention would spread a single row over all.
 

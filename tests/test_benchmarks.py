@@ -16,6 +16,7 @@ from modeling_colt5.parameter_groups import size_scaled_groups
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import causal_facts  # noqa: E402
 import causal_learning  # noqa: E402
 import dense  # noqa: E402
 import measure  # noqa: E402
@@ -180,6 +181,27 @@ def test_picture_shows_lengths_and_crosses(tmp_path: Path) -> None:
     picture.draw(tmp_path)
     drawing = (tmp_path / "encoder.svg").read_text()
     assert all(f">{text}<" in drawing for text in ("16k", "64k", "out of memory", "LongT5 local"))
+
+
+def test_causal_facts_are_learned_once_and_tabled(tmp_path: Path) -> None:
+    arguments = ["--steps", "2", "--length", "64", "--seeds", "0", "--out", str(tmp_path)]
+    causal_facts.main([*arguments, "--variants", "dense start", "routed"])
+    history = (tmp_path / "causal_facts.jsonl").read_text()
+    assert (tmp_path / "causal_facts.md").read_text().count("| 0 |") == 2
+    causal_facts.main([*arguments, "--variants", "dense start", "routed"])
+    assert (tmp_path / "causal_facts.jsonl").read_text() == history
+
+
+def test_questions_are_answered_by_their_facts() -> None:
+    settings = causal_facts.Settings()
+    ids, labels = causal_facts.draw(settings, torch.Generator().manual_seed(0))
+    for row, own in zip(ids.tolist(), labels.tolist(), strict=True):
+        facts = dict(divmod(token - 3, causal_facts.VALUES) for token in row if 3 <= token < causal_facts.FIRST_VALUE)
+        places = [place for place, label in enumerate(own) if label != -100]
+        assert len(facts) == len(places) == settings.facts
+        for place in places:
+            name = row[place - 1] - causal_facts.FIRST_QUESTION
+            assert own[place] == row[place] == causal_facts.FIRST_VALUE + facts[name]
 
 
 # four seconds, some in a process of its own

@@ -24,7 +24,8 @@ from modeling_colt5.dense_start import (
     shorten,
     shorten_documents,
 )
-from modeling_colt5.model_router import CoLT5Router, dense_start_weights
+from modeling_colt5.model_router import CoLT5Router
+from modeling_colt5.op_routing import dense_start_weights
 from modeling_colt5.run_budgets import DENSE_SHARE, dense_start_budget
 
 ROOT = Path(__file__).resolve().parents[1]
