@@ -92,7 +92,7 @@ class CoLT5EmbeddingModel(CoLT5PreTrainedModel):
             return
         inner = next((part for part in head.modules() if type(part) is nn.Linear), None)
         if inner is not None and any(inner.weight is weight for weight in self.shared.parameters()):
-            # PEFT can make adapters without data (`low_cpu_mem_usage`), and takes the data of every parameter that is
+            # PEFT can make adapters without data, and then takes the data of every parameter that is
             # registered meanwhile. This one is the model's and has to keep it.
             inner._parameters["weight"] = nn.Parameter(inner.weight.detach().clone(), inner.weight.requires_grad)
 
