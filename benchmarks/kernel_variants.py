@@ -30,6 +30,7 @@ from triton.compiler import ASTSource
 
 from modeling_colt5 import (
     op_attention,
+    op_attention_gradient_triton,
     op_attention_triton,
     op_dropout,
     op_dropout_triton,
@@ -42,6 +43,7 @@ from modeling_colt5 import (
     op_pools,
     op_pools_triton,
     op_routing,
+    op_routing_gradient_triton,
     op_routing_triton,
     op_rows,
     op_rows_triton,
@@ -49,8 +51,8 @@ from modeling_colt5 import (
 )
 
 WRAPPERS = (
-    op_attention_triton, op_dropout_triton, op_gates_triton, op_pools_triton, op_gelu_triton, op_routing_triton,
-    op_norm_triton, op_rows_triton,
+    op_attention_triton, op_attention_gradient_triton, op_dropout_triton, op_gates_triton, op_pools_triton,
+    op_gelu_triton, op_routing_triton, op_routing_gradient_triton, op_norm_triton, op_rows_triton,
 )  # fmt: skip
 
 

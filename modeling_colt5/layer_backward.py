@@ -10,10 +10,10 @@ from .layer_forward import Line
 from .layer_program import Program
 
 if triton_is_available():
-    from .op_attention_triton import attention_backward_into
+    from .op_attention_gradient_triton import attention_backward_into
     from .op_gelu_triton import gated_gelu_backward_into
     from .op_norm_triton import norm_backward_into
-    from .op_routing_triton import route_backward_into
+    from .op_routing_gradient_triton import route_backward_into
     from .op_rows_triton import combine_into, gather_dot_into, join_into
 
 

@@ -13,7 +13,7 @@ from .run_plan import is_one_product
 if triton_is_available():
     from .op_attention_triton import partial_sums
     from .op_norm_triton import gradient_programs
-    from .op_routing_triton import slot_parts
+    from .op_routing_gradient_triton import slot_parts
     from .run_launch_list_triton import LaunchList
     from .run_launch_triton import has_listeners
 

@@ -18,7 +18,8 @@ from .run_operator import Gradient, Launch, Operator
 attention_into: Launch = None
 attention_backward_into: Launch = None
 if triton_is_available():
-    from .op_attention_triton import attention_backward_into, attention_into
+    from .op_attention_gradient_triton import attention_backward_into
+    from .op_attention_triton import attention_into
 
 BLOCK_LENGTH = 128
 

@@ -1,22 +1,23 @@
-"""Triton kernels of the gradient of band and routed attention, each sum in a fixed order."""
+"""Triton kernels of the gradient of band and routed attention, each sum in a fixed order, and their launches."""
 
-from .op_attention_steps_triton import (
+import torch
+from torch import Tensor
+
+from .op_attention_triton import (
     LOG2_E,
     UNSPECIALIZED,
+    Problem,
     add_bias,
+    in_multiplied_dtype,
     load_rows,
     load_valid,
     near_range,
+    partial_sums,
     store_rows,
     tile_start,
 )
-from .op_dropout_steps_triton import keeps, keys_of_rows
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError as error:
-    raise ImportError("op_attention_gradient_triton needs triton; use kernel_backend='torch' without it") from error
+from .op_dropout_triton import keeps, keys_of_rows
+from .run_launch_triton import cdiv, launch, tl, triton
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -252,3 +253,67 @@ def table_sums_kernel(
             other=0.0,
         )
     tl.store(table + head * width + columns, tl.sum(total, axis=0), mask=columns < width)
+
+
+@in_multiplied_dtype(first_result=13)
+def attention_backward_into(
+    output_gradient: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias_table: Tensor,
+    radius: int,
+    query_positions: Tensor | None,
+    key_positions: Tensor | None,
+    mask: Tensor | None,
+    dropout: float,
+    seed: Tensor | None,
+    output: Tensor,
+    log_sum_exp: Tensor,
+    query_gradient: Tensor,
+    key_gradient: Tensor,
+    value_gradient: Tensor,
+    table_gradient: Tensor | None,
+    delta: Tensor | None = None,
+    partials: Tensor | None = None,
+) -> None:
+    """Write the gradients of `attention_into`, each sum in a fixed order; None for `table_gradient` leaves it out.
+
+    The gradients' heads lie side by side, their rows anywhere, those of key and value equally far apart. `delta` is
+    room of log_sum_exp's shape, and `partials` of fp32 zeros [batch, heads, `partial_sums`, 2 * max_distance + 1];
+    None takes some.
+    """
+    gradients = (query_gradient, key_gradient, value_gradient, table_gradient)
+    if query.numel() == 0 or key.numel() == 0:
+        for gradient in gradients:
+            _ = None if gradient is None else gradient.zero_()
+        return
+    batch, num_queries, heads, head_size = query.shape
+    problem = Problem(query, key, value, bias_table, radius, query_positions, key_positions, mask, dropout, seed)
+    delta = torch.empty_like(log_sum_exp) if delta is None else delta
+    if table_gradient is None:
+        partials, rows = None, 0
+    else:
+        rows = partial_sums(num_queries, head_size, query.dtype, query.device, problem.routed)
+        if partials is None:
+            shape = (batch, heads, rows, bias_table.shape[1])
+            partials = torch.zeros(shape, dtype=torch.float32, device=query.device)
+    output_gradient = output_gradient.contiguous()
+    block_q, _, constants, options = problem.options("backward_query")
+    launch(
+        attention_backward_query_kernel, (cdiv(num_queries, block_q), heads, batch),
+        *problem.operands, output, log_sum_exp, output_gradient, delta, query_gradient, partials,
+        *problem.sizes, query_gradient.stride(1), rows, partials is not None, *constants, **options,
+    )  # fmt: skip
+    _, block_k, constants, options = problem.options("backward_key")
+    launch(
+        attention_backward_key_kernel, (cdiv(key.shape[1], block_k), key.shape[2], batch),
+        *problem.operands, log_sum_exp, output_gradient, delta, key_gradient, value_gradient,
+        *problem.sizes, key_gradient.stride(1), *constants, **options,
+    )  # fmt: skip
+    if partials is not None:
+        width = bias_table.shape[1]
+        launch(
+            table_sums_kernel, (cdiv(width, 32), heads),
+            partials, table_gradient, batch, rows, width, heads, 128, 32, num_warps=4,
+        )  # fmt: skip

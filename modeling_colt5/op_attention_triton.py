@@ -1,4 +1,4 @@
-"""The launches of band and routed attention, and their tile sizes.
+"""Triton kernel and launch of band and routed attention, with tile sizes and steps that its gradient shares.
 
 The kernels are one family: with the positions of routed tokens, or without for a band.
 """
@@ -11,13 +11,182 @@ import torch
 from torch import Tensor
 
 from .kernel_backend import INTERPRETED
-from .op_attention_forward_triton import attention_forward_kernel
-from .op_attention_gradient_triton import (
-    attention_backward_key_kernel,
-    attention_backward_query_kernel,
-    table_sums_kernel,
-)
-from .run_launch_triton import adjacent, cdiv, launch, next_power_of_2
+from .op_dropout_triton import keeps, keys_of_rows
+from .run_launch_triton import adjacent, cdiv, launch, next_power_of_2, tl, triton
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+# A new length must not mean a new compilation.
+UNSPECIALIZED = ["num_queries", "num_keys", "radius", "max_distance", "num_partials"]
+
+
+@triton.jit
+def _near_tiles(positions, length, first, last, max_distance, BLOCK: tl.constexpr):
+    """Tiles [begin, end) of ascending positions that may come within max_distance of the range [first, last].
+
+    All distances to a tile before `begin`, and all to one from `end` on, are clamped to one and the same value.
+    """
+    num_tiles = tl.cdiv(length, BLOCK)
+    begin, end = 0, 0
+    for chunk in range(0, num_tiles, 128):
+        tile = chunk + tl.arange(0, 128)
+        exists = tile < num_tiles
+        tile_first = tl.load(positions + tile * BLOCK, mask=exists, other=0)
+        tile_last = tl.load(positions + tl.minimum((tile + 1) * BLOCK, length) - 1, mask=exists, other=0)
+        begin += tl.sum((exists & (tile_last <= first - max_distance)).to(tl.int32))
+        end += tl.sum((exists & (tile_first < last + max_distance)).to(tl.int32))
+    return begin, tl.maximum(begin, end)
+
+
+@triton.jit
+def near_range(
+    own_positions, other_positions, start, num_own, num_other, radius, max_distance,
+    ROUTED: tl.constexpr, BLOCK: tl.constexpr, OTHER_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The positions [BLOCK] of a tile of queries or of keys that begins at `start`, and the tiles [begin, end) of the
+    other kind that are near: in a band those within the radius, of routed tokens those of distances that differ."""
+    rows = start + tl.arange(0, BLOCK)
+    if ROUTED:
+        first = tl.load(own_positions + start).to(tl.int32)
+        last = tl.load(own_positions + tl.minimum(start + BLOCK, num_own) - 1).to(tl.int32)
+        begin, end = _near_tiles(other_positions, num_other, first, last, max_distance, OTHER_BLOCK)
+        rows = tl.load(own_positions + rows, mask=rows < num_own, other=0).to(tl.int32)
+    else:
+        begin = tl.maximum(start - radius, 0) // OTHER_BLOCK
+        end = tl.cdiv(tl.minimum(start + BLOCK + radius, num_other), OTHER_BLOCK)
+    return rows, begin, end
+
+
+@triton.jit
+def load_rows(base, start, length, stride, HEAD: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows [start, start + BLOCK) of one head as [BLOCK, BLOCK_D], zeros beyond `length` and HEAD."""
+    rows, columns = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
+    # Only the tile's own offset can pass 2^31.
+    pointers = base + tl.cast(start, tl.int64) * stride + rows[:, None] * stride + columns[None, :]
+    inside = (start + rows < length)[:, None]
+    if HEAD != BLOCK_D:
+        inside &= (columns < HEAD)[None, :]
+    return tl.load(pointers, mask=inside, other=0.0)
+
+
+@triton.jit
+def store_rows(base, tile, start, length, stride, HEAD: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    rows, columns = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
+    pointers = base + tl.cast(start, tl.int64) * stride + rows[:, None] * stride + columns[None, :]
+    inside = (start + rows < length)[:, None]
+    if HEAD != BLOCK_D:
+        inside &= (columns < HEAD)[None, :]
+    tl.store(pointers, tile.to(base.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def add_bias(scores, distance, valid, table, max_distance, radius, ROUTED: tl.constexpr, WIDE: tl.constexpr):
+    """The scores plus the bias of each distance; minus infinity where not valid or out of the band."""
+    if not ROUTED:
+        valid = valid & (distance <= radius) & (distance >= -radius)
+    if ROUTED or WIDE:
+        distance = tl.minimum(tl.maximum(distance, -max_distance), max_distance)
+    return scores + tl.load(table + max_distance + distance, mask=valid, other=float("-inf"))
+
+
+@triton.jit
+def tile_start(step, near_begin, near_end, NEAR: tl.constexpr, BLOCK: tl.constexpr):
+    """Where the tile of a loop's step begins: the far tiles are those before `near_begin` and from `near_end` on."""
+    if not NEAR:
+        return tl.where(step < near_begin, step, step + near_end - near_begin) * BLOCK
+    return (step + near_begin) * BLOCK
+
+
+@triton.jit
+def load_valid(mask, start, length, BLOCK: tl.constexpr):
+    """Which of the keys [start, start + BLOCK) exist and are real."""
+    keys = start + tl.arange(0, BLOCK)
+    valid = keys < length
+    if mask is not None:
+        valid = tl.load(mask + keys, mask=valid, other=0) != 0
+    return valid
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def attention_forward_kernel(
+    query, key, value, table, query_positions, key_positions, mask, seed, output, log_sum_exp,
+    query_stride_b, query_stride_n, query_stride_h,
+    key_stride_b, key_stride_n, key_stride_h,
+    value_stride_b, value_stride_n, value_stride_h,
+    num_queries, num_keys, radius, max_distance,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD: tl.constexpr, BLOCK_D: tl.constexpr,
+    ROUTED: tl.constexpr, WIDE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One block of queries of one head: output and log-sum-exp, by online softmax over tiles of keys."""
+    start = tl.program_id(0) * BLOCK_Q
+    head = tl.program_id(1)
+    batch = tl.program_id(2).to(tl.int64)
+    query += batch * query_stride_b + head * query_stride_h
+    key += batch * key_stride_b + head // GROUP * key_stride_h
+    value += batch * value_stride_b + head // GROUP * value_stride_h
+    output += (batch * num_queries * HEADS + head) * HEAD
+    log_sum_exp += (batch * HEADS + head) * num_queries
+    table += head * (2 * max_distance + 1)
+    if mask is not None:
+        mask += batch * num_keys
+
+    rows = start + tl.arange(0, BLOCK_Q)
+    if ROUTED:
+        query_positions += batch * num_queries
+        key_positions += batch * num_keys
+    row_positions, near_begin, near_end = near_range(
+        query_positions, key_positions, start, num_queries, num_keys, radius, max_distance, ROUTED, BLOCK_Q, BLOCK_K
+    )
+
+    query_tile = load_rows(query, start, num_queries, query_stride_n, HEAD, BLOCK_Q, BLOCK_D)
+    if DROPOUT > 0.0:
+        row_keys = keys_of_rows(seed, batch * HEADS + head, rows)[:, None]
+    maximum = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_Q], tl.float32)
+    accumulator = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+    # The first pass takes the routed keys far from these queries, whose bias is one of the table's two ends.
+    for NEAR in tl.static_range(0 if ROUTED else 1, 2):
+        steps = near_end - near_begin if NEAR else tl.cdiv(num_keys, BLOCK_K) - (near_end - near_begin)
+        for step in range(0, steps):
+            key_start = tile_start(step, near_begin, near_end, NEAR, BLOCK_K)
+            key_tile = load_rows(key, key_start, num_keys, key_stride_n, HEAD, BLOCK_K, BLOCK_D)
+            value_tile = load_rows(value, key_start, num_keys, value_stride_n, HEAD, BLOCK_K, BLOCK_D)
+            valid = load_valid(mask, key_start, num_keys, BLOCK_K)[None, :]
+            scores = tl.dot(query_tile, tl.trans(key_tile), input_precision=PRECISION)
+            if not NEAR:
+                bias = tl.load(table + tl.where(step < near_begin, 0, 2 * max_distance))
+                scores = tl.where(valid, scores + bias, float("-inf"))
+            else:
+                columns = key_start + tl.arange(0, BLOCK_K)
+                if ROUTED:
+                    columns = tl.load(key_positions + columns, mask=columns < num_keys, other=0).to(tl.int32)
+                distance = columns[None, :] - row_positions[:, None]
+                scores = add_bias(scores, distance, valid, table, max_distance, radius, ROUTED, WIDE)
+            new_maximum = tl.maximum(maximum, tl.max(scores, 1))
+            # A row that has met no real key yet has a maximum of minus infinity, from which itself must not be
+            # subtracted.
+            finite = tl.where(new_maximum == float("-inf"), 0.0, new_maximum) * LOG2_E
+            rescale = tl.exp2(maximum * LOG2_E - finite)
+            probabilities = tl.exp2(scores * LOG2_E - finite[:, None])
+            total = total * rescale + tl.sum(probabilities, 1)
+            if DROPOUT > 0.0:
+                kept = keeps(row_keys, (key_start + tl.arange(0, BLOCK_K))[None, :], DROPOUT)
+                probabilities = tl.where(kept, probabilities, 0.0)
+            accumulator = accumulator * rescale[:, None]
+            accumulator = tl.dot(
+                probabilities.to(value_tile.dtype), value_tile, accumulator, input_precision=PRECISION
+            )
+            maximum = new_maximum
+
+    # A row without any real key has an output of 0, and probabilities of 0 in the backward.
+    empty = total == 0.0
+    total = tl.where(empty, 1.0, total)
+    accumulator = accumulator / (total * (1.0 - DROPOUT))[:, None]
+    row_lse = tl.where(empty, float("inf"), maximum + tl.log(total))
+    store_rows(output, accumulator, start, num_queries, HEADS * HEAD, HEAD, BLOCK_Q, BLOCK_D)
+    tl.store(log_sum_exp + rows, row_lse, mask=rows < num_queries)
+
 
 # A tile has these (queries, keys, warps, stages), by kernel and by whether positions are given; other head sizes and
 # dtypes take others below. They are from benchmarks/attention.py --sweep on one H200; of two within 5 %, the one with
@@ -80,7 +249,7 @@ def _launch_options(
     return block_q, block_k, constants, {"num_warps": warps, "num_stages": stages}
 
 
-class _Problem:
+class Problem:
     """What the three kernels share: operands in the kernels' layout, sizes, and what decides about a kernel's code.
 
     Rows of query, key and value may lie anywhere, their elements side by side; the rest is contiguous, the table in
@@ -127,7 +296,7 @@ def _multiplied_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if INTERPRETED and dtype == torch.bfloat16 else dtype
 
 
-def _in_multiplied_dtype(first_result: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def in_multiplied_dtype(first_result: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Let a launch, whose arguments are results from `first_result` on, work on copies in `_multiplied_dtype`."""
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
@@ -150,7 +319,17 @@ def _in_multiplied_dtype(first_result: int) -> Callable[[Callable[..., None]], C
     return decorate
 
 
-@_in_multiplied_dtype(first_result=10)
+def partial_sums(num_queries: int, head_size: int, dtype: torch.dtype, device: torch.device, routed: bool) -> int:
+    """How many sums of the table's gradient the backward leaves of each head: of a band one of each block of queries,
+    of routed attention one of each query."""
+    if routed:
+        return num_queries
+    is_large = _has_large_shared_memory(device)
+    code = (_multiplied_dtype(dtype), 1, 1, head_size, False, True, 0.0, False, is_large)
+    return cdiv(num_queries, _launch_options("backward_query", BLOCKS["backward_query", False], *code)[0])
+
+
+@in_multiplied_dtype(first_result=10)
 def attention_into(
     query: Tensor,
     key: Tensor,
@@ -172,84 +351,10 @@ def attention_into(
         output.zero_()
         log_sum_exp.zero_()
         return
-    problem = _Problem(query, key, value, bias_table, radius, query_positions, key_positions, mask, dropout, seed)
+    problem = Problem(query, key, value, bias_table, radius, query_positions, key_positions, mask, dropout, seed)
     block_q, _, constants, options = problem.options("forward")
     launch(
         attention_forward_kernel, (cdiv(num_queries, block_q), heads, batch),
         *problem.operands, output, log_sum_exp,
         *problem.sizes, *constants, **options,
     )  # fmt: skip
-
-
-def partial_sums(num_queries: int, head_size: int, dtype: torch.dtype, device: torch.device, routed: bool) -> int:
-    """How many sums of the table's gradient the backward leaves of each head: of a band one of each block of queries,
-    of routed attention one of each query."""
-    if routed:
-        return num_queries
-    is_large = _has_large_shared_memory(device)
-    code = (_multiplied_dtype(dtype), 1, 1, head_size, False, True, 0.0, False, is_large)
-    return cdiv(num_queries, _launch_options("backward_query", BLOCKS["backward_query", False], *code)[0])
-
-
-@_in_multiplied_dtype(first_result=13)
-def attention_backward_into(
-    output_gradient: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias_table: Tensor,
-    radius: int,
-    query_positions: Tensor | None,
-    key_positions: Tensor | None,
-    mask: Tensor | None,
-    dropout: float,
-    seed: Tensor | None,
-    output: Tensor,
-    log_sum_exp: Tensor,
-    query_gradient: Tensor,
-    key_gradient: Tensor,
-    value_gradient: Tensor,
-    table_gradient: Tensor | None,
-    delta: Tensor | None = None,
-    partials: Tensor | None = None,
-) -> None:
-    """Write the gradients of `attention_into`, each sum in a fixed order; None for `table_gradient` leaves it out.
-
-    The gradients' heads lie side by side, their rows anywhere, those of key and value equally far apart. `delta` is
-    room of log_sum_exp's shape, and `partials` of fp32 zeros [batch, heads, `partial_sums`, 2 * max_distance + 1];
-    None takes some.
-    """
-    gradients = (query_gradient, key_gradient, value_gradient, table_gradient)
-    if query.numel() == 0 or key.numel() == 0:
-        for gradient in gradients:
-            _ = None if gradient is None else gradient.zero_()
-        return
-    batch, num_queries, heads, head_size = query.shape
-    problem = _Problem(query, key, value, bias_table, radius, query_positions, key_positions, mask, dropout, seed)
-    delta = torch.empty_like(log_sum_exp) if delta is None else delta
-    if table_gradient is None:
-        partials, rows = None, 0
-    else:
-        rows = partial_sums(num_queries, head_size, query.dtype, query.device, problem.routed)
-        if partials is None:
-            shape = (batch, heads, rows, bias_table.shape[1])
-            partials = torch.zeros(shape, dtype=torch.float32, device=query.device)
-    output_gradient = output_gradient.contiguous()
-    block_q, _, constants, options = problem.options("backward_query")
-    launch(
-        attention_backward_query_kernel, (cdiv(num_queries, block_q), heads, batch),
-        *problem.operands, output, log_sum_exp, output_gradient, delta, query_gradient, partials,
-        *problem.sizes, query_gradient.stride(1), rows, partials is not None, *constants, **options,
-    )  # fmt: skip
-    _, block_k, constants, options = problem.options("backward_key")
-    launch(
-        attention_backward_key_kernel, (cdiv(key.shape[1], block_k), key.shape[2], batch),
-        *problem.operands, log_sum_exp, output_gradient, delta, key_gradient, value_gradient,
-        *problem.sizes, key_gradient.stride(1), *constants, **options,
-    )  # fmt: skip
-    if partials is not None:
-        width = bias_table.shape[1]
-        launch(
-            table_sums_kernel, (cdiv(width, 32), heads),
-            partials, table_gradient, batch, rows, width, heads, 128, 32, num_warps=4,
-        )  # fmt: skip

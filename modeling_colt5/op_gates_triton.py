@@ -3,13 +3,7 @@
 from torch import Tensor
 
 from .op_routing_steps_triton import HIGHEST_KEY, LOWEST_KEY, key_to_score, load_keys
-from .run_launch_triton import adjacent, launch, next_power_of_2
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError as error:
-    raise ImportError("op_gates_triton needs triton; use kernel_backend='torch' without it") from error
+from .run_launch_triton import adjacent, launch, next_power_of_2, tl, triton
 
 # How many tokens of a window a program compares with all others in one step.
 CHUNK = 16

@@ -2,14 +2,8 @@
 
 from torch import Tensor
 
-from .op_dropout_steps_triton import dropped_in_row
-from .run_launch_triton import cdiv, launch, next_power_of_2
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError as error:
-    raise ImportError("op_gelu_triton needs triton; use kernel_backend='torch' without it") from error
+from .op_dropout_triton import dropped_in_row
+from .run_launch_triton import cdiv, launch, next_power_of_2, tl, triton
 
 
 @triton.jit

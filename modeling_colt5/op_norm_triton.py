@@ -7,15 +7,9 @@ of one read. The weights' gradients are summed per program and then over the pro
 import torch
 from torch import Tensor
 
-from .op_dropout_steps_triton import dropped
+from .op_dropout_triton import dropped
 from .op_rows_triton import routed_rows, tile_shape
-from .run_launch_triton import adjacent, cdiv, launch, next_power_of_2
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError as error:
-    raise ImportError("op_norm_triton needs triton; use kernel_backend='torch' without it") from error
+from .run_launch_triton import adjacent, cdiv, launch, next_power_of_2, tl, triton
 
 # This is a constant and not the device's number of processors, so that the weights' gradients are summed in the same
 # order on every device.

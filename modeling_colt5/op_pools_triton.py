@@ -9,13 +9,7 @@ import torch
 from torch import Tensor
 
 from .op_routing_steps_triton import load_keys
-from .run_launch_triton import adjacent, cdiv, launch, next_power_of_2
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError as error:
-    raise ImportError("op_pools_triton needs triton; use kernel_backend='torch' without it") from error
+from .run_launch_triton import adjacent, cdiv, launch, next_power_of_2, tl, triton
 
 # How many lists are merged in one step.
 RADIX = 8

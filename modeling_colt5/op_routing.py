@@ -24,7 +24,8 @@ from .run_operator import Gradient, Launch, Operator
 route_into: Launch = None
 route_backward_into: Launch = None
 if triton_is_available():
-    from .op_routing_triton import kernels_take, route_backward_into, route_into
+    from .op_routing_gradient_triton import route_backward_into
+    from .op_routing_triton import kernels_take, route_into
 
 
 @dataclass

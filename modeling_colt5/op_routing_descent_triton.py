@@ -1,13 +1,16 @@
 """Routing by coordinate descent, forward and gradient: Triton kernels for rows of one program each."""
 
-from .op_routing_select_triton import find_last_key, row_statistics, selected_slots, write_slots
-from .op_routing_steps_triton import LOWEST_KEY, key_to_score, load_keys, row_budgets
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError as error:
-    raise ImportError("op_routing_descent_triton needs triton; use kernel_backend='torch' without it") from error
+from .op_routing_steps_triton import (
+    LOWEST_KEY,
+    find_last_key,
+    key_to_score,
+    load_keys,
+    row_budgets,
+    row_statistics,
+    selected_slots,
+    write_slots,
+)
+from .run_launch_triton import tl, triton
 
 # A new length must not mean a new compilation.
 UNSPECIALIZED = [
@@ -32,7 +35,7 @@ def descent_kernel(
 ):  # fmt: skip
     """Select, iterate, write slots and state, one program a row.
 
-    Arguments are those of `route_kernel` of op_routing_forward_triton.py; `state` is fp32 [rows, num_iterations], the
+    Arguments are those of `route_kernel` of op_routing_triton.py; `state` is fp32 [rows, num_iterations], the
     thresholds.
     """
     row = tl.program_id(0).to(tl.int64)

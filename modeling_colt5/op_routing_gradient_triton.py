@@ -1,17 +1,18 @@
-"""Triton kernels of the gradient of routing by the exact solver, in closed form from what the forward saved."""
+"""Triton kernels of the gradient of routing by the exact solver, in closed form from what the forward saved; and the
+launches of either solver's gradient."""
 
-from .op_routing_steps_triton import (
-    LOWEST_KEY,
-    key_to_score,
-    load_keys,
-    sum_of_blocks,
-)
+import math
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError as error:
-    raise ImportError("op_routing_gradient_triton needs triton; use kernel_backend='torch' without it") from error
+from torch import Tensor
+
+from .op_routing_descent_triton import descent_backward_kernel
+from .op_routing_steps_triton import LOWEST_KEY, key_to_score, load_keys, sum_of_blocks
+from .op_routing_triton import SLOTS_AT_ONCE, readable, row_block, row_warps
+from .run_launch_triton import adjacent, cdiv, launch, next_power_of_2, tl, triton
+
+# How many tokens a program takes, and how many slots one program sums by itself.
+GRADIENT_BLOCK = 2048
+SLOTS_OF_A_PART = 4096
 
 # A new length must not mean a new compilation.
 STRIDES = ["grad_row_stride", "score_row_stride", "mask_row_stride", "grad_score_row_stride"]
@@ -107,3 +108,75 @@ def route_backward_kernel(
         tl.store(grad_scores + index, grad, mask=used)
         first += SLOTS
         more = tl.min(here.to(tl.int32))
+
+
+def slot_parts(capacity: int) -> int:
+    """Into how many parts the backward cuts a row's slots to sum over them, one where a program sums all by itself."""
+    return cdiv(capacity, SLOTS_OF_A_PART)
+
+
+def route_backward_into(
+    grad_weights: Tensor,
+    scores: Tensor,
+    budget: Tensor,
+    soft_budget: Tensor | None,
+    mask: Tensor | None,
+    lengths: Tensor | None,
+    capacity: int,
+    soft_topk_ratio: float,
+    solver: str,
+    epsilon: float,
+    num_iterations: int,
+    epsilon_init: float | None,
+    epsilon_decay: float,
+    weights: Tensor,
+    indices: Tensor,
+    valid: Tensor,
+    state: Tensor,
+    grad_scores: Tensor,
+    grad_budget: Tensor | None,
+    sums: Tensor | None = None,
+) -> None:
+    """Write the gradients of `route_into`, of scores [rows, n] and of a soft budget [rows].
+
+    `sums` is room for partial sums [rows, `slot_parts`] where it takes more than one; None takes some.
+    """
+    rows, n = scores.shape
+    if rows == 0:
+        return
+    # the kernels write it in any case
+    grad_budget = state.new_empty(rows) if grad_budget is None else grad_budget
+    if sums is None and solver == "exact" and slot_parts(capacity) > 1:
+        sums = state.new_empty((rows, slot_parts(capacity)))
+    grad_weights, scores = readable(grad_weights), readable(scores)
+    mask = None if mask is None else readable(mask)
+    slots = (grad_weights, *map(adjacent, (weights, indices, valid)), scores, mask, adjacent(lengths))
+    strides = (
+        grad_weights.stride(0), scores.stride(0), 0 if mask is None else mask.stride(0), grad_scores.stride(0),
+    )  # fmt: skip
+    given = (mask is not None, lengths is not None)
+    if solver != "exact":
+        block = row_block(n)
+        launch(
+            descent_backward_kernel, (rows,),
+            *slots, adjacent(soft_budget), adjacent(state), grad_scores, grad_budget, *strides, n, capacity,
+            epsilon, max(epsilon, epsilon_init or epsilon), math.log2(epsilon_decay), num_iterations,
+            soft_budget is not None, *given, block, SLOTS_AT_ONCE, num_warps=row_warps(block),
+        )  # fmt: skip
+        return
+
+    one_part = capacity <= SLOTS_OF_A_PART
+    parts = slot_parts(capacity)
+    if not one_part:
+        launch(
+            slot_sums_kernel, (rows * parts,),
+            grad_weights, weights, sums, grad_weights.stride(0), capacity, parts, SLOTS_OF_A_PART, num_warps=8,
+        )  # fmt: skip
+    blocks = cdiv(n, GRADIENT_BLOCK)
+    launch(
+        route_backward_kernel, (rows * blocks,),
+        *slots, adjacent(state), grad_budget if sums is None else sums, grad_scores, grad_budget, *strides,
+        n, capacity, epsilon, blocks, parts,
+        *given, one_part, next_power_of_2(parts), 2 if capacity <= 2**20 else 3,
+        max(256, next_power_of_2(capacity)) if one_part else SLOTS_AT_ONCE, GRADIENT_BLOCK, num_warps=4,
+    )  # fmt: skip

@@ -1,4 +1,5 @@
-"""What the routing kernels share: scores as integer keys, budgets, steps towards the threshold, and exchanges.
+"""What the routing kernels share: scores as integer keys, budgets, steps towards the threshold, exchanges, and which
+tokens of a row are routed, by a search for the budget's smallest score among the keys.
 
 "key" is a score's image in int32 of the same order, "z" is (score - centre) / ε. The mathematics: docs/soft_topk.md.
 
@@ -8,11 +9,7 @@ its programs. Numbers go by two places in turn: a program that leaves one there 
 every other has read what was there, because every other came to the next exchange.
 """
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError as error:
-    raise ImportError("op_routing_steps_triton needs triton; use kernel_backend='torch' without it") from error
+from .run_launch_triton import tl, triton
 
 LOWEST_KEY = tl.constexpr(-(2**31))
 
@@ -190,3 +187,223 @@ def sum_over_programs(
         all_first, all_second, turn = exchange(first, second, turn, numbers, arrived, program, programs, PROGRAMS)
         first, second = tl.split(tl.sum(tl.join(all_first, all_second), 0))
     return first, second, turn
+
+
+# The search's first two probes stand to either side of where the wanted score is expected if scores are normal, this
+# many standard deviations of that order statistic away.
+FIRST_MARGIN = tl.constexpr(2.5)
+# Later probes stand this many standard deviations of a count away from where the two known counts put the rank.
+LATER_MARGIN = tl.constexpr(0.6)
+FEW_KEYS = tl.constexpr(4)
+
+
+@triton.jit
+def _both_halves(packed):
+    """The counts in the halves of packed numbers."""
+    return tl.join(packed & 0xFFFF, (packed >> 16) & 0xFFFF)
+
+
+@triton.jit
+def counts_from(
+    keys, first, second, third, fourth,
+    turn, numbers, arrived, program, programs, SHARED: tl.constexpr, PROGRAMS: tl.constexpr,
+):  # fmt: skip
+    """How many keys are at or above each of four; a program of at most 32,768 keys leaves two counts to an integer."""
+    lower = (keys >= first).to(tl.int32) + ((keys >= second).to(tl.int32) << 16)
+    upper = (keys >= third).to(tl.int32) + ((keys >= fourth).to(tl.int32) << 16)
+    lower, upper = tl.split(tl.sum(tl.join(lower, upper), 0))
+    if SHARED:
+        lower, upper, turn = exchange(lower, upper, turn, numbers, arrived, program, programs, PROGRAMS)
+        counts = tl.sum(tl.join(_both_halves(lower), _both_halves(upper)), 0)
+        even, odd = tl.split(counts)
+        from_first, from_second = tl.split(even)
+        from_third, from_fourth = tl.split(odd)
+    else:
+        from_first = lower & 0xFFFF
+        from_second = lower >> 16
+        from_third = upper & 0xFFFF
+        from_fourth = upper >> 16
+    return from_first, from_second, from_third, from_fourth, turn
+
+
+@triton.jit
+def largest_of_both(
+    first, second, turn, numbers, arrived, program, programs, SHARED: tl.constexpr, PROGRAMS: tl.constexpr
+):
+    """The row's largest of each of two integers a key."""
+    first, second = tl.split(tl.max(tl.join(first, second), 0))
+    if SHARED:
+        first, second, turn = exchange(first, second, turn, numbers, arrived, program, programs, PROGRAMS)
+        real = tl.arange(0, PROGRAMS) < programs
+        first = tl.where(real, first, LOWEST_KEY)
+        second = tl.where(real, second, LOWEST_KEY)
+        first, second = tl.split(tl.max(tl.join(first, second), 0))
+    return first, second, turn
+
+
+@triton.jit
+def _narrow(low, high, from_low, beyond_high, probe, count, rank):
+    """The bracket of the rank-th largest key after one more count."""
+    low = tl.where(count >= rank, tl.maximum(low, probe), low)
+    from_low = tl.where(count >= rank, tl.minimum(from_low, count), from_low)
+    high = tl.where(count < rank, tl.minimum(high, probe - 1), high)
+    beyond_high = tl.where(count < rank, tl.maximum(beyond_high, count), beyond_high)
+    return low, high, from_low, beyond_high
+
+
+@triton.jit
+def find_rank(
+    keys, rank, real_tokens, mean, deviation,
+    turn, numbers, arrived, program, programs, SHARED: tl.constexpr, PROGRAMS: tl.constexpr,
+):  # fmt: skip
+    """A bracket [low, high] of the rank-th largest key, and the counts of keys from `low` and beyond `high`.
+
+    It is one key, or `low` has exactly the rank's number of keys from it up. A pass counts at four keys: two where
+    the counts so far, taken as exponential between the bracket's ends, put the rank, and two that divide the bracket
+    in three. The first takes the scores as normal instead, with `mean` and `deviation`; at most 22 more divide all
+    keys down to one. A pass that leaves few keys, or does not halve their number within the bracket, is followed by a
+    look for their smallest and largest, which resolves ties.
+
+    Where a row has no `rank` real keys, the bracket is the lowest key that a real one may be.
+    """
+    low = tl.full([], LOWEST_KEY + 1, tl.int32)
+    high = tl.where(rank <= real_tokens, HIGHEST_KEY, low)
+    from_low = real_tokens
+    beyond_high = tl.zeros([], tl.int32)
+
+    share = (rank.to(tl.float32) - 0.5) / tl.maximum(real_tokens, 1).to(tl.float32)
+    # The normal quantile is approximated by a difference of powers.
+    quantile = 4.91 * (tl.exp(0.14 * tl.log(1.0 - share)) - tl.exp(0.14 * tl.log(share)))
+    expected = mean + deviation * quantile
+    margin = tl.sqrt((share * (1.0 - share)) / tl.maximum(real_tokens, 1).to(tl.float32))
+    margin = FIRST_MARGIN * deviation * margin * 2.5066283 * tl.exp(0.5 * quantile * quantile)
+    first = score_to_key(expected - margin) - 1
+    second = score_to_key(expected + margin) + 1
+    third = score_to_key(expected - 4.0 * margin)
+    fourth = score_to_key(expected + 4.0 * margin)
+    while (low < high) & (from_low != rank):
+        within = from_low - beyond_high
+        first = tl.minimum(tl.maximum(first, low + 1), high)
+        second = tl.minimum(tl.maximum(second, low + 1), high)
+        third = tl.minimum(tl.maximum(third, low + 1), high)
+        fourth = tl.minimum(tl.maximum(fourth, low + 1), high)
+        from_first, from_second, from_third, from_fourth, turn = counts_from(
+            keys, first, second, third, fourth, turn, numbers, arrived, program, programs, SHARED, PROGRAMS
+        )
+        low, high, from_low, beyond_high = _narrow(low, high, from_low, beyond_high, first, from_first, rank)
+        low, high, from_low, beyond_high = _narrow(low, high, from_low, beyond_high, second, from_second, rank)
+        low, high, from_low, beyond_high = _narrow(low, high, from_low, beyond_high, third, from_third, rank)
+        low, high, from_low, beyond_high = _narrow(low, high, from_low, beyond_high, fourth, from_fourth, rank)
+        left = from_low - beyond_high
+        if (from_low != rank) & ((left <= FEW_KEYS) | (2 * left > within)):
+            largest = tl.where(keys <= high, keys, LOWEST_KEY)
+            # The complement turns the order around.
+            smallest = tl.where(keys >= low, ~keys, LOWEST_KEY)
+            largest, smallest, turn = largest_of_both(
+                largest, smallest, turn, numbers, arrived, program, programs, SHARED, PROGRAMS
+            )
+            high = largest
+            low = tl.where(rank == beyond_high + 1, high, ~smallest)
+
+        spread = (from_low - rank).to(tl.float32) + 0.5
+        spread = LATER_MARGIN * tl.sqrt(spread * (1.0 - spread / (left.to(tl.float32) + 0.5))) + 0.5
+        log_low = tl.log(from_low.to(tl.float32) + 0.5)
+        scale = 1.0 / (log_low - tl.log(beyond_high.to(tl.float32) + 0.5))
+        nearer = (log_low - tl.log(rank.to(tl.float32) + spread)) * scale
+        farther = (log_low - tl.log(tl.maximum(rank.to(tl.float32) - spread, 0.5))) * scale
+        low_score = key_to_score(low)
+        difference = key_to_score(high) - low_score
+        first = score_to_key(low_score + nearer * difference)
+        second = score_to_key(low_score + farther * difference)
+        step = high // 3 - low // 3
+        third = low + step
+        fourth = high - step
+    return low, high, from_low, beyond_high, turn
+
+
+@triton.jit
+def row_statistics(
+    keys, turn, numbers, arrived, program, programs, SHARED: tl.constexpr, PROGRAMS: tl.constexpr
+):  # fmt: skip
+    """How many real keys a row has, in fp32, and the mean and the deviation of their scores: the search's first guess,
+    which needs neither NaN nor what would overflow."""
+    score = key_to_score(keys)
+    score = tl.where(tl.abs(score) < 1e15, score, 0.0)
+    real = (keys != LOWEST_KEY).to(tl.float32)
+    count, mean, square = sum_three(real, score, score * score)
+    if SHARED:
+        leave(count, 0, turn, numbers, program, programs)
+        leave(mean, 1, turn, numbers, program, programs)
+        leave(square, 2, turn, numbers, program, programs)
+        turn = meet(turn, arrived, programs)
+        count, mean, square = sum_three(
+            read(0, turn, numbers, programs, count, PROGRAMS),
+            read(1, turn, numbers, programs, mean, PROGRAMS),
+            read(2, turn, numbers, programs, square, PROGRAMS),
+        )
+    mean = mean / tl.maximum(count, 1.0)
+    deviation = tl.sqrt(tl.maximum(square / tl.maximum(count, 1.0) - mean * mean, 0.0))
+    return count, mean, deviation, turn
+
+
+@triton.jit
+def find_last_key(
+    keys, budget, real_tokens, mean, deviation,
+    turn, numbers, arrived, program, programs, SHARED: tl.constexpr, PROGRAMS: tl.constexpr,
+):  # fmt: skip
+    """Keys above `last` are taken, and of the equal ones as many as there is `room` for; with the lower end of the
+    bracket that the search ended with."""
+    rank = tl.maximum(budget, 1)
+    low, high, from_low, beyond_high, turn = find_rank(
+        keys, rank, real_tokens, mean, deviation, turn, numbers, arrived, program, programs, SHARED, PROGRAMS
+    )
+    last = tl.where(from_low == rank, low - 1, high)
+    room = tl.where(from_low == rank, 0, budget - beyond_high)
+    last = tl.where(budget > 0, last, HIGHEST_KEY)
+    room = tl.where(budget > 0, room, 0)
+    return last, room, low, turn
+
+
+@triton.jit
+def selected_slots(
+    keys, last, room, turn, numbers, arrived, program, programs, SHARED: tl.constexpr, PROGRAMS: tl.constexpr
+):
+    """Which keys are taken, and the slot of each: they stand in order of position, ties go to the earlier one."""
+    above = (keys > last).to(tl.int32)
+    equal = (keys == last).to(tl.int32)
+    ranks = tl.cumsum(above + (equal << 16), 0)
+    above_so_far = ranks & 0xFFFF
+    equals_so_far = (ranks >> 16) & 0xFFFF
+    if SHARED:
+        all_above, all_equal, turn = exchange(
+            tl.sum(above), tl.sum(equal), turn, numbers, arrived, program, programs, PROGRAMS
+        )
+        before = tl.arange(0, PROGRAMS) < program
+        above_so_far += tl.sum(tl.where(before, all_above, 0))
+        equals_so_far += tl.sum(tl.where(before, all_equal, 0))
+    selected = (above != 0) | ((equal != 0) & (equals_so_far <= room))
+    return selected, above_so_far + tl.minimum(equals_so_far, room) - 1
+
+
+@triton.jit
+def write_slots(
+    weights, indices, valid, budget, capacity, centre, epsilon, threshold,
+    scores, mask, lengths, row, n, score_row_stride, mask_row_stride,
+    HAS_MASK: tl.constexpr, HAS_LENGTHS: tl.constexpr, SLOTS: tl.constexpr,
+):  # fmt: skip
+    """Weights and validity of a row's slots, whose `indices` the program has written; what is unused is filled."""
+    # Weights are computed by slot: the slots are few, and other threads of the program found their tokens.
+    tl.debug_barrier()
+    for start in range(0, capacity, SLOTS):
+        slots = start + tl.arange(0, SLOTS)
+        used = slots < budget
+        index = tl.load(indices + slots, mask=used, other=n - 1)
+        slot_keys = load_keys(
+            scores, mask, lengths, row, index, n,
+            score_row_stride, 1, mask_row_stride, 1, HAS_MASK, HAS_LENGTHS,
+        )  # fmt: skip
+        weight = weigh((key_to_score(slot_keys) - centre) / epsilon, threshold)
+        inside = slots < capacity
+        tl.store(weights + slots, tl.where(used, weight, 0.0), mask=inside)
+        tl.store(valid + slots, used, mask=inside)
+        tl.store(indices + slots, index, mask=inside)

@@ -1,6 +1,7 @@
-"""The routing operation by Triton: which kernels a row's length asks for, their buffers and launches.
+"""Routing by Triton: the kernel of the exact solver, and which kernel a row's length and solver ask for.
 
-Rows of up to `LONGEST_ROW` tokens are one program each, longer ones are shared by programs that wait for each other.
+A row is in the registers of one program up to `LONGEST_ROW` tokens, longer ones are shared by programs that wait for
+each other.
 """
 
 import functools
@@ -10,32 +11,213 @@ import torch
 from torch import Tensor
 
 from .kernel_backend import INTERPRETED
-from .op_routing_descent_triton import descent_backward_kernel, descent_kernel
-from .op_routing_forward_triton import route_kernel
-from .op_routing_gradient_triton import route_backward_kernel, slot_sums_kernel
-from .op_routing_steps_triton import COUNTER_STRIDE, PLACES
-from .run_launch_triton import adjacent, cdiv, launch, next_power_of_2
+from .op_routing_descent_triton import descent_kernel
+from .op_routing_steps_triton import (
+    COUNTER_STRIDE,
+    LOWEST_FINITE_KEY,
+    LOWEST_KEY,
+    PLACES,
+    find_last_key,
+    find_rank,
+    is_settled,
+    key_to_score,
+    largest_of_both,
+    last_step,
+    load_keys,
+    newton_step,
+    row_budgets,
+    row_statistics,
+    selected_slots,
+    sum_over_programs,
+    weigh,
+    write_slots,
+)
+from .run_launch_triton import adjacent, cdiv, launch, next_power_of_2, tl, triton
+
+# The most passes that the solver makes; in all rows that were tried it was settled after 12.
+MOST_PASSES = tl.constexpr(24)
+
+# A new length must not mean a new compilation. And where a length is known to be a multiple of 16, masks are read 16
+# at a time, in another layout than scores: to change between the two takes up to 131,072 bytes of shared memory.
+UNSPECIALIZED = ["score_row_stride", "mask_row_stride", "n", "capacity", "rows", "groups", "programs"]
+
+
+@triton.jit
+def _relative_weights(keys, centre, epsilon, offset):
+    """exp(z - offset) of every key, 0 of what is masked."""
+    return tl.exp((key_to_score(keys) - centre) / epsilon - offset)
+
+
+@triton.jit
+def _saturated_and_free(
+    relative, one, turn, numbers, arrived, program, programs, SHARED: tl.constexpr, PROGRAMS: tl.constexpr
+):
+    """How many of the row's relative weights are above `one`, and the sum of the rest over it, in one reduction."""
+    saturated = relative > one
+    count, free = tl.split(tl.sum(tl.join(saturated.to(tl.float32), tl.where(saturated, 0.0, relative)), 0))
+    count, free, turn = sum_over_programs(count, free, turn, numbers, arrived, program, programs, SHARED, PROGRAMS)
+    return count, free / one, turn
+
+
+@triton.jit
+def _solve(
+    keys, k, rank, count, real_tokens, mean, deviation, low, epsilon,
+    turn, numbers, arrived, program, programs, SHARED: tl.constexpr, PROGRAMS: tl.constexpr,
+):  # fmt: skip
+    """The soft top-k's threshold, as a centre and the distance from there over ε; and the sum of the weights below 1.
+    `low` is a key that may be the centre's."""
+    all_saturated = k >= count
+    # Any score will do as a centre that has fewer than k above it, and from which the weights below 1 make up for the
+    # rest.
+    centre = key_to_score(tl.maximum(low, LOWEST_FINITE_KEY))
+    saturated, free, turn = _saturated_and_free(
+        _relative_weights(keys, centre, epsilon, 0.0), 1.0,
+        turn, numbers, arrived, program, programs, SHARED, PROGRAMS,
+    )  # fmt: skip
+    if (k < count) & ((saturated >= k) | (saturated + free < k)):
+        soft_key, _, _, _, turn = find_rank(
+            keys, rank, real_tokens, mean, deviation, turn, numbers, arrived, program, programs, SHARED, PROGRAMS
+        )
+        # The least key from there on is found by the largest complement.
+        lowest_key, _, turn = largest_of_both(
+            tl.where(keys >= soft_key, ~keys, LOWEST_KEY), keys,
+            turn, numbers, arrived, program, programs, SHARED, PROGRAMS,
+        )  # fmt: skip
+        centre = key_to_score(~lowest_key)
+        saturated, free, turn = _saturated_and_free(
+            _relative_weights(keys, centre, epsilon, 0.0), 1.0,
+            turn, numbers, arrived, program, programs, SHARED, PROGRAMS,
+        )  # fmt: skip
+    centre = tl.where(all_saturated, 0.0, centre)
+    # The threshold is kept as its distance from the upper end of the bracket: then passes need no exponentials.
+    upper = tl.log(free / (k - saturated))
+    relative = _relative_weights(keys, centre, epsilon, upper)
+    lowest = -upper
+    highest = 0.0
+    offset = 0.0
+    passes = 0
+    unsettled = tl.where(all_saturated, 0, 1)
+    while unsettled != 0:
+        saturated, free, turn = _saturated_and_free(
+            relative, tl.exp(offset), turn, numbers, arrived, program, programs, SHARED, PROGRAMS
+        )
+        following, lowest, highest = newton_step(offset, lowest, highest, saturated, free, k)
+        passes += 1
+        unsettled = tl.where(is_settled(saturated, free, k) | (passes >= MOST_PASSES), 0, 1)
+        offset = tl.where(unsettled != 0, following, offset)
+    offset, mass = last_step(offset, saturated, free, k)
+    threshold = tl.where(all_saturated, float("-inf"), upper + offset)
+    return centre, threshold, tl.where(all_saturated, 0.0, mass), turn
+
+
+@triton.jit
+def _route_row(
+    row, scores, budgets, soft_budgets, mask, lengths, weights, indices, valid, state, numbers, arrived,
+    score_row_stride, mask_row_stride, n, capacity, soft_topk_ratio, epsilon, program, programs,
+    HAS_SOFT_BUDGET: tl.constexpr, HAS_MASK: tl.constexpr, HAS_LENGTHS: tl.constexpr,
+    SHARED: tl.constexpr, PROGRAMS: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr,
+):  # fmt: skip
+    """One row, or a program's `BLOCK` tokens of it: select, solve for the threshold, write slots and state.
+
+    `row` is int64. `numbers` and `arrived` are the row's own. Every branch with an exchange in it, and every loop's
+    end, depends on numbers that all of the row's programs have alike: who took another one would wait for ever.
+    """
+    turn = 0
+    positions = program * BLOCK + tl.arange(0, BLOCK)
+    keys = load_keys(
+        scores, mask, lengths, row, positions, n,
+        score_row_stride, 1, mask_row_stride, 1, HAS_MASK, HAS_LENGTHS,
+    )  # fmt: skip
+    count, mean, deviation, turn = row_statistics(keys, turn, numbers, arrived, program, programs, SHARED, PROGRAMS)
+    real_tokens = count.to(tl.int32)
+    budget, k, rank = row_budgets(budgets, soft_budgets, row, real_tokens, capacity, soft_topk_ratio, HAS_SOFT_BUDGET)
+    last, room, low, turn = find_last_key(
+        keys, budget, real_tokens, mean, deviation, turn, numbers, arrived, program, programs, SHARED, PROGRAMS
+    )
+    centre, threshold, mass, turn = _solve(
+        keys, k, rank, count, real_tokens, mean, deviation, low, epsilon,
+        turn, numbers, arrived, program, programs, SHARED, PROGRAMS,
+    )  # fmt: skip
+    if program == 0:
+        tl.store(state + row * 3, centre)
+        tl.store(state + row * 3 + 1, threshold)
+        tl.store(state + row * 3 + 2, mass)
+
+    weights += row * capacity
+    indices += row * capacity
+    valid += row * capacity
+    selected, slot = selected_slots(keys, last, room, turn, numbers, arrived, program, programs, SHARED, PROGRAMS)
+    tl.store(indices + slot, positions.to(tl.int64), mask=selected)
+    if SHARED:
+        tl.store(weights + slot, weigh((key_to_score(keys) - centre) / epsilon, threshold), mask=selected)
+        tl.store(valid + slot, selected, mask=selected)
+        for start in range(program * BLOCK, capacity, programs * BLOCK):
+            slots = start + tl.arange(0, BLOCK)
+            unused = (slots >= budget) & (slots < capacity)
+            tl.store(weights + slots, tl.zeros([BLOCK], tl.float32), mask=unused)
+            tl.store(valid + slots, slots < budget, mask=unused)
+            tl.store(indices + slots, tl.zeros([BLOCK], tl.int64) + (n - 1), mask=unused)
+    else:
+        write_slots(
+            weights, indices, valid, budget, capacity, centre, epsilon, threshold,
+            scores, mask, lengths, row, n, score_row_stride, mask_row_stride, HAS_MASK, HAS_LENGTHS, SLOTS,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def route_kernel(
+    scores, budgets, soft_budgets, mask, lengths, weights, indices, valid, state, numbers, arrived,
+    score_row_stride, mask_row_stride, n, capacity, soft_topk_ratio, epsilon, rows, groups, programs,
+    HAS_SOFT_BUDGET: tl.constexpr, HAS_MASK: tl.constexpr, HAS_LENGTHS: tl.constexpr,
+    SHARED: tl.constexpr, PROGRAMS: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr,
+):  # fmt: skip
+    """One program a row; or, where rows are shared, groups of `programs`, each of which takes every `groups`-th row.
+
+    Reads `scores` fp32, fp16 or bf16 [rows, n], each row's side by side, `budgets` int64 [rows], `soft_budgets`
+    floating point [rows] or None, and as the mask `mask` bool [rows, n], likewise, `lengths` int [rows] or neither.
+    Writes `weights` fp32, `indices` int64 and `valid` bool, each [rows, capacity], and `state`, fp32 [rows, 3]:
+    centre, threshold from there over ε, sum of the unsaturated weights.
+
+    Of a shared row `numbers` int32 [rows, 2, 3, programs] is where programs leave numbers, and `arrived` int32
+    [rows, a cache line] their counter, which comes as zeros. `BLOCK` tokens are a program's, `SLOTS` how many slots it
+    writes at once where it has the row to itself, `PROGRAMS` a power of two from `programs` up.
+    """
+    program = tl.program_id(0) % programs
+    if SHARED:
+        for number in range(tl.program_id(0) // programs, rows, groups):
+            row = tl.zeros([], tl.int64) + number
+            _route_row(
+                row, scores, budgets, soft_budgets, mask, lengths, weights, indices, valid, state,
+                numbers + row * (2 * PLACES * programs), arrived + row * COUNTER_STRIDE,
+                score_row_stride, mask_row_stride, n, capacity, soft_topk_ratio, epsilon, program, programs,
+                HAS_SOFT_BUDGET, HAS_MASK, HAS_LENGTHS, SHARED, PROGRAMS, BLOCK, SLOTS,
+            )  # fmt: skip
+    else:
+        _route_row(
+            tl.program_id(0).to(tl.int64), scores, budgets, soft_budgets, mask, lengths, weights, indices, valid,
+            state, numbers, arrived,
+            score_row_stride, mask_row_stride, n, capacity, soft_topk_ratio, epsilon, 0, programs,
+            HAS_SOFT_BUDGET, HAS_MASK, HAS_LENGTHS, SHARED, PROGRAMS, BLOCK, SLOTS,
+        )  # fmt: skip
+
 
 # The longest row that one program takes. It is below 32,768, so that two counts in one integer never reach its sign.
 LONGEST_ROW = 16384
 # The fewest tokens that a program with a row to itself is compiled for, so that all short rows share one kernel.
 SHORTEST_BLOCK = 2048
-# How many tokens a program of the backward takes, and how many slots any program takes in one step.
-GRADIENT_BLOCK = 2048
+# How many slots a program takes in one step.
 SLOTS_AT_ONCE = 1024
 # Pairs of a row's length and how many of its tokens a program takes that shares a row of up to that length.
 PARTS = ((65536, 2048), (1 << 20, 4096))
 # The most tokens of a program that shares a row, because its counts must fit 16 bits.
 LONGEST_PART = 32768
-# How many slots one program of the backward sums by itself.
-SLOTS_OF_A_PART = 4096
 
 
-def _row_block(n: int) -> int:
+def row_block(n: int) -> int:
     return max(SHORTEST_BLOCK, next_power_of_2(n))
 
 
-def _row_warps(block: int) -> int:
+def row_warps(block: int) -> int:
     return min(max(block // 512, 4), 16)
 
 
@@ -66,7 +248,7 @@ def kernels_take(n: int, solver: str, device: torch.device) -> bool:
     return n <= LONGEST_ROW or (shares and _parts(n, device)[0] <= LONGEST_PART)
 
 
-def _readable(rows: Tensor) -> Tensor:
+def readable(rows: Tensor) -> Tensor:
     """Rows [rows, n] as the kernels read them: at any distance, each one's numbers side by side."""
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
@@ -108,26 +290,26 @@ def route_into(
     rows, n = scores.shape
     if rows == 0:
         return
-    scores, mask = _readable(scores), None if mask is None else _readable(mask)
+    scores, mask = readable(scores), None if mask is None else readable(mask)
     inputs = (scores, budget.contiguous(), adjacent(soft_budget), mask, adjacent(lengths))
     sizes = (scores.stride(0), 0 if mask is None else mask.stride(0), n, capacity)
     # Constants are given by position, which costs the host less than by name.
     given = (soft_budget is not None, mask is not None, lengths is not None)
-    block = _row_block(n)
+    block = row_block(n)
     if solver != "exact":
         highest = max(epsilon, epsilon_init or epsilon)
         launch(
             descent_kernel, (rows,),
             *inputs, weights, indices, valid, state, *sizes,
             soft_topk_ratio, epsilon, highest, math.log2(epsilon_decay), num_iterations,
-            *given, block, SLOTS_AT_ONCE, num_warps=_row_warps(block),
+            *given, block, SLOTS_AT_ONCE, num_warps=row_warps(block),
         )  # fmt: skip
         return
     if n <= LONGEST_ROW:
         launch(
             route_kernel, (rows,),
             *inputs, weights, indices, valid, state, None, None, *sizes, soft_topk_ratio, epsilon, 1, 1, 1,
-            *given, False, 1, block, SLOTS_AT_ONCE, num_warps=_row_warps(block),
+            *given, False, 1, block, SLOTS_AT_ONCE, num_warps=row_warps(block),
         )  # fmt: skip
         return
 
@@ -143,76 +325,4 @@ def route_into(
         route_kernel, (groups * programs,),
         *inputs, weights, indices, valid, state, numbers, arrived, *sizes, soft_topk_ratio, epsilon,
         rows, groups, programs, *given, True, columns, block, 1, num_warps=num_warps, together=together,
-    )  # fmt: skip
-
-
-def slot_parts(capacity: int) -> int:
-    """Into how many parts the backward cuts a row's slots to sum over them, one where a program sums all by itself."""
-    return cdiv(capacity, SLOTS_OF_A_PART)
-
-
-def route_backward_into(
-    grad_weights: Tensor,
-    scores: Tensor,
-    budget: Tensor,
-    soft_budget: Tensor | None,
-    mask: Tensor | None,
-    lengths: Tensor | None,
-    capacity: int,
-    soft_topk_ratio: float,
-    solver: str,
-    epsilon: float,
-    num_iterations: int,
-    epsilon_init: float | None,
-    epsilon_decay: float,
-    weights: Tensor,
-    indices: Tensor,
-    valid: Tensor,
-    state: Tensor,
-    grad_scores: Tensor,
-    grad_budget: Tensor | None,
-    sums: Tensor | None = None,
-) -> None:
-    """Write the gradients of `route_into`, of scores [rows, n] and of a soft budget [rows].
-
-    `sums` is room for partial sums [rows, `slot_parts`] where it takes more than one; None takes some.
-    """
-    rows, n = scores.shape
-    if rows == 0:
-        return
-    # the kernels write it in any case
-    grad_budget = state.new_empty(rows) if grad_budget is None else grad_budget
-    if sums is None and solver == "exact" and slot_parts(capacity) > 1:
-        sums = state.new_empty((rows, slot_parts(capacity)))
-    grad_weights, scores = _readable(grad_weights), _readable(scores)
-    mask = None if mask is None else _readable(mask)
-    slots = (grad_weights, *map(adjacent, (weights, indices, valid)), scores, mask, adjacent(lengths))
-    strides = (
-        grad_weights.stride(0), scores.stride(0), 0 if mask is None else mask.stride(0), grad_scores.stride(0),
-    )  # fmt: skip
-    given = (mask is not None, lengths is not None)
-    if solver != "exact":
-        block = _row_block(n)
-        launch(
-            descent_backward_kernel, (rows,),
-            *slots, adjacent(soft_budget), adjacent(state), grad_scores, grad_budget, *strides, n, capacity,
-            epsilon, max(epsilon, epsilon_init or epsilon), math.log2(epsilon_decay), num_iterations,
-            soft_budget is not None, *given, block, SLOTS_AT_ONCE, num_warps=_row_warps(block),
-        )  # fmt: skip
-        return
-
-    one_part = capacity <= SLOTS_OF_A_PART
-    parts = slot_parts(capacity)
-    if not one_part:
-        launch(
-            slot_sums_kernel, (rows * parts,),
-            grad_weights, weights, sums, grad_weights.stride(0), capacity, parts, SLOTS_OF_A_PART, num_warps=8,
-        )  # fmt: skip
-    blocks = cdiv(n, GRADIENT_BLOCK)
-    launch(
-        route_backward_kernel, (rows * blocks,),
-        *slots, adjacent(state), grad_budget if sums is None else sums, grad_scores, grad_budget, *strides,
-        n, capacity, epsilon, blocks, parts,
-        *given, one_part, next_power_of_2(parts), 2 if capacity <= 2**20 else 3,
-        max(256, next_power_of_2(capacity)) if one_part else SLOTS_AT_ONCE, GRADIENT_BLOCK, num_warps=4,
     )  # fmt: skip

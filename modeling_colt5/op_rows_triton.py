@@ -8,14 +8,8 @@ import functools
 
 from torch import Tensor
 
-from .op_dropout_steps_triton import dropped
-from .run_launch_triton import adjacent, cdiv, launch, next_power_of_2
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError as error:
-    raise ImportError("op_rows_triton needs triton; use kernel_backend='torch' without it") from error
+from .op_dropout_triton import dropped
+from .run_launch_triton import adjacent, cdiv, launch, next_power_of_2, tl, triton
 
 # How many indices a search looks at in one step.
 PROBES = tl.constexpr(64)

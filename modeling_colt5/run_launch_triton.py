@@ -10,9 +10,12 @@ import torch
 from .kernel_backend import INTERPRETED
 
 try:
-    import triton
+    import triton as triton
 except ImportError as error:
-    raise ImportError("run_launch_triton needs triton; use kernel_backend='torch' without it") from error
+    raise ImportError("Triton kernels need triton; use kernel_backend='torch' without it") from error
+
+# Files of kernels import both names from here, which is the one place that says what lacks.
+tl = triton.language
 
 # A multiprocessor has so many registers, on all of NVIDIA's GPUs since Kepler.
 REGISTERS = 65536

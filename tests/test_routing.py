@@ -13,7 +13,7 @@ import torch
 from rounding import assert_all_same_but_for_rounding, assert_same_but_for_rounding
 
 import modeling_colt5
-from modeling_colt5 import op_routing, op_routing_forward_triton, op_routing_triton
+from modeling_colt5 import op_routing, op_routing_gradient_triton, op_routing_triton
 from modeling_colt5.kernel_backend import INTERPRETED
 from modeling_colt5.op_routing import RoutedTokens, route
 from modeling_colt5.op_soft_topk import soft_topk
@@ -228,7 +228,7 @@ def test_programs_that_share_a_row_may_run_in_any_order(monkeypatch, seed):
     monkeypatch.setattr(op_routing_triton, "LONGEST_ROW", 0)
     monkeypatch.setattr(op_routing_triton, "_parts", lambda n, device: (32, 8, 2))
     monkeypatch.setattr(op_routing_triton, "_multiprocessors", lambda device: 3)
-    run_together(monkeypatch, op_routing_forward_triton.route_kernel, seed)
+    run_together(monkeypatch, op_routing_triton.route_kernel, seed)
     scores = torch.randn(5, 90)
     scores[1] = scores[1].round()
     scores[2] *= 50
@@ -348,7 +348,7 @@ def test_gradient_of_a_soft_budget_comes_in_its_dtype(kernels, device, dtype):
 
 def test_gradient_with_more_slots_than_one_part(device, monkeypatch):
     """The backward then sums over parts, and finds the slots of a block by search."""
-    monkeypatch.setattr(op_routing_triton, "SLOTS_OF_A_PART", 256)
+    monkeypatch.setattr(op_routing_gradient_triton, "SLOTS_OF_A_PART", 256)
     check_against_reference(torch.randn(2, 700, device=device).round(), 0.7)
 
 

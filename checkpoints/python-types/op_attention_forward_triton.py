@@ -1,1 +1,0 @@
-../../modeling_colt5/op_attention_forward_triton.py
