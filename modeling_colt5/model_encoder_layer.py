@@ -13,6 +13,7 @@ from .layer_encoder import StraightLayer, Sum, may_run_straight
 from .layer_plain import PlainBlock
 from .layer_program import StraightPass
 from .model_layers import (
+    GELU,
     CoLT5Attention,
     CoLT5DenseActDense,
     CoLT5Dropout,
@@ -284,6 +285,7 @@ PLAIN: dict[str, tuple[type[nn.Module], Any]] = {
         "select": CoLT5Routing,
         "linear": nn.Linear,
         "dropout": CoLT5Dropout,
+        "activation": GELU,
     }.items()
 }
 

@@ -19,6 +19,9 @@ from .op_norm import rms_norm_scores
 from .run_budgets import is_free
 from .run_plan import is_one_product
 
+# the class of the activation that the fused kernel has, T5's tanh form of the GELU
+GELU = type(ACT2FN["gelu_new"])
+
 
 def product_by_heads(states: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
     """[batch, heads, n, x] times [batch, key/value heads, x, y] → [batch, heads, n, y]."""
@@ -304,8 +307,11 @@ class CoLT5DenseActDense(nn.Module):
         self.wo = nn.Linear(d_ff, d_model, bias=False)
         self.dropout = CoLT5Dropout(dropout_rate)
         self.act = ACT2FN[activation_name(feed_forward_proj)]
-        # The fused kernel has this activation alone.
-        self.has_gated_gelu = self.is_gated_act and activation_name(feed_forward_proj) == "gelu_new"
+
+    @property
+    def has_gated_gelu(self) -> bool:
+        """Whether the activation is that of the fused kernel, has not been replaced, and has no hooks."""
+        return self.is_gated_act and type(self.act) is GELU and not is_hooked(self.act)
 
     def forward(
         self, hidden_states: torch.Tensor, kernel_backend: str = "auto", seed: torch.Tensor | None = None

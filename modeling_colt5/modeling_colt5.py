@@ -103,6 +103,9 @@ class CoLT5GenerationMixin(GenerationMixin):
         kwargs |= {"next_sequence_length": next_sequence_length, "is_first_iteration": is_first_iteration}
         # `generate` looks for the name `inputs_embeds` in this signature.
         inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
+        # Transformers hands the tokenizers on that it finds stop strings and candidates' tokens with.
+        inputs.pop("tokenizer", None)
+        inputs.pop("assistant_tokenizer", None)
         # PEFT's prompts and prefixes look for the cache under its older name, under every release
         if CACHE in inputs and is_called_by_peft():
             inputs["past_key_values"] = inputs.pop(CACHE)
@@ -147,6 +150,20 @@ class CoLT5Seq2SeqPreTrainedModel(CoLT5EmbeddingModel):
         self.encoder = CoLT5Encoder(self.config)
         self.decoder = CoLT5Decoder(self.config)
         self.share_embedding()
+
+    def _shift_right(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Tokens [batch, m] shifted right behind the start token, with padding for -100; by T5's name, which T5's
+        documentation uses.
+
+        Raises:
+            ValueError: where the config has no start or no padding token.
+        """
+        start, padding = self.config.decoder_start_token_id, self.config.pad_token_id
+        if start is None or padding is None:
+            raise ValueError(f"labels need decoder_start_token_id (is {start}) and pad_token_id (is {padding})")
+        shifted = input_ids.roll(1, dims=-1)
+        shifted[..., 0] = start
+        return shifted.masked_fill(shifted == -100, padding)
 
     def run_stacks(
         self,
@@ -363,12 +380,7 @@ class CoLT5ForConditionalGeneration(CoLT5Seq2SeqPreTrainedModel, CoLT5Generation
         Raises:
             ValueError: where the config has no start or no padding token.
         """
-        start, padding = self.config.decoder_start_token_id, self.config.pad_token_id
-        if start is None or padding is None:
-            raise ValueError(f"labels need decoder_start_token_id (is {start}) and pad_token_id (is {padding})")
-        shifted = labels.roll(1, dims=-1)
-        shifted[..., 0] = start
-        return shifted.masked_fill(shifted == -100, padding)
+        return self._shift_right(labels)
 
 
 class CoLT5ForCausalLM(CoLT5EmbeddingModel, CoLT5GenerationMixin):

@@ -61,6 +61,10 @@ def test_generation_of_every_kind(name):
     model.generate(**row, max_new_tokens=3, prompt_lookup_num_tokens=2)
     embeds = model.get_input_embeddings()(inputs["input_ids"])
     model.generate(inputs_embeds=embeds, attention_mask=inputs["attention_mask"], max_new_tokens=2)
+    letters = [(letter, -1.0) for letter in "▁abcdefghijklmnopqrstuvwxyz"]
+    tokenizer = CoLT5Tokenizer([("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *letters], extra_ids=0)
+    for further in ({}, {"num_beams": 2}, {"assistant_tokenizer": tokenizer}):
+        model.generate(**inputs, max_new_tokens=3, stop_strings=["xyz"], tokenizer=tokenizer, **further)
 
 
 @pytest.mark.parametrize("adapter", ["LoraConfig", "PromptTuningConfig", "PrefixTuningConfig", "PromptEncoderConfig"])

@@ -310,3 +310,5 @@ def test_labels_are_shifted_once_and_normalised_by_the_count_given():
     for count in (24, torch.tensor(24)):
         torch.testing.assert_close(model(ids, labels=labels, num_items_in_batch=count).loss, losses.sum() / 24)
     assert torch.equal(model.prepare_decoder_input_ids_from_labels(labels), shifted)
+    # T5's documentation calls this for the model without a head
+    assert torch.equal(tiny_model(CoLT5Model)._shift_right(labels), shifted)

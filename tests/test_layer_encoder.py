@@ -221,8 +221,9 @@ def parametrized(block: nn.Module) -> Callable[[], None]:
 
 def other_activation(block: nn.Module) -> Callable[[], None]:
     module = block.layer[1].light_feed_forward
-    module.has_gated_gelu = False
-    return lambda: setattr(module, "has_gated_gelu", True)
+    before = module.act
+    module.act = nn.ReLU()
+    return lambda: setattr(module, "act", before)
 
 
 CHANGES = {
@@ -233,6 +234,7 @@ CHANGES = {
     "hook on a sublayer": hooked("layer.1", "register_forward_hook"),
     "hook on dropout": hooked("layer.0.dropout", "register_forward_hook"),
     "hook on routing": hooked("layer.1.router.select", "register_forward_hook"),
+    "hook on an activation": hooked("layer.1.heavy_feed_forward.act", "register_forward_hook"),
     "hook in another dictionary": hooked_anew,
     "another class": replaced("layer.0.heavy_attention", "q", other_class),
     "a bias": replaced("layer.1.heavy_feed_forward", "wi_0", with_bias),

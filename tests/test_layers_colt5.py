@@ -16,7 +16,7 @@ from modeling_colt5 import CoLT5EncoderModel, CoLT5ForConditionalGeneration
 from modeling_colt5.kernel_backend import product_dtype
 from modeling_colt5.model_decoder_layer import CoLT5CrossAttention, CoLT5SelfAttention
 from modeling_colt5.model_encoder_layer import CoLT5LayerConditionalFF, CoLT5LocalAttention, CoLT5RoutedAttention
-from modeling_colt5.model_layers import CoLT5Attention, CoLT5LayerNorm, clamp_half
+from modeling_colt5.model_layers import CoLT5Attention, CoLT5DenseActDense, CoLT5LayerNorm, clamp_half
 from modeling_colt5.model_router import CoLT5Router
 from modeling_colt5.run_budgets import routed_budget, routed_capacity
 from modeling_colt5.run_plan import EncoderPlan, Implementation
@@ -473,3 +473,28 @@ def test_clamp_saves_fp16_from_infinities_only():
     clamped = clamp_half(states.half())
     assert clamped.isfinite().all()
     assert torch.equal(clamped[:3], states[:3].half())
+
+
+@pytest.mark.parametrize("model_class", [CoLT5EncoderModel, CoLT5ForConditionalGeneration])
+def test_another_activation_is_used_and_hooks_on_it_see_its_values(model_class):
+    model = tiny_model(model_class)
+    ids = random_ids(2, 12)
+    inputs = {"input_ids": ids} | ({"decoder_input_ids": ids[:, :4]} if hasattr(model, "decoder") else {})
+    before = model(**inputs)[0]
+    parts = [part for part in model.modules() if isinstance(part, CoLT5DenseActDense)]
+    assert len(parts) == len(model.encoder.block) * 2 + (len(model.decoder.block) if hasattr(model, "decoder") else 0)
+    for part in parts:
+        seen = []
+        hook = part.act.register_forward_hook(lambda module, args, output, seen=seen: seen.append((*args, output)))
+        torch.testing.assert_close(model(**inputs)[0], before)
+        hook.remove()
+        ((gate, activated),) = seen
+        torch.testing.assert_close(activated, nn.functional.gelu(gate, approximate="tanh"))
+        own, part.act = part.act, nn.Tanh()
+        # the same product of weights with the activation written out
+        gate = torch.randn(3, 32)
+        expected = part.wo(part.wi_0(gate).tanh() * part.wi_1(gate))
+        torch.testing.assert_close(part(gate), expected)
+        assert (model(**inputs)[0] - before).abs().max() > 1e-3
+        part.act = own
+    torch.testing.assert_close(model(**inputs)[0], before)
