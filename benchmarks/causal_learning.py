@@ -10,6 +10,7 @@ one variant and one seed. One that is complete is never done again; one that the
 import functools
 import hashlib
 import json
+import math
 import sys
 import sysconfig
 import time
@@ -28,6 +29,7 @@ from torch import nn
 from transformers import HfArgumentParser
 
 from modeling_colt5 import CoLT5Config, CoLT5ForCausalLM
+from modeling_colt5.dense_start import DenseStart
 from modeling_colt5.parameter_groups import size_scaled_groups
 
 # bytes come after pad, eos and unk
@@ -37,6 +39,7 @@ SKIPPED_FOLDERS = {"site-packages", "test", "tests", "idlelib", "lib2to3", "__py
 # what a variant changes; the order is the order of work
 VARIANTS: dict[str, dict[str, Any]] = {
     "routed": {"causal_attention": "routed"},
+    "routed-dense-start": {"causal_attention": "routed"},
     "local": {"causal_attention": "local"},
     # four times as many tokens get a heavy part
     "routed-queries": {"causal_attention": "routed", "routed_query_fraction": 0.25},
@@ -47,6 +50,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "routed-both": {"causal_attention": "routed", "causal_feed_forward": "routed"},
     "routed-feed-forward": {"causal_attention": "local", "causal_feed_forward": "routed"},
 }
+# begins with docs/routers.md's recipe, on the first quarter of each row
+WITH_DENSE_START = "routed-dense-start"
 TINY = {"d_model": 32, "num_layers": 2, "length": 128, "window": 16, "pool": 24, "radius": 7, "batch": 2, "steps": 6}
 TINY |= {"eval_every": 3, "eval_rows": 2, "warmup_steps": 2, "cooldown_steps": 2}
 
@@ -188,9 +193,15 @@ def describe_routing(model: CoLT5ForCausalLM, rows: torch.Tensor, batch: int) ->
 
 
 def train_steps(
-    model: CoLT5ForCausalLM, ids: np.ndarray, settings: Settings, seed: int, device: torch.device
+    model: CoLT5ForCausalLM,
+    ids: np.ndarray,
+    settings: Settings,
+    seed: int,
+    device: torch.device,
+    schedule: DenseStart | None,
 ) -> Iterator[int]:
-    """Train in place. Yields the number of steps done, 0 first, before each step and at the end."""
+    """Train in place, with a dense start where there is a schedule. Yields the number of steps done: 0 first, before
+    each step, and at the end."""
 
     def loss_of(batch: dict[str, torch.Tensor]) -> torch.Tensor:
         with autocast(device):
@@ -203,7 +214,12 @@ def train_steps(
     for step in range(settings.steps):
         yield step
         starts = draws.integers(len(ids) - settings.length, size=settings.batch).tolist()
-        train_step({"rows": rows_of(ids, starts, settings.length, device)})
+        length, progress = settings.length, None
+        if schedule is not None:
+            progress = schedule.progress(step, settings.steps)
+            model.set_dense_start(progress)
+            length = length if progress is None else math.ceil(schedule.input_share * length)
+        train_step({"rows": rows_of(ids, starts, length, device)}, phase=progress is None)
     yield settings.steps
 
 
@@ -223,15 +239,16 @@ def run(variant: str, seed: int, settings: Settings, device: torch.device, deadl
         with device:
             return make_model(variant, settings)
 
+    schedule = DenseStart() if variant == WITH_DENSE_START else None
     # kernels are compiled and chosen before the clock starts, on a model that is thrown away
-    for step in train_steps(model := fresh(), train, settings, seed, device):
+    for step in train_steps(model := fresh(), train, settings, seed, device, schedule):
         if step == min(3, settings.steps):
             break
     token_losses(model, rows, settings.batch)
 
     model = fresh()
     curve, seconds, started = [], 0.0, wait()
-    for step in train_steps(model, train, settings, seed, device):
+    for step in train_steps(model, train, settings, seed, device, schedule):
         if step % settings.eval_every and step != settings.steps:
             continue
         seconds += wait() - started

@@ -17,6 +17,7 @@ DOCS = Path(__file__).parent
 RESULTS = DOCS.parent / "benchmarks/results/causal_learning"
 NAMES = {
     "routed": "light and heavy branch",
+    "routed-dense-start": "the same, after a dense start",
     "routed-queries": "the same, a quarter of the tokens as queries",
     "local": "light branch only",
     "local-wide": "light branch only, with all 6 heads",
