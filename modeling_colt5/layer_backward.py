@@ -7,14 +7,64 @@ from torch import Tensor
 
 from .kernel_backend import triton_is_available
 from .layer_forward import Line
-from .layer_program import Program
+from .layer_program import Program, Room, Slots
 
 if triton_is_available():
     from .op_attention_gradient_triton import attention_backward_into
+    from .op_attention_triton import partial_sums
     from .op_gelu_triton import gated_gelu_backward_into
-    from .op_norm_triton import norm_backward_into
-    from .op_routing_gradient_triton import route_backward_into
+    from .op_norm_triton import gradient_programs, norm_backward_into
+    from .op_routing_gradient_triton import route_backward_into, slot_parts
     from .op_rows_triton import combine_into, gather_dot_into, join_into
+
+
+class SlotGradients:
+    """The places of what the backward of `Slots` needs: the scores' gradient, and for each launch the weights'
+    gradient, the partial sums, the rows' scores' gradient and the budget's; for each router its weights' gradient."""
+
+    def __init__(self, room: Room, slots: Slots, batch: int, n: int, capacities: tuple[int, ...], exact: bool):
+        routers = len(capacities)
+        self.scores = room.add(torch.float32, batch, routers, n)
+        self.launches: list[tuple[int, int | None, int, int]] = []
+        self.weights: list[int] = []
+        for launch, width in enumerate(slots.width):
+            rows = routers if batch == 1 else batch
+            strides = (n, 1) if batch == 1 else (routers * n, 1)
+            weights = room.add(torch.float32, rows, width)
+            parts = slot_parts(width) if exact else 0
+            sums = room.add(torch.float32, rows, parts) if parts > 1 else None
+            scores = room.part(self.scores, launch * n, (rows, n), strides)
+            self.launches.append((weights, sums, scores, room.add(torch.float32, rows)))
+            if batch > 1:
+                self.weights.append(weights)
+                continue
+            for router, own in enumerate(capacities):
+                self.weights.append(room.part(weights, router * width, (1, own), (width, 1)))
+
+
+class Places:
+    """Sizes and places of what a backward pass needs besides what the forward pass kept.
+
+    Args:
+        program: of the layer.
+    """
+
+    def __init__(self, program: Program):
+        batch, n, d = program.batch, program.n, program.d
+        queries, keys, tokens = program.capacities
+        light_heads, heavy_heads = program.light // program.light_size, program.heavy // program.heavy_size
+        self.first, self.second = Room(), Room()
+        exact = program.settings[1] == "exact"
+        self.first_slots = SlotGradients(self.first, program.first_slots, batch, n, (queries, keys), exact)
+        self.second_slots = SlotGradients(self.second, program.second_slots, batch, n, (tokens,), exact)
+        shares = gradient_programs(batch, n, d)
+        self.first_shares = self.first.add(torch.float32, shares, 3, d)
+        self.second_shares = self.second.add(torch.float32, shares, 2, d)
+        self.heavy_delta = self.first.add(torch.float32, batch, heavy_heads, queries)
+        self.light_delta = self.first.add(torch.float32, batch, light_heads, n)
+        band = partial_sums(n, program.light_size, program.dtype, program.device, routed=False)
+        self.light_partials = (batch, light_heads, band)
+        self.heavy_partials = (batch, heavy_heads, queries)
 
 
 class Gradients:
@@ -52,7 +102,7 @@ class Backward:
 
     def __init__(self, line: Line, gradients: Gradients, tables: tuple[Tensor | None, Tensor | None]):
         self.line, self.gradients, self.tables = line, gradients, tables
-        self.needs = gradients.needs
+        self.needs, self.places = gradients.needs, Places(line.program)
 
     def weight_gradients(self, joined: Tensor, states: Tensor, first: int, count: int) -> None:
         """Write the gradients of weights from a place on, whose products have gradients [tokens, sum of widths] that
@@ -164,13 +214,13 @@ class Backward:
     def feed_forward(self, grad: Tensor) -> tuple[Tensor, Tensor]:
         """The gradients of what the feed-forward got, [batch, n, d_model], of the residual and of the branches before
         it."""
-        line, program = self.line, self.line.program
+        line, program, own = self.line, self.line.program, self.places
         run, rows, d = line.run, line.rows, program.d
         light_grad = line.dropped(grad, 5)
         grad_of_update = light_grad if program.drops[5] > 0 else grad
         places = program.second.views(line.place("second"))
-        room = program.second_back.views(line.temporary(torch.uint8, program.second_back.size))
-        gradient = program.second_gradients
+        room = own.second.views(line.temporary(torch.uint8, own.second.size))
+        gradient = own.second_slots
         indices, valid, weights = (places[part] for part in program.second_slots.routers[0])
         normed, states = line.place("second_normed"), line.place("states")
         heavy_grad = line.temporary(program.dtype, *states.shape)
@@ -194,19 +244,19 @@ class Backward:
         result = line.temporary(program.hidden_dtype, *grad.shape)
         self.norm(
             grad, total, room[gradient.scores], line.place("hidden"), places[0], 11, line.weights[15].view(1, -1),
-            room[program.second_shares], result,
+            room[own.second_shares], result,
         )  # fmt: skip
         return result, line.dropped(result, 2) if program.drops[2] > 0 else result
 
     def attention(self, grad: Tensor, update_grad: Tensor, hidden_states: Tensor, out: Tensor) -> None:
         """The gradient of what the attention got, of its weights and of the tables."""
-        line, program = self.line, self.line.program
+        line, program, own = self.line, self.line.program, self.places
         run, rows, heads, d = line.run, line.rows, line.heads, program.d
         o, heavy_q, heavy_o = line.weights[4], line.weights[7], line.weights[10]
         light_table, heavy_table = self.tables
         places = program.first.views(line.place("first"))
-        room = program.first_back.views(line.temporary(torch.uint8, program.first_back.size))
-        slots, gradient = program.first_slots, program.first_gradients
+        room = own.first.views(line.temporary(torch.uint8, own.first.size))
+        slots, gradient = program.first_slots, own.first_slots
         query_slots, key_slots = ([places[part] for part in router] for router in slots.routers)
         query_states, key_states = line.place("query_states"), line.place("key_states")
 
@@ -224,7 +274,7 @@ class Backward:
         del heavy_grad
         query_grad = line.temporary(program.dtype, *query.shape)
         key_value_grad = line.temporary(program.dtype, *key_value.shape)
-        partials = self.partials(program.heavy_partials, heavy_table)
+        partials = self.partials(own.heavy_partials, heavy_table)
         seed, probability = line.dropout(1)
         run(
             attention_backward_into,
@@ -232,7 +282,7 @@ class Backward:
             line.tables[1], 0, query_slots[0], *key_slots[:2], probability, seed,
             heads(attended, size), places[program.heavy_sums],
             heads(query_grad, size), *(heads(part, size) for part in key_value_grad.chunk(2, 1)), heavy_table,
-            room[program.heavy_delta], partials,
+            room[own.heavy_delta], partials,
         )  # fmt: skip
         del attended_grad, partials
         self.weight_gradients(query_grad, query_states, 7, 1)
@@ -251,7 +301,7 @@ class Backward:
         line.recorder.product(light_grad, o, attended_grad)
         del light_grad, update_grad
         query_key_value_grad = line.temporary(program.dtype, *query_key_value.shape)
-        partials = self.partials(program.light_partials, light_table)
+        partials = self.partials(own.light_partials, light_table)
         seed, probability = line.dropout(0)
         run(
             attention_backward_into,
@@ -259,7 +309,7 @@ class Backward:
             line.tables[0], program.radius, None, None, line.common.mask, probability, seed,
             heads(attended, size), places[program.light_sums],
             *(heads(part, size) for part in query_key_value_grad.chunk(3, 1)), light_table,
-            room[program.light_delta], partials,
+            room[own.light_delta], partials,
         )  # fmt: skip
         del attended_grad, partials
         self.weight_gradients(query_key_value_grad, normed, 1, 3)
@@ -282,7 +332,7 @@ class Backward:
         del normed_grad, query_states_grad, key_states_grad
         self.norm(
             grad, total, room[gradient.scores], hidden_states, places[0], 0, line.place("routers"),
-            room[program.first_shares], out,
+            room[own.first_shares], out,
         )  # fmt: skip
 
     def partials(self, shape: tuple[int, int, int], table: Tensor | None) -> Tensor | None:

@@ -1,8 +1,8 @@
 """An encoder layer as straight lines of kernel launches and products, beside the modules of model_encoder.py.
 
 The modules say what a layer computes. Called one by one, their Python takes the host several times as long as the
-kernels take a GPU. So a block that nobody looks into (layer_plain.py) runs here: the same kernels in the same order,
-without a module, an operator or a view between them.
+kernels take a GPU. So a block that nobody looks into (`PlainBlock` of layer_program.py) runs here: the same kernels in
+the same order, without a module, an operator or a view between them.
 
 The first call of a kind, which is one of its shapes, dtypes and numbers, launches one kernel after another and notes
 them. From then on the list is repeated by one call of C (run_launch_list_triton.py), with other tensors' addresses.
@@ -17,8 +17,7 @@ from torch.autograd import forward_ad
 from .kernel_backend import Mode, triton_is_available
 from .layer_backward import Backward, Gradients
 from .layer_forward import Line, attention, combined, feed_forward, parts_of, sum_of_all
-from .layer_plain import WEIGHTS, PlainLayer
-from .layer_program import Layout, Program, StraightPass, product_dtype
+from .layer_program import WEIGHTS, PlainLayer, Program, Room, StraightPass, product_dtype
 from .op_dropout import draw_seeds
 from .run_operator import refuse_derivatives_of_kernels
 
@@ -120,7 +119,7 @@ class StraightLayer:
             return None
         return cls(program, common, weights, tables, plan)
 
-    def line(self, recorder: "Recorder", layout: Layout, memory: Tensor, seeds: Tensor | None = None) -> Line:
+    def line(self, recorder: "Recorder", layout: Room, memory: Tensor, seeds: Tensor | None = None) -> Line:
         """What computes a call."""
         return Line(self.program, self.common, self.plan, recorder, self.weights, self.tables, layout, memory, seeds)
 

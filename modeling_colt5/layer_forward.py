@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .kernel_backend import triton_is_available
-from .layer_program import Layout, Program, StraightPass
+from .layer_program import Program, Room, StraightPass
 
 if triton_is_available():
     from .op_attention_triton import attention_into
@@ -43,7 +43,7 @@ class Line:
         recorder: "Recorder",
         weights: tuple[Tensor, ...],
         tables: tuple[Tensor, Tensor],
-        layout: Layout,
+        layout: Room,
         memory: Tensor,
         seeds: Tensor | None = None,
     ):
@@ -55,7 +55,7 @@ class Line:
 
     def place(self, name: str) -> Tensor:
         """The tensor of a name, in the memory of what outlives the call or as a temporary one."""
-        if name in self.layout.places:
+        if name in self.layout.numbers:
             return self.layout.view(self.memory, name)
         dtype, shape = self.program.others[name]
         return self.temporary(dtype, *shape)

@@ -10,8 +10,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .kernel_backend import is_hooked, shows_results
 from .layer_encoder import StraightLayer, Sum, may_run_straight
-from .layer_plain import PlainBlock
-from .layer_program import StraightPass
+from .layer_program import PlainBlock, StraightPass
 from .model_layers import (
     GELU,
     CoLT5Attention,
