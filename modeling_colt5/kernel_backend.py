@@ -93,6 +93,17 @@ def runs_eagerly() -> bool:
     )
 
 
+def is_transformed() -> bool:
+    """Whether a transform of torch.func is on that is no compiler's: those transform operators by themselves, or say
+    that they cannot."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def records_now() -> bool:
+    """Whether autograd records operations that run as they come."""
+    return torch.is_grad_enabled() and runs_eagerly()
+
+
 def is_autocast(states: torch.Tensor) -> bool:
     """Whether autocast is on for products of these states. PyTorch has no answer for tensors without data."""
     return not states.is_meta and torch.is_autocast_enabled(states.device.type)
@@ -117,14 +128,16 @@ class Mode(NamedTuple):
         keeps_gradients: whether autograd records.
         is_captured: whether what is eager becomes a CUDA graph.
         is_watched: whether hooks are on all modules of the process.
-        is_autocast: whether autocast is on.
+        autocast: the dtype that autocast takes products in; None where it is off.
+        is_deterministic: whether PyTorch is to compute the same bits again, of what is eager.
     """
 
     is_eager: bool
     keeps_gradients: bool
     is_captured: bool
     is_watched: bool
-    is_autocast: bool
+    autocast: torch.dtype | None
+    is_deterministic: bool
 
     @classmethod
     def of_now(cls, states: torch.Tensor) -> "Mode":
@@ -133,7 +146,21 @@ class Mode(NamedTuple):
         is_captured = is_eager and states.is_cuda and torch.cuda.is_current_stream_capturing()
         # PyTorch answers with the hooks themselves
         is_watched = bool(torch_module._has_any_global_hook())
-        return cls(is_eager, torch.is_grad_enabled(), is_captured, is_watched, is_autocast(states))
+        autocast = torch.get_autocast_dtype(states.device.type) if is_autocast(states) else None
+        is_deterministic = is_eager and torch.are_deterministic_algorithms_enabled()
+        return cls(is_eager, torch.is_grad_enabled(), is_captured, is_watched, autocast, is_deterministic)
+
+    def dtype_of_products(self, dtype: torch.dtype) -> torch.dtype | None:
+        """The dtype of products of states of a dtype; None where autocast takes other states than those of fp32 to
+        another."""
+        if self.autocast is None:
+            return dtype
+        return self.autocast if dtype in (self.autocast, torch.float32) else None
+
+    @property
+    def is_plain_inference(self) -> bool:
+        """Whether a pass computes a result and nothing else, as it comes."""
+        return self.is_eager and not (self.keeps_gradients or self.is_captured or self.is_watched or self.autocast)
 
 
 def can_look(tensor: torch.Tensor) -> bool:

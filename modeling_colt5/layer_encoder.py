@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 from .kernel_backend import Mode, triton_is_available
 from .layer_backward import Backward, Gradients
 from .layer_forward import Line, attention, combined, feed_forward, parts_of, sum_of_all
-from .layer_program import WEIGHTS, PlainLayer, Program, Room, StraightPass, product_dtype
+from .layer_program import WEIGHTS, PlainLayer, Program, Room, StraightPass
 from .op_dropout import draw_seeds
 from .run_operator import refuse_derivatives_of_kernels
 
@@ -43,8 +43,8 @@ def may_run_straight(hidden_states: Tensor, solver: str, mode: Mode) -> bool:
         and not mode.is_watched
         and type(hidden_states) in (Tensor, torch.nn.Parameter)
         and hidden_states.numel() > 0
-        and product_dtype(hidden_states) is not None
-        and not torch.are_deterministic_algorithms_enabled()
+        and mode.dtype_of_products(hidden_states.dtype) is not None
+        and not mode.is_deterministic
         and forward_ad._current_level < 0
         and kernels_take(hidden_states.shape[1], solver, hidden_states.device)
         and not (mode.keeps_gradients and hidden_states.dtype == torch.float16)
@@ -81,9 +81,10 @@ class StraightLayer:
         weights: in the order of `WEIGHTS`.
         tables: light and heavy bias tables [heads, 2 * max_distance + 1] in fp32.
         plan: the pass's `EncoderPlan`.
+        records: whether autograd does.
     """
 
-    __slots__ = ("common", "memory", "plan", "program", "tables", "weights")
+    __slots__ = ("common", "memory", "plan", "program", "records", "tables", "weights")
 
     def __init__(
         self,
@@ -92,8 +93,10 @@ class StraightLayer:
         weights: tuple[Tensor, ...],
         tables: tuple[Tensor, Tensor],
         plan: Any,
+        records: bool,
     ):
         self.program, self.common, self.weights, self.tables, self.plan = program, common, weights, tables, plan
+        self.records = records
         self.memory: Tensor | None = None
 
     @classmethod
@@ -107,7 +110,9 @@ class StraightLayer:
             tables, plan: as above.
         """
         common = plan.straight
-        drops = any(layer.drops) and (not torch.is_grad_enabled() or max(layer.drops) >= 1)
+        # not the pass's answer: gradient checkpointing runs a block without gradients first
+        records = torch.is_grad_enabled()
+        drops = any(layer.drops) and (not records or max(layer.drops) >= 1)
         program = None if drops else Program.of(common, layer, weights, tables)
         read = (*weights, *tables)
         if (
@@ -117,7 +122,7 @@ class StraightLayer:
             or set(map(Tensor.get_device, read)) != {common.device_index}
         ):
             return None
-        return cls(program, common, weights, tables, plan)
+        return cls(program, common, weights, tables, plan, records)
 
     def line(self, recorder: "Recorder", layout: Room, memory: Tensor, seeds: Tensor | None = None) -> Line:
         """What computes a call."""
@@ -137,8 +142,10 @@ class StraightLayer:
         if recorder.notes is not None:
             self.program.lists[kind] = recorder.finish(memories)
 
-    def run_with_gradient(self, hidden_states: Tensor) -> Tensor:
-        """From states to states [batch, n, d_model], for a backward pass."""
+    def __call__(self, hidden_states: Tensor) -> Tensor:
+        """From states to states [batch, n, d_model], for a backward pass where autograd records."""
+        if not self.records:
+            return self.run(Sum(hidden_states)).total()
         # past Function.apply, which looks through the arguments for what torch.func left behind
         return _apply(self, hidden_states, *self.tables, *self.weights)
 
@@ -208,7 +215,7 @@ class _Straight(torch.autograd.Function):
         grad, states, light_table, heavy_table, *weights = saved[: 2 + 2 + len(WEIGHTS)]
         kept, *seeds = saved[2 + 2 + len(WEIGHTS) :]
         needs = ctx.needs_input_grad
-        layer = StraightLayer(program, common, tuple(weights), (light_table, heavy_table), plan)
+        layer = StraightLayer(program, common, tuple(weights), (light_table, heavy_table), plan, True)
         out = torch.empty_like(states)
         gradients = Gradients(program, weights, needs[4:])
         light, heavy = (

@@ -196,15 +196,6 @@ _DTYPE, _SHAPE = attrgetter("dtype"), attrgetter("shape")
 MOST_TOKENS_OF_A_LIST = 131_072
 
 
-def product_dtype(hidden_states: Tensor) -> torch.dtype | None:
-    """The dtype of products of these states; None where autocast takes other states than those of fp32 to another."""
-    dtype, kind = hidden_states.dtype, hidden_states.device.type
-    if not torch.is_autocast_enabled(kind):
-        return dtype
-    wanted = torch.get_autocast_dtype(kind)
-    return wanted if dtype in (wanted, torch.float32) else None
-
-
 def may_repeat(states: Tensor) -> bool:
     """Whether lists of launches reach these states: they are on the device that is the current one, and PyTorch
     multiplies as lists do."""
@@ -233,7 +224,7 @@ class StraightPass:
         self.batch, self.n, _ = hidden_states.shape
         # of the states, and of products
         self.hidden_dtype, self.device = hidden_states.dtype, hidden_states.device
-        self.dtype = product_dtype(hidden_states) or self.hidden_dtype
+        self.dtype = plan.mode.dtype_of_products(self.hidden_dtype) or self.hidden_dtype
         self.device_index = hidden_states.get_device()
         self.mask = plan.mask
         self.capacities = (*attention.capacities, *feed_forward.capacities)

@@ -9,7 +9,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .kernel_backend import is_hooked, shows_results
-from .layer_encoder import StraightLayer, Sum, may_run_straight
+from .layer_encoder import StraightLayer, may_run_straight
 from .layer_program import PlainBlock, StraightPass
 from .model_layers import (
     GELU,
@@ -312,9 +312,7 @@ class CoLT5EncoderBlock(GradientCheckpointingLayer):
         weights (None where not given), and what was routed."""
         line = self.straight_line((light_bias_table, heavy_bias_table), plan)
         if line is not None:
-            if torch.is_grad_enabled():
-                return line.run_with_gradient(hidden_states), None, None, None
-            return line.run(Sum(hidden_states)).total(), None, None, None
+            return line(hidden_states), None, None, None
         attention_seeds = feed_forward_seeds = None
         # PyTorch's dropout would keep its masks; and what a layer drops must not depend on how it runs
         if plan.kernel_backend == "triton" and any(self.drop_rates()):

@@ -12,7 +12,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_colt5 import activation_name, is_gated
-from .kernel_backend import accumulation_dtype, is_autocast, is_hooked, product_dtype, runs_eagerly
+from .kernel_backend import accumulation_dtype, is_autocast, is_hooked, product_dtype, records_now, runs_eagerly
 from .op_dropout import dropout
 from .op_gelu import gated_gelu
 from .op_norm import rms_norm_scores
@@ -139,7 +139,7 @@ def recomputed_in_backward(states: torch.Tensor, recompute: Callable[[], torch.T
         states: a contiguous tensor.
         recompute: gives the same values again; it runs without gradients, once for each time they were kept.
     """
-    if not runs_eagerly() or not torch.is_grad_enabled():
+    if not records_now():
         yield
         return
     address = states.data_ptr()

@@ -16,16 +16,9 @@ def gelu_parts(gate):
 
 @triton.jit
 def gated_gelu_kernel(
-    gate_ptr,
-    up_ptr,
-    seed_ptr,
-    out_ptr,
-    gate_stride,
-    up_stride,
-    width,
-    DROPOUT: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    gate_ptr, up_ptr, seed_ptr, out_ptr, gate_stride, up_stride, width,
+    DROPOUT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """gelu(gate) · up, dropped by a seed where there is one; one block of one row a program."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -41,20 +34,10 @@ def gated_gelu_kernel(
 
 @triton.jit
 def gated_gelu_backward_kernel(
-    grad_ptr,
-    gate_ptr,
-    up_ptr,
-    seed_ptr,
-    grad_gate_ptr,
-    grad_up_ptr,
-    activated_ptr,
-    gate_stride,
-    up_stride,
-    grad_stride,
-    width,
-    DROPOUT: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    grad_ptr, gate_ptr, up_ptr, seed_ptr, grad_gate_ptr, grad_up_ptr, activated_ptr, gate_stride, up_stride,
+    grad_stride, width,
+    DROPOUT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """∂gate and ∂up from ∂out, everything else recomputed, what was dropped included; and `out` again where it is
     wanted, which may lie where ∂out lies."""
     row = tl.program_id(0).to(tl.int64)

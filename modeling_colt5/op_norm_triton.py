@@ -30,29 +30,11 @@ def norm_rows(rows, rstd, norm_weight, weight_type: tl.constexpr, hidden_type: t
 
 @triton.jit(do_not_specialize=["n", "capacity"])
 def combine_norm_kernel(
-    residual_ptr,
-    light_ptr,
-    heavy_ptr,
-    indices_ptr,
-    valid_ptr,
-    weights_ptr,
-    capacity,
-    seed_ptr,
-    norm_weight_ptr,
-    router_ptr,
-    hidden_ptr,
-    normed_ptr,
-    rstd_ptr,
-    scores_ptr,
-    n,
-    eps,
-    d: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    ROUTERS: tl.constexpr,
-    ROUTER_BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
+    residual_ptr, light_ptr, heavy_ptr, indices_ptr, valid_ptr, weights_ptr, capacity, seed_ptr, norm_weight_ptr,
+    router_ptr, hidden_ptr, normed_ptr, rstd_ptr, scores_ptr, n, eps,
+    d: tl.constexpr, DROPOUT: tl.constexpr, ROUTERS: tl.constexpr, ROUTER_BLOCK: tl.constexpr, ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     """The combined rows (where there is a light branch), their norm and their router scores, in one read. With a seed
     what is added to the residual is dropped."""
     blocks = tl.cdiv(n, ROWS)
@@ -101,23 +83,10 @@ def combine_norm_kernel(
 
 @triton.jit(do_not_specialize=["n", "total_blocks"])
 def norm_backward_kernel(
-    grad_hidden_ptr,
-    grad_normed_ptr,
-    grad_scores_ptr,
-    hidden_ptr,
-    rstd_ptr,
-    norm_weight_ptr,
-    router_ptr,
-    grad_rows_ptr,
-    partials_ptr,
-    n,
-    total_blocks,
-    d: tl.constexpr,
-    ROUTERS: tl.constexpr,
-    ROUTER_BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    grad_hidden_ptr, grad_normed_ptr, grad_scores_ptr, hidden_ptr, rstd_ptr, norm_weight_ptr, router_ptr,
+    grad_rows_ptr, partials_ptr, n, total_blocks,
+    d: tl.constexpr, ROUTERS: tl.constexpr, ROUTER_BLOCK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """The rows' gradients, and this program's share `[1 + routers, d]` of the norm's and the routers' gradients.
 
     With x̂ = x · rstd and g = weight ⊙ (∂normed + Σ ∂score · router):
@@ -172,15 +141,9 @@ def norm_backward_kernel(
 
 @triton.jit(do_not_specialize=["programs"])
 def sum_partials_kernel(
-    partials_ptr,
-    grad_norm_weight_ptr,
-    grad_router_ptr,
-    programs,
-    d: tl.constexpr,
-    ROUTERS: tl.constexpr,
-    PROGRAM_BLOCK: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    partials_ptr, grad_norm_weight_ptr, grad_router_ptr, programs,
+    d: tl.constexpr, ROUTERS: tl.constexpr, PROGRAM_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """The programs' shares summed in order: the norm weight's gradient (row 0) or a router's (rows 1 and up)."""
     row = tl.program_id(1)
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .kernel_backend import accumulation_dtype, runs_eagerly, triton_is_available, uses_triton
+from .kernel_backend import accumulation_dtype, records_now, triton_is_available, uses_triton
 from .run_operator import ComposedGradient, Launch, Operator, refuse_derivatives_of_kernels
 
 combine_into: Launch = None
@@ -341,7 +341,7 @@ def share_and_gather(
     """
     first, *rest = routings
     second = rest[0] if rest else (None, None, None)
-    if torch.is_grad_enabled() and runs_eagerly() and uses_triton(hidden_states, kernel_backend):
+    if records_now() and uses_triton(hidden_states, kernel_backend):
         hidden_states, *tokens = _ShareAndGather.apply(hidden_states, *first, *second)
     else:
         tokens = _gather.call(kernel_backend, hidden_states, *first, *second)

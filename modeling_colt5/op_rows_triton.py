@@ -76,26 +76,10 @@ def routed_rows(
 
 @triton.jit(do_not_specialize=["n", "capacity", "capacity2"])
 def combine_kernel(
-    base_ptr,
-    light_ptr,
-    updates_ptr,
-    indices_ptr,
-    valid_ptr,
-    weights_ptr,
-    capacity,
-    updates2_ptr,
-    indices2_ptr,
-    valid2_ptr,
-    weights2_ptr,
-    capacity2,
-    seed_ptr,
-    out_ptr,
-    n,
-    d: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    base_ptr, light_ptr, updates_ptr, indices_ptr, valid_ptr, weights_ptr, capacity, updates2_ptr, indices2_ptr,
+    valid2_ptr, weights2_ptr, capacity2, seed_ptr, out_ptr, n,
+    d: tl.constexpr, DROPOUT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """out = base + light + the routed rows of one or two routings, one block of positions a program. With a seed all
     but the base is dropped."""
     blocks = tl.cdiv(n, ROWS)
@@ -126,19 +110,9 @@ def combine_kernel(
 
 @triton.jit
 def gather_slot(
-    slot,
-    hidden_ptr,
-    other_ptr,
-    indices_ptr,
-    valid_ptr,
-    weights_ptr,
-    out_ptr,
-    dots_ptr,
-    n,
-    capacity,
-    d: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    slot, hidden_ptr, other_ptr, indices_ptr, valid_ptr, weights_ptr, out_ptr, dots_ptr, n, capacity,
+    d: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """One slot's row times its weight, and the row's product with the slot's row of `other`; zeros where unused."""
     columns = tl.arange(0, BLOCK)
     mask = columns < tl.load(valid_ptr + slot).to(tl.int32) * d
@@ -155,23 +129,10 @@ def gather_slot(
 
 @triton.jit(do_not_specialize=["n", "capacity", "capacity2"])
 def gather_kernel(
-    hidden_ptr,
-    other_ptr,
-    indices_ptr,
-    valid_ptr,
-    weights_ptr,
-    out_ptr,
-    dots_ptr,
-    capacity,
-    indices2_ptr,
-    valid2_ptr,
-    weights2_ptr,
-    out2_ptr,
-    capacity2,
-    n,
-    d: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    hidden_ptr, other_ptr, indices_ptr, valid_ptr, weights_ptr, out_ptr, dots_ptr, capacity, indices2_ptr,
+    valid2_ptr, weights2_ptr, out2_ptr, capacity2, n,
+    d: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """A slot a program: all rows' slots of the first routing, then the second routing's, where there is one."""
     slot = tl.program_id(0).to(tl.int64)
     if out2_ptr is None:

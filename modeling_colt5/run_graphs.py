@@ -32,10 +32,6 @@ MOST_COUNTED = 8 * MOST_GRAPHS
 _PLAIN = ("torch.nn.modules.", "transformers.activations.", __name__.rpartition(".")[0] + ".")
 
 
-# the mode of the calls that are replayed
-PLAIN_INFERENCE = Mode(is_eager=True, keeps_gradients=False, is_captured=False, is_watched=False, is_autocast=False)
-
-
 @dataclass
 class _Recording:
     """A graph, the tensors that it reads and the one that it writes.
@@ -195,8 +191,9 @@ def replayed(module: nn.Module, settings: Hashable, call: Callable[..., Tensor],
     """
     first = inputs[0]
     assert first is not None
+    mode = Mode.of_now(first)
     if (
-        Mode.of_now(first) != PLAIN_INFERENCE
+        not mode.is_plain_inference
         or type(first) is not Tensor
         or not first.is_cuda
         or module.training
@@ -210,7 +207,7 @@ def replayed(module: nn.Module, settings: Hashable, call: Callable[..., Tensor],
     if recordings.failed or not recordings.lock.acquire(blocking=False):
         return call(*inputs)
     try:
-        recording = _find(recordings, module, settings, call, inputs)
+        recording = _find(recordings, module, (settings, mode), call, inputs)
         return call(*inputs) if recording is None else recording.replay(inputs)
     finally:
         recordings.lock.release()
@@ -232,7 +229,7 @@ def _find(
     place = (device, torch.cuda.current_stream(device).cuda_stream)
     shapes = tuple(None if tensor is None else (tensor.shape, tensor.dtype, tensor.device) for tensor in inputs)
     # Inference mode is part of the kind, because a tensor made in it can be written in it alone.
-    modes = (torch.is_inference_mode_enabled(), torch.are_deterministic_algorithms_enabled(), *_matmul_modes())
+    modes = (torch.is_inference_mode_enabled(), *_matmul_modes())
     kind = (shapes, settings, place, modes, recordings.parts.weights)
     recording = recordings.graphs.get(kind)
     if recording is not None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .kernel_backend import kernel_takes, runs_eagerly, uses_triton
+from .kernel_backend import is_transformed, kernel_takes, runs_eagerly, uses_triton
 
 # A function that launches kernels, or None where Triton is not installed.
 Launch = Callable[..., None] | None
@@ -49,8 +49,7 @@ def refuse_transforms_of_kernels(name: str) -> None:
     Raises:
         RuntimeError: inside of grad, vmap and the other transforms of torch.func, whose tensors kernels cannot read.
     """
-    # A compiler transforms operators by itself, or says that it cannot.
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+    if is_transformed():
         raise RuntimeError(
             f"colt5::{name} runs as a Triton kernel, which torch.func (grad, vmap and others) cannot transform: use "
             'kernel_backend="torch" in the configuration (or COLT5_KERNEL_BACKEND=torch), where all is plain PyTorch'

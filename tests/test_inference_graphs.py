@@ -46,13 +46,13 @@ def batches(device: torch.device, count: int) -> list[dict[str, torch.Tensor]]:
 def test_plain_inference_is_what_graphs_are_made_of():
     states = torch.ones(1, 2, 3)
     with torch.no_grad():
-        assert Mode.of_now(states) == graphs.PLAIN_INFERENCE
+        assert Mode.of_now(states).is_plain_inference
         handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
-        assert Mode.of_now(states) != graphs.PLAIN_INFERENCE
+        assert not Mode.of_now(states).is_plain_inference
         handle.remove()
         with torch.autocast("cpu", torch.bfloat16):
-            assert Mode.of_now(states) != graphs.PLAIN_INFERENCE
-    assert Mode.of_now(states) != graphs.PLAIN_INFERENCE
+            assert not Mode.of_now(states).is_plain_inference
+    assert not Mode.of_now(states).is_plain_inference
 
 
 ROADS = pytest.mark.parametrize("straight", [True, False], ids=["straight lines", "modules"])
