@@ -13,37 +13,33 @@ BLOCK = 256
 
 
 class _Room:
-    """Memory [batch, heads, a multiple of `BLOCK`, d_kv] whose first `length` tokens are written."""
+    """Memory [batch, heads, a multiple of `BLOCK`, d_kv], and the view of the tokens that it holds, its first ones."""
 
     def __init__(self, states: Tensor, rows: int, length: int):
         _, heads, _, size = states.shape
         self.memory = states.new_empty(rows, heads, -(-length // BLOCK) * BLOCK, size)
-        self.length = 0
+        self.view = self.memory.narrow(2, 0, 0)
 
     def takes(self, states: Tensor, total: int) -> bool:
-        """Whether states are all that is written here, and may be written behind up to `total` tokens: what inference
-        mode made may only be written in it."""
+        """Whether states are this view, so that nobody else can know what lies behind it, and it may become one of
+        `total` tokens: what inference mode made may only be written in it."""
         memory = self.memory
-        return (
-            self.length == states.shape[2]
-            and total <= memory.shape[2]
-            and states.data_ptr() == memory.data_ptr()
-            and states.stride() == memory.stride()
-            and len(states) == len(memory)
-            and (torch.is_inference_mode_enabled() or not memory.is_inference())
-        )
+        is_free = states is self.view and total <= memory.shape[2]
+        return is_free and (not memory.is_inference() or torch.is_inference_mode_enabled())
 
     def write(self, states: Tensor) -> Tensor:
         """Write states behind those that are here; returns the view of all."""
-        first, self.length = self.length, self.length + states.shape[2]
-        self.memory[:, :, first : self.length] = states
-        return self.memory[:, :, : self.length]
+        first, count = self.view.shape[2], states.shape[2]
+        self.memory.narrow(2, first, count).copy_(states)
+        self.view = self.memory.narrow(2, 0, first + count)
+        return self.view
 
-    def reordered(self, states: Tensor, rows: Tensor) -> "tuple[_Room, Tensor]":
-        """Another room of this size with these rows of the states, and the view of them."""
-        room, length = _Room(states, len(rows), max(states.shape[2], self.memory.shape[2])), states.shape[2]
-        room.length = length
-        return room, torch.index_select(states, 0, rows, out=room.memory[:, :, :length])
+    def reordered(self, states: Tensor, rows: Tensor) -> "_Room":
+        """Another room of this size, with these rows of the states."""
+        length = states.shape[2]
+        room = _Room(states, len(rows), max(length, self.memory.shape[2]))
+        room.view = torch.index_select(states, 0, rows, out=room.memory.narrow(2, 0, length))
+        return room
 
 
 class CoLT5GrowingLayer(DynamicLayer):
@@ -74,37 +70,40 @@ class CoLT5GrowingLayer(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Add the states of new tokens, [batch, heads, n, d_kv]; returns those of all tokens."""
         # The first states of a cache stay without room: whoever fills it once needs none.
-        if not self._can_write(key_states, value_states):
+        is_plain = not torch.is_grad_enabled() and runs_eagerly()
+        if not is_plain or not (_go_on(self.keys, key_states) and _go_on(self.values, value_states)):
             self.rooms = None
             return super().update(key_states, value_states, *args, **kwargs)
         key_room, value_room = self.rooms or (None, None)
-        key_room, self.keys = _append(key_room, self.keys, key_states)
-        value_room, self.values = _append(value_room, self.values, value_states)
+        key_room = _room_for(key_states, self.keys, key_room)
+        value_room = _room_for(value_states, self.values, value_room)
         self.rooms = key_room, value_room
+        self.keys, self.values = key_room.write(key_states), value_room.write(value_states)
         return self.keys, self.values
-
-    def _can_write(self, key_states: Tensor, value_states: Tensor) -> bool:
-        """Whether there are tokens that these states go on, and a copy into a room is all that remains to be done."""
-        if self.get_seq_length() == 0 or torch.is_grad_enabled() or not runs_eagerly():
-            return False
-        return _go_on(self.keys, key_states) and _go_on(self.values, value_states)
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
         """Take back the last tokens, as of a dynamic layer; the next ones are written over them."""
+        rooms = self._own_rooms()
         super().crop(*args, **kwargs)
-        for room in self.rooms or ():
-            room.length = min(room.length, self.get_seq_length())
+        if rooms is not None:
+            rooms[0].view, rooms[1].view = self.keys, self.values
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Rows by beam, with as much room as before."""
-        if self.rooms is None or torch.is_grad_enabled():
+        rooms = self._own_rooms()
+        if rooms is None or torch.is_grad_enabled():
             super().reorder_cache(beam_idx)
             return
-        key_room, value_room = self.rooms
-        rows = beam_idx.to(self.keys.device)
-        key_room, self.keys = key_room.reordered(self.keys, rows)
-        value_room, self.values = value_room.reordered(self.values, rows)
+        order = beam_idx.to(self.keys.device)
+        key_room, value_room = rooms[0].reordered(self.keys, order), rooms[1].reordered(self.values, order)
         self.rooms = key_room, value_room
+        self.keys, self.values = key_room.view, value_room.view
+
+    def _own_rooms(self) -> tuple[_Room, _Room] | None:
+        """The rooms that keys and values are views of; None where there are none."""
+        rooms = self.rooms
+        is_own = rooms is not None and self.keys is rooms[0].view and self.values is rooms[1].view
+        return rooms if is_own else None
 
     def reset(self) -> None:
         """Forget everything."""
@@ -117,25 +116,22 @@ class CoLT5GrowingLayer(DynamicLayer):
         self.rooms = None
 
 
-def _go_on(states: Tensor, new: Tensor) -> bool:
-    """Whether new states differ from those before them in their number of tokens alone."""
-    return (
-        new.dim() == 4
-        and states.shape[:2] == new.shape[:2]
-        and states.shape[3] == new.shape[3]
-        and states.dtype == new.dtype
-        and states.device == new.device
-        and type(states) is type(new) is Tensor
-    )
+def _go_on(states: Tensor | None, new: Tensor) -> bool:
+    """Whether there are states, and new ones differ from them in their number of tokens alone."""
+    if states is None or states.dim() != 4 or new.dim() != 4 or type(new) is not Tensor or type(states) is not Tensor:
+        return False
+    shape, other = states.shape, new.shape
+    is_alike = shape[0] == other[0] and shape[1] == other[1] and shape[3] == other[3]
+    return is_alike and states.dtype == new.dtype and states.device == new.device
 
 
-def _append(room: _Room | None, states: Tensor, new: Tensor) -> tuple[_Room, Tensor]:
-    """The room with new states behind the old ones, another where it is full or not theirs, and the view of all."""
+def _room_for(new: Tensor, states: Tensor, room: _Room | None) -> _Room:
+    """The room that holds states, with space for new ones: another one where it is full or not theirs."""
     total = states.shape[2] + new.shape[2]
     if room is None or not room.takes(states, total):
         room = _Room(states, len(states), total)
         room.write(states)
-    return room, room.write(new)
+    return room
 
 
 def let_grow(cache: Any) -> None:
