@@ -33,6 +33,7 @@ SHARES = {
     "token_ops": 1,
     "router": 1,
     "encoder_cpu": 4,
+    "generation_cpu": 2,
     "causal": 4,
     "blocks": 2,
     "sizes": 2,
