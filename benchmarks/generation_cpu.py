@@ -1,6 +1,8 @@
 """Generation on the CPU, base width, 4 + 4 layers, fp32: time between tokens, CoLT5 beside LongT5, and generate's own.
 
 python benchmarks/generation_cpu.py [--length 4096] [--rounds 6]
+
+Threads that wait by spinning disturb the times where other work shares the cores: OMP_WAIT_POLICY=PASSIVE.
 """
 
 import contextlib
