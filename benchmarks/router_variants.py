@@ -33,7 +33,7 @@ from router_tasks import Task
 from torch import Tensor, nn
 from transformers import HfArgumentParser
 
-from modeling_colt5 import CoLT5Config, model_encoder_layer, model_from_config
+from modeling_colt5 import CoLT5Config, model_from_config
 from modeling_colt5.model_encoder_layer import CoLT5LayerConditionalAttention, CoLT5RoutedAttention
 from modeling_colt5.model_layers import project
 from modeling_colt5.model_router import CoLT5Routing
@@ -145,6 +145,8 @@ class NullAttention(CoLT5RoutedAttention):
 class NullLayer(CoLT5LayerConditionalAttention):
     """A learned vector for tokens without a heavy part."""
 
+    heavy_attention_class = NullAttention
+
     def __init__(self, d_model: int, **more: Any):
         super().__init__(d_model, **more)
         self.null_query = nn.Parameter(torch.zeros(d_model))
@@ -180,8 +182,8 @@ def train(name: str, run: Run, settings: Settings, device: torch.device) -> dict
         if variant.straight_through or variant.noise:
             replace(CoLT5Routing, "forward", selecting(variant))
         if variant.nulls:
-            replace(model_encoder_layer, "CoLT5RoutedAttention", NullAttention)
-            replace(model_from_config, "CoLT5LayerConditionalAttention", NullLayer)
+            attention = partial(model_from_config.encoder_attention, attention_class=NullLayer)
+            replace(model_from_config, "encoder_attention", lambda config, seed, _: attention(config, seed))
         line = router_gym.train(run, settings, device)
     assert router_gym.task_of is task_of
     # the curve without what routers did on the way

@@ -35,7 +35,7 @@ def test_every_variant_runs_and_none_twice(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_run_leaves_the_package_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    forward, layer = CoLT5Routing.forward, model_from_config.CoLT5LayerConditionalAttention
+    forward, make_layer = CoLT5Routing.forward, model_from_config.encoder_attention
     seen = []
 
     def trained(run: Run, settings: Settings, device: torch.device) -> dict:
@@ -50,7 +50,7 @@ def test_a_run_leaves_the_package_as_it_was(monkeypatch: pytest.MonkeyPatch) -> 
     (own_forward, attention, _), (_, _, config) = seen
     assert own_forward is not forward and isinstance(attention, NullLayer) and attention.heavy_attention.null.any()
     assert (config.soft_topk_solver, config.routing_epsilon_init) == ("coordinate_descent", 4.0)
-    assert CoLT5Routing.forward is forward and model_from_config.CoLT5LayerConditionalAttention is layer
+    assert CoLT5Routing.forward is forward and model_from_config.encoder_attention is make_layer
 
 
 def test_straight_through_weights_are_one_with_the_soft_top_ks_gradient() -> None:

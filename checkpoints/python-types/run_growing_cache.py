@@ -1,0 +1,1 @@
+../../modeling_colt5/run_growing_cache.py
