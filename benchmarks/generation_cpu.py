@@ -89,7 +89,7 @@ def make_model(name: str, tiny: bool) -> PreTrainedModel:
 @contextlib.contextmanager
 def computing_nothing(model: PreTrainedModel) -> Iterator[None]:
     """Inside, the model gives the same logits whatever it is asked: what a call takes then is generate's own."""
-    logits = torch.zeros(1, 1, model.config.vocab_size)
+    logits = torch.zeros(1, 1, model.config.vocab_size, device=model.device)
 
     @functools.wraps(model.forward)
     def forward(*args: Any, **kwargs: Any) -> Seq2SeqLMOutput:
