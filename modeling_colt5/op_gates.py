@@ -70,7 +70,8 @@ def fill_slots(routed: Tensor, weights: Tensor, capacity: int) -> tuple[Tensor, 
     slot = (routed.cumsum(-1) - 1).masked_fill(~routed, capacity)
     # The column past the last slot takes what is not routed, and is cut off.
     indices = torch.full((rows, capacity + 1), n - 1, dtype=torch.int64, device=routed.device)
-    indices.scatter_(-1, slot, torch.arange(n, device=routed.device).expand(rows, n))
+    # A copy, because `torch.vmap` writes nothing that differs by sample into a tensor that all samples share.
+    indices = indices.scatter(-1, slot, torch.arange(n, device=routed.device).expand(rows, n))
     valid = torch.arange(capacity, device=routed.device) < routed.sum(-1, keepdim=True)
     indices = indices[:, :capacity].masked_fill(~valid, n - 1)
     return indices, weights.gather(-1, indices).masked_fill(~valid, 0), valid

@@ -303,6 +303,30 @@ def test_per_sample_gradients_are_those_of_samples_alone(attention):
         torch.testing.assert_close(found[name], expected, rtol=0, atol=limit, msg=name)
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop", "ignore:torch.searchsorted")
+@pytest.mark.parametrize("model_class", (CoLT5ForConditionalGeneration, CoLT5ForCausalLM))
+def test_per_sample_gradients_of_a_causally_routed_decoder(model_class):
+    routed = {"causal_attention": "routed", "causal_feed_forward": "routed", "causal_window": 4}
+    model = tiny_model(model_class, causal_routed_keys=5, **routed)
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    batch = pad([random_ids(14), random_ids(9)])
+    rows = (batch["input_ids"], batch["attention_mask"])
+
+    def loss(parameters, ids, mask):
+        inputs = {"input_ids": ids[None], "attention_mask": mask[None], "labels": ids[None]}
+        return functional_call(model, parameters, (), inputs).loss
+
+    found = vmap(grad(loss), in_dims=(None, 0, 0))(parameters, *rows)
+    for i in range(2):
+        model.zero_grad()
+        ids, mask = (part[i : i + 1] for part in rows)
+        model(input_ids=ids, attention_mask=mask, labels=ids).loss.backward()
+        for name, parameter in model.named_parameters():
+            # fp32 sums in another order
+            limit = 1e-5 * max(1, parameter.grad.abs().max().item())
+            torch.testing.assert_close(found[name][i], parameter.grad, rtol=0, atol=limit, msg=name)
+
+
 def test_models_on_kernels_refuse_second_derivatives(device):
     # attention's kernels have their turn above
     fields = {"num_layers": 1, "kernel_backend": "triton", "attn_implementation": "eager"}
