@@ -74,8 +74,9 @@ __all__ = [
 AutoConfig.register(CoLT5Config.model_type, CoLT5Config, exist_ok=True)
 AutoConfig.register(CoLT5VisionConfig.model_type, CoLT5VisionConfig, exist_ok=True)
 AutoTokenizer.register(CoLT5Config, tokenizer_class=CoLT5Tokenizer, exist_ok=True)
-if is_vision_available():
-    # without Pillow there are no pictures to process, and Transformers refuses to register a class for them
+if is_vision_available() and not getattr(AutoImageProcessor, "is_dummy", False):
+    # Without Pillow there are no pictures to process, and Transformers refuses to register a class for them; so does
+    # its release 5.17 without torchvision, where this name is a stand-in.
     AutoImageProcessor.register(
         CoLT5VisionConfig, image_processor_classes={"pil": ViltImageProcessorPil}, exist_ok=True
     )

@@ -263,6 +263,9 @@ def test_saved_models_and_processors_load_by_the_auto_classes(tmp_path):
     assert all(name.startswith("classification_head.") for name in report["missing_keys"])
 
 
+@pytest.mark.skipif(
+    getattr(AutoImageProcessor, "is_dummy", False), reason="AutoImageProcessor of Transformers 5.17 needs torchvision"
+)
 def test_processor_and_pipeline(tmp_path):
     """Pictures keep their size, colours become RGB; the pipeline's scores are the softmax of the model's logits."""
     torch.manual_seed(0)
