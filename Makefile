@@ -68,7 +68,8 @@ environment: $(READY)
 $(DOCS_VENV)/ready: docs/requirements.txt
 	@echo "docs: installing into $(DOCS_VENV)"
 	@test -x $(DOCS_VENV)/bin/python || python3 -m venv $(DOCS_VENV)
-	@$(DOCS_VENV)/bin/python -m pip install -qq --disable-pip-version-check -r docs/requirements.txt
+	@# without what the packages ask for: the list is whole, and nothing large comes in by the way
+	@$(DOCS_VENV)/bin/python -m pip install -qq --disable-pip-version-check --no-deps -r docs/requirements.txt
 	@touch $@
 
 # the version is read from __init__.py, which changes far more often than what is installed: it is no prerequisite
