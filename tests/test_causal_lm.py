@@ -217,14 +217,15 @@ def test_beam_search(model: CoLT5ForCausalLM, cache: str) -> None:
     assert (output.beam_indices[:, 1:] != output.beam_indices[:, :-1]).any()
 
 
-# seven seconds each; the encoder-decoder's decoder is the causal model's
+# seven seconds each; a compiled step of routed cross-attention is in test_cross_routing.py
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fields", "lengths"),
     [
         pytest.param({"routed_cross_key_values": 8}, (7, 3), id="encoder-decoder-rows"),
-        pytest.param({"routed_cross_key_values": 8}, (7,), id="encoder-decoder-row", marks=pytest.mark.slow),
-        pytest.param({}, (7, 3), id="causal-rows", marks=pytest.mark.slow),
-        pytest.param({}, (7,), id="causal-row", marks=pytest.mark.slow),
+        pytest.param({"routed_cross_key_values": 8}, (7,), id="encoder-decoder-row"),
+        pytest.param({}, (7, 3), id="causal-rows"),
+        pytest.param({}, (7,), id="causal-row"),
     ],
 )
 def test_generate_compiles_one_step_for_all_tokens(fields: dict[str, int], lengths: tuple[int, ...]) -> None:

@@ -14,14 +14,16 @@ from modeling_colt5 import CoLT5EncoderModel, CoLT5ForConditionalGeneration
 SHORTEST = 256
 
 
+# a training step of the whole model is compiled in each run of the tests
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("kernel_backend", "backend", "lengths"),
     [
         ("torch", "eager", (133, 300)),
         # one block of 128 in the light attention; several are in test_gradients_compile_for_every_length
-        pytest.param("torch", "aot_eager", (70, 100), marks=pytest.mark.slow),
-        pytest.param("triton", "aot_eager", (70, 133), marks=pytest.mark.slow),
+        ("torch", "aot_eager", (70, 100)),
+        ("triton", "aot_eager", (70, 133)),
     ],
 )
 def test_encoder_compiles_without_a_break(kernel_backend, backend, lengths):

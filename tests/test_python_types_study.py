@@ -119,7 +119,7 @@ def test_an_arm_trains_and_answers(name, corpus, tmp_path, monkeypatch):
     assert f"| {name} |" in tables and "equal time" in tables
 
 
-@pytest.mark.parametrize("name", ["learned", "longt5-local"])
+@pytest.mark.parametrize("name", ["learned", pytest.param("longt5-local", marks=pytest.mark.slow)])
 def test_a_run_learns_and_knows_what_it_knew_before(name, corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(study, "WARMUP", 1)
     monkeypatch.setattr("python_types.predict.LONGEST_ANSWER", 2)
