@@ -1,0 +1,195 @@
+"""Does routing find small things in pictures: scikit-learn's digits in a grid, of which two carry a frame.
+
+python benchmarks/digits.py --tiny --out FOLDER
+python benchmarks/digits.py --side 256 --patch 16 --seeds 3
+
+The label is which digits are framed, two of ten. All other digits are distractors. Arms are learned routing with a
+dense start, evenly spaced patches with the same budgets, and Transformers' ViT of the same width and depth; all have
+the same steps and pictures. The held-out pictures have digits that no training picture has.
+"""
+
+import argparse
+import itertools
+import math
+import time
+from typing import Any
+
+import torch
+from measure import make_parser, parse
+from results import Table
+from sklearn.datasets import load_digits
+from torch import Tensor
+from transformers import ViTConfig, ViTForImageClassification
+
+from modeling_colt5 import CoLT5ForImageClassification, CoLT5VisionConfig
+from modeling_colt5.dense_start import DenseStart
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+ARMS = ("learned", "even", "vit")
+CLASSES, MARKED = 10, 2
+# a digit of 8 × 8 pixels and its frame
+STAMP = 10
+
+
+class Digits:
+    """Draws pictures [batch, 1, side, side] and labels [batch, 10] on a device.
+
+    Args:
+        held_out: whether to draw of the last fifth of the digits, or of the others.
+        seed: of the pictures.
+        cell: pixels of a cell's side, in which a digit stands anywhere.
+    """
+
+    def __init__(self, held_out: bool, seed: int, cell: int):
+        data = load_digits()
+        order = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(0))
+        kept = order[1437:] if held_out else order[:1437]
+        images = torch.tensor(data.images, dtype=torch.float32)[kept] / 16
+        targets = torch.tensor(data.target)[kept]
+        self.images = images.to(DEVICE)
+        self.targets = targets.to(DEVICE)
+        self.by_class = [(self.targets == digit).nonzero().flatten() for digit in range(CLASSES)]
+        self.generator = torch.Generator(DEVICE).manual_seed(seed)
+        self.cell = cell
+
+    def integers(self, most: Tensor | int, *shape: int) -> Tensor:
+        """Random integers from 0 to below `most`."""
+        return (torch.rand(shape, generator=self.generator, device=DEVICE) * most).long()
+
+    def draw(self, batch: int, side: int) -> tuple[Tensor, Tensor]:
+        """Pictures of a digit in every cell, and which digits are framed."""
+        across = side // self.cell
+        count = across**2
+        which = self.integers(len(self.images), batch, count)
+        # the framed ones are of different classes, and stand in the first two of the shuffled cells
+        classes = torch.rand(batch, CLASSES, generator=self.generator, device=DEVICE).argsort(1)[:, :MARKED]
+        sizes = torch.tensor([len(own) for own in self.by_class], device=DEVICE)[classes]
+        firsts = torch.tensor([0, *itertools.accumulate(map(len, self.by_class))], device=DEVICE)[classes]
+        which[:, :MARKED] = torch.cat(self.by_class)[firsts + self.integers(sizes, batch, MARKED)]
+        stamps = torch.zeros(batch, count, STAMP, STAMP, device=DEVICE)
+        stamps[:, :MARKED] = 1
+        stamps[:, :, 1:-1, 1:-1] = self.images[which]
+        cells = torch.rand(batch, count, generator=self.generator, device=DEVICE).argsort(1)
+        jitter = self.integers(self.cell - STAMP + 1, batch, count, 2)
+        step = torch.arange(STAMP, device=DEVICE)
+        rows = (cells // across * self.cell + jitter[..., 0])[..., None, None] + step[:, None]
+        columns = (cells % across * self.cell + jitter[..., 1])[..., None, None] + step
+        pictures = torch.zeros(batch, 1, side, side, device=DEVICE)
+        pictures[torch.arange(batch, device=DEVICE)[:, None, None, None], 0, rows, columns] = stamps
+        labels = torch.zeros(batch, CLASSES, device=DEVICE).scatter(1, classes, 1.0)
+        # about the mean and the standard deviation of pixels
+        return (pictures - 0.25) / 0.35, labels
+
+
+def make_model(arm: str, options: argparse.Namespace) -> torch.nn.Module:
+    """The model of an arm with random weights."""
+    common: dict[str, Any] = {
+        "patch_size": options.patch,
+        "num_channels": 1,
+        "num_labels": CLASSES,
+        "problem_type": "multi_label_classification",
+    }
+    width = options.width
+    if arm == "vit":
+        config = ViTConfig(
+            hidden_size=width, num_hidden_layers=options.layers, num_attention_heads=4, intermediate_size=4 * width,
+            image_size=options.side, **common,
+        )  # fmt: skip
+        return ViTForImageClassification(config).to(DEVICE)
+    fractions = ("routed_query_fraction", "routed_key_value_fraction", "routed_feed_forward_fraction")
+    return CoLT5ForImageClassification(
+        CoLT5VisionConfig(
+            d_model=width, d_kv=width // 4, num_layers=options.layers, num_light_heads=1, num_heavy_heads=4,
+            light_d_ff=options.light, heavy_d_ff=4 * width, local_radius=1, relative_attention_num_buckets=8,
+            relative_attention_max_distance=16, dropout_rate=0.0, routing=arm,
+            **dict.fromkeys(fractions, options.fraction), **common,
+        )
+    ).to(DEVICE)  # fmt: skip
+
+
+@torch.no_grad()
+def evaluate(model: torch.nn.Module, options: argparse.Namespace) -> tuple[float, float]:
+    """Of 512 held-out pictures: the share of framed digits found, and the share of pictures with both."""
+    digits = Digits(True, 0, options.cell)
+    found = []
+    model.eval()
+    for _ in range(512 // options.batch):
+        pictures, labels = digits.draw(options.batch, options.side)
+        top = model(pictures).logits.topk(MARKED).indices
+        found.append(labels.gather(1, top).sum(1))
+    model.train()
+    count = torch.cat(found)
+    return count.mean().item() / MARKED, (count == MARKED).float().mean().item()
+
+
+def train(arm: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Train one arm; the row of its results."""
+    torch.manual_seed(seed)
+    model, steps = make_model(arm, options).train(), options.steps
+    optimizer = torch.optim.AdamW(model.parameters(), lr=options.vit_rate if arm == "vit" else options.rate)
+    warmup = max(1, steps // 15)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1, (step + 1) / warmup) * (1 + math.cos(math.pi * step / steps)) / 2
+    )
+    digits, schedule, losses = Digits(False, seed + 1, options.cell), DenseStart(), []
+    begin = time.perf_counter()
+    for step in range(steps):
+        side = options.side
+        if arm == "learned":
+            progress = schedule.progress(step, steps)
+            model.set_dense_start(progress)
+            side = side if progress is None else options.dense_side or side
+        pictures, labels = digits.draw(options.batch, side)
+        loss = model(pictures, labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+        losses.append(loss.detach())
+    last = torch.stack(losses[-max(1, steps // 20) :]).mean().item()
+    seconds = time.perf_counter() - begin
+    each, both = evaluate(model, options)
+    return {
+        "arm": arm, "side": options.side, "seed": seed, "parameters": sum(p.numel() for p in model.parameters()),
+        "steps": steps, "seconds": seconds, "loss": last, "framed digits found": each, "both found": both,
+    }  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train all arms with all seeds, and write the table."""
+    parser = make_parser(__doc__ or "")
+    parser.add_argument("--side", type=int, default=72, help="pixels of a picture's side")
+    parser.add_argument("--dense_side", type=int, help="of the pictures of the dense start (the same)")
+    parser.add_argument("--patch", type=int, default=12, help="pixels of a patch's side")
+    parser.add_argument("--cell", type=int, default=12, help="pixels of a cell's side, at least 10")
+    parser.add_argument("--width", type=int, default=64, help="d_model, or hidden_size")
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--light", type=int, default=8, help="light_d_ff")
+    parser.add_argument("--fraction", type=float, default=1 / 9, help="of the patches, what each router takes")
+    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--rate", type=float, default=3e-3, help="AdamW's learning rate")
+    parser.add_argument("--vit_rate", type=float, default=1e-3, help="the ViT's")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
+    options = parse(parser, argv, needs_gpu=False)
+    if options.cell < STAMP:
+        parser.error(f"--cell is {options.cell}; it must be at least {STAMP}, the side of a framed digit")
+    if options.tiny:
+        options.side, options.width, options.layers, options.steps = 36, 16, 1, 4
+    table = Table(
+        f"digits_{options.side}",
+        f"Which two of {(options.side // options.cell) ** 2} digits in pictures of {options.side} × {options.side} "
+        f"carry a frame (chance: 0.2 of the framed digits, 1/45 of both), patches of {options.patch}, width "
+        f"{options.width}, {options.layers} layers, light feed-forward of {options.light}, routed share "
+        f"{options.fraction:.3g}, {options.steps} steps of {options.batch} pictures; held-out pictures",
+        options,
+    )
+    for seed, arm in itertools.product(range(options.seeds), options.arms):
+        table.add(train(arm, seed, options))
+    table.finish()
+
+
+if __name__ == "__main__":
+    main()
