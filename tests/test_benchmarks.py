@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import causal_facts  # noqa: E402
 import causal_learning  # noqa: E402
 import dense  # noqa: E402
+import digits  # noqa: E402
 import measure  # noqa: E402
 import multi_gpu  # noqa: E402
 import peers  # noqa: E402
@@ -71,6 +72,26 @@ def test_warm_start_goes_on_where_it_was_stopped(tmp_path: Path, capsys: pytest.
     assert exact["held-out loss"] == pytest.approx(line["rows"][0]["held-out loss"], rel=1e-4)
     (steps,) = results.read_runs("warm_start_steps", tmp_path)
     assert steps["complete"] and [row["steps"] for row in steps["rows"]] == list(range(9))
+
+
+def test_framed_digits_run_at_toy_size(tmp_path: Path) -> None:
+    digits.main(["--tiny", "--out", str(tmp_path)])
+    (line,) = results.read_runs("digits_36", tmp_path)
+    assert line["complete"] and [row["arm"] for row in line["rows"]] == list(digits.ARMS)
+
+
+def test_framed_digits_are_what_the_label_says() -> None:
+    """With cells as large as a stamp nothing is between them, so each cell is a frame or none; labels name two."""
+    pictures, labels = digits.Digits(False, 0, digits.STAMP).draw(8, 4 * digits.STAMP)
+    assert labels.sum(1).eq(digits.MARKED).all()
+    stamps = pictures.unfold(2, 10, 10).unfold(3, 10, 10).flatten(2, 3)[:, 0] * 0.35 + 0.25
+    framed = torch.cat([stamps[..., 0, :], stamps[..., :, 0]], -1).amin(-1) > 0.99
+    assert framed.sum(1).eq(digits.MARKED).all()
+    known = digits.Digits(False, 0, digits.STAMP)
+    for row, own in enumerate(framed):
+        inner = stamps[row][own][:, 1:-1, 1:-1]
+        nearest = torch.cdist(inner.flatten(1), known.images.flatten(1).to(inner)).argmin(1)
+        assert set(known.targets[nearest].tolist()) == set(labels[row].nonzero().flatten().tolist())
 
 
 def test_a_lost_checkpoint_is_found() -> None:
