@@ -189,7 +189,8 @@ def dense_gates(scores: Tensor, total: Tensor, soft_target: Tensor, epsilon: flo
     """What `causal_gates` gives during a dense start: every token is routed, with a weight of the budget's size.
 
     The weight is min(1, exp((s - t) / ε)) with the t of the window before, as there, for a soft top-k of size
-    `soft_target`. A row's very first window, which nothing was handed to, has equal weights of that sum.
+    `soft_target`. A row's very first window, which nothing was handed to, has equal weights of that sum, at most 1
+    each.
 
     Args:
         scores: [batch, windows, window], of a whole sequence's tokens by rank.
@@ -205,7 +206,8 @@ def dense_gates(scores: Tensor, total: Tensor, soft_target: Tensor, epsilon: flo
     weights = ((values - thresholds[:, :-1, 1:]) / epsilon).clamp(max=0).exp()
     weights = dense_start_weights(weights, scores, epsilon, progress)
     ranks = torch.arange(windows * window, device=scores.device).view(windows, window)
-    weights = torch.where(ranks < window, (soft_target / window).to(weights.dtype), weights)
+    # a budget of all tokens has a soft top-k above their number
+    weights = torch.where(ranks < window, (soft_target / window).clamp(max=1).to(weights.dtype), weights)
     routed = ranks < total[:, None, None]
     weights = weights.masked_fill(~routed, 0)
     slots = fill_slots(routed.flatten(0, 1), weights.flatten(0, 1), window)

@@ -64,6 +64,13 @@ def test_gates_give_every_token_the_weight_that_the_window_before_says(progress:
     assert gates.tokens.valid.sum() == total.sum()
 
 
+def test_no_weight_is_above_one_where_the_budget_is_all_tokens() -> None:
+    k = torch.tensor(9 / 8 * WINDOW)
+    total = torch.tensor([2 * WINDOW])
+    gates = dense_gates(torch.randn(1, 2, WINDOW), total, k, 1.0, torch.tensor(1.0))
+    assert torch.equal(gates.weights, torch.ones(1, 2, WINDOW))
+
+
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("progress", [0.0, 0.5])
 def test_pools_hold_all_earlier_windows(backend: str, progress: float) -> None:
@@ -102,6 +109,7 @@ def test_no_output_depends_on_a_later_token(progress: float) -> None:
     changed = ids.clone()
     changed[0, 19:] = random_ids(11)
     first, second = (model(input_ids=row).logits[0] for row in (ids, changed))
+    # float64: a processor may round otherwise where other numbers stand beside a token's
     torch.testing.assert_close(first[:19], second[:19], rtol=0, atol=1e-12)
     assert (first[19:] - second[19:]).abs().max() > 1e-3
 
@@ -127,6 +135,7 @@ def test_padding_changes_nothing(side: str) -> None:
     together = model(**batch).logits
     for row, mask, logits in zip(rows, batch["attention_mask"], together, strict=True):
         alone = model(input_ids=row[None]).logits[0]
+        # fp32 sums of rows of another length
         torch.testing.assert_close(logits[mask.bool()], alone, rtol=1e-4, atol=1e-4)
 
 
@@ -140,7 +149,7 @@ def test_kernels_agree_with_pytorch() -> None:
         loss = (logits.float().log_softmax(-1)[..., 5] * batch["attention_mask"]).sum()
         found.append([logits * batch["attention_mask"][..., None], *torch.autograd.grad(loss, model.parameters())])
     for expected, ours in zip(*found, strict=True):
-        # sums in another order
+        # fp32 sums in another order, of gradients that add up over all tokens and are some units large
         torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-3)
 
 
