@@ -5,6 +5,7 @@ import lzma
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -230,7 +231,7 @@ def test_what_has_a_line_is_not_run_again(tmp_path, monkeypatch):
         (tmp_path / f"out/pace-{arm}.json").write_text("{}")
     study.main([*arguments, "--arms", "learned", "even", "none"])
     # what is known of an arm's steps is not measured again, and an arm of which it is not known is left out
-    assert begun[0] == [f"pace-{arm}" for arm in PLANS["routing"].arms if arm not in ("learned", "even", "learned-64")]
+    assert begun[0] == ["pace-none"]
     assert begun[1] == ["even-1", "learned-2", "even-2"]
     with pytest.raises(ValueError, match="plan is 'other'; must be one of routing"):
         study.main(["--plan", "other", "--results", str(results)])
@@ -271,3 +272,13 @@ def test_the_command_leaves_a_line_for_each_run(corpus, tmp_path, capsys):
         assert sorted(line["arm"] for line in lines) == ["learned", "t5-window"]
     study.main([*arguments, "--report"])
     assert "| t5-window | " in capsys.readouterr().out
+
+
+def test_what_has_ended_is_told_though_others_are_cut_off(tmp_path, capsys):
+    quick, broken, slow = "pass", "raise SystemExit('no memory')", "import time; time.sleep(60)"
+    commands = {name: [sys.executable, "-c", code] for name, code in {"a": quick, "b": broken, "c": slow}.items()}
+    ended: list[str] = []
+    study.in_lanes(commands, 3, tmp_path, time.monotonic() + 2, ended.append)
+    assert ended == ["a"]
+    told = capsys.readouterr().out
+    assert "b failed: no memory" in told and "c was not done in time" in told

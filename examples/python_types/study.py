@@ -6,13 +6,15 @@
     python -m python_types.study --report --results ../build/types/study.jsonl --plan routing
 
 The first command trains each arm of the plan (arms.py) with each seed and asks it for the types of held-out modules.
-It spreads the runs over all GPUs, `--lanes` of them side by side on each, and starts none anew that `--results` has. A
-run that is not done after `--seconds` is ended, and leaves no line. The second command prints the tables.
+It spreads the runs over all GPUs, `--lanes` of them side by side on each, and starts none anew that `--results` has.
+A run's line is written when the run ends; one that is not done after `--seconds` is ended, and leaves no line. The
+second command prints the tables.
 
 All runs of a plan have the same steps and read the same data. The learning rate does not depend on a run's end, and
 what is evaluated is a mean of the last weights: so one run shows what it knew at any earlier step too, and the arms
 are compared at equal steps and at equal time of training. Time is that of steps measured alone on a GPU, before the
-runs, and "equal" is that of the fastest arm's last step.
+runs, and "equal" is that of the last step of the fastest arm that the command has: arms that are compared at equal
+time belong into one command, or into commands with one `--out`, which keeps what was timed.
 """
 
 import json
@@ -370,7 +372,9 @@ def prepare(arguments: Arguments, arms: Sequence[str]) -> None:
             (arguments.out / f"questions-{window}.pkl").write_bytes(pickle.dumps(questions))
 
 
-def in_lanes(commands: dict[str, list[str]], lanes: int, out: Path, ends: float) -> None:
+def in_lanes(
+    commands: dict[str, list[str]], lanes: int, out: Path, ends: float, done: Callable[[str], None] = lambda name: None
+) -> None:
     """Run commands side by side, so many on each GPU, until all are done or the time is over.
 
     Args:
@@ -378,6 +382,7 @@ def in_lanes(commands: dict[str, list[str]], lanes: int, out: Path, ends: float)
         lanes: on a GPU.
         out: the folder of the logs.
         ends: of `time.monotonic`.
+        done: is given the name of each command that has ended well, at once.
     """
     gpus = torch.cuda.device_count()
     free = [str(gpu) for _ in range(lanes) for gpu in range(max(1, gpus))]
@@ -398,6 +403,8 @@ def in_lanes(commands: dict[str, list[str]], lanes: int, out: Path, ends: float)
                 if process.returncode:
                     tail = (out / f"{name}.log").read_text(errors="replace").splitlines()[-3:]
                     print(f"{name} failed: {' / '.join(tail)}", flush=True)
+                else:
+                    done(name)
         time.sleep(0.2)
     for name, process, _ in working:
         process.kill()
@@ -423,7 +430,7 @@ def conduct(arguments: Arguments, argv: Sequence[str]) -> None:
     if not runs:
         return
     this = [sys.executable, "-m", "python_types.study", *argv]
-    paced = [arm for arm in plan.arms if not (arguments.out / f"pace-{arm}.json").exists()]
+    paced = [arm for arm in dict.fromkeys(arm for arm, _ in runs) if not (arguments.out / f"pace-{arm}.json").exists()]
     # one on each GPU: side by side they would be slower
     in_lanes({f"pace-{arm}": [*this, "--pace", arm] for arm in paced}, 1, arguments.out, ends)
     known = paces_of(arguments, plan.arms)
@@ -433,13 +440,13 @@ def conduct(arguments: Arguments, argv: Sequence[str]) -> None:
     commands = {f"{arm}-{seed}": [*this, "--run", f"{arm}:{seed}"] for arm, seed in runs}
     for name in commands:
         (arguments.out / f"{name}.json").unlink(missing_ok=True)
-    in_lanes(commands, arguments.lanes, arguments.out, ends)
     arguments.results.parent.mkdir(parents=True, exist_ok=True)
-    with arguments.results.open("a") as results:
-        for name in commands:
-            file = arguments.out / f"{name}.json"
-            if file.exists():
-                results.write(file.read_text())
+
+    def keep(name: str) -> None:
+        with arguments.results.open("a") as results:
+            results.write((arguments.out / f"{name}.json").read_text())
+
+    in_lanes(commands, arguments.lanes, arguments.out, ends, keep)
 
 
 def lines_of(results: Path, plan: str) -> list[dict[str, Any]]:
