@@ -1,7 +1,7 @@
 """An encoder layer as straight lines of kernel launches and products, beside the modules of model_encoder.py.
 
 The modules say what a layer computes. Called one by one, their Python takes the host several times as long as the
-kernels take a GPU. So a block that nobody looks into (`PlainBlock` of layer_program.py) runs here: the same kernels in
+kernels take a GPU. So a block that nobody looks into (`PlainBlock` of layer_plain.py) runs here: the same kernels in
 the same order, without a module, an operator or a view between them.
 
 The first call of a kind, which is one of its shapes, dtypes and numbers, launches one kernel after another and notes
@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 from .kernel_backend import Mode, triton_is_available
 from .layer_backward import Backward, Gradients
 from .layer_forward import Line, attention, combined, feed_forward, parts_of, sum_of_all
-from .layer_program import WEIGHTS, PlainLayer, Program, Room, StraightPass
+from .layer_program import WEIGHTS, PlainEncoderLayer, Program, Room, StraightPass
 from .op_dropout import draw_seeds
 from .run_operator import refuse_derivatives_of_kernels
 
@@ -101,7 +101,7 @@ class StraightLayer:
 
     @classmethod
     def of(
-        cls, layer: PlainLayer, weights: tuple[Tensor, ...], tables: tuple[Tensor, Tensor], plan: Any
+        cls, layer: PlainEncoderLayer, weights: tuple[Tensor, ...], tables: tuple[Tensor, Tensor], plan: Any
     ) -> "StraightLayer | None":
         """The layer for these weights; None where it has to run as modules.
 

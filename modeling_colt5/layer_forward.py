@@ -32,7 +32,8 @@ class Line:
         weights: in the order of `WEIGHTS`.
         tables: light and heavy bias tables [heads, 2 * max_distance + 1] in fp32.
         layout, memory: of what outlives the call.
-        seeds: of what the layer drops, int64 [6, 2] in the order of `PlainLayer.drops`; None where it drops nothing.
+        seeds: of what the layer drops, int64 [6, 2] in the order of `PlainEncoderLayer.drops`; None where it drops
+            nothing.
     """
 
     def __init__(
@@ -110,7 +111,7 @@ class Line:
             product(states, weight.t(), part)
 
     def dropout(self, place: int) -> tuple[Tensor | None, float]:
-        """The seed of a place that drops, and with which probability; places are those of `PlainLayer.drops`."""
+        """The seed of a place that drops, and with which probability; places as of `PlainEncoderLayer.drops`."""
         probability = self.program.drops[place]
         return (None if self.seeds is None or probability == 0 else self.seeds[place, :1]), probability
 

@@ -10,7 +10,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .kernel_backend import is_hooked, shows_results
 from .layer_encoder import StraightLayer, may_run_straight
-from .layer_program import PlainBlock, StraightPass
+from .layer_plain import PlainBlock
+from .layer_program import PlainEncoderLayer, StraightPass
 from .model_layers import (
     GELU,
     CoLT5Attention,
@@ -295,7 +296,7 @@ class CoLT5EncoderBlock(GradientCheckpointingLayer):
     def __init__(self, attention: CoLT5LayerConditionalAttention, feed_forward: CoLT5LayerConditionalFF):
         super().__init__()
         self.layer = nn.ModuleList([attention, feed_forward])
-        self.plain = PlainBlock()
+        self.plain = PlainBlock(PlainEncoderLayer)
 
     def drop_rates(self) -> tuple[float, ...]:
         """With which probabilities attention and feed-forward drop now, three each."""
