@@ -15,6 +15,7 @@ import time
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from measure import make_parser, parse
 from results import Table
 from sklearn.datasets import load_digits
@@ -56,8 +57,9 @@ class Digits:
         """Random integers from 0 to below `most`."""
         return (torch.rand(shape, generator=self.generator, device=DEVICE) * most).long()
 
-    def draw(self, batch: int, side: int) -> tuple[Tensor, Tensor]:
-        """Pictures of a digit in every cell, and which digits are framed."""
+    def draw(self, batch: int, side: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Pictures of a digit in every cell, which digits are framed, and the pixels of their stamps, bool of the
+        pictures' shape."""
         across = side // self.cell
         count = across**2
         which = self.integers(len(self.images), batch, count)
@@ -75,10 +77,13 @@ class Digits:
         rows = (cells // across * self.cell + jitter[..., 0])[..., None, None] + step[:, None]
         columns = (cells % across * self.cell + jitter[..., 1])[..., None, None] + step
         pictures = torch.zeros(batch, 1, side, side, device=DEVICE)
-        pictures[torch.arange(batch, device=DEVICE)[:, None, None, None], 0, rows, columns] = stamps
+        row = torch.arange(batch, device=DEVICE)[:, None, None, None]
+        pictures[row, 0, rows, columns] = stamps
+        framed = torch.zeros_like(pictures, dtype=torch.bool)
+        framed[row, 0, rows[:, :MARKED], columns[:, :MARKED]] = True
         labels = torch.zeros(batch, CLASSES, device=DEVICE).scatter(1, classes, 1.0)
         # about the mean and the standard deviation of pixels
-        return (pictures - 0.25) / 0.35, labels
+        return (pictures - 0.25) / 0.35, labels, framed
 
 
 def make_model(arm: str, options: argparse.Namespace) -> torch.nn.Module:
@@ -108,18 +113,29 @@ def make_model(arm: str, options: argparse.Namespace) -> torch.nn.Module:
 
 
 @torch.no_grad()
-def evaluate(model: torch.nn.Module, options: argparse.Namespace) -> tuple[float, float]:
-    """Of 512 held-out pictures: the share of framed digits found, and the share of pictures with both."""
+def evaluate(model: torch.nn.Module, options: argparse.Namespace) -> dict[str, float | None]:
+    """Of 512 held-out pictures: the share of framed digits found, the share of pictures with both, and the share of
+    the frames' patches that a router takes, over all layers."""
     digits = Digits(True, 0, options.cell)
-    found = []
+    routes = getattr(model.config, "routing", "none") != "none"
+    found, taken = [], []
     model.eval()
     for _ in range(512 // options.batch):
-        pictures, labels = digits.draw(options.batch, options.side)
-        top = model(pictures).logits.topk(MARKED).indices
-        found.append(labels.gather(1, top).sum(1))
+        pictures, labels, framed = digits.draw(options.batch, options.side)
+        output = model(pictures, **({"output_routing": True} if routes else {}))
+        found.append(labels.gather(1, output.logits.topk(MARKED).indices).sum(1))
+        patches = F.max_pool2d(framed.float(), options.patch, ceil_mode=True).flatten(1)
+        for layer in output.routing if routes else ():
+            for name in ("query", "key_value", "feed_forward"):
+                held = patches.gather(1, layer[name].indices) * layer[name].valid
+                taken.append(held.sum(1) / patches.sum(1))
     model.train()
     count = torch.cat(found)
-    return count.mean().item() / MARKED, (count == MARKED).float().mean().item()
+    return {
+        "framed digits found": count.mean().item() / MARKED,
+        "both found": (count == MARKED).float().mean().item(),
+        "framed patches routed": torch.cat(taken).mean().item() if taken else None,
+    }
 
 
 def train(arm: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
@@ -139,7 +155,7 @@ def train(arm: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
             progress = schedule.progress(step, steps)
             model.set_dense_start(progress)
             side = side if progress is None else options.dense_side or side
-        pictures, labels = digits.draw(options.batch, side)
+        pictures, labels, _ = digits.draw(options.batch, side)
         loss = model(pictures, labels=labels).loss
         optimizer.zero_grad()
         loss.backward()
@@ -149,10 +165,9 @@ def train(arm: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
         losses.append(loss.detach())
     last = torch.stack(losses[-max(1, steps // 20) :]).mean().item()
     seconds = time.perf_counter() - begin
-    each, both = evaluate(model, options)
     return {
         "arm": arm, "side": options.side, "seed": seed, "parameters": sum(p.numel() for p in model.parameters()),
-        "steps": steps, "seconds": seconds, "loss": last, "framed digits found": each, "both found": both,
+        "steps": steps, "seconds": seconds, "loss": last, **evaluate(model, options),
     }  # fmt: skip
 
 

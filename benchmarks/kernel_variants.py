@@ -38,6 +38,9 @@ from modeling_colt5 import (
     op_gates_triton,
     op_gelu,
     op_gelu_triton,
+    op_grid_attention,
+    op_grid_attention_gradient_triton,
+    op_grid_attention_triton,
     op_norm,
     op_norm_triton,
     op_pools,
@@ -53,6 +56,7 @@ from modeling_colt5 import (
 WRAPPERS = (
     op_attention_triton, op_attention_gradient_triton, op_dropout_triton, op_gates_triton, op_pools_triton,
     op_gelu_triton, op_routing_triton, op_routing_gradient_triton, op_norm_triton, op_rows_triton,
+    op_grid_attention_triton, op_grid_attention_gradient_triton,
 )  # fmt: skip
 
 
@@ -142,7 +146,7 @@ def record(capability: int = 90, quick: bool = False) -> set[Variant]:
 
 
 def attention_jobs(capability: int, quick: bool) -> None:
-    """Band and routed attention: light and heavy layers and the decoder's cross-attention."""
+    """Band and routed attention: light and heavy layers and the decoder's cross-attention; the same over pictures."""
     # bf16 goes to PyTorch on cards without it
     half = [torch.float16] if capability < 80 else [torch.bfloat16] if quick else [torch.float16, torch.bfloat16]
     sizes = (128,) if quick else (16, 32, 64, 96, 128)
@@ -157,11 +161,16 @@ def attention_jobs(capability: int, quick: bool) -> None:
         seed = torch.zeros(1, dtype=torch.int64) if dropout else None
         positions = torch.arange(n).expand(2, n)
         for places in ((None, None),) if quick else ((None, None), (positions, positions)):
-            inputs = (query, key, key, table, 127, *places, mask, dropout, seed)
-            output, log_sum_exp = op_attention._attention.kernel(*inputs)
-            for wanted in (True,) if quick else (True, False):
-                needs = [True, True, True, wanted]
-                op_attention._attention.gradient.kernel(output, *inputs, output, log_sum_exp, needs)
+            rest = (*places, mask, dropout, seed)
+            in_pictures = (torch.empty(4, 257, 257), 16, 3, *rest)
+            for operator, inputs in (
+                (op_attention._attention, (query, key, key, table, 127, *rest)),
+                (op_grid_attention._grid_attention, (query, key, key, *in_pictures)),
+            ):
+                output, log_sum_exp = operator.kernel(*inputs)
+                for wanted in (True,) if quick else (True, False):
+                    needs = [True, True, True, wanted]
+                    operator.gradient.kernel(output, *inputs, output, log_sum_exp, needs)
 
 
 def routing_jobs(quick: bool) -> None:

@@ -9,9 +9,14 @@ from einops import rearrange
 from torch import nn
 
 from .model_encoder_layer import CoLT5LayerConditionalAttention, CoLT5LocalAttention, CoLT5RoutedAttention
-from .model_layers import project
+from .model_layers import drop_rate, project
+from .op_grid_attention import (
+    patch_attention,
+    patch_attention_reference,
+    window_attention,
+    window_attention_reference,
+)
 from .op_routing import RoutedTokens
-from .op_window_attention import patch_attention_reference, places_of, window_attention_reference
 from .run_plan import EncoderPlan
 
 
@@ -73,8 +78,12 @@ class CoLT5WindowAttention(CoLT5LocalAttention):
         projected = project(hidden_states, self.q, self.k, self.v, head_size=self.d_kv)
         query, key, value = (part.unflatten(1, plan.grid) for part in projected)
         mask = None if plan.mask is None else plan.mask.unflatten(1, plan.grid)
+        inputs = (query, key, value, bias_table, self.radius, mask)
+        if plan.implementation.fuses_attention:
+            output = window_attention(*inputs, drop_rate(self), seed)
+            return self.o(output.flatten(3).flatten(1, 2)), None
         attend = partial(self.attend, implementation=plan.implementation.attention)
-        output, weights = window_attention_reference(query, key, value, bias_table, self.radius, mask, attend)
+        output, weights = window_attention_reference(*inputs, attend)
         return self.o(output.flatten(3).flatten(1, 2)), weights
 
 
@@ -95,11 +104,11 @@ class CoLT5PatchAttention(CoLT5RoutedAttention):
         weights where the implementation gives them."""
         query = self.split_heads(self.q(query_states))
         key, value = project(key_value_states, self.k, self.v, head_size=self.d_kv)
-        query_places, key_places = (places_of(tokens.indices, plan.grid[1]) for tokens in (queries, keys))
+        inputs = (query, key, value, bias_table, plan.grid[1], queries.indices, keys.indices, keys.valid)
+        if plan.implementation.fuses_attention:
+            return self.o(patch_attention(*inputs, drop_rate(self), seed).flatten(-2)), None
         attend = partial(self.attend, implementation=plan.implementation.attention)
-        output, weights = patch_attention_reference(
-            query, key, value, bias_table, query_places, key_places, keys.valid, attend
-        )
+        output, weights = patch_attention_reference(*inputs, attend)
         return self.o(output.flatten(-2)), weights
 
 

@@ -7,14 +7,34 @@ import sys
 import pytest
 import torch
 
-from modeling_colt5 import op_attention, op_dropout, op_gates, op_gelu, op_norm, op_pools, op_routing, op_rows
+from modeling_colt5 import (
+    op_attention,
+    op_dropout,
+    op_gates,
+    op_gelu,
+    op_grid_attention,
+    op_norm,
+    op_pools,
+    op_routing,
+    op_rows,
+)
 from modeling_colt5.run_operator import Operator
 
 pytest.importorskip("triton")
 
 OPERATORS = {
     operator.name: operator
-    for module in (op_attention, op_dropout, op_gates, op_gelu, op_norm, op_pools, op_rows, op_routing)
+    for module in (
+        op_attention,
+        op_dropout,
+        op_gates,
+        op_gelu,
+        op_grid_attention,
+        op_norm,
+        op_pools,
+        op_rows,
+        op_routing,
+    )  # fmt: skip
     for operator in vars(module).values()
     if isinstance(operator, Operator)
 }

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from modeling_colt5.op_window_attention import patch_attention_reference, window_attention_reference
+from modeling_colt5.op_grid_attention import patch_attention_reference, window_attention_reference
 
 
 def eager_attend(query, key, value, bias, mask):
@@ -137,7 +137,7 @@ def test_memory_of_windows_grows_with_the_grid():
 def test_routed_values_and_gradients_are_those_of_the_definition(masked):
     torch.manual_seed(0)
     batch, height, width, heads, size, most = 2, 9, 7, 2, 4, 3
-    places = [(torch.randint(height, (batch, n)), torch.randint(width, (batch, n))) for n in (5, 8)]
+    places = [torch.randint(height * width, (batch, n)) for n in (5, 8)]
     leaves = [torch.randn(batch, n, heads, size, dtype=torch.float64) for n in (5, 8, 8)]
     leaves.append(torch.randn(heads, 2 * most + 1, 2 * most + 1, dtype=torch.float64))
     leaves = [leaf.requires_grad_() for leaf in leaves]
@@ -145,13 +145,13 @@ def test_routed_values_and_gradients_are_those_of_the_definition(masked):
     valid = None
     if masked:
         valid = torch.arange(8) < torch.tensor([[3], [8]])
-    actual, _ = patch_attention_reference(*leaves, *places, valid)
+    actual, _ = patch_attention_reference(*leaves, width, *places, valid)
     rows = []
     for b in range(batch):
         used = range(8) if valid is None else valid[b].nonzero().flatten().tolist()
-        where = [(int(places[1][0][b, k]), int(places[1][1][b, k])) for k in used]
+        where = [divmod(int(places[1][b, k]), width) for k in used]
         for q in range(5):
-            here = (int(places[0][0][b, q]), int(places[0][1][b, q]))
+            here = divmod(int(places[0][b, q]), width)
             keys, values = ([part[b, k] for k in used] for part in (key, value))
             rows.append(one_query(query[b, q], keys, values, where, here, table)[0])
     expected = torch.stack(rows).view_as(actual)
