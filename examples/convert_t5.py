@@ -11,9 +11,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from huggingface_hub.errors import StrictDataclassError
+from model_arguments import ModelArguments, load_tokenizer
 from sources import check_source
 
-from modeling_colt5 import CoLT5Config, CoLT5Tokenizer
+from modeling_colt5 import CoLT5Config
 from modeling_colt5.conversion import convert, differences, load_source
 
 BUDGETS = ("feed_forward_fraction", "query_fraction", "key_value_fraction")
@@ -55,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
         CoLT5Config(**given)
         check_source(options.source, "source")
         source, unused = load_source(options.source)
-        tokenizer = CoLT5Tokenizer.from_pretrained(options.source)
+        tokenizer = load_tokenizer(ModelArguments(model_name_or_path=options.source))
     except (OSError, TypeError, ValueError, StrictDataclassError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     samples = None

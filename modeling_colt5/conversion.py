@@ -1,5 +1,6 @@
 """Warm start: a T5, mT5, umT5 or LongT5 model becomes a CoLT5 that computes the same wherever that is possible."""
 
+import copy
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -8,6 +9,7 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForSeq2SeqLM,
+    GenerationConfig,
     LongT5ForConditionalGeneration,
     MT5ForConditionalGeneration,
     PreTrainedModel,
@@ -111,7 +113,8 @@ def convert(
     Raises:
         TypeError: for a source of another kind.
         ValueError: for sizes that the source's heads or units do not fit into, or a source whose weights cannot be
-            copied: quantised, on disk, or with adapters on them.
+            copied: quantised, on disk, with adapters on them, or such as a CoLT5 has no place for (a bias of the head,
+            an embedding of the encoder's own).
     """
     if not isinstance(source, SOURCES):
         raise TypeError(
@@ -145,8 +148,9 @@ def convert(
         d_model=old.d_model,
         d_kv=old.d_kv,
         d_ff=old.d_ff,
-        num_layers=old.num_layers,
-        num_decoder_layers=old.num_decoder_layers,
+        # of a source with layers taken out, those that are left
+        num_layers=len(source.encoder.block),
+        num_decoder_layers=len(source.decoder.block),
         num_heads=heads,
         num_light_heads=num_light_heads,
         num_heavy_heads=num_heavy_heads,
@@ -156,7 +160,7 @@ def convert(
         relative_attention_num_buckets=old.relative_attention_num_buckets,
         relative_attention_max_distance=old.relative_attention_max_distance,
         layer_norm_epsilon=old.layer_norm_epsilon,
-        feed_forward_proj=old.feed_forward_proj,
+        feed_forward_proj=_feed_forward_proj(old),
         tie_word_embeddings=torch.equal(source.lm_head.weight, source.shared.weight),
         # umT5 of older releases of Transformers scales without saying so, mT5 never does
         scale_decoder_outputs=getattr(
@@ -175,6 +179,8 @@ def convert(
             model.lm_head.weight.copy_(source.lm_head.weight)
         _convert_encoder(source.encoder, model, added, importance)
         _convert_decoder(source.decoder, model)
+    if source.generation_config is not None:
+        model.generation_config = _generation_config(source, config)
     return model.eval()
 
 
@@ -237,6 +243,67 @@ def _check_weights(source: PreTrainedModel) -> None:
                 f"source has {name} as a {type(weight).__name__} of {weight.dtype}, where a plain floating-point "
                 "parameter is needed; load it neither quantised nor sharded"
             )
+    _check_places(source)
+
+
+def _check_places(source: PreTrainedModel) -> None:
+    """Refuse a source that computes with other weights than a model of its class and sizes has.
+
+    Raises:
+        ValueError: naming one of them.
+    """
+    kind = next(kind for kind in SOURCES if isinstance(source, kind))
+    config = copy.deepcopy(source.config)
+    config.vocab_size = source.shared.num_embeddings
+    config.num_layers, config.num_decoder_layers = len(source.encoder.block), len(source.decoder.block)
+    with torch.device("meta"):
+        usual = dict(kind(config).named_parameters(remove_duplicate=False))
+    given = dict(source.named_parameters(remove_duplicate=False))
+    computed = set()
+    for name in usual.keys() - given.keys():
+        module_name, _, attribute = name.rpartition(".")
+        try:
+            weight = getattr(source.get_submodule(module_name), attribute)
+        except AttributeError:
+            raise ValueError(f"source has no {name}, which a {kind.__name__} of its sizes has") from None
+        # a parametrisation or pruning computes it of parameters of the same module
+        given[name] = weight
+        computed.add(module_name)
+    for name, weight in given.items():
+        if name not in usual:
+            if not any(name.startswith(f"{module}.") for module in computed):
+                raise ValueError(
+                    f"source has {name}, which a {kind.__name__} of its sizes does not have, and a CoLT5 has "
+                    "no place for it; its outputs would be others"
+                )
+        elif weight.shape != usual[name].shape:
+            raise ValueError(
+                f"source has {name} of shape {list(weight.shape)}, where its other sizes ask for "
+                f"{list(usual[name].shape)}"
+            )
+    for name in ("encoder", "decoder"):
+        if not torch.equal(getattr(source, name).embed_tokens.weight, source.shared.weight):
+            raise ValueError(
+                f"source has a {name}.embed_tokens that is not equal to its shared embedding; encoder and decoder of "
+                "a CoLT5 have one embedding"
+            )
+
+
+def _feed_forward_proj(old: Any) -> str:
+    """The kind of feed-forward that a source computes. Its configuration may name another activation than
+    `feed_forward_proj` does, and by "gated-gelu" means the tanh form."""
+    if not old.is_gated_act:
+        return old.dense_act_fn
+    return "gated-" + {"gelu_new": "gelu", "gelu": "gelu_python"}.get(old.dense_act_fn, old.dense_act_fn)
+
+
+def _generation_config(source: PreTrainedModel, config: CoLT5Config) -> GenerationConfig:
+    """The source's settings of `generate`; ids that these lack are those of the new configuration."""
+    settings = copy.deepcopy(source.generation_config)
+    for name in ("pad_token_id", "eos_token_id", "decoder_start_token_id"):
+        if getattr(settings, name) is None:
+            setattr(settings, name, getattr(config, name))
+    return settings
 
 
 def _bias_tables(stack: Any) -> list[torch.Tensor]:

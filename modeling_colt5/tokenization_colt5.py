@@ -15,6 +15,26 @@ DEFAULT_MODEL_MAX_LENGTH = 65_536
 UL2_MODE_TOKENS = {"R": "[NLU]", "S": "[S2S]", "X": "[NLG]"}
 
 
+def _check_vocabulary(vocab: Any, unk_token: str) -> None:
+    """Refuse a vocabulary that T5's tokenizer would read as another one.
+
+    Raises:
+        TypeError, ValueError: as of `CoLT5Tokenizer`.
+    """
+    if vocab is None:
+        return
+    if isinstance(vocab, dict | str):
+        raise TypeError(
+            f"vocab is a {type(vocab).__name__}; it must be a list of Unigram's pieces with their scores. A model may "
+            "keep a tokenizer of another kind (BPE, words, bytes): load that with AutoTokenizer"
+        )
+    if len(vocab) < 3 or vocab[2][0] != unk_token:
+        raise ValueError(
+            f"vocab has {[piece for piece, _ in vocab[:3]]} as its first pieces; the third must be the unknown token "
+            f"{unk_token!r}, as in T5's vocabularies. Load a tokenizer with another order with AutoTokenizer"
+        )
+
+
 class CoLT5Tokenizer(T5Tokenizer):
     """T5's Unigram tokenizer; the ids of every T5 vocabulary are `T5Tokenizer`'s.
 
@@ -37,6 +57,10 @@ class CoLT5Tokenizer(T5Tokenizer):
         model_max_length: tokens kept by `truncation=True` when no `max_length` is given.
         extra_special_tokens: special tokens beside eos, unk and pad; by default the `extra_ids` sentinels.
         kwargs: `T5Tokenizer`'s, among them `extra_ids` (number of sentinels, 100).
+
+    Raises:
+        TypeError: for a vocabulary of another kind than Unigram's.
+        ValueError: for a vocabulary whose unknown token is not at 2, where T5's tokenizer looks for it.
     """
 
     def __init__(
@@ -55,6 +79,7 @@ class CoLT5Tokenizer(T5Tokenizer):
             present = {str(token) for token in extra_special_tokens}
             missing = [token for token in UL2_MODE_TOKENS.values() if token not in present]
             extra_special_tokens = [*extra_special_tokens, *missing]
+        _check_vocabulary(vocab, str(kwargs.get("unk_token", "<unk>")))
         super().__init__(
             vocab=vocab,
             mode_tokens=mode_tokens,
