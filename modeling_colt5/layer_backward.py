@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .kernel_backend import triton_is_available
 from .layer_forward import Line
-from .layer_program import Program, Room, Slots
+from .layer_program import RSTD, Drop, Program, Room, Slots, Weight
 
 if triton_is_available():
     from .op_attention_gradient_triton import attention_backward_into
@@ -42,7 +42,7 @@ class SlotGradients:
                 self.weights.append(room.part(weights, router * width, (1, own), (width, 1)))
 
 
-class Places:
+class GradientRooms:
     """Sizes and places of what a backward pass needs besides what the forward pass kept.
 
     Args:
@@ -102,7 +102,7 @@ class Backward:
 
     def __init__(self, line: Line, gradients: Gradients, tables: tuple[Tensor | None, Tensor | None]):
         self.line, self.gradients, self.tables = line, gradients, tables
-        self.needs, self.places = gradients.needs, Places(line.program)
+        self.needs, self.rooms = gradients.needs, GradientRooms(line.program)
 
     def weight_gradients(self, joined: Tensor, states: Tensor, first: int, count: int) -> None:
         """Write the gradients of weights from a place on, whose products have gradients [tokens, sum of widths] that
@@ -150,9 +150,9 @@ class Backward:
         settings = self.line.program.settings
         self.line.run(route_backward_into, *rows, *settings, *results, scores_grad, budget_grad, sums)
 
-    def dense(self, name: str, grad: Tensor, states: Tensor, first: int, place: int) -> Tensor:
-        """The gradient of a gated feed-forward's states, and those of its weights, from `first` on, as needed; dropout
-        as at a place."""
+    def dense(self, name: str, grad: Tensor, states: Tensor, first: int, drop: int) -> Tensor:
+        """The gradient of a gated feed-forward's states, and those of its weights, from the place `first` on, as
+        needed; dropout as at the place `drop`."""
         line, out = self.line, self.line.weights[first + 2]
         products = line.place(f"{name}_products")
         parts = [line.rows(part) for part in products.chunk(2, 1)]
@@ -165,7 +165,7 @@ class Backward:
         line.run(
             gated_gelu_backward_into,
             line.rows(activated_grad), *parts, *(line.rows(part) for part in joined.chunk(2, 1)),
-            *line.dropout(place), None if activated is None else line.rows(activated),
+            *line.dropout(drop), None if activated is None else line.rows(activated),
         )  # fmt: skip
         if activated is not None:
             self.weight_gradients(grad, activated, first + 2, 1)
@@ -187,8 +187,11 @@ class Backward:
     ) -> None:
         """Write the gradients of a norm's states, of its weight, whose place is given, and of the routers."""
         line = self.line
-        router_first, count, eps = (5, 2, line.program.eps[0]) if first == 0 else (15, 1, line.program.eps[1])
-        d = line.program.d
+        d, (attention_eps, feed_forward_eps) = line.program.d, line.program.eps
+        if first == Weight.ATTENTION_NORM:
+            router_first, count, eps = Weight.QUERY_ROUTER, 2, attention_eps
+        else:
+            router_first, count, eps = Weight.ROUTER, 1, feed_forward_eps
         # gradients of two routers lie side by side, as the routers do
         router_grads = self.gradients.views[router_first].as_strided((count, d), (d, 1))
         line.run(
@@ -214,10 +217,10 @@ class Backward:
     def feed_forward(self, grad: Tensor) -> tuple[Tensor, Tensor]:
         """The gradients of what the feed-forward got, [batch, n, d_model], of the residual and of the branches before
         it."""
-        line, program, own = self.line, self.line.program, self.places
+        line, program, own = self.line, self.line.program, self.rooms
         run, rows, d = line.run, line.rows, program.d
-        light_grad = line.dropped(grad, 5)
-        grad_of_update = light_grad if program.drops[5] > 0 else grad
+        light_grad = line.dropped(grad, Drop.FEED_FORWARD)
+        grad_of_update = light_grad if program.drops[Drop.FEED_FORWARD] > 0 else grad
         places = program.second.views(line.place("second"))
         room = own.second.views(line.temporary(torch.uint8, own.second.size))
         gradient = own.second_slots
@@ -234,25 +237,24 @@ class Backward:
         self.route(
             -1, [places[part] for part in launch], [part if part is None else room[part] for part in launch_back]
         )
-        states_grad = self.dense("heavy", heavy_grad, states, 16, 4)
+        states_grad = self.dense("heavy", heavy_grad, states, Weight.HEAVY_WI_0, Drop.HEAVY_FF)
         del heavy_grad
-        normed_grad = self.dense("light", light_grad.view(-1, d), normed, 12, 3)
+        normed_grad = self.dense("light", light_grad.view(-1, d), normed, Weight.LIGHT_WI_0, Drop.LIGHT_FF)
         total = line.temporary(program.dtype, *normed.shape)
         routed = (rows(states_grad), indices, valid, None)
         run(combine_into, rows(normed_grad), None, *routed, *[None] * 4, program.n, rows(total))
         del normed_grad, states_grad, routed
         result = line.temporary(program.hidden_dtype, *grad.shape)
         self.norm(
-            grad, total, room[gradient.scores], line.place("hidden"), places[0], 11, line.weights[15].view(1, -1),
-            room[own.second_shares], result,
+            grad, total, room[gradient.scores], line.place("hidden"), places[RSTD],
+            Weight.FEED_FORWARD_NORM, line.weights[Weight.ROUTER].view(1, -1), room[own.second_shares], result,
         )  # fmt: skip
-        return result, line.dropped(result, 2) if program.drops[2] > 0 else result
+        return result, line.dropped(result, Drop.ATTENTION) if program.drops[Drop.ATTENTION] > 0 else result
 
     def attention(self, grad: Tensor, update_grad: Tensor, hidden_states: Tensor, out: Tensor) -> None:
         """The gradient of what the attention got, of its weights and of the tables."""
-        line, program, own = self.line, self.line.program, self.places
+        line, program, own = self.line, self.line.program, self.rooms
         run, rows, heads, d = line.run, line.rows, line.heads, program.d
-        o, heavy_q, heavy_o = line.weights[4], line.weights[7], line.weights[10]
         light_table, heavy_table = self.tables
         places = program.first.views(line.place("first"))
         room = own.first.views(line.temporary(torch.uint8, own.first.size))
@@ -266,16 +268,15 @@ class Backward:
             update_grad, rows(line.place("heavy_update")), *query_slots, rows(heavy_grad), room[gradient.weights[0]],
         )  # fmt: skip
         attended, query, key_value = (line.place(name) for name in ("heavy_attended", "query", "key_value"))
-        if self.needs[10]:
-            self.weight_gradients(heavy_grad, attended, 10, 1)
+        self.weight_gradients(heavy_grad, attended, Weight.HEAVY_O, 1)
         size = program.heavy_size
         attended_grad = line.temporary(program.dtype, *attended.shape)
-        line.recorder.product(heavy_grad, heavy_o, attended_grad)
+        line.recorder.product(heavy_grad, line.weights[Weight.HEAVY_O], attended_grad)
         del heavy_grad
         query_grad = line.temporary(program.dtype, *query.shape)
         key_value_grad = line.temporary(program.dtype, *key_value.shape)
         partials = self.partials(own.heavy_partials, heavy_table)
-        seed, probability = line.dropout(1)
+        seed, probability = line.dropout(Drop.HEAVY_ATTENTION)
         run(
             attention_backward_into,
             heads(attended_grad, size), heads(query, size), *(heads(part, size) for part in key_value.chunk(2, 1)),
@@ -285,24 +286,23 @@ class Backward:
             room[own.heavy_delta], partials,
         )  # fmt: skip
         del attended_grad, partials
-        self.weight_gradients(query_grad, query_states, 7, 1)
-        self.weight_gradients(key_value_grad, key_states, 8, 2)
+        self.weight_gradients(query_grad, query_states, Weight.HEAVY_Q, 1)
+        self.weight_gradients(key_value_grad, key_states, Weight.HEAVY_K, 2)
         query_states_grad = line.temporary(program.dtype, *query_states.shape)
-        line.recorder.product(query_grad, heavy_q, query_states_grad)
-        key_states_grad = self.states_gradient(key_value_grad, 8, 2)
+        line.recorder.product(query_grad, line.weights[Weight.HEAVY_Q], query_states_grad)
+        key_states_grad = self.states_gradient(key_value_grad, Weight.HEAVY_K, 2)
         del query_grad, key_value_grad
 
         normed = line.place("normed")
         attended, query_key_value = line.place("light_attended"), line.place("query_key_value")
         light_grad, size = line.rounded(update_grad, program.dtype).view(-1, d), program.light_size
-        if self.needs[4]:
-            self.weight_gradients(light_grad, attended, 4, 1)
+        self.weight_gradients(light_grad, attended, Weight.LIGHT_O, 1)
         attended_grad = line.temporary(program.dtype, *attended.shape)
-        line.recorder.product(light_grad, o, attended_grad)
+        line.recorder.product(light_grad, line.weights[Weight.LIGHT_O], attended_grad)
         del light_grad, update_grad
         query_key_value_grad = line.temporary(program.dtype, *query_key_value.shape)
         partials = self.partials(own.light_partials, light_table)
-        seed, probability = line.dropout(0)
+        seed, probability = line.dropout(Drop.LIGHT_ATTENTION)
         run(
             attention_backward_into,
             heads(attended_grad, size), *(heads(part, size) for part in query_key_value.chunk(3, 1)),
@@ -312,8 +312,8 @@ class Backward:
             room[own.light_delta], partials,
         )  # fmt: skip
         del attended_grad, partials
-        self.weight_gradients(query_key_value_grad, normed, 1, 3)
-        normed_grad = self.states_gradient(query_key_value_grad, 1, 3)
+        self.weight_gradients(query_key_value_grad, normed, Weight.LIGHT_Q, 3)
+        normed_grad = self.states_gradient(query_key_value_grad, Weight.LIGHT_Q, 3)
         del query_key_value_grad
 
         run(
@@ -331,8 +331,8 @@ class Backward:
         )  # fmt: skip
         del normed_grad, query_states_grad, key_states_grad
         self.norm(
-            grad, total, room[gradient.scores], hidden_states, places[0], 0, line.place("routers"),
-            room[own.first_shares], out,
+            grad, total, room[gradient.scores], hidden_states, places[RSTD],
+            Weight.ATTENTION_NORM, line.place("routers"), room[own.first_shares], out,
         )  # fmt: skip
 
     def partials(self, shape: tuple[int, int, int], table: Tensor | None) -> Tensor | None:

@@ -1,12 +1,11 @@
 """The forward pass of an encoder layer as a straight line of kernel launches and products."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from .kernel_backend import triton_is_available
-from .layer_program import Program, Room, StraightPass
+from .layer_program import RSTD, SCORES, Drop, Program, Room, StraightPass, Weight
+from .run_plan import EncoderPlan
 
 if triton_is_available():
     from .op_attention_triton import attention_into
@@ -17,30 +16,34 @@ if triton_is_available():
     from .op_rows_triton import MOST_JOINS, clamp_into, combine_into, gather_into, join_into
     from .run_launch_list_triton import Recorder
 
-# matrices of as many numbers each, by their places in `WEIGHTS`
-_ALIKE = ((1, 2, 3, 4), (7, 8, 9, 10), (12, 13, 14), (16, 17, 18))
-# the weights whose products with the same states may be one product
-_JOINED = {1: 3, 8: 2, 12: 2, 16: 2}
+# Each group is of matrices with as many numbers each.
+_ALIKE = (
+    (Weight.LIGHT_Q, Weight.LIGHT_K, Weight.LIGHT_V, Weight.LIGHT_O),
+    (Weight.HEAVY_Q, Weight.HEAVY_K, Weight.HEAVY_V, Weight.HEAVY_O),
+    (Weight.LIGHT_WI_0, Weight.LIGHT_WI_1, Weight.LIGHT_WO),
+    (Weight.HEAVY_WI_0, Weight.HEAVY_WI_1, Weight.HEAVY_WO),
+)
+# The weights whose products with the same states may be one product: the first one's place, and how many they are.
+_JOINED = {Weight.LIGHT_Q: 3, Weight.HEAVY_K: 2, Weight.LIGHT_WI_0: 2, Weight.HEAVY_WI_0: 2}
 
 
 class Line:
     """A call of a layer: its weights, its memory, and what computes.
 
     Args:
-        program, common, plan: of the pass.
-        recorder: that runs all launches and products.
+        program: sizes and places of the layer's tensors.
+        plan: of the pass.
+        recorder: runs all launches and products.
         weights: in the order of `WEIGHTS`.
         tables: light and heavy bias tables [heads, 2 * max_distance + 1] in fp32.
         layout, memory: of what outlives the call.
-        seeds: of what the layer drops, int64 [6, 2] in the order of `PlainEncoderLayer.drops`; None where it drops
-            nothing.
+        seeds: of what the layer drops, int64 [6, 2] by the places of `Drop`; None where it drops nothing.
     """
 
     def __init__(
         self,
         program: Program,
-        common: StraightPass,
-        plan: Any,
+        plan: EncoderPlan,
         recorder: "Recorder",
         weights: tuple[Tensor, ...],
         tables: tuple[Tensor, Tensor],
@@ -48,7 +51,8 @@ class Line:
         memory: Tensor,
         seeds: Tensor | None = None,
     ):
-        self.program, self.common, self.plan, self.recorder = program, common, plan, recorder
+        self.program, self.plan, self.recorder = program, plan, recorder
+        self.common: StraightPass = plan.straight
         self.weights, self.tables, self.layout, self.memory = list(weights), tables, layout, memory
         self.seeds = seeds
         self.joined: dict[int, Tensor] = {}
@@ -111,7 +115,7 @@ class Line:
             product(states, weight.t(), part)
 
     def dropout(self, place: int) -> tuple[Tensor | None, float]:
-        """The seed of a place that drops, and with which probability; places as of `PlainEncoderLayer.drops`."""
+        """The seed of a place of `Drop`, None where it drops nothing, and with which probability it drops."""
         probability = self.program.drops[place]
         return (None if self.seeds is None or probability == 0 else self.seeds[place, :1]), probability
 
@@ -168,12 +172,12 @@ def attention(line: Line, incoming: Tensor | None) -> tuple[Tensor, ...]:
     program, run = line.program, line.run
     if program.casts:
         line.cast_matrices(copies=True)
-    norm_weight, _, _, _, o, query_router, key_router, heavy_q, _, _, heavy_o = line.weights[:11]
-    routers = line.place("routers")
-    line.join_weights((routers, query_router, key_router))
+    weights, routers = line.weights, line.place("routers")
+    line.join_weights((routers, weights[Weight.QUERY_ROUTER], weights[Weight.KEY_VALUE_ROUTER]))
     places = program.first.views(line.place("first"))
     normed = line.place("normed")
-    of_norm = (norm_weight, routers, program.eps[0], None, line.rows(normed), places[1], places[0])
+    norm_weight = weights[Weight.ATTENTION_NORM]
+    of_norm = (norm_weight, routers, program.eps[0], None, line.rows(normed), places[SCORES], places[RSTD])
     if incoming is None and program.hidden_dtype == torch.float16:
         incoming = line.place("summed")
         combined(line, parts_of(line), incoming)
@@ -194,11 +198,11 @@ def attention(line: Line, incoming: Tensor | None) -> tuple[Tensor, ...]:
             line.rows(normed), *query_slots[:2], None, *key_slots, line.rows(query_states), line.rows(key_states),
         )  # fmt: skip
         query, key_value = line.place("query"), line.place("key_value")
-        line.recorder.product(query_states, heavy_q.t(), query)
-        line.products(key_states, 8, 2, key_value)
+        line.recorder.product(query_states, weights[Weight.HEAVY_Q].t(), query)
+        line.products(key_states, Weight.HEAVY_K, 2, key_value)
         size = program.heavy_size
         attended = line.place("heavy_attended")
-        seed, probability = line.dropout(1)
+        seed, probability = line.dropout(Drop.HEAVY_ATTENTION)
         run(
             attention_into,
             line.heads(query, size), *(line.heads(part, size) for part in key_value.chunk(2, 1)),
@@ -206,14 +210,14 @@ def attention(line: Line, incoming: Tensor | None) -> tuple[Tensor, ...]:
             line.heads(attended, size), places[program.heavy_sums],
         )  # fmt: skip
         heavy = line.place("heavy_update")
-        line.recorder.product(attended, heavy_o.t(), heavy)
+        line.recorder.product(attended, weights[Weight.HEAVY_O].t(), heavy)
         del query_states, key_states, query, key_value, attended
     query_key_value = line.place("query_key_value")
     # the heavy branch may still read `normed`, which therefore stays until both branches are done
-    line.products(normed, 1, 3, query_key_value)
+    line.products(normed, Weight.LIGHT_Q, 3, query_key_value)
     size = program.light_size
     attended = line.place("light_attended")
-    seed, probability = line.dropout(0)
+    seed, probability = line.dropout(Drop.LIGHT_ATTENTION)
     run(
         attention_into,
         *(line.heads(part, size) for part in query_key_value.chunk(3, 1)),
@@ -222,19 +226,19 @@ def attention(line: Line, incoming: Tensor | None) -> tuple[Tensor, ...]:
     )  # fmt: skip
     del query_key_value
     light = line.place("light_update")
-    line.recorder.product(attended, o.t(), light)
+    line.recorder.product(attended, weights[Weight.LIGHT_O].t(), light)
     line.plan.join()
     return incoming, line.rows(light), line.rows(heavy), *query_slots
 
 
-def _dense(line: Line, name: str, states: Tensor, first: int, place: int) -> Tensor:
-    """A gated feed-forward, [tokens, d_model] → the same shape, with the weights from `first` on, and dropout as at a
-    place."""
+def _dense(line: Line, name: str, states: Tensor, first: int, drop: int) -> Tensor:
+    """A gated feed-forward, [tokens, d_model] → the same shape, with the weights from the place `first` on, and
+    dropout as at the place `drop`."""
     out, weight = line.place(name), line.weights[first + 2]
     products = line.place(f"{name}_products")
     line.products(states, first, 2, products)
     activated = line.temporary(states.dtype, states.shape[0], products.shape[1] // 2)
-    line.run(gated_gelu_into, *map(line.rows, products.chunk(2, 1)), line.rows(activated), *line.dropout(place))
+    line.run(gated_gelu_into, *map(line.rows, products.chunk(2, 1)), line.rows(activated), *line.dropout(drop))
     del products
     line.recorder.product(line.rounded(activated, weight.dtype), weight.t(), out)
     return out
@@ -243,19 +247,18 @@ def _dense(line: Line, name: str, states: Tensor, first: int, place: int) -> Ten
 def feed_forward(line: Line, parts: list[Tensor]) -> tuple[Tensor, ...]:
     """The conditional feed-forward of the sum that `attention` gave, which it takes: what its branches add to what."""
     program, run = line.program, line.run
-    norm_weight, router = line.weights[11], line.weights[15].view(1, -1)
+    norm_weight, router = line.weights[Weight.FEED_FORWARD_NORM], line.weights[Weight.ROUTER].view(1, -1)
     residual, light, heavy, *routed = parts
     parts.clear()
     places = program.second.views(line.place("second"))
     normed = line.place("second_normed")
-    of_norm = (norm_weight, router, program.eps[1], None, line.rows(normed), places[1], places[0])
+    of_norm = (norm_weight, router, program.eps[1], None, line.rows(normed), places[SCORES], places[RSTD])
+    hidden_states = line.place("hidden")
     if program.hidden_dtype == torch.float16:
-        hidden_states = line.place("hidden")
         combined(line, (residual, light, heavy, *routed), hidden_states)
         run(norm_into, hidden_states, *of_norm)
     else:
-        hidden_states = line.place("hidden")
-        run(norm_into, residual, *of_norm, light, heavy, *routed, hidden_states, *line.dropout(2))
+        run(norm_into, residual, *of_norm, light, heavy, *routed, hidden_states, *line.dropout(Drop.ATTENTION))
     del residual, light, heavy, routed
     with line.plan.heavy():
         ((scores, *of_slots),) = program.second_slots.launches
@@ -263,12 +266,12 @@ def feed_forward(line: Line, parts: list[Tensor]) -> tuple[Tensor, ...]:
         indices, valid, weights = (places[part] for part in program.second_slots.routers[0])
         states = line.place("states")
         run(gather_into, line.rows(normed), indices, valid, *[None] * 4, line.rows(states), None)
-        heavy = _dense(line, "heavy", states, 16, 4)
-    light = _dense(line, "light", normed, 12, 3)
+        heavy = _dense(line, "heavy", states, Weight.HEAVY_WI_0, Drop.HEAVY_FF)
+    light = _dense(line, "light", normed, Weight.LIGHT_WI_0, Drop.LIGHT_FF)
     line.plan.join()
     return hidden_states, line.rows(light), line.rows(heavy), indices, valid, weights
 
 
 def sum_of_all(line: Line, parts: tuple[Tensor, ...], out: Tensor) -> None:
     """Write the sum of what `feed_forward` gave, with the sublayer's dropout."""
-    line.run(combine_into, *parts, *[None] * 4, line.program.n, out, *line.dropout(5))
+    line.run(combine_into, *parts, *[None] * 4, line.program.n, out, *line.dropout(Drop.FEED_FORWARD))

@@ -17,13 +17,32 @@ if triton_is_available():
     from .run_launch_list_triton import LaunchList
     from .run_launch_triton import has_listeners
 
-# each module with a weight, in the order in which the weights are read
+# Each module with a weight, in the order in which the weights are read.
 WEIGHTS = (
     "attention.layer_norm", "light.q", "light.k", "light.v", "light.o", "query_router", "key_value_router",
     "heavy.q", "heavy.k", "heavy.v", "heavy.o",
     "feed_forward.layer_norm", "light_ff.wi_0", "light_ff.wi_1", "light_ff.wo", "router",
     "heavy_ff.wi_0", "heavy_ff.wi_1", "heavy_ff.wo",
 )  # fmt: skip
+
+
+class Weight:
+    """The place of each of `WEIGHTS`."""
+
+    (
+        ATTENTION_NORM, LIGHT_Q, LIGHT_K, LIGHT_V, LIGHT_O, QUERY_ROUTER, KEY_VALUE_ROUTER,
+        HEAVY_Q, HEAVY_K, HEAVY_V, HEAVY_O,
+        FEED_FORWARD_NORM, LIGHT_WI_0, LIGHT_WI_1, LIGHT_WO, ROUTER, HEAVY_WI_0, HEAVY_WI_1, HEAVY_WO,
+    ) = range(len(WEIGHTS))  # fmt: skip
+
+
+class Drop:
+    """The places where a layer drops, in the order of its seeds: light and heavy attention's weights, what the
+    attention adds, light and heavy feed-forward's activations, and what the feed-forward adds."""
+
+    LIGHT_ATTENTION, HEAVY_ATTENTION, ATTENTION, LIGHT_FF, HEAVY_FF, FEED_FORWARD = range(6)
+
+
 # the numbers that modules hold, in the order in which they are read
 _NUMBERS = (
     ("attention.layer_norm", "eps"), ("feed_forward.layer_norm", "eps"),
@@ -45,8 +64,7 @@ class PlainEncoderLayer(PlainLayer):
         eps: of the norms of attention and feed-forward.
         head_sizes: of light and heavy attention.
         radius: of the light attention.
-        drops: probabilities of dropout as the modules' modes have them: light and heavy attention's, that of what the
-            attention adds, light and heavy feed-forward's, and that of what the feed-forward adds.
+        drops: probabilities of dropout as the modules' modes have them, by the places of `Drop`.
     """
 
     __slots__ = ("drops", "eps", "head_sizes", "radius")
@@ -90,10 +108,11 @@ class PlainEncoderLayer(PlainLayer):
         return parts
 
 
-# of the weights those that kernels read, and those of products
-VECTORS = (0, 5, 6, 11, 15)
-MATRICES = (1, 2, 3, 4, 7, 8, 9, 10, 12, 13, 14, 16, 17, 18)
-_MATRICES = itemgetter(*MATRICES)
+# The vectors among the weights. All others are matrices.
+VECTORS = (
+    Weight.ATTENTION_NORM, Weight.QUERY_ROUTER, Weight.KEY_VALUE_ROUTER, Weight.FEED_FORWARD_NORM, Weight.ROUTER,
+)  # fmt: skip
+_MATRICES = itemgetter(*(place for place in range(len(WEIGHTS)) if place not in VECTORS))
 _DTYPE, _SHAPE = attrgetter("dtype"), attrgetter("shape")
 # Calls of more tokens are launched one by one: the host is not what they wait for, and while launches are noted, all
 # tensors of a layer are held at the same time.
@@ -250,7 +269,10 @@ class Slots:
             self.routers.append((indices, valid, weights))
 
 
-# programs by all that they depend on; a length that never comes back leaves one behind
+# Both sublayers' rooms begin with these: the norm's reciprocal root mean squares, and the router scores.
+RSTD, SCORES = range(2)
+
+# Programs by all that they depend on; a length that never comes back leaves one behind.
 programs: dict[Any, "Program | None"] = {}
 MOST_PROGRAMS = 256
 
@@ -266,7 +288,7 @@ class Program:
     """
 
     def __init__(self, common: StraightPass, layer: PlainEncoderLayer, weights: tuple[Tensor, ...]):
-        self.batch, self.n, self.d = common.batch, common.n, weights[0].numel()
+        self.batch, self.n, self.d = common.batch, common.n, weights[Weight.ATTENTION_NORM].numel()
         self.device, self.settings = common.device, common.settings
         self.hidden_dtype, self.dtype = common.hidden_dtype, common.dtype
         # whether autocast takes the matrices to another dtype
@@ -276,32 +298,33 @@ class Program:
         self.dtypes, self.shapes = list(map(_DTYPE, weights)), list(map(_SHAPE, weights))
         self.capacities = queries, keys, tokens = common.capacities
         self.light_size, self.heavy_size = layer.head_sizes
-        self.light, self.heavy = weights[1].shape[0], weights[7].shape[0]
-        self.light_ff, self.heavy_ff = weights[12].shape[0], weights[16].shape[0]
+        self.light, self.heavy = weights[Weight.LIGHT_Q].shape[0], weights[Weight.HEAVY_Q].shape[0]
+        self.light_ff, self.heavy_ff = weights[Weight.LIGHT_WI_0].shape[0], weights[Weight.HEAVY_WI_0].shape[0]
         batch, n, d, exact = self.batch, self.n, self.d, common.settings[1] == "exact"
         state = 3 if exact else common.settings[3]
         # whether products of the same states are one, with their weights joined
         self.joins = {
             first: is_one_product(rows, results, d, self.device)
             for first, rows, results in (
-                (1, batch * n, 3 * self.light), (8, batch * keys, 2 * self.heavy),
-                (12, batch * n, 2 * self.light_ff), (16, batch * tokens, 2 * self.heavy_ff),
+                (Weight.LIGHT_Q, batch * n, 3 * self.light), (Weight.HEAVY_K, batch * keys, 2 * self.heavy),
+                (Weight.LIGHT_WI_0, batch * n, 2 * self.light_ff),
+                (Weight.HEAVY_WI_0, batch * tokens, 2 * self.heavy_ff),
             )
         }  # fmt: skip
 
-        # the norm's reciprocals and the scores come first
+        # Numbers RSTD and SCORES come first.
         self.first, self.second = Room(), Room()
         for room, routers in ((self.first, 2), (self.second, 1)):
             room.add(torch.float32, batch, n)
             room.add(torch.float32, batch, routers, n)
-        self.first_slots = Slots(self.first, 1, batch, n, (queries, keys), state)
-        self.second_slots = Slots(self.second, 1, batch, n, (tokens,), state)
+        self.first_slots = Slots(self.first, SCORES, batch, n, (queries, keys), state)
+        self.second_slots = Slots(self.second, SCORES, batch, n, (tokens,), state)
         light_heads, heavy_heads = self.light // self.light_size, self.heavy // self.heavy_size
         self.heavy_sums = self.first.add(torch.float32, batch, heavy_heads, queries)
         self.light_sums = self.first.add(torch.float32, batch, light_heads, n)
         queries, keys, tokens = batch * queries, batch * keys, batch * tokens
         places: Places = {
-            "routers": (weights[5].dtype, (2, d)),
+            "routers": (weights[Weight.QUERY_ROUTER].dtype, (2, d)),
             "first": (torch.uint8, (self.first.size,)),
             "normed": (self.dtype, (batch * n, d)),
             "query_states": (self.dtype, (queries, d)),
@@ -319,14 +342,14 @@ class Program:
             "heavy_products": (self.dtype, (tokens, 2 * self.heavy_ff)),
             "light_products": (self.dtype, (batch * n, 2 * self.light_ff)),
             # `wo` stays in fp32 in an fp16 model
-            "heavy": (self.dtype if self.casts else weights[18].dtype, (tokens, d)),
+            "heavy": (self.dtype if self.casts else weights[Weight.HEAVY_WO].dtype, (tokens, d)),
         }
         if self.casts:
             places["matrices"] = (self.dtype, (sum(map(Tensor.numel, _MATRICES(weights))),))
         self.others: Places = places | {
             "summed": places["hidden"],
             "light_update": places["normed"],
-            "light": (self.dtype if self.casts else weights[14].dtype, (batch * n, d)),
+            "light": (self.dtype if self.casts else weights[Weight.LIGHT_WO].dtype, (batch * n, d)),
         }
         self.kept = Room(places)
         self.outgoing = Room({name: self.others[name] for name in ("hidden", "second", "light", "heavy")})
@@ -375,30 +398,33 @@ def _fits(
     common: StraightPass, layer: PlainEncoderLayer, weights: tuple[Tensor, ...], tables: tuple[Tensor, Tensor]
 ) -> bool:
     """Whether weights have the shapes and dtypes that the straight lines are written for."""
-    dtype, hidden_dtype, d = common.dtype, common.hidden_dtype, weights[0].shape[-1]
-    light, heavy = weights[1].shape[0], weights[7].shape[0]
-    light_ff, heavy_ff = weights[12].shape[0], weights[16].shape[0]
+    dtype, hidden_dtype, d = common.dtype, common.hidden_dtype, weights[Weight.ATTENTION_NORM].shape[-1]
+    light, heavy = weights[Weight.LIGHT_Q].shape[0], weights[Weight.HEAVY_Q].shape[0]
+    light_ff, heavy_ff = weights[Weight.LIGHT_WI_0].shape[0], weights[Weight.HEAVY_WI_0].shape[0]
+    norms = (weights[Weight.ATTENTION_NORM], weights[Weight.FEED_FORWARD_NORM])
     light_size, heavy_size = layer.head_sizes
     shapes = [
         (d,), (light, d), (light, d), (light, d), (d, light), (d,), (d,),
         (heavy, d), (heavy, d), (heavy, d), (d, heavy),
         (d,), (light_ff, d), (light_ff, d), (d, light_ff), (d,), (heavy_ff, d), (heavy_ff, d), (d, heavy_ff),
     ]  # fmt: skip
-    matrices = _MATRICES(weights)
     if dtype != hidden_dtype:
         # autocast takes all of these
-        fit = all(matrix.dtype in (torch.float32, torch.bfloat16, torch.float16) for matrix in matrices)
+        fit = all(matrix.dtype in (torch.float32, torch.bfloat16, torch.float16) for matrix in _MATRICES(weights))
     else:
         # `wo` stays in fp32 in an fp16 model
         outputs = (dtype, torch.float32) if dtype == torch.float16 else (dtype,)
-        kinds = [outputs if place in (10, 13) else (dtype,) for place in range(len(matrices))]
-        fit = all(matrix.dtype in kind for matrix, kind in zip(matrices, kinds, strict=True))
+        fit = all(
+            weight.dtype in (outputs if place in (Weight.LIGHT_WO, Weight.HEAVY_WO) else (dtype,))
+            for place, weight in enumerate(weights)
+            if place not in VECTORS
+        )
     return (
         [tuple(weight.shape) for weight in weights] == shapes
         and light % light_size == 0
         and heavy % heavy_size == 0
         and (tables[0].shape[0], tables[1].shape[0]) == (light // light_size, heavy // heavy_size)
-        and all(normed_dtype(hidden_dtype, weights[norm].dtype, None) == hidden_dtype for norm in (0, 11))
+        and all(normed_dtype(hidden_dtype, norm.dtype, None) == hidden_dtype for norm in norms)
         and fit
-        and weights[5].dtype == weights[6].dtype
+        and weights[Weight.QUERY_ROUTER].dtype == weights[Weight.KEY_VALUE_ROUTER].dtype
     )

@@ -9,9 +9,9 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .kernel_backend import is_hooked, shows_results
-from .layer_encoder import StraightLayer, may_run_straight
+from .layer_encoder import StraightLayer, straight_pass
 from .layer_plain import PlainBlock
-from .layer_program import PlainEncoderLayer, StraightPass
+from .layer_program import PlainEncoderLayer
 from .model_layers import (
     GELU,
     CoLT5Attention,
@@ -364,9 +364,7 @@ def encoder_plan(
         records_blocks: whether somebody reads what the blocks return beside the hidden states.
     """
     plan = EncoderPlan.make(settings, hidden_states, mask, dense_start)
-    is_common = plan.implementation.fuses_attention and plan.dense_start is None and settings.routing == "learned"
-    if is_common and not records_blocks and may_run_straight(hidden_states, settings.soft_topk.solver, plan.mode):
-        plan.straight = StraightPass(hidden_states, plan)
+    plan.straight = None if records_blocks else straight_pass(hidden_states, settings, plan)
     return plan
 
 

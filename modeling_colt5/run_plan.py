@@ -156,7 +156,7 @@ class EncoderPlan(RouterPlan):
         mode: how PyTorch runs the pass.
         attention: the budgets of queries and of keys/values; None with `routing="none"` and without attention.
         feed_forward: the budget of the feed-forward; None with `routing="none"` and without one.
-        straight: what the straight lines of kernels have in common (`StraightPass` of layer_encoder.py), where plain
+        straight: what the straight lines of kernels have in common (`StraightPass` of layer_program.py), where plain
             blocks may run as such; None where all run as modules.
         side: the stream that heavy branches run on next to the light ones, while a CUDA graph is captured; None
             elsewhere, where switching streams would cost the host more than it saves.

@@ -9,16 +9,17 @@ from typing import Any
 import pytest
 import torch
 from launch_lists import interpreting_launcher
-from models import checkpoint_activations, pad, random_ids, tiny_model
+from models import checkpoint_activations, pad, random_ids, tiny_config, tiny_model
 from rounding import ROUNDING, assert_same_but_for_rounding
 from torch import nn
 
 pytest.importorskip("triton")
 
 from modeling_colt5 import CoLT5EncoderModel, layer_encoder, layer_program, run_launch_list_triton  # noqa: E402
-from modeling_colt5.kernel_backend import Mode  # noqa: E402
 from modeling_colt5.layer_encoder import StraightLayer  # noqa: E402
 from modeling_colt5.model_encoder_layer import PLAIN, CoLT5EncoderBlock  # noqa: E402
+from modeling_colt5.model_from_config import encoder_settings  # noqa: E402
+from modeling_colt5.run_plan import EncoderPlan  # noqa: E402
 
 
 @pytest.fixture
@@ -326,7 +327,11 @@ def test_copies_and_files_of_a_block_look_at_their_own_modules() -> None:
 
 def may_run(states: torch.Tensor, solver: str) -> bool:
     """Whether a pass that begins now may run straight lines."""
-    return layer_encoder.may_run_straight(states, solver, Mode.of_now(states))
+    settings = encoder_settings(
+        tiny_config(kernel_backend="triton", attn_implementation="sdpa", soft_topk_solver=solver)
+    )
+    plan = EncoderPlan.make(settings, states, None)
+    return layer_encoder.straight_pass(states, settings, plan) is not None
 
 
 def test_modes_that_take_the_modules() -> None:
