@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 from .configuration_colt5 import CoLT5Config
 from .dense_start import learned_routers
+from .op_routing import RoutedTokens
 
 logger = logging.get_logger(__name__)
 
@@ -23,9 +24,10 @@ class Choice:
     Attributes:
         scores: [batch, n].
         real: bool [batch, n], True for real tokens.
-        indices: int64 [batch, slots].
+        indices: int64 [batch, slots]; of a causal layer's keys/values a token has a slot in each pool that holds it.
         weights: fp32 [batch, slots].
         valid: bool [batch, slots], which slots are used.
+        ids: int64 [batch, n], the tokens; None where they are not known, as with embeddings as inputs.
     """
 
     scores: torch.Tensor
@@ -33,6 +35,7 @@ class Choice:
     indices: torch.Tensor
     weights: torch.Tensor
     valid: torch.Tensor
+    ids: torch.Tensor | None
 
     def chosen(self) -> torch.Tensor:
         """bool [batch, n], which tokens were routed."""
@@ -45,13 +48,10 @@ class Choice:
 SATURATED = 0.9999
 
 
-def choice_numbers(choice: Choice, ids: torch.Tensor | None) -> dict[str, torch.Tensor]:
-    """The numbers of one choice, each fp32 []; `RouterHealthCallback` says what they are.
-
-    Args:
-        choice: the router's.
-        ids: int64 [batch, n], the tokens; None where only their embeddings are known, and with them no entropy.
-    """
+def choice_numbers(choice: Choice) -> dict[str, torch.Tensor]:
+    """The numbers of one choice, each fp32 []; `RouterHealthCallback` says what they are. Where the tokens are not
+    known there is no entropy."""
+    ids = choice.ids
     scores, chosen = choice.scores.float()[choice.real], choice.chosen()
     numbers = {
         "saturated": (choice.weights[choice.valid] > SATURATED).float().mean(),
@@ -86,8 +86,54 @@ class RouterRecord:
     has_lived: bool = False
 
 
+def causal_layers(decoder: Any) -> list[tuple[int, Any]]:
+    """The routed attentions and feed-forwards of a causally routed decoder, in their order, each with its block's
+    number; none of another decoder."""
+    # by name, as learned_routers
+    return [
+        (number, layer)
+        for number, block in enumerate(decoder.block)
+        for layer in block.layer
+        if type(layer).__name__ in ("CoLT5LayerCausalAttention", "CoLT5LayerCausalFF") and learned_routers(layer)
+    ]
+
+
+def causal_choices(
+    scores: torch.Tensor, plan: Any, routed: tuple[torch.Tensor | RoutedTokens, ...], ids: torch.Tensor | None
+) -> list[Choice]:
+    """The choices of a causal layer's routers, as its norm scored the tokens and as it routed them.
+
+    Args:
+        scores: [batch, routers, n], by position.
+        plan: the pass's `CausalPlan`.
+        routed: of an attention the queries' weights [batch, n] and the pools, of a feed-forward the weights.
+        ids: int64 [batch, n], the tokens; None where they are not known.
+    """
+    batch, routers, length = scores.shape
+    places = torch.arange(length, device=scores.device).expand(batch, length)
+    real = plan.leave(places < plan.counts[:, None])
+    weights = routed[0]
+    assert isinstance(weights, torch.Tensor)
+    choices = [Choice(scores[:, 0], real, places, weights, weights > 0, ids)]
+    for pools in routed[1:]:
+        assert isinstance(pools, RoutedTokens)
+        # a row that ends earlier than others has no windows behind its end
+        windows = torch.arange(pools.valid.shape[2], device=scores.device)
+        valid = pools.valid & (windows <= plan.completed[:, None])[:, None, :, None]
+        for router in range(routers - 1):
+            ranks, own_weights, own_valid = (
+                part[:, router].flatten(1) for part in (pools.indices, pools.weights, valid)
+            )
+            # an unused slot may name a rank that no token has
+            indices = ranks.clamp(max=length - 1)
+            indices = indices if plan.order is None else plan.order.gather(1, indices)
+            choices.append(Choice(scores[:, 1 + router], real, indices, own_weights, own_valid, ids))
+    return choices
+
+
 class RouterHealthCallback(TrainerCallback):
-    """Logs what the routers of encoder and cross-attention do, and warns once of those that do not learn.
+    """Logs what the routers of encoder, cross-attention and causal layers do, and warns once of those that do not
+    learn.
 
         trainer = Trainer(model, arguments, train_dataset=...)
         trainer.add_callback(RouterHealthCallback(trainer.log))
@@ -95,7 +141,8 @@ class RouterHealthCallback(TrainerCallback):
     Every `interval` steps the model reads the first batch of the run once more, without a gradient and with the
     paper's routing, also in a dense start. A forward pass is a third of a step, so at 100 steps this costs a third of
     a percent; all other steps are as they would be without. Each router gets, under `routers/<layer>/<router>/`, where
-    a decoder layer's is `cross`, or `cross_0`, `cross_1`, … of several:
+    that of a decoder layer's cross-attention is `cross`, or `cross_0`, `cross_1`, … of several, and a causally routed
+    layer's are `causal_query`, `causal_key_value`, or `causal_key_value_0`, … of several, and `causal_feed_forward`:
 
     - `saturated`: the share of routed tokens whose weight is 1. Saturated weights have no gradient.
     - `score_std`: the spread of the scores of all tokens, in the units of `routing_epsilon`.
@@ -137,7 +184,9 @@ class RouterHealthCallback(TrainerCallback):
         self.records: dict[str, RouterRecord] = {}
         self._gradients: dict[str, torch.Tensor] = {}
         self._batch: dict[str, Any] | None = None
+        # each None where the model has none
         self._encoder: Any = None
+        self._decoder: Any = None
         self._cross_routing: Any = None
         # undoes what is there for the first batch alone
         self._first_step = ExitStack()
@@ -146,19 +195,27 @@ class RouterHealthCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
-        """Find the encoder, and wait for the first batch."""
+        """Find the routers, and wait for the first batch."""
         # not by class: a model with code of the Hub has classes of its own, and FSDP2 makes others with longer names
         parts = [part for part in model.modules() if hasattr(part, "dense_start")]
         stacks = [part for part in parts if hasattr(part, "block")]
-        self._encoder = next((part for part in stacks if not type(part).__name__.endswith("CoLT5Decoder")), None)
+        decoders = [part for part in stacks if type(part).__name__.endswith("CoLT5Decoder")]
+        encoders = [part for part in stacks if part not in decoders and learned_routers(part)]
+        self._encoder = next(iter(encoders), None)
+        self._decoder = next((part for part in decoders if causal_layers(part)), None)
         self._cross_routing = next((part for part in parts if hasattr(part, "routers")), None)
-        if self._encoder is None or not learned_routers(self._encoder):
+        if self._routed_stack is None:
             return
         # before the dense start's own hook, which cuts the batch
         hook = model.register_forward_pre_hook(self._keep_batch, with_kwargs=True, prepend=True)
         self._first_step.callback(hook.remove)
         # a compiled model would go on calling a hook that it was compiled with
         self._first_step.enter_context(torch.compiler.set_stance("force_eager"))
+
+    @property
+    def _routed_stack(self) -> Any:
+        """The stack whose configuration and dense start are those of all routers; None where nothing is routed."""
+        return self._decoder if self._encoder is None else self._encoder
 
     def _keep_batch(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not model.training or self._batch is not None:
@@ -204,12 +261,12 @@ class RouterHealthCallback(TrainerCallback):
     ) -> None:
         """Let go of the model and the batch."""
         self._first_step.close()
-        self._batch = self._encoder = self._cross_routing = None
+        self._batch = self._encoder = self._decoder = self._cross_routing = None
 
     def routers(self) -> dict[str, nn.Module]:
-        """The routers by layer and name, as their layers hold them: the encoder's, then cross-attention's."""
+        """The routers by layer and name, as their layers hold them: the encoder's, cross-attention's, causal ones."""
         named: dict[str, nn.Module] = {}
-        for number, block in enumerate(self._encoder.block):
+        for number, block in enumerate(self._encoder.block if self._encoder is not None else ()):
             attention, feed_forward = block.layer
             named[f"{number}/query"] = attention.query_router
             named[f"{number}/key_value"] = attention.key_value_router
@@ -219,6 +276,14 @@ class RouterHealthCallback(TrainerCallback):
             for number, router in enumerate(self._cross_routing.routers):
                 own = f"_{number % each}" if each > 1 else ""
                 named[f"{number // each}/cross{own}"] = router
+        for number, layer in causal_layers(self._decoder) if self._decoder is not None else ():
+            if hasattr(layer, "router"):
+                named[f"{number}/causal_feed_forward"] = layer.router
+                continue
+            named[f"{number}/causal_query"] = layer.query_router
+            for group, router in enumerate(layer.key_value_routers):
+                own = f"_{group}" if len(layer.key_value_routers) > 1 else ""
+                named[f"{number}/causal_key_value{own}"] = router
         return named
 
     @torch.no_grad()
@@ -226,10 +291,9 @@ class RouterHealthCallback(TrainerCallback):
         """The numbers of all routers after a step."""
         assert self._batch is not None
         choices = self._choices(model)
-        ids = self._batch.get("input_ids")
         measured: dict[str, torch.Tensor] = {}
         for name, choice in choices.items():
-            numbers = choice_numbers(choice, ids)
+            numbers, ids = choice_numbers(choice), choice.ids
             record, chosen = self.records.setdefault(name, RouterRecord()), choice.chosen()
             if record.chosen is not None:
                 numbers["overlap"] = (chosen & record.chosen).sum() / record.chosen.sum().clamp(min=1)
@@ -257,18 +321,28 @@ class RouterHealthCallback(TrainerCallback):
         return torch.tensor(float(late), device=ids.device)
 
     def _choices(self, model: nn.Module) -> dict[str, Choice]:
-        """What the routers choose of the kept batch. They run in order: a layer's queries and keys/values together,
-        then its feed-forward; at last the cross-attention's of all decoder layers together."""
+        """What the routers choose of the kept batch, in the order of `routers`. The encoder's run in order too: a
+        layer's queries and keys/values together, then its feed-forward; the cross-attention's of all decoder layers
+        run together."""
         batch = self._batch or {}
         rows = len(next(iter(batch.values())))
-        calls: list[tuple[tuple[Any, ...], tuple[torch.Tensor, ...]]] = []
+        # of each part that is called its arguments and its output
+        calls: list[tuple[tuple[Any, ...], Any]] = []
+        norms: list[tuple[tuple[Any, ...], Any]] = []
+        causal: list[tuple[tuple[Any, ...], Any]] = []
+
+        def listen(part: nn.Module, heard: list[tuple[tuple[Any, ...], Any]]) -> Any:
+            return part.register_forward_hook(lambda module, args, out: heard.append((args, out)))
+
         hooks = [
-            part.register_forward_hook(lambda module, args, out: calls.append((args, out)))
+            listen(part, calls)
             for stack in (self._encoder, self._cross_routing)
             if stack is not None
             for part in stack.modules()
             if type(part).__name__ == "CoLT5Routing"
         ]
+        for _, layer in causal_layers(self._decoder) if self._decoder is not None else ():
+            hooks += [listen(layer.layer_norm, norms), listen(layer, causal)]
         was_training = model.training
         model.eval()
         try:
@@ -282,13 +356,20 @@ class RouterHealthCallback(TrainerCallback):
         parts: list[Choice] = []
         for (scores, _, _, mask, _), (indices, weights, valid) in calls:
             real = torch.ones_like(scores, dtype=torch.bool) if mask is None else mask
-            split = zip(*(part.split(rows) for part in (scores, real, indices, weights, valid)), strict=True)
-            parts += [Choice(*own) for own in split]
+            # the rows of several routers, one behind the other
+            for first in range(0, len(scores), rows):
+                own = slice(first, first + rows)
+                chosen = (scores[own], real[own], indices[own], weights[own], valid[own])
+                parts.append(Choice(*chosen, batch.get("input_ids")))
+        own_ids = batch.get("input_ids" if self._encoder is None else "decoder_input_ids")
+        for (_, (_, scores)), (args, (_, *routed)) in zip(norms, causal, strict=True):
+            plan = next(value for value in args if hasattr(value, "counts"))
+            parts += causal_choices(scores, plan, tuple(routed), own_ids)
         return dict(zip(self.routers(), parts, strict=True))
 
     def warn_of_the_dead(self, numbers: dict[str, float]) -> None:
         """Say once which routers are dead, and what to do."""
-        if self._encoder.dense_start is not None:
+        if self._routed_stack.dense_start is not None:
             return
         for name, record in self.records.items():
             own = {
@@ -312,7 +393,7 @@ class RouterHealthCallback(TrainerCallback):
         ]
         logger.warning(
             f"Routers (layer/router): {'; '.join(said)}. For {self.patience * self.interval} steps they had no "
-            f"gradient or chose the very same tokens. {advice(self._encoder.config)}"
+            f"gradient or chose the very same tokens. {advice(self._routed_stack.config)}"
         )
 
 

@@ -10,7 +10,7 @@ import torch
 from models import pad, random_ids, tiny_config
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from modeling_colt5 import CoLT5ForConditionalGeneration, CoLT5ForTokenClassification
+from modeling_colt5 import CoLT5ForCausalLM, CoLT5ForConditionalGeneration, CoLT5ForTokenClassification
 from modeling_colt5.dense_start import DenseStart, DenseStartCallback
 from modeling_colt5.router_health import RouterHealthCallback
 
@@ -164,6 +164,79 @@ def test_cross_attentions_routers_are_measured(tmp_path: Path, routers: int) -> 
     # and in a run their gradients reach the logs
     seen, _ = run(tmp_path, model, health={"interval": 1}, max_steps=1)
     assert all(seen.health()[1][f"routers/{name}/gradient_norm"] > 0 for name in names)
+
+
+CAUSAL: dict[str, Any] = {
+    "causal_attention": "routed", "causal_feed_forward": "routed", "causal_window": 8, "causal_routed_keys": 4,
+    "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("routers", [1, 3])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_causal_layers_are_measured(side: str, routers: int) -> None:
+    """Their numbers are those of the weights that the model gives, and of scores in float64."""
+    torch.manual_seed(0)
+    model = CoLT5ForCausalLM(tiny_config(**CAUSAL, num_causal_key_value_routers=routers)).train()
+    watcher = RouterHealthCallback(lambda numbers: None)
+    watcher.on_train_begin(None, None, None, model=model)  # type: ignore[arg-type]
+    watcher._first_step.close()
+    batch: dict[str, torch.Tensor] = pad([random_ids(24) % 7 + 3, random_ids(17) % 7 + 3], side=side)
+    watcher._batch = batch
+    numbers = watcher.measure(model, 1)
+    states: dict[str, torch.Tensor] = {}
+    blocks = next(part for part in model.modules() if hasattr(part, "block")).block
+    for number, block in enumerate(blocks):
+        for part, layer in zip(("attention", "feed_forward"), block.layer, strict=True):
+            layer.layer_norm.register_forward_hook(keep(states, f"{number}/{part}"))
+    with torch.no_grad():
+        routing = model.eval()(**batch, output_routing=True).routing
+    mask, ids = batch["attention_mask"].bool().numpy(), batch["input_ids"].numpy()
+
+    def check(own: str, part: str, router: torch.nn.Module, chosen: np.ndarray, weights: np.ndarray) -> None:
+        scores = (states[part].double() @ router.weight.detach().double()).numpy()[mask]
+        # fp32 beside float64
+        assert numbers[f"routers/{own}/score_std"] == pytest.approx(scores.std(), rel=1e-4)
+        assert numbers[f"routers/{own}/saturated"] == pytest.approx((weights > 0.9999).mean(), abs=1e-6)
+        assert (watcher.records[own].chosen.numpy() == chosen).all() and chosen.any() and not chosen[~mask].any()
+        types = {int(token) for token in ids[chosen]}
+        assert (numbers[f"routers/{own}/entropy"] > 0) == (len(types) > 1)
+
+    assert len(numbers) == len(blocks) * (2 + routers) * 4
+    for number, (block, layer) in enumerate(zip(blocks, routing, strict=True)):
+        for kind, own, router, part in (
+            ("query", "causal_query", block.layer[0].query_router, "attention"),
+            ("feed_forward", "causal_feed_forward", block.layer[1].router, "feed_forward"),
+        ):
+            weights = layer[kind].numpy()
+            check(f"{number}/{own}", f"{number}/{part}", router, weights > 0, weights[weights > 0])
+        for group, router in enumerate(block.layer[0].key_value_routers):
+            pools = layer.key_value
+            ranks, weights, valid = (part[:, group].numpy() for part in (pools.indices, pools.weights, pools.valid))
+            chosen, read = np.zeros_like(mask), []
+            for row, real in enumerate(mask):
+                # a row has no pool behind its end; a rank counts its real tokens
+                own_pools = slice(int(real.sum()) // CAUSAL["causal_window"] + 1)
+                used = valid[row, own_pools]
+                chosen[row, real.nonzero()[0][ranks[row, own_pools][used]]] = True
+                read.append(weights[row, own_pools][used])
+            own = f"{number}/causal_key_value" + (f"_{group}" if routers > 1 else "")
+            check(own, f"{number}/attention", router, chosen, np.concatenate(read))
+
+
+def test_causal_layers_numbers_reach_the_logs(tmp_path: Path) -> None:
+    """Of a language model, and of a decoder behind a routed encoder, whose routers are measured beside its own."""
+    torch.manual_seed(0)
+    kinds = ("query", "key_value", "feed_forward")
+    causal = [f"{layer}/causal_{kind}" for layer in range(3) for kind in kinds]
+    for model, names in (
+        (CoLT5ForCausalLM(tiny_config(**CAUSAL)), causal),
+        (seq2seq_model(**CAUSAL, routed_cross_key_values=5), [*NAMES, "0/cross", "1/cross", "2/cross", *causal]),
+    ):
+        seen, _ = run(tmp_path, model, health={"interval": 1}, max_steps=1)
+        logs = seen.health()[1]
+        assert {key.split("/", 1)[1].rsplit("/", 1)[0] for key in logs if key.startswith("routers/")} == set(names)
+        assert all(logs[f"routers/{name}/gradient_norm"] > 0 for name in names)
 
 
 def test_routers_whose_budget_holds_all_tokens_are_not_dead(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
