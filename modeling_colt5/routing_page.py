@@ -1,4 +1,5 @@
-"""The page that shows routing: one HTML file, nothing from the network, and a document's text stays text."""
+"""The pages that show routing, of a text or of a picture: one HTML file each, nothing from the network, and all text
+stays text."""
 
 import base64
 import hashlib
@@ -29,13 +30,6 @@ input[type=range] { width: 190px; }
 #where, #found, #share { min-width: 6.5em; font-variant-numeric: tabular-nums; }
 #legend { display: inline-flex; align-items: center; gap: 6px; font-size: 13px; }
 #legend i { width: 18px; height: 14px; border: 1px solid var(--line); }
-main { padding: 16px 18px 40vh; max-width: 110ch; white-space: pre-wrap; overflow-wrap: anywhere;
-  font: 14px/1.75 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
-main span { border-radius: 2px; }
-main span.special { opacity: 0.55; font-size: 12px; }
-main span.hit { outline: 2px solid #bf8700; background-color: var(--hit); }
-main span.here { outline-width: 3px; outline-color: #cf222e; }
-main span:hover { outline: 1px solid var(--ink); }
 #card { position: fixed; z-index: 2; pointer-events: none; padding: 8px 10px;
   background: var(--paper); color: var(--ink); border: 1px solid var(--line); border-radius: 6px;
   box-shadow: 0 4px 14px rgba(0, 0, 0, 0.25); font-size: 12.5px; }
@@ -44,34 +38,50 @@ main span:hover { outline: 1px solid var(--ink); }
 #card th, #card td { padding: 0 7px; text-align: right; font-weight: normal; }
 #card thead th { border-bottom: 1px solid var(--line); }
 #card td.on { background: rgba(var(--heavy), 0.3); }
-""" + "".join(f".s{step} {{ background: rgba(var(--heavy), {0.10 + 0.075 * step:.3f}); }}\n" for step in range(1, 11))
+"""
 
+
+def _shades(least: float, more: float) -> str:
+    """The style of the steps 1 to 10, each of which covers more of what is below it."""
+    return "".join(
+        f".s{step} {{ background: rgba(var(--heavy), {least + more * step:.3f}); }}\n" for step in range(1, 11)
+    )
+
+
+TEXT_STYLE = """
+main { padding: 16px 18px 40vh; max-width: 110ch; white-space: pre-wrap; overflow-wrap: anywhere;
+  font: 14px/1.75 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
+main span { border-radius: 2px; }
+main span.special { opacity: 0.55; font-size: 12px; }
+main span.hit { outline: 2px solid #bf8700; background-color: var(--hit); }
+main span.here { outline-width: 3px; outline-color: #cf222e; }
+main span:hover { outline: 1px solid var(--ink); }
+""" + _shades(0.10, 0.075)
+
+PICTURE_STYLE = """
+main { padding: 16px 18px; }
+#picture { position: relative; width: min(94vw, 1024px); margin: 0 auto; }
+#picture canvas { display: block; width: 100%; height: 100%; image-rendering: pixelated;
+  border: 1px solid var(--line); }
+#picture canvas + canvas { position: absolute; inset: 0; border-color: transparent; }
+""" + _shades(0.15, 0.055)
+
+# What both pages do. Each says after it how it is shown: `paint(place, step)` shades one of `count` places in steps
+# from 0 to 10, and `name(place)` is what stands above the weights of a place.
 SCRIPT = """
 "use strict";
 const data = JSON.parse(document.getElementById("data").textContent);
 const main = document.querySelector("main"), card = document.getElementById("card");
 const routerMenu = document.getElementById("router"), slider = document.getElementById("layer");
 const where = document.getElementById("where"), share = document.getElementById("share");
-const search = document.getElementById("search"), found = document.getElementById("found");
 
 function numbers(text) {
   const bytes = atob(text), whole = new Uint16Array(bytes.length / 2);
   for (let i = 0; i < whole.length; i++) whole[i] = bytes.charCodeAt(2 * i) | (bytes.charCodeAt(2 * i + 1) << 8);
   return whole;
 }
-const count = data.tokens.length;
+const count = data.count, shades = new Uint8Array(count);
 const routers = data.routers.map(r => ({ name: r.name, layers: r.layers, weights: numbers(r.weights) }));
-const spans = new Array(count), shades = new Uint8Array(count);
-const pieces = document.createDocumentFragment();
-for (let i = 0; i < count; i++) {
-  const span = document.createElement("span");
-  span.textContent = data.tokens[i];
-  span.dataset.i = i;
-  if (data.special[i]) span.classList.add("special");
-  spans[i] = span;
-  pieces.append(span);
-}
-main.append(pieces);
 
 routerMenu.append(new Option("all routers", -1));
 routers.forEach((r, k) => routerMenu.append(new Option(r.name, k)));
@@ -93,8 +103,7 @@ function shade() {
     if (sum > 0) routed++;
     const step = sum > 0 ? Math.max(1, Math.round(10 * sum / places)) : 0;
     if (step !== shades[i]) {
-      if (shades[i]) spans[i].classList.remove("s" + shades[i]);
-      if (step) spans[i].classList.add("s" + step);
+      paint(i, step);
       shades[i] = step;
     }
   }
@@ -111,6 +120,63 @@ function later() {
 }
 slider.addEventListener("input", later);
 routerMenu.addEventListener("change", later);
+
+function cell(row, kind, content, on) {
+  const made = document.createElement(kind);
+  made.textContent = content;
+  if (on) made.className = "on";
+  row.append(made);
+}
+function describe(i) {
+  const title = document.createElement("div"), table = document.createElement("table");
+  title.textContent = name(i);
+  const head = table.createTHead().insertRow();
+  cell(head, "th", "layer");
+  routers.forEach(r => cell(head, "th", r.name));
+  const body = table.createTBody();
+  for (let l = 0; l < data.layers; l++) {
+    const row = body.insertRow();
+    cell(row, "td", l + 1);
+    for (const r of routers) {
+      const weight = l < r.layers ? r.weights[l * count + i] : 0;
+      cell(row, "td", weight ? (weight / data.unit).toFixed(3) : "\\u00b7", weight > 0);
+    }
+  }
+  card.replaceChildren(title, table);
+}
+function showCard(i, box) {
+  describe(i);
+  card.hidden = false;
+  const size = card.getBoundingClientRect();
+  const below = box.bottom + 6 + size.height < innerHeight;
+  card.style.left = Math.max(4, Math.min(box.left, innerWidth - size.width - 8)) + "px";
+  card.style.top = Math.max(4, below ? box.bottom + 6 : box.top - size.height - 6) + "px";
+}
+main.addEventListener("mouseleave", () => { card.hidden = true; });
+"""
+
+TEXT_SCRIPT = """
+const search = document.getElementById("search"), found = document.getElementById("found");
+const spans = new Array(count);
+const pieces = document.createDocumentFragment();
+for (let i = 0; i < count; i++) {
+  const span = document.createElement("span");
+  span.textContent = data.tokens[i];
+  span.dataset.i = i;
+  if (data.special[i]) span.classList.add("special");
+  spans[i] = span;
+  pieces.append(span);
+}
+main.append(pieces);
+function paint(i, step) {
+  if (shades[i]) spans[i].classList.remove("s" + shades[i]);
+  if (step) spans[i].classList.add("s" + step);
+}
+function name(i) { return "token " + i + ": " + data.pieces[i]; }
+main.addEventListener("mouseover", event => {
+  const span = event.target.closest("span");
+  if (span) showCard(Number(span.dataset.i), span.getBoundingClientRect());
+});
 
 let hits = [], here = -1;
 const ends = new Array(count);
@@ -157,41 +223,56 @@ search.addEventListener("keydown", event => {
   next(event.shiftKey ? -1 : 1);
 });
 
-function cell(row, kind, content, on) {
-  const made = document.createElement(kind);
-  made.textContent = content;
-  if (on) made.className = "on";
-  row.append(made);
-}
-function describe(i) {
-  const title = document.createElement("div"), table = document.createElement("table");
-  title.textContent = "token " + i + ": " + data.pieces[i];
-  const head = table.createTHead().insertRow();
-  cell(head, "th", "layer");
-  routers.forEach(r => cell(head, "th", r.name));
-  const body = table.createTBody();
-  for (let l = 0; l < data.layers; l++) {
-    const row = body.insertRow();
-    cell(row, "td", l + 1);
-    for (const r of routers) {
-      const weight = l < r.layers ? r.weights[l * count + i] : 0;
-      cell(row, "td", weight ? (weight / data.unit).toFixed(3) : "\\u00b7", weight > 0);
-    }
-  }
-  card.replaceChildren(title, table);
-}
-main.addEventListener("mouseover", event => {
-  const span = event.target.closest("span");
-  if (!span) return;
-  describe(Number(span.dataset.i));
-  card.hidden = false;
-  const box = span.getBoundingClientRect(), size = card.getBoundingClientRect();
-  const below = box.bottom + 6 + size.height < innerHeight;
-  card.style.left = Math.max(4, Math.min(box.left, innerWidth - size.width - 8)) + "px";
-  card.style.top = Math.max(4, below ? box.bottom + 6 : box.top - size.height - 6) + "px";
-});
-main.addEventListener("mouseleave", () => { card.hidden = true; });
 shade();
+"""
+
+PICTURE_SCRIPT = """
+const frame = document.getElementById("picture"), [below, above] = frame.querySelectorAll("canvas");
+const bytes = atob(data.pixels), image = new ImageData(data.width, data.height);
+for (let i = 0; i < data.width * data.height; i++) {
+  for (let c = 0; c < 3; c++) image.data[4 * i + c] = bytes.charCodeAt(3 * i + c);
+  image.data[4 * i + 3] = 255;
+}
+for (const canvas of [below, above]) { canvas.width = data.width; canvas.height = data.height; }
+frame.style.aspectRatio = data.width + " / " + data.height;
+below.getContext("2d").putImageData(image, 0, 0);
+const pen = above.getContext("2d");
+function colour(step) {
+  const sample = document.createElement("i");
+  sample.className = "s" + step;
+  card.append(sample);
+  const found = getComputedStyle(sample).backgroundColor;
+  sample.remove();
+  return found;
+}
+const colours = Array.from({ length: 11 }, (_, step) => colour(step));
+// sides of a patch in pixels of the canvas
+const tall = data.height / data.rows, broad = data.width / data.columns;
+function edges(i) {
+  const row = Math.floor(i / data.columns), column = i % data.columns;
+  const left = Math.round(column * broad), top = Math.round(row * tall);
+  return [left, top, Math.round((column + 1) * broad) - left, Math.round((row + 1) * tall) - top];
+}
+function paint(i, step) {
+  pen.clearRect(...edges(i));
+  if (!step) return;
+  pen.fillStyle = colours[step];
+  pen.fillRect(...edges(i));
+}
+function name(i) { return "row " + Math.floor(i / data.columns) + ", column " + i % data.columns; }
+frame.addEventListener("mousemove", event => {
+  const box = frame.getBoundingClientRect();
+  const column = Math.floor((event.clientX - box.left) / box.width * data.columns);
+  const row = Math.floor((event.clientY - box.top) / box.height * data.rows);
+  if (row < 0 || column < 0 || row >= data.rows || column >= data.columns) return;
+  const left = box.left + column / data.columns * box.width, top = box.top + row / data.rows * box.height;
+  showCard(row * data.columns + column, { left: left, top: top, bottom: top + box.height / data.rows });
+});
+shade();
+"""
+
+SEARCH = """<label>search <input id="search" type="search" autocomplete="off"></label>
+<output id="found"></output>
 """
 
 PAGE = Template("""<!DOCTYPE html>
@@ -210,11 +291,9 @@ PAGE = Template("""<!DOCTYPE html>
 <label>layer <input id="layer" type="range" min="0" max="$layers" value="0" step="1"></label>
 <output id="where"></output>
 <output id="share"></output>
-<label>search <input id="search" type="search" autocomplete="off"></label>
-<output id="found"></output>
-<span id="legend"><span id="low"></span>$legend<span id="high"></span></span>
+$controls<span id="legend"><span id="low"></span>$legend<span id="high"></span></span>
 </header>
-<main></main>
+<main>$main</main>
 <div id="card" hidden></div>
 <script type="application/json" id="data">$data</script>
 <script>$script</script>
@@ -241,6 +320,37 @@ def _hash(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode('ascii')}'"
 
 
+def _page(
+    title: str,
+    weights: Mapping[str, Sequence[Sequence[float]]],
+    own: dict[str, Any],
+    style: str,
+    script: str,
+    controls: str = "",
+    main: str = "",
+) -> str:
+    """A page with `own` data, style, script, controls and elements beside those of all pages."""
+    data = {
+        **own,
+        "unit": UNIT,
+        "layers": max(len(rows) for rows in weights.values()),
+        "routers": [{"name": name, "layers": len(rows), "weights": packed(rows)} for name, rows in weights.items()],
+    }
+    style, script = STYLE + style, SCRIPT + script
+    return PAGE.substitute(
+        # only the page's own script runs, and nothing is fetched
+        policy=f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}",
+        title=html.escape(title),
+        style=style,
+        layers=data["layers"],
+        controls=controls,
+        main=main,
+        legend="".join(f'<i class="s{step}"></i>' for step in (1, 4, 7, 10)),
+        data=as_script_text(data),
+        script=script,
+    )
+
+
 def routing_page(
     title: str,
     tokens: Sequence[str],
@@ -257,22 +367,39 @@ def routing_page(
         special: which tokens stand for no text of the document.
         weights: by the router's name, each layer's weight for each token, 0 where it was not routed.
     """
-    data = {
+    own = {
+        "count": len(tokens),
         "tokens": list(tokens),
         "pieces": list(pieces),
         "special": [int(flag) for flag in special],
-        "unit": UNIT,
-        "layers": max(len(rows) for rows in weights.values()),
-        "routers": [{"name": name, "layers": len(rows), "weights": packed(rows)} for name, rows in weights.items()],
     }
-    # only the page's own script runs, and nothing is fetched
-    policy = f"default-src 'none'; script-src {_hash(SCRIPT)}; style-src {_hash(STYLE)}"
-    return PAGE.substitute(
-        policy=policy,
-        title=html.escape(title),
-        style=STYLE,
-        layers=data["layers"],
-        legend="".join(f'<i class="s{step}"></i>' for step in (1, 4, 7, 10)),
-        data=as_script_text(data),
-        script=SCRIPT,
-    )
+    return _page(title, weights, own, TEXT_STYLE, TEXT_SCRIPT, controls=SEARCH)
+
+
+def picture_page(
+    title: str,
+    pixels: bytes,
+    size: tuple[int, int],
+    grid: tuple[int, int],
+    weights: Mapping[str, Sequence[Sequence[float]]],
+) -> str:
+    """A standalone page of a picture's routing.
+
+    Args:
+        title: what stands at its top.
+        pixels: three bytes each, red, green and blue, row by row.
+        size: height and width of the picture in pixels.
+        grid: rows and columns of patches, which cover the picture.
+        weights: by the router's name, each layer's weight for each patch, 0 where it was not routed.
+    """
+    (height, width), (rows, columns) = size, grid
+    own = {
+        "count": rows * columns,
+        "pixels": base64.b64encode(pixels).decode("ascii"),
+        "height": height,
+        "width": width,
+        "rows": rows,
+        "columns": columns,
+    }
+    canvases = '<div id="picture"><canvas></canvas><canvas></canvas></div>'
+    return _page(title, weights, own, PICTURE_STYLE, PICTURE_SCRIPT, main=canvases)

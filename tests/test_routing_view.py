@@ -1,4 +1,4 @@
-"""The view of a text's routing: its numbers are the model's, its page shows the text, and a browser runs it."""
+"""The view of routing, of texts and pictures: its numbers are the model's, its page shows them, a browser runs it."""
 
 import base64
 import json
@@ -13,17 +13,21 @@ import pytest
 import torch
 from example_runs import TOKENIZER
 from models import tiny_config, tiny_model
+from PIL import Image
+from vision import tiny_vision_model
 
 from modeling_colt5 import (
     CoLT5EncoderModel,
     CoLT5ForCausalLM,
     CoLT5ForConditionalGeneration,
+    CoLT5ForImageClassification,
     CoLT5ForSequenceClassification,
     CoLT5Tokenizer,
+    CoLT5VisionModel,
     show_routing,
 )
-from modeling_colt5.routing_page import UNIT, as_script_text, packed, routing_page
-from modeling_colt5.routing_view import RoutingView, main
+from modeling_colt5.routing_page import UNIT, as_script_text, packed, picture_page, routing_page
+from modeling_colt5.routing_view import LARGEST_SIDE, PictureRoutingView, RoutingView, main
 
 # markup of every kind, a ligature that the vocabulary takes apart, runs of white space, other scripts
 TEXT = (
@@ -111,7 +115,7 @@ def test_the_tokens_are_the_text(tokenizer, text):
 
 
 def test_what_cannot_be_shown_is_refused(tokenizer, view):
-    with pytest.raises(TypeError, match="text is a list"):
+    with pytest.raises(TypeError, match="document is a list"):
         show_routing(make(CoLT5EncoderModel), tokenizer, ["x"])
     with pytest.raises(ValueError, match="model is a Linear, which routes nothing"):
         show_routing(torch.nn.Linear(2, 2), tokenizer, "x")
@@ -230,6 +234,128 @@ def test_the_command_writes_a_page(tokenizer, tmp_path, capsys):
         assert "error: " in capsys.readouterr().err
 
 
+def draw_picture(height: int, width: int) -> np.ndarray:
+    """Any colours, black and white among them, uint8 [height, width, 3]."""
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    pixels[0, 0], pixels[0, 1] = 0, 255
+    return pixels
+
+
+@pytest.fixture(scope="module")
+def picture_view() -> PictureRoutingView:
+    torch.manual_seed(0)
+    model = tiny_vision_model()
+    return show_routing(model, model.config.image_processor(), draw_picture(22, 31))
+
+
+@pytest.mark.parametrize("model_class", [CoLT5VisionModel, CoLT5ForImageClassification])
+def test_weights_of_patches_are_those_of_the_models_output(model_class):
+    torch.manual_seed(0)
+    model = tiny_vision_model(model_class).train()
+    processor, picture = model.config.image_processor(), draw_picture(22, 31)
+    view = show_routing(model, processor, Image.fromarray(picture))
+    assert model.training and view.grid == (6, 8) and "6 × 8 patches" in view.title
+    with torch.no_grad():
+        routing = model.eval()(**processor(picture, return_tensors="pt"), output_routing=True).routing
+    assert list(view.weights) == ["query", "key_value", "feed_forward"]
+    for name, weights in view.weights.items():
+        assert weights.shape == (2, 48)
+        for layer, row in zip(routing, weights, strict=True):
+            slots = zip(layer[name].indices[0], layer[name].weights[0], layer[name].valid[0], strict=True)
+            expected = {int(place): float(weight) for place, weight, used in slots if used}
+            assert {place: weight for place, weight in enumerate(row.tolist()) if weight} == expected
+
+
+def test_the_picture_shown_is_what_the_model_reads(picture_view):
+    # up to a rounding of each normalised number
+    shown = picture_view.picture[:22, :31].numpy().astype(int)
+    assert np.abs(shown - draw_picture(22, 31)).max() <= 1
+    # the last patches are filled up with the number 0, which is between black and white
+    assert picture_view.picture.shape == (24, 32, 3)
+    assert set(picture_view.picture[22:].flatten().tolist()) <= {127, 128}
+    data = json.loads(parse(picture_view.html()).scripts[0])
+    assert (data["height"], data["width"], data["rows"], data["columns"], data["count"]) == (24, 32, 6, 8, 48)
+    assert base64.b64decode(data["pixels"]) == picture_view.picture.numpy().tobytes()
+
+
+def test_pictures_without_colours_are_grey():
+    model = tiny_vision_model(num_channels=1)
+    view = show_routing(model, model.config.image_processor(), Image.fromarray(draw_picture(12, 9)[..., 0]))
+    assert (view.picture == view.picture[..., :1]).all() and view.picture.unique().numel() > 10
+
+
+def test_a_large_picture_is_shown_smaller():
+    side = 2 * LARGEST_SIDE
+    half = torch.zeros(side, side // 2, 3, dtype=torch.uint8)
+    half[: side // 2] = 200
+    view = PictureRoutingView("large", half, (2, 1), {"query": torch.zeros(1, 2)})
+    data = json.loads(parse(view.html()).scripts[0])
+    assert (data["height"], data["width"]) == (LARGEST_SIDE, LARGEST_SIDE // 2)
+    pixels = np.frombuffer(base64.b64decode(data["pixels"]), np.uint8).reshape(LARGEST_SIDE, -1)
+    assert (pixels[: LARGEST_SIDE // 2] == 200).all() and (pixels[LARGEST_SIDE // 2 :] == 0).all()
+
+
+def test_a_pictures_page_has_only_its_own_script(picture_view):
+    title = "</title><script>alert(1)</script>"
+    page = picture_page(title, bytes(12), (2, 2), (1, 1), {"</script><script>": [[1.0]]})
+    elements, plain = parse(page), parse(picture_page("x", bytes(12), (2, 2), (1, 1), {"x": [[1.0]]}))
+    # the policy and its hashes are the same too
+    assert elements.found == plain.found and [tag for tag, _ in elements.found].count("script") == 2
+    assert json.loads(elements.scripts[0])["routers"][0]["name"] == "</script><script>"
+    for text in (page, picture_view.html()):
+        assert not any({"src", "href"} & attributes.keys() for _, attributes in parse(text).found)
+        assert "url(" not in text and "@import" not in text and "fetch(" not in text and "innerHTML" not in text
+
+
+def test_a_routed_picture_is_drawn(picture_view):
+    from matplotlib.figure import Figure
+
+    for layer in (None, 1):
+        axes = Figure().subplots()
+        picture_view.plot_picture(axes, "key_value", layer)
+        axes.figure.canvas.draw()
+        below, above = axes.images
+        np.testing.assert_array_equal(below.get_array(), picture_view.picture)
+        weights = picture_view.weights["key_value"]
+        expected = weights.gt(0).float().mean(0) if layer is None else weights[layer]
+        np.testing.assert_array_equal(above.get_array(), expected.view(6, 8))
+        # patches that are not routed stay as they are
+        assert ((above.get_alpha() > 0) == (expected.view(6, 8) > 0).numpy()).all()
+        assert below.get_extent() == above.get_extent() == [0, 32, 24, 0]
+    with pytest.raises(ValueError, match="layer is 2; it must be from 0 to 1"):
+        picture_view.plot_picture(axes, layer=2)
+    with pytest.raises(ValueError, match="router is 'cross'"):
+        picture_view.plot_picture(axes, "cross")
+
+
+def test_pictures_that_cannot_be_shown_are_refused(tokenizer):
+    model = tiny_vision_model()
+    with pytest.raises(ValueError, match="document is 2 pictures; it must be one"):
+        show_routing(model, model.config.image_processor(), [draw_picture(8, 8)] * 2)
+    for plain, *rest in (
+        (tiny_vision_model(routing="none"), model.config.image_processor(), draw_picture(8, 8)),
+        (make(CoLT5EncoderModel, routing="none"), tokenizer, "text"),
+    ):
+        with pytest.raises(ValueError, match="whose layers route nothing; set routing of its configuration"):
+            show_routing(plain, *rest)
+
+
+def test_the_command_writes_a_pictures_page(tmp_path, capsys):
+    model = tiny_vision_model()
+    model.save_pretrained(tmp_path / "model")
+    model.config.image_processor().save_pretrained(tmp_path / "model")
+    Image.fromarray(draw_picture(22, 31)).save(tmp_path / "picture.png")
+    main([str(tmp_path / "model"), str(tmp_path / "picture.png"), "--out", str(tmp_path / "page.html")])
+    assert "6 × 8 patches" in capsys.readouterr().out
+    expected = show_routing(model, model.config.image_processor(), draw_picture(22, 31))
+    data = json.loads(parse((tmp_path / "page.html").read_text(encoding="utf-8")).scripts[0])
+    assert data == json.loads(parse(expected.html()).scripts[0])
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    with pytest.raises(SystemExit):
+        main([str(tmp_path / "model"), str(tmp_path / "broken.png")])
+    assert "error: " in capsys.readouterr().err
+
+
 @pytest.fixture(scope="module")
 def browser() -> Any:
     """A headless Chromium, where there is one and Playwright to drive it."""
@@ -318,3 +444,36 @@ def test_a_browser_is_not_held_up_by_16384_tokens(browser, tmp_path):
         }"""
     )
     assert slowest < 500 and said == []
+
+
+@pytest.mark.slow
+def test_a_browser_shows_a_picture(browser, picture_view, tmp_path):
+    file = picture_view.save(tmp_path / "page.html")
+    page, said, asked = open_page(browser, file)
+    read = """n => { const c = document.querySelectorAll('canvas')[n];
+        return [c.width, c.height, [...c.getContext('2d').getImageData(0, 0, c.width, c.height).data]]; }"""
+    width, height, pixels = page.evaluate(read, 0)
+    assert (height, width) == (24, 32)
+    assert (np.array(pixels).reshape(24, 32, 4)[..., :3] == picture_view.picture.numpy()).all()
+
+    def shaded() -> set[int]:
+        page.wait_for_timeout(100)
+        opacity = np.array(page.evaluate(read, 1)[2]).reshape(6, 4, 8, 4, 4)[..., 3]
+        # a patch is shaded whole or not at all
+        assert (opacity.min((1, 3)) == opacity.max((1, 3))).all()
+        return set(np.flatnonzero(opacity.max((1, 3))).tolist())
+
+    routed = {name: weights > 0 for name, weights in picture_view.weights.items()}
+    assert shaded() == set(torch.stack(list(routed.values())).flatten(0, 1).any(0).nonzero().flatten().tolist())
+    page.locator("#router").select_option(label="feed_forward")
+    for layer in (1, 2):
+        page.locator("#layer").fill(str(layer))
+        assert shaded() == set(routed["feed_forward"][layer - 1].nonzero().flatten().tolist())
+    patch = int(picture_view.weights["feed_forward"][1].argmax())
+    box = page.locator("#picture").bounding_box()
+    row, column = divmod(patch, 8)
+    page.mouse.move(box["x"] + (column + 0.5) / 8 * box["width"], box["y"] + (row + 0.5) / 6 * box["height"])
+    card = page.locator("#card").inner_text()
+    assert f"row {row}, column {column}" in card and f"{picture_view.weights['feed_forward'][1, patch]:.3f}" in card
+    # Chromium has a word on how this test, not the page, reads the canvas
+    assert [line for line in said if "willReadFrequently" not in line] == [] and asked == [file.as_uri()]
