@@ -28,6 +28,7 @@ from .model_blocks import (
     CoLT5ConditionalFeedForward,
 )
 from .model_router import set_dense_start
+from .model_vision_blocks import CoLT5ConditionalImageAttention
 from .modeling_colt5 import (
     CoLT5EncoderModel,
     CoLT5ForCausalLM,
@@ -52,6 +53,7 @@ __all__ = [
     "CoLT5ConditionalBlock",
     "CoLT5ConditionalCrossAttention",
     "CoLT5ConditionalFeedForward",
+    "CoLT5ConditionalImageAttention",
     "CoLT5Config",
     "CoLT5EncoderModel",
     "CoLT5ForCausalLM",

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
-from .configuration_colt5 import CoLT5Config
+from .configuration_colt5 import CoLT5BaseConfig, CoLT5Config
 from .model_cross_routing import CoLT5CrossRouting
 from .model_encoder_layer import encoder_plan
 from .model_from_config import (
@@ -34,11 +34,12 @@ ATTENTIONS = ("sdpa", "eager")
 SOFT_TOPK = SoftTopK()
 
 
-def _config_of(arguments: dict[str, Any], **others: Any) -> CoLT5Config:
+def config_of(arguments: dict[str, Any], config_class: Any = CoLT5Config, **others: Any) -> Any:
     """The configuration that a module's arguments are, all of which have the names and the rules of its fields.
 
     Args:
         arguments: all local names at the beginning of a module's `__init__`.
+        config_class: of the configuration.
         others: fields that are no arguments.
 
     Raises:
@@ -52,7 +53,7 @@ def _config_of(arguments: dict[str, Any], **others: Any) -> CoLT5Config:
         raise ValueError(
             f"attn_implementation is {attn_implementation!r}; it must be one of {', '.join(map(repr, ATTENTIONS))}"
         )
-    return CoLT5Config(
+    return config_class(
         soft_topk_ratio=soft_topk.ratio,
         routing_epsilon=soft_topk.epsilon,
         soft_topk_solver=soft_topk.solver,
@@ -76,7 +77,7 @@ class _StandAlone(nn.Module):
             init_layer(module, d_model)
 
 
-class _EncoderStandAlone(_StandAlone):
+class EncoderStandAlone(_StandAlone):
     """What the stand-alone modules of the encoder's layers share.
 
     Attributes:
@@ -85,12 +86,13 @@ class _EncoderStandAlone(_StandAlone):
         dense_start: fp32 [], how far a dense start has come; `set_dense_start` sets it.
     """
 
-    def __init__(self, config: CoLT5Config):
+    def __init__(self, config: CoLT5BaseConfig):
         super().__init__()
+        self.dimensions = config.dimensions
         self.settings = encoder_settings(config)
         self.dense_start: Tensor | None = None
 
-    def add_position_biases(self, config: CoLT5Config) -> None:
+    def add_position_biases(self, config: CoLT5BaseConfig) -> None:
         """The biases by distance, which all layers of a model's stack share."""
         self.light_relative_attention_bias = position_bias(config, config.num_light_heads, bidirectional=True)
         if config.routing != "none":
@@ -108,11 +110,11 @@ class _EncoderStandAlone(_StandAlone):
             TypeError, ValueError: for states or a mask that do not fit.
         """
         refuse_jit_trace()
-        check_states("hidden_states", hidden_states, self.d_model)
+        check_states("hidden_states", hidden_states, self.d_model, self.dimensions)
         return padding_mask("mask", mask, hidden_states), self.dense_start if self.training else None
 
 
-class CoLT5ConditionalFeedForward(_EncoderStandAlone):
+class CoLT5ConditionalFeedForward(EncoderStandAlone):
     """X + LightFF(X) + s̃ · HeavyFF(X): a small feed-forward for every token, a large one for the few important ones
     (Ainslie et al. 2023). The norm before it is inside, and so is the residual.
 
@@ -147,7 +149,7 @@ class CoLT5ConditionalFeedForward(_EncoderStandAlone):
         layer_norm_epsilon: float = 1e-6,
         kernel_backend: str = "auto",
     ):
-        config = _config_of(locals())
+        config = config_of(locals())
         super().__init__(config)
         self.settings = replace(self.settings, query_fraction=None, key_value_fraction=None)
         self.layer = encoder_feed_forward(config, seed=0)
@@ -177,7 +179,7 @@ class CoLT5ConditionalFeedForward(_EncoderStandAlone):
         return (output, tokens) if output_routing else output
 
 
-class CoLT5ConditionalAttention(_EncoderStandAlone):
+class CoLT5ConditionalAttention(EncoderStandAlone):
     """X + LightAttn(X) + s̃ᵩ · HeavyAttn(X, s̃ᵏᵛ ⊙ X): local attention for every token, attention among routed tokens
     for the few important ones (Ainslie et al. 2023). The norm before it is inside, and so is the residual.
 
@@ -220,7 +222,7 @@ class CoLT5ConditionalAttention(_EncoderStandAlone):
         kernel_backend: str = "auto",
         attn_implementation: str = "sdpa",
     ):
-        config = _config_of(locals())
+        config = config_of(locals())
         super().__init__(config)
         self.settings = replace(self.settings, feed_forward_fraction=None)
         self.add_position_biases(config)
@@ -241,7 +243,7 @@ class CoLT5ConditionalAttention(_EncoderStandAlone):
         return (output, CoLT5LayerRouting(query=queries, key_value=keys)) if output_routing else output
 
 
-class CoLT5ConditionalBlock(_EncoderStandAlone):
+class CoLT5ConditionalBlock(EncoderStandAlone):
     """A whole layer of the encoder: conditional attention, then the conditional feed-forward, each with its norm and
     its residual. Where kernels run and nobody looks inside, it is one straight line of launches, as in a model.
 
@@ -285,7 +287,7 @@ class CoLT5ConditionalBlock(_EncoderStandAlone):
         kernel_backend: str = "auto",
         attn_implementation: str = "sdpa",
     ):
-        config = _config_of(locals())
+        config = config_of(locals())
         super().__init__(config)
         self.add_position_biases(config)
         self.block = encoder_block(config, 0)
@@ -397,7 +399,7 @@ class CoLT5CausalConditionalAttention(_CausalStandAlone):
         kernel_backend: str = "auto",
         attn_implementation: str = "sdpa",
     ):
-        config = _config_of(locals(), causal_attention="routed")
+        config = config_of(locals(), causal_attention="routed")
         super().__init__(config)
         self.light_relative_attention_bias = position_bias(config, num_light_heads, bidirectional=False)
         self.heavy_relative_attention_bias = position_bias(config, num_heavy_heads, bidirectional=False)
@@ -467,7 +469,7 @@ class CoLT5CausalConditionalFeedForward(_CausalStandAlone):
         layer_norm_epsilon: float = 1e-6,
         kernel_backend: str = "auto",
     ):
-        config = _config_of(
+        config = config_of(
             locals(),
             causal_attention="local",
             causal_feed_forward="routed",
@@ -543,7 +545,7 @@ class CoLT5ConditionalCrossAttention(_StandAlone):
         kernel_backend: str = "auto",
         attn_implementation: str = "sdpa",
     ):
-        config = _config_of(locals())
+        config = config_of(locals())
         super().__init__()
         self.settings, self.implementation = cross_settings(config), implementation(config)
         self.asks = cross_routing_rank is not None

@@ -21,7 +21,6 @@ from .run_inputs import (
     refuse_jit_trace,
     warn_of_missing_attentions,
 )
-from .run_plan import EncoderPlan
 
 
 class CoLT5VisionPreTrainedModel(CoLT5PreTrainedModel):
@@ -103,12 +102,9 @@ class CoLT5VisionEncoder(CoLT5VisionPreTrainedModel):
     def run_blocks(self, patches: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """All layers and the last norm: [batch, rows, columns, d_model] and a bool mask [batch, rows, columns] →
         [batch, rows * columns, d_model]."""
-        _, rows, columns, _ = patches.shape
-        hidden_states = patches.flatten(1, 2)
-        mask = None if mask is None else mask.flatten(1)
         dense_start = self.dense_start if self.training else None
-        plan = EncoderPlan.make(encoder_settings(self.config), hidden_states, mask, dense_start)
-        plan = VisionPlan(**vars(plan), grid=(rows, columns))
+        plan = VisionPlan.of_grid(encoder_settings(self.config), patches, mask, dense_start)
+        hidden_states = patches.flatten(1, 2)
         light_bias_table = self.light_relative_attention_bias()
         heavy_bias_table = None if self.config.routing == "none" else self.heavy_relative_attention_bias()
         for block in self.block:

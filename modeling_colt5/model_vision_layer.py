@@ -17,7 +17,7 @@ from .op_grid_attention import (
     window_attention_reference,
 )
 from .op_routing import RoutedTokens
-from .run_plan import EncoderPlan
+from .run_plan import EncoderPlan, EncoderSettings
 
 
 @dataclass
@@ -29,6 +29,20 @@ class VisionPlan(EncoderPlan):
     """
 
     grid: tuple[int, int] = (1, 1)
+
+    @classmethod
+    def of_grid(
+        cls,
+        settings: EncoderSettings,
+        states: torch.Tensor,
+        mask: torch.Tensor | None,
+        dense_start: torch.Tensor | None,
+    ) -> "VisionPlan":
+        """The plan for states [batch, rows, columns, d_model] and a bool mask [batch, rows, columns]; the other
+        arguments are those of `EncoderPlan.make`."""
+        mask = None if mask is None else mask.flatten(1)
+        plan = EncoderPlan.make(settings, states.flatten(1, 2), mask, dense_start)
+        return cls(**vars(plan), grid=(states.shape[1], states.shape[2]))
 
 
 class CoLT5PatchEmbedding(nn.Module):

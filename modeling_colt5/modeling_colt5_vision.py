@@ -21,6 +21,7 @@ from .model_blocks import (  # noqa: F401
 )
 from .model_outputs import CoLT5ImageClassifierOutput, CoLT5VisionOutput
 from .model_router import set_dense_start  # noqa: F401
+from .model_vision_blocks import CoLT5ConditionalImageAttention  # noqa: F401
 from .model_vision_encoder import CoLT5VisionEncoder, CoLT5VisionPreTrainedModel
 from .modeling_colt5 import (  # noqa: F401
     CoLT5EncoderModel,

@@ -172,8 +172,13 @@ def embed(stack: Any, input_ids: Tensor | None, inputs_embeds: Tensor | None, pr
     return inputs_embeds.to(stack.dtype)
 
 
-def check_states(name: str, states: Any, d_model: int) -> None:
-    """Check that states are floating point [batch, n, d_model] with at least one row and one token.
+# The sizes of a batch of states but for their width, by the dimensions of positions.
+SIZES = {1: "batch, length", 2: "batch, height, width"}
+
+
+def check_states(name: str, states: Any, d_model: int, dimensions: int = 1) -> None:
+    """Check that states are floating point with at least one row and one token: [batch, n, d_model], or in two
+    dimensions [batch, height, width, d_model].
 
     Raises:
         TypeError: for what is no floating point tensor.
@@ -181,9 +186,9 @@ def check_states(name: str, states: Any, d_model: int) -> None:
     """
     if not isinstance(states, Tensor) or not states.is_floating_point():
         given = f"has dtype {states.dtype}" if isinstance(states, Tensor) else f"is {type(states).__name__}"
-        raise TypeError(f"{name} {given}; it must be floating point [batch, length, {d_model}]")
-    if states.dim() != 3 or states.shape[-1] != d_model or 0 in states.shape:
-        wanted = f"[batch, length, {d_model}], as d_model is {d_model}, with at least one row and one token"
+        raise TypeError(f"{name} {given}; it must be floating point [{SIZES[dimensions]}, {d_model}]")
+    if states.dim() != dimensions + 2 or states.shape[-1] != d_model or 0 in states.shape:
+        wanted = f"[{SIZES[dimensions]}, {d_model}], as d_model is {d_model}, with at least one row and one token"
         raise _shape_error(name, states, wanted)
 
 
@@ -229,15 +234,17 @@ def pixel_mask_of(pixel_mask: Tensor | None, pixel_values: Tensor) -> Tensor | N
 
 
 def padding_mask(name: str, attention_mask: Tensor | None, states: Tensor) -> Tensor | None:
-    """The mask of states [batch, n, d_model] as bool [batch, n], True for real tokens.
+    """The mask of states [batch, n, d_model] as bool [batch, n], True for real tokens; in two dimensions likewise.
 
     Raises:
         ValueError: for a mask of another shape.
     """
     if attention_mask is None:
         return None
-    if attention_mask.shape != states.shape[:2]:
-        wanted = f"[batch, length], here {tuple(states.shape[:2])}, with 1 for real tokens and 0 for padding"
+    if attention_mask.shape != states.shape[:-1]:
+        wanted = (
+            f"[{SIZES[states.dim() - 2]}], here {tuple(states.shape[:-1])}, with 1 for real tokens and 0 for padding"
+        )
         raise _shape_error(name, attention_mask, wanted)
     return attention_mask.to(torch.bool)
 

@@ -18,3 +18,4 @@ def test_the_pages_block_runs(capsys: pytest.CaptureFixture) -> None:
     # a cache is the whole, to rounding
     torch.testing.assert_close(parts, namespace["whole"], rtol=1e-4, atol=1e-4)
     assert namespace["read"].shape == (2, 8, 256)
+    assert namespace["grids"].shape == (2, 24, 32, 256)
