@@ -75,18 +75,24 @@ def test_warm_start_goes_on_where_it_was_stopped(tmp_path: Path, capsys: pytest.
 
 
 def test_framed_digits_run_at_toy_size(tmp_path: Path) -> None:
-    digits.main(["--tiny", "--out", str(tmp_path)])
+    digits.main(["--tiny", "--dense_side", "24", "--out", str(tmp_path)])
     (line,) = results.read_runs("digits_36", tmp_path)
     assert line["complete"] and [row["arm"] for row in line["rows"]] == list(digits.ARMS)
+    # one of nine patches goes to each router, and a ViT has none
+    shares = [row["framed patches routed"] for row in line["rows"]]
+    assert shares[0] <= 1 / 2 and shares[1] < 0.2 and shares[2] is None
 
 
 def test_framed_digits_are_what_the_label_says() -> None:
     """With cells as large as a stamp nothing is between them, so each cell is a frame or none; labels name two."""
-    pictures, labels = digits.Digits(False, 0, digits.STAMP).draw(8, 4 * digits.STAMP)
+    pictures, labels, pixels = digits.Digits(False, 0, digits.STAMP).draw(8, 4 * digits.STAMP)
     assert labels.sum(1).eq(digits.MARKED).all()
     stamps = pictures.unfold(2, 10, 10).unfold(3, 10, 10).flatten(2, 3)[:, 0] * 0.35 + 0.25
     framed = torch.cat([stamps[..., 0, :], stamps[..., :, 0]], -1).amin(-1) > 0.99
     assert framed.sum(1).eq(digits.MARKED).all()
+    # the pixels of framed stamps are all of theirs and no others
+    covered = pixels.unfold(2, 10, 10).unfold(3, 10, 10).flatten(2, 3)[:, 0].flatten(2)
+    assert torch.equal(covered.all(-1), framed) and torch.equal(covered.any(-1), framed)
     known = digits.Digits(False, 0, digits.STAMP)
     for row, own in enumerate(framed):
         inner = stamps[row][own][:, 1:-1, 1:-1]
