@@ -50,13 +50,14 @@ from modeling_colt5 import (
     op_routing_triton,
     op_rows,
     op_rows_triton,
+    op_step_attention_triton,
     run_launch_triton,
 )
 
 WRAPPERS = (
     op_attention_triton, op_attention_gradient_triton, op_dropout_triton, op_gates_triton, op_pools_triton,
     op_gelu_triton, op_routing_triton, op_routing_gradient_triton, op_norm_triton, op_rows_triton,
-    op_grid_attention_triton, op_grid_attention_gradient_triton,
+    op_grid_attention_triton, op_grid_attention_gradient_triton, op_step_attention_triton,
 )  # fmt: skip
 
 
@@ -142,6 +143,7 @@ def record(capability: int = 90, quick: bool = False) -> set[Variant]:
         attention_jobs(capability, quick)
         for job in (routing_jobs, causal_jobs, token_jobs):
             job(quick)
+        step_jobs(capability, quick)
     return variants
 
 
@@ -257,6 +259,24 @@ def token_jobs(quick: bool) -> None:
             op_rows_triton.combine_into(states, states, slots, *routing, *[None] * 4, 96, states, *drop)
             inputs = (states, norm, torch.empty(1, d), 1e-6, None)
             op_norm_triton.norm_into(*inputs, *op_norm._norm.kernel(*inputs), states, slots, *routing, states, *drop)
+
+
+def step_jobs(capability: int, quick: bool) -> None:
+    """Attention of one new token in each row, to a cache and to a memory."""
+    # straight lines of a decoder are in these dtypes
+    dtypes = [torch.float32] if quick or capability < 80 else [torch.bfloat16, torch.float32]
+    sizes = ((16, 16, 128),) if quick else ((12, 12, 64), (12, 1, 64), (32, 1, 128), (32, 32, 128), (4, 2, 20))
+    for (heads, groups, d_kv), dtype, room in itertools.product(sizes, dtypes, (256, 16_384)):
+        states = torch.empty(2, heads * d_kv, dtype=dtype)
+        cache = torch.empty(2, groups, room, d_kv, dtype=dtype)
+        parts = op_step_attention_triton.number_of_parts(2 * groups, room)
+        places = [torch.empty(2, heads, parts, width) for width in (d_kv, 2)] if parts > 1 else []
+        new, table = torch.empty(2, groups * d_kv, dtype=dtype), torch.empty(heads, 257)
+        for mask in (
+            (torch.ones(2, room, dtype=torch.bool),) if quick else (None, torch.ones(2, room, dtype=torch.bool))
+        ):
+            for own in ((new, new, table, mask, torch.empty(1, dtype=torch.int32)), (None, None, None, mask, None)):
+                op_step_attention_triton.step_attention_into(states, *own, cache, cache, states, *places)
 
 
 class Cost(NamedTuple):

@@ -1,6 +1,7 @@
 """The decoder: T5's or causally routed, with an encoder or without."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,8 +12,10 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_colt5 import CoLT5Config
+from .kernel_backend import Mode
+from .layer_decoder import StraightStep, may_run_straight
 from .model_base import CoLT5Stack
-from .model_decoder_layer import CoLT5DecoderBlock
+from .model_decoder_layer import CoLT5DecoderBlock, read_plain
 from .model_from_config import (
     causal_settings,
     cross_routers,
@@ -134,27 +137,19 @@ class CoLT5Decoder(CoLT5Stack):
         check_cache(cache, hidden_states)
         self_cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
 
-        mask = plan = heavy_bias_table = None
-        if self.config.causal_attention == "full":
-            bias, mask = self.attention_to_all(hidden_states, attention_mask, self_cache, prefix)
-        else:
-            plan = self.windows_of(hidden_states, attention_mask, self_cache, prefix)
-            bias = plan.light_bias(self.light_relative_attention_bias())
-        if self.config.causal_attention == "routed":
-            heavy_bias_table = self.heavy_relative_attention_bias()
+        may_step = self.may_step_straight(hidden_states, cache, flags)
+        own = None if may_step else self.inputs_of_self_attention(hidden_states, attention_mask, self_cache, prefix)
         memories, encoder_mask, cross_routing = self.route_memory(encoder_hidden_states, encoder_mask, cache)
         hidden_states = self.dropout(hidden_states)
-        who, asked = implementation(self.config), []
-        settings = cross_settings(self.config) if self.asks else None
-        for block, memory in zip(self.block, memories, strict=True):
-            # Gradient checkpointing hands gradients through arguments by position alone, and looks for the cache by
-            # the release's name for it.
-            inputs = (bias, heavy_bias_table, mask, plan, memory, encoder_mask, who, settings)
-            hidden_states, *_, tokens = block(hidden_states, *inputs, **{CACHE: cache})
-            asked.append((tokens,))
-        if self.asks:
-            cross_routing = tuple(asked)
-        hidden_states, _ = self.final_layer_norm(hidden_states, None, who.kernel_backend)
+        step = self.straight_step(hidden_states, attention_mask, encoder_mask, cache) if may_step else None
+        if step is not None:
+            hidden_states = step.run()
+        else:
+            own = own or self.inputs_of_self_attention(hidden_states, attention_mask, self_cache, prefix)
+            hidden_states, asked = self.run_blocks(hidden_states, own, memories, encoder_mask, cache)
+            if self.asks:
+                cross_routing = asked
+        hidden_states, _ = self.final_layer_norm(hidden_states, None, self.config.kernel_backend)
         return CoLT5DecoderOutput(
             last_hidden_state=self.dropout(hidden_states),
             **{CACHE: cache},
@@ -166,6 +161,75 @@ class CoLT5Decoder(CoLT5Stack):
         """fp32 [], how far a dense start of causally routed layers has come in this call; None for the budgets."""
         is_routed = "routed" in (self.config.causal_attention, self.config.causal_feed_forward)
         return self.dense_start if self.training and is_routed else None
+
+    def may_step_straight(self, hidden_states: torch.Tensor, cache: Cache | None, flags: dict[str, Any]) -> bool:
+        """Whether this call may be one new token in each row as straight lines, but for blocks and cache."""
+        config = self.config
+        names = (f"output_{name}" for name in self._can_record_outputs)
+        asked = (flags.get(name, getattr(config, name, None)) for name in names)
+        return (
+            cache is not None
+            and hidden_states.shape[1] == 1
+            and config.causal_attention == "full"
+            and not self.asks
+            and implementation(config).for_states(hidden_states).fuses_attention
+            # The number 0 asks for something, as it is the first of the hidden states.
+            and not any(flag is not None and flag is not False for flag in asked)
+            and may_run_straight(hidden_states, Mode.of_now(hidden_states))
+        )
+
+    def straight_step(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        encoder_mask: torch.Tensor | None,
+        cache: Cache | None,
+    ) -> StraightStep | None:
+        """One new token in each row as straight lines; None where modules have to make it."""
+        read = [read_plain(block) for block in self.block]
+        if None in read:
+            return None
+        table = self.relative_attention_bias()
+        return StraightStep.of(hidden_states, read, table, attention_mask, encoder_mask, cache)
+
+    def run_blocks(
+        self,
+        hidden_states: torch.Tensor,
+        own: tuple[Any, ...],
+        memories: Sequence[torch.Tensor | None],
+        encoder_mask: torch.Tensor | None,
+        cache: Cache | None,
+    ) -> tuple[torch.Tensor, tuple[tuple[RoutedTokens, ...], ...]]:
+        """All layers: the states [batch, n, d_model], and what each layer's tokens chose of the memory.
+
+        Args:
+            hidden_states: [batch, n, d_model].
+            own: what `inputs_of_self_attention` gave.
+            memories, encoder_mask: what `route_memory` gave.
+            cache: of the decoder.
+        """
+        settings = cross_settings(self.config) if self.asks else None
+        who, asked = implementation(self.config), []
+        for block, memory in zip(self.block, memories, strict=True):
+            # Gradient checkpointing hands gradients through arguments by position alone, and looks for the cache by
+            # the release's name for it.
+            inputs = (*own, memory, encoder_mask, who, settings)
+            hidden_states, *_, tokens = block(hidden_states, *inputs, **{CACHE: cache})
+            asked.append((tokens,))
+        return hidden_states, tuple(asked)
+
+    def inputs_of_self_attention(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, cache: Cache | None, prefix: str
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, CausalPlan | None]:
+        """Position bias, heavy bias table, mask and plan, as the blocks take them."""
+        if self.config.causal_attention == "full":
+            bias, mask = self.attention_to_all(hidden_states, attention_mask, cache, prefix)
+            return bias, None, mask, None
+        plan = self.windows_of(hidden_states, attention_mask, cache, prefix)
+        bias, heavy_bias_table = plan.light_bias(self.light_relative_attention_bias()), None
+        if self.config.causal_attention == "routed":
+            heavy_bias_table = self.heavy_relative_attention_bias()
+        return bias, heavy_bias_table, None, plan
 
     def attention_to_all(
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, cache: Cache | None, prefix: str

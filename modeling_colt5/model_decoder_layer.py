@@ -1,16 +1,23 @@
 """The decoder's layer: self-attention and feed-forward, T5's or routed, with cross-attention between."""
 
+from typing import Any
+
 import torch
 from einops import rearrange
 from torch import nn
 from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .kernel_backend import is_hooked
+from .layer_decoder import PlainCausalLayer, PlainDecoderLayer
+from .layer_plain import PlainBlock
 from .model_causal import CoLT5LayerCausalAttention, CoLT5LayerCausalFF
 from .model_cross_routing import CoLT5AskingRouter
 from .model_layers import (
+    GELU,
     CoLT5Attention,
     CoLT5DenseActDense,
+    CoLT5Dropout,
     CoLT5LayerNorm,
     clamp_half,
     eager_attention_forward,
@@ -265,6 +272,25 @@ class CoLT5LayerFF(nn.Module):
         return clamp_half(hidden_states + self.dropout(self.DenseReluDense(normed, backend)))
 
 
+# A plain block has modules of these classes, with these forwards.
+PLAIN: dict[str, tuple[type[nn.Module], Any]] = {
+    kind: (module_class, vars(module_class)["forward"])
+    for kind, module_class in {
+        "self_layer": CoLT5LayerSelfAttention,
+        "self_attention": CoLT5SelfAttention,
+        "cross_layer": CoLT5LayerCrossAttention,
+        "cross_attention": CoLT5CrossAttention,
+        "feed_forward": CoLT5LayerFF,
+        "dense": CoLT5DenseActDense,
+        "norm": CoLT5LayerNorm,
+        "linear": nn.Linear,
+        "dropout": CoLT5Dropout,
+        "residual_dropout": nn.Dropout,
+        "activation": GELU,
+    }.items()
+}
+
+
 class CoLT5DecoderBlock(GradientCheckpointingLayer):
     """One decoder layer: self-attention, cross-attention where there is an encoder, feed-forward; of the first and the
     last either T5's or the causally routed one."""
@@ -280,6 +306,7 @@ class CoLT5DecoderBlock(GradientCheckpointingLayer):
         self.layer_idx = layer_idx
         self.has_cross_attention = cross_attention is not None
         self.layer = nn.ModuleList(filter(None, (attention, cross_attention, feed_forward)))
+        self.plain = PlainBlock(PlainDecoderLayer if self.has_cross_attention else PlainCausalLayer)
 
     def forward(
         self,
@@ -342,3 +369,14 @@ class CoLT5DecoderBlock(GradientCheckpointingLayer):
         else:
             hidden_states = self.layer[-1](hidden_states, implementation)
         return hidden_states, weights, cross_weights, routing, asked
+
+
+BLOCK_FORWARD = CoLT5DecoderBlock.forward
+
+
+def read_plain(block: nn.Module) -> tuple[PlainDecoderLayer, tuple[torch.Tensor, ...]] | None:
+    """What a straight line reads of a decoder's block; None where the block is to be called: it is not plain, has a
+    hook, or is of another class."""
+    if type(block) is not CoLT5DecoderBlock or CoLT5DecoderBlock.forward is not BLOCK_FORWARD or is_hooked(block):
+        return None
+    return block.plain.read(block, PLAIN)

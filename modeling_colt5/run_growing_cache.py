@@ -31,7 +31,11 @@ class _Room:
         """Write states behind those that are here; returns the view of all."""
         first, count = self.view.shape[2], states.shape[2]
         self.memory.narrow(2, first, count).copy_(states)
-        self.view = self.memory.narrow(2, 0, first + count)
+        return self.count(count)
+
+    def count(self, number: int) -> Tensor:
+        """Let the view end so many tokens later; returns it."""
+        self.view = self.memory.narrow(2, 0, self.view.shape[2] + number)
         return self.view
 
     def reordered(self, states: Tensor, rows: Tensor) -> "_Room":
@@ -71,15 +75,50 @@ class CoLT5GrowingLayer(DynamicLayer):
         """Add the states of new tokens, [batch, heads, n, d_kv]; returns those of all tokens."""
         # The first states of a cache stay without room: whoever fills it once needs none.
         is_plain = not torch.is_grad_enabled() and runs_eagerly()
-        if not is_plain or not (_go_on(self.keys, key_states) and _go_on(self.values, value_states)):
+        pairs = ((self.keys, key_states), (self.values, value_states))
+        if not is_plain or not all(_go_on(states, new.shape, new) for states, new in pairs):
             self.rooms = None
             return super().update(key_states, value_states, *args, **kwargs)
-        key_room, value_room = self.rooms or (None, None)
-        key_room = _room_for(key_states, self.keys, key_room)
-        value_room = _room_for(value_states, self.values, value_room)
-        self.rooms = key_room, value_room
+        key_room, value_room = self._rooms_for(key_states.shape[2])
         self.keys, self.values = key_room.write(key_states), value_room.write(value_states)
         return self.keys, self.values
+
+    def takes_token(self, length: int, shape: tuple[int, ...], states: Tensor) -> bool:
+        """Whether the next token may be one that `count_token` counts.
+
+        Args:
+            length: tokens that the layer must have, at least one.
+            shape: of a token's keys, [batch, heads, 1, d_kv].
+            states: of the dtype and on the device of keys.
+        """
+        parts = (self.keys, self.values)
+        return length > 0 and all(_go_on(part, shape, states) and part.shape[2] == length for part in parts)
+
+    def count_token(self) -> tuple[Tensor, Tensor]:
+        """Count one token more in each row, whose keys and values the caller writes.
+
+        Only without autograd, and where `takes_token` says so.
+
+        Returns:
+            Keys and values as contiguous tensors [batch, heads, room, d_kv]: the token's are to be written behind the
+            others.
+        """
+        key_room, value_room = self._rooms_for(1)
+        self.keys, self.values = key_room.count(1), value_room.count(1)
+        return key_room.memory, value_room.memory
+
+    def _rooms_for(self, count: int) -> tuple[_Room, _Room]:
+        """The rooms of keys and values, of one size, with space for so many tokens more: others where they are full or
+        hold something else."""
+        parts = (self.keys, self.values)
+        total = self.keys.shape[2] + count
+        rooms = self.rooms
+        if rooms is None or not all(room.takes(states, total) for room, states in zip(rooms, parts, strict=True)):
+            key_room, value_room = (_Room(states, len(states), total) for states in parts)
+            rooms = self.rooms = key_room, value_room
+            for room, states in zip(rooms, parts, strict=True):
+                room.write(states)
+        return rooms
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
         """Take back the last tokens, as of a dynamic layer; the next ones are written over them."""
@@ -116,22 +155,14 @@ class CoLT5GrowingLayer(DynamicLayer):
         self.rooms = None
 
 
-def _go_on(states: Tensor | None, new: Tensor) -> bool:
-    """Whether there are states, and new ones differ from them in their number of tokens alone."""
-    if states is None or states.dim() != 4 or new.dim() != 4 or type(new) is not Tensor or type(states) is not Tensor:
+def _go_on(states: Tensor | None, new: tuple[int, ...], like: Tensor) -> bool:
+    """Whether there are states, and new ones of a shape, and of the dtype and on the device of `like`, differ from
+    them in their number of tokens alone."""
+    if states is None or states.dim() != 4 or len(new) != 4 or type(like) is not Tensor or type(states) is not Tensor:
         return False
-    shape, other = states.shape, new.shape
-    is_alike = shape[0] == other[0] and shape[1] == other[1] and shape[3] == other[3]
-    return is_alike and states.dtype == new.dtype and states.device == new.device
-
-
-def _room_for(new: Tensor, states: Tensor, room: _Room | None) -> _Room:
-    """The room that holds states, with space for new ones: another one where it is full or not theirs."""
-    total = states.shape[2] + new.shape[2]
-    if room is None or not room.takes(states, total):
-        room = _Room(states, len(states), total)
-        room.write(states)
-    return room
+    shape = states.shape
+    is_alike = shape[0] == new[0] and shape[1] == new[1] and shape[3] == new[3]
+    return is_alike and states.dtype == like.dtype and states.device == like.device
 
 
 def let_grow(cache: Any) -> None:

@@ -1,0 +1,488 @@
+"""One new token of a plain decoder as straight lines of kernel launches and products, one line a layer.
+
+The modules of model_decoder_layer.py say what a layer computes. For one token their Python takes the host ten times as
+long as the kernels take a GPU. So blocks that nobody looks into (`PlainBlock` of layer_plain.py) run here, where a
+growing cache holds the earlier tokens and the keys and values of the memory.
+
+The launches of a layer are noted once, and then repeated by one call of C (run_launch_list_triton.py) for all layers
+and tokens. What changes from token to token is in memories: how many keys there are is a number on the device that
+kernels read, and a cache that has grown is another address.
+"""
+
+from collections.abc import Sequence
+from operator import attrgetter
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
+
+from .kernel_backend import Mode, triton_is_available
+from .layer_plain import PlainLayer, parts_of_dense
+from .layer_program import may_repeat
+from .op_step_attention import step_attention_into
+from .run_growing_cache import CoLT5GrowingLayer
+
+if triton_is_available():
+    from .op_gelu_triton import gated_gelu_into
+    from .op_norm_triton import norm_into
+    from .op_step_attention_triton import number_of_parts
+    from .run_launch_list_triton import LaunchList, Recorder
+    from .run_launch_triton import has_listeners
+
+# False lets every block run as modules, for a comparison
+enabled = True
+
+_SHAPE, _DTYPE = attrgetter("shape"), attrgetter("dtype")
+_SELF = ("self.layer_norm", "self.q", "self.k", "self.v", "self.o")
+_CROSS = ("cross.layer_norm", "cross.q", "cross.o")
+_DENSE = ("ff.layer_norm", "dense.wi_0", "dense.wi_1", "dense.wo")
+
+
+def _numbers_of_attention(name: str) -> tuple[tuple[str, str], ...]:
+    return (
+        (f"{name}.layer_norm", "eps"), (name, "d_kv"), (name, "layer_idx"),
+        (name, "training"), (name, "dropout"), (f"{name}.dropout", "training"), (f"{name}.dropout", "p"),
+    )  # fmt: skip
+
+
+_NUMBERS_OF_DENSE = (
+    ("ff.layer_norm", "eps"), ("dense", "is_gated_act"),
+    ("dense.dropout", "training"), ("dense.dropout", "p"), ("ff.dropout", "training"), ("ff.dropout", "p"),
+)  # fmt: skip
+
+
+class PlainDecoderLayer(PlainLayer):
+    """A plain block of a decoder with an encoder. Keys and values of the memory are made before, by modules.
+
+    Attributes:
+        eps, d_kv, places: of the norms and of the attentions, in their order; `places` are those of caches' layers.
+    """
+
+    __slots__ = ("d_kv", "eps", "places")
+
+    weighted: ClassVar[tuple[str, ...]] = _SELF + _CROSS + _DENSE
+    numbered = _numbers_of_attention("self") + _numbers_of_attention("cross") + _NUMBERS_OF_DENSE
+
+    def __init__(self, block: Any, parts: dict[str, nn.Module]):
+        super().__init__(block, parts)
+        named = dict(zip(self.numbered, self.numbers, strict=True))
+        self.eps, self.d_kv, self.places = (
+            tuple(number for (_, attribute), number in named.items() if attribute == kind)
+            for kind in ("eps", "d_kv", "layer_idx")
+        )
+
+    def number(self, name: str, attribute: str) -> Any:
+        """A number of `numbered`."""
+        return self.numbers[self.numbered.index((name, attribute))]
+
+    @property
+    def is_supported(self) -> bool:
+        rates = [
+            self.number(name, rate)
+            for name, rate in self.numbered
+            if rate in ("dropout", "p") and self.number(name, "training")
+        ]
+        return bool(self.number("dense", "is_gated_act")) and not any(rates)
+
+    @classmethod
+    def parts(cls, block: Any) -> dict[str, tuple[str, nn.Module]]:
+        attention, cross, feed_forward = block.layer
+        parts = cls.parts_of_own(attention, feed_forward)
+        parts |= {"cross_layer": ("cross_layer", cross), "cross": ("cross_attention", cross.EncDecAttention)}
+        parts |= {f"cross.{part}": ("linear", getattr(cross.EncDecAttention, part)) for part in "qo"}
+        if cross.EncDecAttention.cross_router is not None:
+            raise ValueError("its tokens choose what they read")
+        return parts | _norm_and_dropout("cross", cross)
+
+    @staticmethod
+    def parts_of_own(attention: Any, feed_forward: Any) -> dict[str, tuple[str, nn.Module]]:
+        """The modules of the sublayers that read no memory."""
+        own = attention.SelfAttention
+        parts = {"self_layer": ("self_layer", attention), "self": ("self_attention", own)}
+        parts |= {f"self.{part}": ("linear", getattr(own, part)) for part in "qkvo"}
+        parts |= _norm_and_dropout("self", attention) | {"ff": ("feed_forward", feed_forward)}
+        return parts | _norm_and_dropout("ff", feed_forward) | parts_of_dense("dense", feed_forward.DenseReluDense)
+
+
+class PlainCausalLayer(PlainDecoderLayer):
+    """A plain block of a decoder without an encoder."""
+
+    __slots__ = ()
+
+    weighted = _SELF + _DENSE
+    numbered = _numbers_of_attention("self") + _NUMBERS_OF_DENSE
+
+    @classmethod
+    def parts(cls, block: Any) -> dict[str, tuple[str, nn.Module]]:
+        attention, feed_forward = block.layer
+        return cls.parts_of_own(attention, feed_forward)
+
+
+def _norm_and_dropout(name: str, sublayer: Any) -> dict[str, tuple[str, nn.Module]]:
+    return {
+        f"{name}.layer_norm": ("norm", sublayer.layer_norm),
+        f"{name}.dropout": ("residual_dropout", sublayer.dropout),
+    }
+
+
+def may_run_straight(hidden_states: Tensor, mode: Mode) -> bool:
+    """Whether the blocks of this pass may run as straight lines, as far as that is not a matter of blocks and cache.
+
+    Args:
+        hidden_states: [rows, n, d_model], what goes into the first layer.
+        mode: of the pass.
+    """
+    return (
+        enabled
+        and hidden_states.shape[1] == 1
+        and mode.is_plain_inference
+        and not mode.is_deterministic
+        and type(hidden_states) in (Tensor, nn.Parameter)
+        and hidden_states.dtype in (torch.float32, torch.bfloat16)
+        and forward_ad._current_level < 0
+    )
+
+
+class StepLayer(NamedTuple):
+    """A layer that is about to run as a straight line.
+
+    Args:
+        plain, weights: what `PlainBlock.read` gave.
+        cache: of its own keys and values.
+        memory: keys and values of the memory, [rows, key/value heads, n, d_kv] each; nothing without an encoder.
+        lists: of launches, by whether states come in and by the room of the cache; None where they cannot be repeated.
+    """
+
+    plain: PlainDecoderLayer
+    weights: tuple[Tensor, ...]
+    cache: CoLT5GrowingLayer
+    memory: tuple[Tensor, ...]
+    lists: "dict[tuple[bool, int], LaunchList | None]"
+
+
+class StraightStep:
+    """One new token in each row, through all layers.
+
+    Args:
+        hidden_states: [rows, 1, d_model], what goes into the first layer.
+        layers: in their order.
+        table: bias table of the self-attention, fp32 [heads, 2 * max_distance + 1].
+        mask: bool [rows, keys], of all keys with the new one; None for all.
+        memory_mask: bool [rows, n]; None for all.
+        length: number of keys, the new one included.
+    """
+
+    def __init__(
+        self,
+        hidden_states: Tensor,
+        layers: list[StepLayer],
+        table: Tensor,
+        mask: Tensor | None,
+        memory_mask: Tensor | None,
+        length: int,
+    ):
+        self.rows, _, self.d = hidden_states.shape
+        self.dtype, self.device, self.device_index = (
+            hidden_states.dtype,
+            hidden_states.device,
+            hidden_states.get_device(),
+        )
+        self.hidden_states, self.layers, self.table, self.length = hidden_states.contiguous(), layers, table, length
+        self.masks = (mask, memory_mask)
+        self.repeats = may_repeat(hidden_states) and not has_listeners()
+
+    @classmethod
+    def of(
+        cls,
+        hidden_states: Tensor,
+        read: Sequence[tuple[PlainDecoderLayer, tuple[Tensor, ...]] | None],
+        table: Tensor,
+        attention_mask: Tensor | None,
+        memory_mask: Tensor | None,
+        cache: Cache | None,
+    ) -> "StraightStep | None":
+        """The step; None where modules have to make it, for which nothing has changed then.
+
+        Args:
+            hidden_states, table, memory_mask: as above.
+            read: what `PlainBlock.read` gave of each block.
+            attention_mask: [rows, keys], 1 for real tokens; None for all.
+            cache: of the decoder.
+        """
+        caches = _caches(cache)
+        if caches is None:
+            return None
+        own_cache, memory_cache, is_updated = caches
+        rows = hidden_states.shape[0]
+        length = own_cache.get_seq_length()
+        mask = None
+        if attention_mask is not None:
+            if type(attention_mask) is not Tensor or tuple(attention_mask.shape) != (rows, length + 1):
+                return None
+            mask = attention_mask.to(torch.bool).contiguous()
+        if memory_mask is not None and not memory_mask.is_contiguous():
+            memory_mask = memory_mask.contiguous()
+        others = [part for part in (table, mask, memory_mask) if part is not None]
+        index = hidden_states.get_device()
+        of_pass = (
+            hidden_states.dtype, hidden_states.device, hidden_states.shape, table.dtype, table.shape,
+            mask is None, memory_mask is None, torch.backends.cuda.matmul.fp32_precision,
+        )  # fmt: skip
+        layers: list[StepLayer] = []
+        kind: Any = None
+        lists: Lists | None = None
+        for found in read:
+            if found is None:
+                return None
+            plain, weights = found
+            parts = _layer_caches(plain, own_cache, memory_cache, is_updated)
+            if parts is None:
+                return None
+            own, memory = parts
+            tensors = (*weights, *memory)
+            before, kind = kind, (type(plain), plain.eps, plain.d_kv, *map(_SHAPE, tensors), *map(_DTYPE, tensors))
+            if kind != before:
+                lists = _lists_of(of_pass, kind, plain, tensors)
+            heads, d_kv = table.shape[0], plain.d_kv[0]
+            if (
+                lists is None
+                or not all(map(Tensor.is_contiguous, tensors))
+                or set(map(Tensor.get_device, (*tensors, *others))) != {index}
+                or not (memory_mask is None or not memory or memory_mask.shape[1] == memory[0].shape[2])
+                or not own.takes_token(length, (rows, heads, 1, d_kv), hidden_states)
+            ):
+                return None
+            layers.append(StepLayer(plain, weights, own, memory, lists))
+        if not table.is_contiguous():
+            return None
+        return cls(hidden_states, layers, table, mask, memory_mask, length + 1)
+
+    def run(self) -> Tensor:
+        """The states [rows, 1, d_model] behind the last layer; the caches count the token from then on."""
+        shape = (1, self.rows, self.d)
+        hidden, update = (torch.empty(shape, dtype=self.dtype, device=self.device) for _ in range(2))
+        # read by kernels, so that one list serves all lengths
+        length = torch.full((1,), self.length, dtype=torch.int32, device=self.device)
+        incoming: Tensor | None = self.hidden_states.view(shape)
+        for layer in self.layers:
+            room = layer.cache.count_token()
+            self._run_layer(layer, incoming, hidden, update, length, room)
+            incoming = None
+        return (hidden + update).view(self.rows, 1, self.d)
+
+    def _run_layer(
+        self,
+        layer: StepLayer,
+        incoming: Tensor | None,
+        hidden: Tensor,
+        update: Tensor,
+        length: Tensor,
+        room: tuple[Tensor, Tensor],
+    ) -> None:
+        kind, lists = (incoming is not None, room[0].shape[2]), layer.lists
+        memories = [hidden, update, length, self.table, *layer.weights, *room, *layer.memory]
+        memories += [part for part in (incoming, *self.masks) if part is not None]
+        launches = lists.get(kind) if self.repeats else None
+        if launches is not None and launches(memories, self.device, self.device_index):
+            return
+        recorder = Recorder(self.device, self.repeats and kind not in lists)
+        _Line(self, layer, recorder).run(incoming, hidden, update, length, room)
+        if recorder.notes is not None:
+            lists[kind] = recorder.finish(memories)
+
+
+class _Line:
+    """A layer's launches and products."""
+
+    def __init__(self, step: StraightStep, layer: StepLayer, recorder: "Recorder"):
+        self.step, self.layer, self.recorder = step, layer, recorder
+        self.weights = dict(zip(layer.plain.weighted, layer.weights, strict=True))
+
+    def run(
+        self,
+        incoming: Tensor | None,
+        hidden: Tensor,
+        update: Tensor,
+        length: Tensor,
+        room: tuple[Tensor, Tensor],
+    ) -> None:
+        """From states, or from the sum of `hidden` and `update`, to such a sum.
+
+        Args:
+            incoming: [1, rows, d_model]; None for the sum.
+            hidden, update: [1, rows, d_model].
+            length: int32 [1], number of keys.
+            room: for keys and values, [rows, heads, room, d_kv].
+        """
+        summed = [name for name in ("self", "cross", "ff") if f"{name}.layer_norm" in self.weights]
+        states, branch = (hidden, update) if incoming is None else (incoming, None)
+        for name in summed:
+            # the last sum is what the next layer adds to
+            total = hidden if name == "ff" else None
+            states, normed = self.norm(name, states, branch, total)
+            if name == "ff":
+                inner = self.activated(normed)
+                self.product(inner, "dense.wo", update)
+            else:
+                branch = self.empty(self.step.d)
+                inner = self.attention(normed, length, room) if name == "self" else self.cross_attention(normed)
+                self.product(inner, f"{name}.o", branch)
+
+    def empty(self, width: int) -> Tensor:
+        """Room for states [1, rows, width]."""
+        return self.recorder.temporary(self.step.dtype, 1, self.step.rows, width)
+
+    def product(self, states: Tensor, name: str, out: Tensor | None = None) -> Tensor:
+        """The product of states [1, rows, width] with a weight."""
+        weight = self.weights[name]
+        out = self.empty(weight.shape[0]) if out is None else out
+        self.recorder.product(states[0], weight.t(), out[0])
+        return out
+
+    def norm(self, name: str, states: Tensor, branch: Tensor | None, total: Tensor | None) -> tuple[Tensor, Tensor]:
+        """States [1, rows, d_model], or their sum with a branch, which is written to `total` where that is given; and
+        the norm of these."""
+        normed = self.empty(self.step.d)
+        rstd = self.recorder.temporary(torch.float32, 1, self.step.rows)
+        eps = self.layer.plain.number(f"{name}.layer_norm", "eps")
+        # without routers there are no scores
+        inputs = (states, self.weights[f"{name}.layer_norm"], None, eps, None, normed, rstd, rstd)
+        if branch is None:
+            self.recorder.run(norm_into, *inputs)
+            return states, normed
+        total = self.empty(self.step.d) if total is None else total
+        self.recorder.run(norm_into, *inputs, branch, None, None, None, None, total)
+        return total, normed
+
+    def attention(self, normed: Tensor, length: Tensor, room: tuple[Tensor, Tensor]) -> Tensor:
+        """The self-attention of the new token, whose key and value go into the room."""
+        query, key, value = (self.product(normed, f"self.{name}") for name in "qkv")
+        return self.attend(query, key[0], value[0], self.step.table, self.step.masks[0], length, *room)
+
+    def cross_attention(self, normed: Tensor) -> Tensor:
+        """The attention to the memory."""
+        query = self.product(normed, "cross.q")
+        return self.attend(query, None, None, None, self.step.masks[1], None, *self.layer.memory)
+
+    def attend(
+        self,
+        query: Tensor,
+        new_key: Tensor | None,
+        new_value: Tensor | None,
+        table: Tensor | None,
+        mask: Tensor | None,
+        length: Tensor | None,
+        key: Tensor,
+        value: Tensor,
+    ) -> Tensor:
+        """[1, rows, heads * d_kv] → the same; the arguments are those of `step_attention_into`."""
+        output = self.empty(query.shape[2])
+        rows, groups, size, d_kv = key.shape
+        parts, heads = number_of_parts(rows * groups, size), query.shape[2] // d_kv
+        room: tuple[Tensor, ...] = ()
+        if parts > 1:
+            room = tuple(self.recorder.temporary(torch.float32, rows, heads, parts, width) for width in (d_kv, 2))
+        inputs = (query[0], new_key, new_value, table, mask, length, key, value, output[0], *room)
+        assert step_attention_into is not None
+        self.recorder.run(step_attention_into, *inputs)
+        return output
+
+    def activated(self, normed: Tensor) -> Tensor:
+        """The gated activation [1, rows, d_ff]."""
+        gate, up = (self.product(normed, f"dense.{name}") for name in ("wi_0", "wi_1"))
+        result = self.empty(gate.shape[2])
+        self.recorder.run(gated_gelu_into, gate, up, result)
+        return result
+
+
+# features of a head, and heads that share a key/value head, which the kernels are compiled for on all cards
+MOST_FEATURES, MOST_HEADS = 128, 32
+
+Lists = dict[tuple[bool, int], "LaunchList | None"]
+
+# Lists by all that they depend on but the room of the cache; None where a straight line is not written for it. A
+# length that never comes back leaves one behind.
+lists_by_kind: dict[Any, Lists | None] = {}
+MOST_KINDS = 256
+
+
+def _lists_of(
+    of_pass: tuple[Any, ...], kind: Any, plain: PlainDecoderLayer, tensors: tuple[Tensor, ...]
+) -> Lists | None:
+    """The lists of layers of a kind in a pass; None where modules have to run."""
+    key = (of_pass, kind)
+    if key not in lists_by_kind:
+        if len(lists_by_kind) >= MOST_KINDS:
+            lists_by_kind.clear()
+        lists_by_kind[key] = {} if _fits(of_pass, plain, tensors) else None
+    return lists_by_kind[key]
+
+
+def _caches(cache: Cache | None) -> tuple[DynamicCache, DynamicCache | None, dict[int, bool]] | None:
+    """The tokens' cache, the memory's, and which layers of that are filled; None where they are of other classes."""
+    own: Any = cache
+    memory: Any = None
+    is_updated: dict[int, bool] = {}
+    if isinstance(cache, EncoderDecoderCache):
+        own, memory, is_updated = cache.self_attention_cache, cache.cross_attention_cache, cache.is_updated
+        if type(cache) is not EncoderDecoderCache or type(memory) is not DynamicCache or memory.offloading:
+            return None
+    return None if type(own) is not DynamicCache or own.offloading else (own, memory, is_updated)
+
+
+def _layer_caches(
+    plain: PlainDecoderLayer,
+    own_cache: DynamicCache,
+    memory_cache: DynamicCache | None,
+    is_updated: dict[int, bool],
+) -> tuple[CoLT5GrowingLayer, tuple[Tensor, ...]] | None:
+    """The layer's own cache, and keys and values of the memory; None where these are others than a straight line
+    reads."""
+    place, *places = plain.places
+    own = own_cache.layers[place] if place < len(own_cache.layers) else None
+    if type(own) is not CoLT5GrowingLayer:
+        return None
+    if not places:
+        return own, ()
+    if memory_cache is None or not is_updated.get(places[0]):
+        return None
+    memory = memory_cache.layers[places[0]]
+    if type(memory) is not DynamicLayer or type(memory.keys) is not Tensor or type(memory.values) is not Tensor:
+        return None
+    return own, (memory.keys, memory.values)
+
+
+def _fits(of_pass: tuple[Any, ...], plain: PlainDecoderLayer, tensors: tuple[Tensor, ...]) -> bool:
+    """Whether weights and the memory have the shapes and dtypes that the straight lines are written for.
+
+    Args:
+        of_pass: dtype, device and shape of the states, dtype and shape of the table, and what does not matter here.
+        plain: the layer.
+        tensors: its weights, then keys and values of the memory.
+    """
+    dtype, _, (rows, _, d), table_dtype, (heads, _), *_ = of_pass
+    by_name = dict(zip(plain.weighted, map(tuple, map(_SHAPE, tensors)), strict=False))
+    inner, d_ff = heads * plain.d_kv[0], by_name["dense.wi_0"][0]
+    shapes = {
+        "self.layer_norm": (d,), "ff.layer_norm": (d,),
+        "self.q": (inner, d), "self.k": (inner, d), "self.v": (inner, d), "self.o": (d, inner),
+        "dense.wi_0": (d_ff, d), "dense.wi_1": (d_ff, d), "dense.wo": (d, d_ff),
+    }  # fmt: skip
+    memory = tensors[len(plain.weighted) :]
+    if memory:
+        (cross, *_), d_kv = by_name["cross.q"], plain.d_kv[1]
+        shapes |= {"cross.layer_norm": (d,), "cross.q": (cross, d), "cross.o": (d, cross)}
+        key, value = memory
+        if key.dim() != 4 or key.shape != value.shape or key.numel() == 0:
+            return False
+        width = key.shape[1] * d_kv
+        if (key.shape[0], key.shape[3]) != (rows, d_kv) or cross % width or cross // width > MOST_HEADS:
+            return False
+    return (
+        by_name == shapes
+        and max(plain.d_kv) <= MOST_FEATURES
+        and table_dtype == torch.float32
+        and all(part.dtype == dtype for part in tensors)
+    )

@@ -1,0 +1,192 @@
+"""Triton kernels and launches of the attention of one new token in each row.
+
+A row alone has few queries and many keys. So keys are split among programs, each of which leaves the sum of its values
+by their weights, the sum of these and the largest score; a second kernel adds up the parts in order.
+"""
+
+import torch
+from torch import Tensor
+
+from .op_attention_triton import in_multiplied_dtype
+from .run_launch_triton import cdiv, launch, next_power_of_2, tl, triton
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+# The score of a key that a mask hides. It is finite, so that a row of hidden keys alone has the mean of all values, as
+# where attention is written out, and so small that beside any other score its weight is 0.
+HIDDEN = tl.constexpr(-1e30)
+
+# Keys are split for about so many programs in all: a constant and not the device's number of processors, so that sums
+# are taken in the same order on every device. The parts of a row are at most this many too.
+PROGRAMS = 256
+# No part has less room than this, and what has no more than twice as much is not split: adding up takes a launch.
+LEAST_KEYS = 128
+# parts that are added up in one step
+BLOCK_PARTS = 32
+
+
+@triton.jit(do_not_specialize=["room", "max_distance"])
+def step_attention_kernel(
+    query, new_key, new_value, table, mask, length, key, value, output, sums, room, max_distance,
+    GROUPS: tl.constexpr, GROUP: tl.constexpr, HEAD: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr,
+    SPLIT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One part of the keys of one row and key/value head, for all heads that share it: program (row and key/value
+    head, part). The output, or where the keys are split the part's values, and its sum and maximum."""
+    own = tl.program_id(0).to(tl.int64)
+    part, parts = tl.program_id(1), tl.num_programs(1)
+    key += own * room * HEAD
+    value += own * room * HEAD
+    keys = room
+    if length is not None:
+        keys = tl.load(length)
+    # All parts have as many keys, the last ones perhaps fewer or none.
+    share = tl.cdiv(tl.cdiv(keys, parts), BLOCK_K) * BLOCK_K
+    begin = part * share
+    end = tl.minimum(begin + share, keys)
+    # The new key is not where it belongs yet, and other programs of this row do not read it.
+    old = keys
+    if new_key is not None:
+        old = keys - 1
+
+    heads, columns = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)
+    inside = (heads < GROUP)[:, None] & (columns < HEAD)[None, :]
+    rows = own * GROUP + heads
+    query_tile = tl.load(query + rows[:, None] * HEAD + columns[None, :], mask=inside, other=0.0)
+    if new_key is not None:
+        key_row = tl.load(new_key + own * HEAD + columns, mask=columns < HEAD, other=0.0)
+        value_row = tl.load(new_value + own * HEAD + columns, mask=columns < HEAD, other=0.0)
+        # none where the new key belongs to another part
+        is_here = columns < tl.where((begin <= old) & (old < end), HEAD, 0)
+        place = tl.cast(old, tl.int64) * HEAD + columns
+        tl.store(key + place, key_row, mask=is_here)
+        tl.store(value + place, value_row, mask=is_here)
+    if table is not None:
+        table += ((own % GROUPS) * GROUP + heads) * (2 * max_distance + 1) + max_distance
+    if mask is not None:
+        mask += own // GROUPS * keys
+
+    maximum = tl.full([BLOCK_G], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_G], tl.float32)
+    accumulator = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
+    for start in range(begin, end, BLOCK_K):
+        places = start + tl.arange(0, BLOCK_K)
+        offsets = tl.cast(start, tl.int64) * HEAD + tl.arange(0, BLOCK_K)[:, None] * HEAD + columns[None, :]
+        is_old = (places < tl.minimum(old, end))[:, None]
+        if HEAD != BLOCK_D:
+            is_old &= (columns < HEAD)[None, :]
+        key_tile = tl.load(key + offsets, mask=is_old, other=0.0)
+        value_tile = tl.load(value + offsets, mask=is_old, other=0.0)
+        if new_key is not None:
+            is_new = (places == old)[:, None]
+            key_tile = tl.where(is_new, key_row[None, :], key_tile)
+            value_tile = tl.where(is_new, value_row[None, :], value_tile)
+        scores = tl.dot(query_tile, tl.trans(key_tile), input_precision=PRECISION)
+        exists = places < end
+        if table is not None:
+            distance = tl.maximum(places - (keys - 1), -max_distance)
+            scores += tl.load(
+                table[:, None] + distance[None, :], mask=(heads < GROUP)[:, None] & exists[None, :], other=0.0
+            )
+        if mask is not None:
+            is_read = tl.load(mask + places, mask=exists, other=0) != 0
+            scores = tl.where(is_read[None, :], scores, HIDDEN)
+        scores = tl.where(exists[None, :], scores, float("-inf"))
+        # Every tile has a key that exists, so that the maximum is finite from the first one on.
+        new_maximum = tl.maximum(maximum, tl.max(scores, 1))
+        rescale = tl.exp2((maximum - new_maximum) * LOG2_E)
+        weights = tl.exp2((scores - new_maximum[:, None]) * LOG2_E)
+        total = total * rescale + tl.sum(weights, 1)
+        accumulator = tl.dot(
+            weights.to(value_tile.dtype), value_tile, accumulator * rescale[:, None], input_precision=PRECISION
+        )
+        maximum = new_maximum
+    if SPLIT:
+        rows = rows * parts + part
+        tl.store(sums + 2 * rows, total, mask=heads < GROUP)
+        tl.store(sums + 2 * rows + 1, maximum, mask=heads < GROUP)
+    else:
+        accumulator = accumulator / total[:, None]
+    tl.store(output + rows[:, None] * HEAD + columns[None, :], accumulator.to(output.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["parts"])
+def add_parts_kernel(
+    values, sums, output, parts,
+    HEAD: tl.constexpr, BLOCK_D: tl.constexpr, MOST: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The parts of one row and head, added up in order."""
+    row = tl.program_id(0).to(tl.int64)
+    values += row * parts * HEAD
+    sums += row * parts * 2
+    columns = tl.arange(0, BLOCK_D)
+    every = tl.arange(0, MOST)
+    largest = tl.max(tl.load(sums + 2 * every + 1, mask=every < parts, other=float("-inf")), 0)
+    total = tl.zeros([BLOCK], tl.float32)
+    accumulator = tl.zeros([BLOCK_D], tl.float32)
+    for start in range(0, parts, BLOCK):
+        some = start + tl.arange(0, BLOCK)
+        exists = some < parts
+        # A part without keys has the maximum of minus infinity, and values of 0.
+        maximum = tl.load(sums + 2 * some + 1, mask=exists, other=float("-inf"))
+        scale = tl.exp2((maximum - largest) * LOG2_E)
+        total += tl.load(sums + 2 * some, mask=exists, other=0.0) * scale
+        tile = tl.load(
+            values + some[:, None] * HEAD + columns[None, :],
+            mask=exists[:, None] & (columns < HEAD)[None, :],
+            other=0.0,
+        )
+        accumulator += tl.sum(tile * scale[:, None], 0)
+    result = accumulator / tl.sum(total, 0)
+    tl.store(output + row * HEAD + columns, result.to(output.dtype.element_ty), mask=columns < HEAD)
+
+
+def number_of_parts(rows: int, room: int) -> int:
+    """In how many parts keys are split.
+
+    Args:
+        rows: of the batch, times key/value heads.
+        room: for how many keys.
+    """
+    if room <= 2 * LEAST_KEYS:
+        return 1
+    return max(1, min(cdiv(PROGRAMS, rows), cdiv(room, LEAST_KEYS)))
+
+
+@in_multiplied_dtype(first_result=6)
+def step_attention_into(
+    query: Tensor,
+    new_key: Tensor | None,
+    new_value: Tensor | None,
+    bias_table: Tensor | None,
+    mask: Tensor | None,
+    length: Tensor | None,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    values: Tensor | None = None,
+    sums: Tensor | None = None,
+) -> None:
+    """What `step_attention_reference` of op_step_attention.py does, with tensors that are contiguous.
+
+    `values`, fp32 [rows, heads, parts, d_kv], and `sums`, fp32 [rows, heads, parts, 2], are room for the parts of
+    `number_of_parts`; None where there is one.
+    """
+    rows, groups, room, d_kv = key.shape
+    group = query.shape[1] // (groups * d_kv)
+    parts = 1 if values is None else values.shape[2]
+    max_distance = 0 if bias_table is None else bias_table.shape[1] // 2
+    is_tf32 = query.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    block_d = max(16, next_power_of_2(d_kv))
+    # keys of a tile, so that its memory suffices on every card
+    block_k = 64 if block_d * query.itemsize <= 256 else 32
+    launch(
+        step_attention_kernel, (rows * groups, parts),
+        query, new_key, new_value, bias_table, mask, length, key, value, output if values is None else values, sums,
+        room, max_distance, groups, group, d_kv, max(16, next_power_of_2(group)), block_d, values is not None,
+        "tf32" if is_tf32 else "ieee", block_k, num_warps=4, num_stages=2,
+    )  # fmt: skip
+    if values is not None:
+        launch(
+            add_parts_kernel, (rows * groups * group,),
+            values, sums, output, parts, d_kv, block_d, PROGRAMS, BLOCK_PARTS, num_warps=4,
+        )  # fmt: skip
