@@ -106,8 +106,8 @@ def make_model(arm: str, options: argparse.Namespace) -> torch.nn.Module:
     return CoLT5ForImageClassification(
         CoLT5VisionConfig(
             d_model=width, d_kv=width // 4, num_layers=options.layers, num_light_heads=1, num_heavy_heads=4,
-            light_d_ff=options.light, heavy_d_ff=4 * width, local_radius=1, relative_attention_num_buckets=8,
-            relative_attention_max_distance=16, dropout_rate=0.0, routing=arm,
+            light_d_ff=options.light, heavy_d_ff=4 * width, local_radius=options.radius,
+            relative_attention_num_buckets=8, relative_attention_max_distance=16, dropout_rate=0.0, routing=arm,
             **dict.fromkeys(fractions, options.fraction), **common,
         )
     ).to(DEVICE)  # fmt: skip
@@ -184,6 +184,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--width", type=int, default=64, help="d_model, or hidden_size")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--light", type=int, default=8, help="light_d_ff")
+    parser.add_argument("--radius", type=int, default=1, help="local_radius, patches")
     parser.add_argument("--fraction", type=float, default=1 / 9, help="of the patches, what each router takes")
     parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--batch", type=int, default=32)
@@ -200,7 +201,8 @@ def main(argv: list[str] | None = None) -> None:
         f"digits_{options.side}",
         f"Which two of {(options.side // options.cell) ** 2} digits in pictures of {options.side} × {options.side} "
         f"carry a frame (chance: 0.2 of the framed digits, 1/45 of both), patches of {options.patch}, width "
-        f"{options.width}, {options.layers} layers, light feed-forward of {options.light}, routed share "
+        f"{options.width}, {options.layers} layers, light feed-forward of {options.light}, local radius "
+        f"{options.radius}, routed share "
         f"{options.fraction:.3g}, {options.steps} steps of {options.batch} pictures; held-out pictures",
         options,
     )
