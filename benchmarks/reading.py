@@ -35,7 +35,7 @@ CAUSAL = {
 }  # fmt: skip
 # who calls one of these asks for a mode; `kernel_backend.py`, which answers, is left out
 QUESTIONS = {
-    "runs_eagerly", "records_now", "is_transformed", "uses_triton", "backend_of", "kernel_takes", "can_look",
+    "runs_eagerly", "records_now", "is_transformed", "uses_triton", "kernel_takes", "can_look",
     "is_autocast", "product_dtype", "of_now",
     "is_grad_enabled", "is_autocast_enabled", "is_compiling", "is_exporting", "is_current_stream_capturing",
     "is_hooked", "shows_results", "is_inference_mode_enabled", "_has_any_global_hook",

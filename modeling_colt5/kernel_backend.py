@@ -78,11 +78,6 @@ def uses_triton(tensor: torch.Tensor, kernel_backend: str = "auto") -> bool:
     return True
 
 
-def backend_of(tensor: torch.Tensor, kernel_backend: str) -> str:
-    """What `uses_triton` says, as a name: "triton" or "torch"."""
-    return "triton" if uses_triton(tensor, kernel_backend) else "torch"
-
-
 def runs_eagerly() -> bool:
     """Whether PyTorch runs operations as they come, with nobody tracing: no compiler, exporter or dispatch mode, and
     no transform of torch.func."""

@@ -160,11 +160,6 @@ def recomputed_in_backward(states: torch.Tensor, recompute: Callable[[], torch.T
         yield
 
 
-def as_rows(router_weights: torch.Tensor | None) -> torch.Tensor | None:
-    """Router vectors as [routers, d_model], where there is only one [d_model]."""
-    return router_weights[None] if router_weights is not None and router_weights.dim() == 1 else router_weights
-
-
 class CoLT5Dropout(nn.Dropout):
     """Dropout that can follow from a seed; without one it is PyTorch's."""
 
@@ -214,10 +209,11 @@ class CoLT5LayerNorm(nn.Module):
         """Normalise [batch, n, d_model]; with router vectors [routers, d_model], or one [d_model], also their scores,
         see `rms_norm_scores`. `for_products` says that the normalised states go into matrix products alone."""
         dtype = product_dtype(hidden_states) if for_products else None
-        # The vectors are viewed as rows here and not by the caller: PyTorch's module hooks (FlopCounterMode) take no
-        # view that was made without gradients.
-        vectors = as_rows(router_weights)
-        return rms_norm_scores(hidden_states, self.weight, vectors, self.eps, kernel_backend, dtype)
+        if router_weights is not None and router_weights.dim() == 1:
+            # The caller could not do this: PyTorch's module hooks (FlopCounterMode) take no view that was made without
+            # gradients.
+            router_weights = router_weights[None]
+        return rms_norm_scores(hidden_states, self.weight, router_weights, self.eps, kernel_backend, dtype)
 
 
 def attention_interface(implementation: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:

@@ -300,33 +300,12 @@ def scatter_add_tokens(
     return _combine.call(kernel_backend, base, None, *first, *second, base.shape[1])
 
 
-def gather_tokens(
-    hidden_states: Tensor,
-    indices: Tensor,
-    valid: Tensor,
-    weights: Tensor | None = None,
-    kernel_backend: str = "auto",
-) -> Tensor:
-    """The routed tokens' rows, times their routing weights where given; unused slots are rows of zeros.
-
-    Args:
-        hidden_states: `[batch, n, d]`.
-        indices: int64 `[batch, k]`, ascending over the used slots, which come first.
-        valid: bool `[batch, k]`, which slots are used.
-        weights: fp32 `[batch, k]`; the product is taken in fp32 and rounded once.
-
-    Returns:
-        `[batch, k, d]` in the hidden states' dtype.
-    """
-    return _gather.call(kernel_backend, hidden_states, indices, valid, weights, None, None, None)[0]
-
-
 def share_and_gather(
     hidden_states: Tensor,
     *routings: tuple[Tensor, Tensor, Tensor | None],
     kernel_backend: str = "auto",
 ) -> tuple[Tensor, ...]:
-    """`gather_tokens` of one or two routings in one launch, for a layer whose light branch reads all the states too.
+    """The rows of one or two routings' tokens, times their weights where given; unused slots are rows of zeros.
 
     Use the returned hidden states, which are the given ones, for the light branch: the backward then adds the
     routed tokens' gradients to the light branch's in one pass, instead of one zero-filled `[batch, n, d]` tensor
@@ -334,10 +313,12 @@ def share_and_gather(
 
     Args:
         hidden_states: `[batch, n, d]`.
-        routings: one or two of `(indices, valid, weights or None)`, as in `gather_tokens`.
+        routings: one or two of `(indices, valid, weights)`, each `[batch, k]`: int64, ascending over the used slots,
+            which come first; bool, which slots are used; and fp32, whose product with the rows is taken in fp32 and
+            rounded once, or None.
 
     Returns:
-        The hidden states, then each routing's tokens `[batch, k, d]`.
+        The hidden states, then each routing's tokens `[batch, k, d]` in their dtype.
     """
     first, *rest = routings
     second = rest[0] if rest else (None, None, None)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .kernel_backend import Mode, backend_of
+from .kernel_backend import Mode, uses_triton
 from .run_budgets import RoutingBudget
 from .run_graphs import graph_stream
 
@@ -25,7 +25,7 @@ class Implementation:
 
     def for_states(self, states: torch.Tensor) -> "Implementation":
         """The same with "auto" decided by the states' device and dtype."""
-        return Implementation(backend_of(states, self.kernel_backend), self.attention)
+        return Implementation("triton" if uses_triton(states, self.kernel_backend) else "torch", self.attention)
 
     @property
     def fuses_attention(self) -> bool:
@@ -183,15 +183,15 @@ class EncoderPlan(RouterPlan):
         `dense_start` is fp32 [], how far a dense start has come; None for the paper's routing.
         """
         dense_start = dense_start if settings.routing == "learned" else None
-        routers = RouterPlan.of(settings.soft_topk, settings.implementation, hidden_states, mask, dense_start)
-        plan = cls(**vars(routers), mode=Mode.of_now(hidden_states))
+        shared = RouterPlan.of(settings.soft_topk, settings.implementation, hidden_states, mask, dense_start)
+        plan = cls(**vars(shared), mode=Mode.of_now(hidden_states))
         if settings.routing == "none":
             return plan
-        kinds: dict[str, tuple[float, ...]] = {}
-        if settings.query_fraction is not None and settings.key_value_fraction is not None:
-            kinds["attention"] = (settings.query_fraction, settings.key_value_fraction)
-        if settings.feed_forward_fraction is not None:
-            kinds["feed_forward"] = (settings.feed_forward_fraction,)
+        routers: dict[str, tuple[Any, ...]] = {
+            "attention": (settings.query_fraction, settings.key_value_fraction),
+            "feed_forward": (settings.feed_forward_fraction,),
+        }
+        kinds = {name: fractions for name, fractions in routers.items() if None not in fractions}
         if dense_start is None:
             budgets = RoutingBudget.of_fractions(hidden_states, mask, settings.min_routed_tokens, *kinds.values())
         else:

@@ -22,7 +22,7 @@ from modeling_colt5.op_gelu import gated_gelu
 from modeling_colt5.op_norm import rms_norm_scores, router_scores
 from modeling_colt5.op_pools import gather_pools, routed_pools
 from modeling_colt5.op_routing import route
-from modeling_colt5.op_rows import combine_branches, gather_tokens, scatter_add_tokens, share_and_gather
+from modeling_colt5.op_rows import combine_branches, scatter_add_tokens, share_and_gather
 
 SOLVERS = ("exact", "coordinate_descent")
 
@@ -133,7 +133,7 @@ def operations(dtype: torch.dtype, device: torch.device | str, **backend: Any) -
             lambda x, h, s: scatter_add_tokens(x, h, *tokens, s, **backend),
             (states, draw(2, 4, 16), weights),
         ),
-        "gather": (lambda x, s: gather_tokens(x, *tokens, s, **backend), (states, weights)),
+        "gather": (lambda x, s: share_and_gather(x, (*tokens, s), **backend)[1], (states, weights)),
         "share and gather": (
             lambda x, s: share_and_gather(x, (*tokens, s), (*tokens, None), **backend)[1:],
             (states, weights),

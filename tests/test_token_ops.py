@@ -16,7 +16,7 @@ from modeling_colt5.model_layers import recomputed_in_backward
 from modeling_colt5.op_gelu import gated_gelu
 from modeling_colt5.op_norm import rms_norm_scores, router_scores
 from modeling_colt5.op_norm_triton import BACKWARD_TILE, GRADIENT_PROGRAMS, norm_backward_into, norm_into
-from modeling_colt5.op_rows import combine_branches, gather_tokens, scatter_add_tokens, share_and_gather
+from modeling_colt5.op_rows import combine_branches, scatter_add_tokens, share_and_gather
 from modeling_colt5.op_rows_triton import tile_shape
 
 # relative to the norm of the float64 result: a few roundings of fp32 sums, or of a result rounded once and what enters
@@ -169,7 +169,7 @@ def test_combine_scatter_and_gather(
         return (
             combine_branches(residual, light, heavy, indices, valid, factors, backend),
             scatter_add_tokens(residual, heavy, indices, valid, some, backend),
-            gather_tokens(light, indices, valid, some, backend),
+            share_and_gather(light, (indices, valid, some), kernel_backend=backend)[1],
         )
 
     expected = values_and_gradients(run(inputs, "torch"), inputs)
@@ -220,7 +220,7 @@ def test_references_against_loops() -> None:
     hidden, normed, scores = combined_norm_in_float64(
         [residual, light, heavy, norm_weight, router], (indices, valid, weights)
     )
-    tokens = gather_tokens(normed, indices, valid, weights)
+    tokens = share_and_gather(normed, (indices, valid, weights))[1]
     for row in range(2):
         slots = {int(indices[row, slot]): slot for slot in range(4) if valid[row, slot]}
         for position in range(n):
@@ -261,7 +261,7 @@ def test_unused_slots_pass_nothing_on(backend: str, device: torch.device) -> Non
     factors = weights.float().requires_grad_()
     states.requires_grad_()
     updates.requires_grad_()
-    rows = gather_tokens(states, indices, valid, factors, backend)
+    rows = share_and_gather(states, (indices, valid, factors), kernel_backend=backend)[1]
     total = scatter_add_tokens(torch.zeros(1, n, d, device=device), updates, indices, valid, factors, backend)
     gradients = torch.autograd.grad(rows.sum() + total.sum(), [states, updates, factors])
     for result in (rows, total, *gradients):
@@ -465,7 +465,7 @@ def test_offsets_beyond_32_bits() -> None:
     assert_same_but_for_rounding(scores[..., -8:], tail_scores)
     indices = torch.arange(n - 8, n, device=device)[None]
     valid = torch.ones_like(indices, dtype=torch.bool)
-    assert torch.equal(gather_tokens(normed, indices, valid), normed[:, -8:])
+    assert torch.equal(share_and_gather(normed, (indices, valid, None))[1], normed[:, -8:])
     total = scatter_add_tokens(states, tail, indices, valid)
     assert torch.equal(total[:, -8:], (states[:, -8:].float() + tail.float()).bfloat16())
     del total
