@@ -142,7 +142,8 @@ class RouterHealthCallback(TrainerCallback):
     paper's routing, also in a dense start. A forward pass is a third of a step, so at 100 steps this costs a third of
     a percent; all other steps are as they would be without. Each router gets, under `routers/<layer>/<router>/`, where
     that of a decoder layer's cross-attention is `cross`, or `cross_0`, `cross_1`, … of several, and a causally routed
-    layer's are `causal_query`, `causal_key_value`, or `causal_key_value_0`, … of several, and `causal_feed_forward`:
+    layer's are `causal_query`, `causal_key_value` (with a number behind it if there are several) and
+    `causal_feed_forward`:
 
     - `saturated`: the share of routed tokens whose weight is 1. Saturated weights have no gradient.
     - `score_std`: the spread of the scores of all tokens, in the units of `routing_epsilon`.
