@@ -24,6 +24,7 @@ import measure  # noqa: E402
 import multi_gpu  # noqa: E402
 import peers  # noqa: E402
 import picture  # noqa: E402
+import picture_speed  # noqa: E402
 import results  # noqa: E402
 import run  # noqa: E402
 import targets  # noqa: E402
@@ -81,6 +82,15 @@ def test_framed_digits_run_at_toy_size(tmp_path: Path) -> None:
     # one of nine patches goes to each router, and a ViT has none
     shares = [row["framed patches routed"] for row in line["rows"]]
     assert shares[0] <= 1 / 2 and shares[1] < 0.2 and shares[2] is None
+
+
+# four models are made and called
+@pytest.mark.slow
+def test_encoders_of_pictures_run_at_toy_size(tmp_path: Path) -> None:
+    picture_speed.main(["--tiny", "--out", str(tmp_path)])
+    (line,) = results.read_runs("picture_speed", tmp_path)
+    assert line["complete"] and [row["model"] for row in line["rows"]] == list(picture_speed.MAKERS)
+    assert all(row["both ms"] > 0 and "note" not in row for row in line["rows"])
 
 
 def test_framed_digits_are_what_the_label_says() -> None:
