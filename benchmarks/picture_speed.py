@@ -114,8 +114,8 @@ def main(argv: list[str] | None = None) -> None:
         options,
     )
     table.note(
-        f"In fp32 CoLT5's outputs with kernels differ from those in PyTorch by {difference(options):.1e} of their norm; a "
-        "patch that another rounding routes otherwise counts."
+        f"In fp32 CoLT5's outputs with kernels differ from those in PyTorch by {difference(options):.1e} of their "
+        "norm; a patch that another rounding routes otherwise counts."
     )
     for side in options.sides:
         for name in MAKERS:
