@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from python_types import study, train
+from python_types import ablation, study, train
 from python_types.arms import ARMS, EQUAL_AT, WINDOW, equal_width
 from python_types.evaluate import VOCABULARY, Record, hidden_in, question_of
 from python_types.study import (
@@ -30,7 +30,8 @@ from python_types.train import Size
 from python_types.windows import window_around, windowed_question_of
 from transformers import LongT5ForConditionalGeneration, T5ForConditionalGeneration
 
-from modeling_colt5 import CoLT5ForConditionalGeneration, CoLT5Tokenizer
+from modeling_colt5 import CoLT5Config, CoLT5ForConditionalGeneration, CoLT5Tokenizer
+from modeling_colt5.dense_start import learned_routers
 from modeling_colt5.encoder_costs import encoder_flops
 
 SIZE = {"d_model": 32, "d_kv": 8, "num_layers": 1, "num_decoder_layers": 1, "num_heads": 4, "num_light_heads": 1}
@@ -282,3 +283,46 @@ def test_what_has_ended_is_told_though_others_are_cut_off(tmp_path, capsys):
     assert ended == ["a"]
     told = capsys.readouterr().out
     assert "b failed: no memory" in told and "c was not done in time" in told
+
+
+def test_other_routers_choose_otherwise_and_weigh_as_they_should():
+    config = CoLT5Config(**{**SIZE, "vocab_size": 384, "light_d_ff": 32, "heavy_d_ff": 64, "local_radius": 7})
+    ids = torch.randint(3, 384, (1, 160), generator=torch.Generator().manual_seed(0))
+    chosen = {}
+    for way in (None, "even", "random", "other vectors"):
+        torch.manual_seed(0)
+        model = CoLT5ForConditionalGeneration(config).eval()
+        lengths = [router.weight.norm() for router in learned_routers(model)]
+        if way:
+            ablation.replace_routers(model, way)
+        with torch.no_grad():
+            (routing,) = model.encoder(ids, output_routing=True).routing
+        tokens = routing.query
+        chosen[way] = tokens.indices[tokens.valid].tolist()
+        weights = tokens.weights[tokens.valid]
+        assert (weights == 1).all() if way in ablation.CONTROLS else (weights < 1).any()
+        # fp32: a vector is scaled by a quotient of two rounded norms
+        torch.testing.assert_close(
+            [router.weight.norm() for router in learned_routers(model)], lengths, rtol=1e-5, atol=0
+        )
+    gaps = {later - earlier for earlier, later in zip(chosen["even"], chosen["even"][1:], strict=False)}
+    assert len(gaps) <= 2 and len({tuple(each) for each in chosen.values()}) == 4
+    with pytest.raises(ValueError, match="way is 'none'; it must be one of even"):
+        ablation.replace_routers(model, "none")
+
+
+def test_the_ablation_asks_each_model_for_the_same_types(corpus, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("python_types.predict.LONGEST_ANSWER", 2)
+    monkeypatch.setattr("python_types.predict.MEAN_ANSWER", 2)
+    model = ARMS["learned"].model(study.Size(**SIZE), CPU)
+    model.save_pretrained(tmp_path / "model")
+    CoLT5Tokenizer.from_pretrained(VOCABULARY).save_pretrained(tmp_path / "model")
+    files = ["--corpus", str(corpus), "--baselines", str(corpus / "tokens/baselines.json")]
+    ablation.main(["--model", str(tmp_path / "model"), *files, "--most_modules", "1", "--budgets", "8"])
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert [row.split(" | ")[0] for row in rows[2:]] == [
+        "| learned", "| even", "| random", "| other vectors", "| learned, one query among 8",
+    ]  # fmt: skip
+    task = next(task for task in study.tasks_of(corpus, ablation.SHARES) if task[1] == ablation.SHARE)
+    asked = len(question_of(corpus / "tokens/baselines.json", VOCABULARY, task).keys)
+    assert all(f"% of {asked} |" in row for row in rows[2:])

@@ -76,16 +76,16 @@ model had to look instead of to know by heart. Training began with weights that 
 a loss of its own at the sentinels. {steps:,} steps in {minutes:.1f} minutes of training on {gpus}, bf16{runs}: a dense
 start on inputs that grow from {shortest:,} to {start:,} tokens, then learned routing (one query and one token of the
 feed-forward among {budget}, keys and values twice as many) on inputs of up to {trained:,}.
-`examples/python_types/train.py` is the recipe.
+{notes}`examples/python_types/train.py` is the recipe.
 
 ## What it is not
 
-- It has seen about 200,000 annotations. Types that only your project has are known to it from what stands in the
+- It has seen about {rounded:,} annotations. Types that only your project has are known to it from what stands in the
   module; of a module without any annotation it knows them from names and imports alone.
 - It does not check anything: a type that it gives parses, and may be wrong. Run a type checker.
 - Its probabilities are of the answer as it is spelt, and are not calibrated.
-- Code of the standard library, torch, transformers, sympy, numpy, networkx, homeassistant, django and nova was trained
-  on: numbers on these say nothing.
+- Code of the packages with split "train", and so of the standard library, torch and transformers, was trained on:
+  numbers on these say nothing.
 - It writes no comments, imports or stubs, and nothing but annotations.
 """
 
@@ -102,6 +102,7 @@ class Arguments:
         default_factory=list, metadata={"help": "folders of the runs that this one goes on from, the first one first"}
     )
     gpus: str = field(default="one GPU", metadata={"help": "what it was trained on, as the card says it"})
+    notes: str = field(default="", metadata={"help": "what else there is to say of the runs, in full sentences"})
 
 
 def training_totals(summary: str) -> tuple[int, float, int]:
@@ -112,7 +113,13 @@ def training_totals(summary: str) -> tuple[int, float, int]:
 
 
 def card(
-    runs: list[dict[str, Any]], config: Any, parameters: int, numbers: dict[str, Any], summary: str, gpus: str
+    runs: list[dict[str, Any]],
+    config: Any,
+    parameters: int,
+    numbers: dict[str, Any],
+    summary: str,
+    gpus: str,
+    notes: str = "",
 ) -> str:
     """The model card.
 
@@ -123,9 +130,10 @@ def card(
         numbers: evaluation.json.
         summary: the corpus's table.
         gpus: what it was trained on.
+        notes: what else there is to say of the runs.
     """
     modules, tokens, annotations = training_totals(summary)
-    and_then = " and then ".join(f"{about['step']:,}" for about in runs)
+    and_then = ", then ".join(f"{about['step']:,}" for about in runs)
     return CARD.format(
         parameters=parameters / 1e6,
         tables=tables(numbers),
@@ -133,6 +141,8 @@ def card(
         modules=modules,
         tokens=tokens,
         annotations=annotations,
+        rounded=round(annotations, -4),
+        notes=notes + "\n" * bool(notes),
         steps=sum(about["step"] for about in runs),
         minutes=sum(about["seconds"] for about in runs) / 60,
         gpus=gpus,
@@ -153,7 +163,7 @@ def main(argv: list[str] | None = None) -> None:
     summary = (arguments.corpus / "summary.md").read_text(encoding="utf-8")
     model, about = load_weights(arguments.run)
     runs = [*(load_weights(folder)[1] for folder in arguments.earlier), about]
-    text = card(runs, model.config, model.num_parameters(), numbers, summary, arguments.gpus)
+    text = card(runs, model.config, model.num_parameters(), numbers, summary, arguments.gpus, arguments.notes)
 
     if arguments.out.exists():
         shutil.rmtree(arguments.out)

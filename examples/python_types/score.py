@@ -14,7 +14,7 @@ from python_types.holes import Hole, as_type
 FAR = 1016
 # A less probable type of the model gives way to one that the module has at that name. `python -m
 # python_types.threshold` chose it on the validation packages.
-COPY_BELOW = 0.95
+COPY_BELOW = 0.6
 # no parameter has this name
 RETURN = "return"
 
