@@ -3,9 +3,12 @@
 import dataclasses
 import functools
 import inspect
+import math
 import types
 from collections.abc import Callable
 from typing import Any
+
+import numpy
 
 
 def make_interpreter_fast() -> None:
@@ -14,10 +17,14 @@ def make_interpreter_fast() -> None:
     A launch looks through all of Triton's language for what it is to replace, and each call of a function within the
     kernel does so again, when everything is in place. And each sum and product of integers is computed once more in 64
     bits, to see whether it overflows; compiled kernels do without that. Integers wrap around as on a GPU, so that what
-    overflows gives a wrong result.
+    overflows gives a wrong result. What types and shapes are is worked out anew for each value, and a round of random
+    numbers takes a dozen of its operations.
     """
     from triton import language
     from triton.runtime import interpreter
+
+    make_types_fast()
+    make_random_numbers_fast()
 
     is_builtin = language.core.is_builtin
     parts = (language, language.core, language.math, language.tensor)
@@ -45,3 +52,68 @@ def make_interpreter_fast() -> None:
     builder = interpreter.interpreter_builder
     if hasattr(builder.options, "sanitize_overflow"):
         builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+
+
+def make_types_fast() -> None:
+    """Work out once what the interpreter asks of a type or of a shape for each value."""
+    from triton import language
+    from triton.runtime import interpreter
+
+    numpy_type = interpreter._get_np_dtype
+    numpy_types: dict[str, Any] = {}
+
+    def numpy_type_once(kind: Any) -> Any:
+        name = kind.scalar.name
+        if name not in numpy_types:
+            numpy_types[name] = numpy_type(kind)
+        return numpy_types[name]
+
+    make_block_type = language.block_type.__init__
+    block_types: dict[tuple, dict[str, Any]] = {}
+
+    def make_block_type_once(self: Any, element_ty: Any, shape: Any) -> None:
+        key = element_ty.name, *(getattr(size, "value", size) for size in shape)
+        if key not in block_types:
+            make_block_type(self, element_ty, shape)
+            block_types[key] = dict(vars(self))
+        vars(self).update(block_types[key], element_ty=element_ty)
+
+    @functools.cache
+    def sizes_of(shape: tuple[int, ...]) -> tuple[Any, tuple]:
+        return language.constexpr(math.prod(shape)), language.tuple([language.constexpr(size) for size in shape])
+
+    def make_tensor(self: Any, handle: Any, type: Any) -> None:
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.numel, self.shape = sizes_of(tuple(type.shape) if type.is_block() else ())
+
+    interpreter._get_np_dtype = numpy_type_once
+    language.block_type.__init__ = make_block_type_once
+    language.tensor.__init__ = make_tensor
+
+
+def make_random_numbers_fast() -> None:
+    """Philox of 32 bits in NumPy: Salmon et al. 2011, section 3.3."""
+    from triton import language
+    from triton.runtime.interpreter import TensorHandle
+
+    in_triton = language.random.philox_impl
+    low = numpy.uint64(0xFFFFFFFF)
+    half = numpy.uint64(32)
+    factors = numpy.uint64(0xD2511F53), numpy.uint64(0xCD9E8D57)
+    steps = numpy.uint64(0x9E3779B9), numpy.uint64(0xBB67AE85)
+
+    def philox(c0: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any, n_rounds: Any = 10) -> Any:
+        if c0.dtype != language.uint32 or any(word.type != c0.type for word in (c1, c2, c3)):
+            return in_triton(c0, c1, c2, c3, k0, k1, n_rounds)
+        words = [word.handle.data.astype(numpy.uint64) for word in (c0, c1, c2, c3)]
+        keys = [key.handle.data.astype(numpy.uint64) for key in (k0, k1)]
+        for _ in range(getattr(n_rounds, "value", n_rounds)):
+            one, other = factors[0] * words[0], factors[1] * words[2]
+            words = [(other >> half) ^ words[1] ^ keys[0], other & low, (one >> half) ^ words[3] ^ keys[1], one & low]
+            keys = [(key + step) & low for key, step in zip(keys, steps, strict=True)]
+        return tuple(
+            language.tensor(TensorHandle(word.astype(numpy.uint32).reshape(c0.handle.data.shape), c0.dtype), c0.type)
+            for word in words
+        )
+
+    language.random.philox_impl = philox
