@@ -595,7 +595,8 @@ class CoLT5ConditionalCrossAttention(_StandAlone):
         if not isinstance(cache, EncoderDecoderCache | None):
             raise TypeError(f"cache is a {type(cache).__name__}; it must be what make_cache() made, or None")
         mask = padding_mask("memory_mask", memory_mask, memory)
-        memory, routing = memory.to(hidden_states.dtype), None
+        # In half precision the norm gives the states its weight's dtype.
+        memory, routing = memory.to(self.layer.layer_norm.weight.dtype), None
         if self.layer.EncDecAttention.is_routed and not self.asks:
             memories, mask, routing = self.cross_routing.read(memory, mask, cache, self.settings, self.implementation)
             (memory,) = memories

@@ -425,6 +425,17 @@ def test_half_precision(kind: str, dtype: torch.dtype) -> None:
         assert call(kind, module, states).isfinite().all()
 
 
+@pytest.mark.parametrize("given", [torch.float32, torch.float16])
+@pytest.mark.parametrize("kind", [kind for kind in MAKERS if kind != "block"])
+@torch.no_grad()
+def test_states_of_another_dtype_than_half_precision_weights(kind: str, given: torch.dtype) -> None:
+    """The norm gives them the weights' dtype. A block's second norm reads a rounded sum, which may route others."""
+    module, states = make(kind).bfloat16(), torch.randn(2, 25, 32).bfloat16()
+    expected = call(kind, module, states).float()
+    # the same numbers but for rounding: bf16 has 8 bits, of sums up to some units
+    torch.testing.assert_close(call(kind, module, states.to(given)).float(), expected, rtol=2e-2, atol=4e-2)
+
+
 # ------------------------------------------------------------------ bad input
 
 
