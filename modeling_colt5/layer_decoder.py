@@ -20,7 +20,6 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderD
 
 from .kernel_backend import Mode, triton_is_available
 from .layer_plain import PlainLayer, parts_of_dense
-from .layer_program import may_repeat
 from .op_step_attention import step_attention_into
 from .run_growing_cache import CoLT5GrowingLayer
 
@@ -28,8 +27,7 @@ if triton_is_available():
     from .op_gelu_triton import gated_gelu_into
     from .op_norm_triton import norm_into
     from .op_step_attention_triton import number_of_parts
-    from .run_launch_list_triton import LaunchList, Recorder
-    from .run_launch_triton import has_listeners
+    from .run_launch_list_triton import LaunchList, Recorder, may_repeat, repeat_or_note
 
 # False lets every block run as modules, for a comparison
 enabled = True
@@ -184,14 +182,10 @@ class StraightStep:
         length: int,
     ):
         self.rows, _, self.d = hidden_states.shape
-        self.dtype, self.device, self.device_index = (
-            hidden_states.dtype,
-            hidden_states.device,
-            hidden_states.get_device(),
-        )
+        self.dtype, self.device = hidden_states.dtype, hidden_states.device
         self.hidden_states, self.layers, self.table, self.length = hidden_states.contiguous(), layers, table, length
         self.masks = (mask, memory_mask)
-        self.repeats = may_repeat(hidden_states) and not has_listeners()
+        self.repeats = may_repeat(hidden_states)
 
     @classmethod
     def of(
@@ -281,16 +275,14 @@ class StraightStep:
         length: Tensor,
         room: tuple[Tensor, Tensor],
     ) -> None:
-        kind, lists = (incoming is not None, room[0].shape[2]), layer.lists
+        kind = (incoming is not None, room[0].shape[2])
         memories = [hidden, update, length, self.table, *layer.weights, *room, *layer.memory]
         memories += [part for part in (incoming, *self.masks) if part is not None]
-        launches = lists.get(kind) if self.repeats else None
-        if launches is not None and launches(memories, self.device, self.device_index):
-            return
-        recorder = Recorder(self.device, self.repeats and kind not in lists)
-        _Line(self, layer, recorder).run(incoming, hidden, update, length, room)
-        if recorder.notes is not None:
-            lists[kind] = recorder.finish(memories)
+
+        def compute(recorder: Recorder) -> None:
+            _Line(self, layer, recorder).run(incoming, hidden, update, length, room)
+
+        repeat_or_note(layer.lists, kind, memories, self.repeats, compute)
 
 
 class _Line:

@@ -25,7 +25,7 @@ from .run_plan import EncoderPlan, EncoderSettings
 
 if triton_is_available():
     from .op_routing_triton import kernels_take
-    from .run_launch_list_triton import Recorder
+    from .run_launch_list_triton import Recorder, repeat_or_note
 
 # False lets every block run as modules, for a comparison.
 enabled = True
@@ -141,23 +141,19 @@ class StraightLayer:
         memory: Tensor,
         seeds: Tensor | None = None,
     ) -> None:
-        """Repeat the list of launches of a kind of call; where there is none yet, `compute` and note them.
+        """`repeat_or_note` of run_launch_list_triton.py, with a line for `compute`.
 
         Args:
-            kind: tells apart the calls of a program that launch different kernels.
-            memories: all contiguous tensors that the call reads or writes and does not make itself.
+            kind, memories: as there.
             compute: launches kernels and products by a line.
             layout, memory: of what outlives the call, one of the memories.
             seeds: of what the layer drops; None where it drops nothing.
         """
-        common, lists = self.common, self.program.lists
-        launches = lists.get(kind) if common.repeats else None
-        if launches is not None and launches(memories, common.device, common.device_index):
-            return
-        recorder = Recorder(common.device, common.repeats and kind not in lists)
-        compute(Line(self.program, self.plan, recorder, self.weights, self.tables, layout, memory, seeds))
-        if recorder.notes is not None:
-            lists[kind] = recorder.finish(memories)
+
+        def compute_line(recorder: Recorder) -> None:
+            compute(Line(self.program, self.plan, recorder, self.weights, self.tables, layout, memory, seeds))
+
+        repeat_or_note(self.program.lists, kind, memories, self.common.repeats, compute_line)
 
     def __call__(self, hidden_states: Tensor) -> Tensor:
         """From states to states [batch, n, d_model], for a backward pass where autograd records."""

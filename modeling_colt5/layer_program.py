@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .kernel_backend import INTERPRETED, normed_dtype, triton_is_available
+from .kernel_backend import normed_dtype, triton_is_available
 from .layer_plain import PlainLayer, parts_of_dense
 from .run_plan import is_one_product
 
 if triton_is_available():
-    from .run_launch_list_triton import LaunchList
-    from .run_launch_triton import has_listeners
+    from .run_launch_list_triton import LaunchList, may_repeat
 
 # Each module with a weight, in the order in which the weights are read.
 WEIGHTS = (
@@ -119,21 +118,6 @@ _DTYPE, _SHAPE = attrgetter("dtype"), attrgetter("shape")
 MOST_TOKENS_OF_A_LIST = 131_072
 
 
-def may_repeat(states: Tensor) -> bool:
-    """Whether lists of launches reach these states: they are on the device that is the current one, and PyTorch
-    multiplies as lists do."""
-    if INTERPRETED or not states.is_cuda or torch.version.hip is not None:
-        return False
-    backends = torch.backends.cuda
-    return (
-        torch._C._cuda_getDevice() == states.get_device()
-        and backends.preferred_blas_library() == torch._C._BlasBackend.Cublas
-        and bool(backends.matmul.allow_bf16_reduced_precision_reduction)
-        and bool(backends.matmul.allow_fp16_reduced_precision_reduction)
-        and not backends.matmul.allow_fp16_accumulation
-    )
-
-
 class StraightPass:
     """What the straight lines of one pass have in common: sizes, budgets and masks.
 
@@ -171,12 +155,7 @@ class StraightPass:
             self.batch, self.n, self.hidden_dtype, self.dtype, self.device, self.mask is None, self.capacities,
             self.settings, precision,
         )  # fmt: skip
-        self.repeats = (
-            plan.side is None
-            and self.batch * self.n <= MOST_TOKENS_OF_A_LIST
-            and may_repeat(hidden_states)
-            and not has_listeners()
-        )
+        self.repeats = plan.side is None and self.batch * self.n <= MOST_TOKENS_OF_A_LIST and may_repeat(hidden_states)
         self.program: Program | None = None
 
 

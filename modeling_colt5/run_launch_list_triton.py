@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .run_launch_triton import Compiled, noted
+from .kernel_backend import INTERPRETED
+from .run_launch_triton import Compiled, has_listeners, noted
 
 try:
     from triton.runtime.build import compile_module_from_src
@@ -192,6 +193,21 @@ def launcher() -> Any:
     return made
 
 
+def may_repeat(states: Tensor) -> bool:
+    """Whether lists serve these states: they are on the device that is the current one, PyTorch multiplies as lists
+    do, and no profiler wants to hear of single launches."""
+    if INTERPRETED or not states.is_cuda or torch.version.hip is not None or has_listeners():
+        return False
+    backends = torch.backends.cuda
+    return (
+        torch._C._cuda_getDevice() == states.get_device()
+        and backends.preferred_blas_library() == torch._C._BlasBackend.Cublas
+        and bool(backends.matmul.allow_bf16_reduced_precision_reduction)
+        and bool(backends.matmul.allow_fp16_reduced_precision_reduction)
+        and not backends.matmul.allow_fp16_accumulation
+    )
+
+
 class LaunchList:
     """Launches and products of a function of some memories.
 
@@ -288,6 +304,32 @@ class Recorder:
             return places.finish([command for command in commands if command is not None])
         except _Elsewhere:
             return None
+
+
+def repeat_or_note(
+    lists: dict[Any, LaunchList | None],
+    kind: Any,
+    memories: list[Tensor],
+    repeats: bool,
+    compute: Callable[[Recorder], None],
+) -> None:
+    """Repeat the list of launches of a kind of call; where there is none yet, `compute`, and make the list of it.
+
+    Args:
+        lists: of earlier calls, by their kinds; None of a kind that cannot be repeated.
+        kind: tells apart the calls that launch different kernels.
+        memories: all contiguous tensors that the call reads or writes and does not make itself.
+        repeats: whether lists are used and made, see `may_repeat`.
+        compute: launches kernels and products by a recorder.
+    """
+    first = memories[0]
+    launches = lists.get(kind) if repeats else None
+    if launches is not None and launches(memories, first.device, first.get_device()):
+        return
+    recorder = Recorder(first.device, repeats and kind not in lists)
+    compute(recorder)
+    if recorder.notes is not None:
+        lists[kind] = recorder.finish(memories)
 
 
 class _Elsewhere(Exception):
