@@ -420,7 +420,7 @@ def test_trainer_learns_a_text_by_heart(tmp_path) -> None:
     text = random_ids(4, 3 * WINDOW)
     rows = [{"input_ids": row, "labels": row} for row in text for _ in range(8)]
     arguments = TrainingArguments(
-        output_dir=tmp_path, max_steps=40, learning_rate=2e-2, per_device_train_batch_size=4, report_to=[],
+        output_dir=tmp_path, max_steps=20, learning_rate=2e-2, per_device_train_batch_size=4, report_to=[],
         gradient_accumulation_steps=2, use_cpu=True, disable_tqdm=True,
         save_strategy="no", logging_steps=20,
     )  # fmt: skip
