@@ -27,7 +27,7 @@ if triton_is_available():
     from .op_gelu_triton import gated_gelu_into
     from .op_norm_triton import norm_into
     from .op_step_attention_triton import number_of_parts
-    from .run_launch_list_triton import LaunchList, Recorder, may_repeat, repeat_or_note
+    from .run_launch_list_triton import LaunchList, Recorder, may_repeat, repeated_or_recorder
 
 # False lets every block run as modules, for a comparison
 enabled = True
@@ -278,11 +278,10 @@ class StraightStep:
         kind = (incoming is not None, room[0].shape[2])
         memories = [hidden, update, length, self.table, *layer.weights, *room, *layer.memory]
         memories += [part for part in (incoming, *self.masks) if part is not None]
-
-        def compute(recorder: Recorder) -> None:
+        recorder = repeated_or_recorder(layer.lists, kind, memories, self.repeats)
+        if recorder is not None:
             _Line(self, layer, recorder).run(incoming, hidden, update, length, room)
-
-        repeat_or_note(layer.lists, kind, memories, self.repeats, compute)
+            recorder.keep(layer.lists, kind, memories)
 
 
 class _Line:

@@ -8,7 +8,6 @@ The first call of a kind, which is one of its shapes, dtypes and numbers, launch
 them. From then on the list is repeated by one call of C (run_launch_list_triton.py), with other tensors' addresses.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from .run_plan import EncoderPlan, EncoderSettings
 
 if triton_is_available():
     from .op_routing_triton import kernels_take
-    from .run_launch_list_triton import Recorder, repeat_or_note
+    from .run_launch_list_triton import repeated_or_recorder
 
 # False lets every block run as modules, for a comparison.
 enabled = True
@@ -132,28 +131,20 @@ class StraightLayer:
             return None
         return cls(program, weights, tables, plan, records)
 
-    def launch(
-        self,
-        kind: Any,
-        memories: list[Tensor],
-        compute: Callable[[Line], None],
-        layout: Room,
-        memory: Tensor,
-        seeds: Tensor | None = None,
-    ) -> None:
-        """`repeat_or_note` of run_launch_list_triton.py, with a line for `compute`.
+    def line(
+        self, kind: Any, memories: list[Tensor], layout: Room, memory: Tensor, seeds: Tensor | None = None
+    ) -> Line | None:
+        """What computes a call; None where a list of launches was repeated, by `repeated_or_recorder`.
 
         Args:
             kind, memories: as there.
-            compute: launches kernels and products by a line.
             layout, memory: of what outlives the call, one of the memories.
             seeds: of what the layer drops; None where it drops nothing.
         """
-
-        def compute_line(recorder: Recorder) -> None:
-            compute(Line(self.program, self.plan, recorder, self.weights, self.tables, layout, memory, seeds))
-
-        repeat_or_note(self.program.lists, kind, memories, self.common.repeats, compute_line)
+        recorder = repeated_or_recorder(self.program.lists, kind, memories, self.common.repeats)
+        if recorder is None:
+            return None
+        return Line(self.program, self.plan, recorder, self.weights, self.tables, layout, memory, seeds)
 
     def __call__(self, hidden_states: Tensor) -> Tensor:
         """From states to states [batch, n, d_model], for a backward pass where autograd records."""
@@ -173,11 +164,11 @@ class StraightLayer:
         assert memory is not None
         memories = [memory, *self.tables, *self.weights, *self.common.read]
         memories += [] if states is None else [states]
-
-        def compute(line: Line) -> None:
+        kind = "sum" if states is None else "states"
+        line = self.line(kind, memories, program.outgoing, memory)
+        if line is not None:
             feed_forward(line, [*attention(line, states)])
-
-        self.launch("sum" if states is None else "states", memories, compute, program.outgoing, memory)
+            line.recorder.keep(program.lists, kind, memories)
         return Sum(None, self)
 
     def total(self) -> Tensor:
@@ -185,11 +176,11 @@ class StraightLayer:
         program, memory = self.program, self.memory
         assert memory is not None
         total = torch.empty((program.batch, program.n, program.d), dtype=program.hidden_dtype, device=program.device)
-
-        def compute(line: Line) -> None:
+        memories = [memory, total]
+        line = self.line("total", memories, program.outgoing, memory)
+        if line is not None:
             combined(line, parts_of(line), total)
-
-        self.launch("total", [memory, total], compute, program.outgoing, memory)
+            line.recorder.keep(program.lists, "total", memories)
         return total
 
 
@@ -203,12 +194,11 @@ class _Straight(torch.autograd.Function):
         kept = program.kept.take(program.device)
         result = torch.empty(states.shape, dtype=program.hidden_dtype, device=program.device)
         seeds = [draw_seeds(len(program.drops), program.device)] if any(program.drops) else []
-
-        def compute(line: Line) -> None:
-            sum_of_all(line, feed_forward(line, [*attention(line, states)]), result)
-
         memories = [states, *inputs, *layer.common.read, kept, result, *seeds]
-        layer.launch("training", memories, compute, program.kept, kept, *seeds)
+        line = layer.line("training", memories, program.kept, kept, *seeds)
+        if line is not None:
+            sum_of_all(line, feed_forward(line, [*attention(line, states)]), result)
+            line.recorder.keep(program.lists, "training", memories)
         ctx.set_materialize_grads(False)
         ctx.layer = (program, layer.plan)
         ctx.save_for_backward(states, *inputs, kept, *seeds)
@@ -232,13 +222,13 @@ class _Straight(torch.autograd.Function):
         light, heavy = (
             torch.empty_like(table) if needed else None for table, needed in zip(layer.tables, needs[2:4], strict=True)
         )
-
-        def compute(line: Line) -> None:
-            Backward(line, gradients, (light, heavy)).run(grad, states, out)
-
         memories = [*saved, *layer.common.read, out, *gradients.memories]
         memories += [table for table in (light, heavy) if table is not None]
-        layer.launch(needs[2:], memories, compute, program.kept, kept, *seeds)
+        kind = needs[2:]
+        line = layer.line(kind, memories, program.kept, kept, *seeds)
+        if line is not None:
+            Backward(line, gradients, (light, heavy)).run(grad, states, out)
+            line.recorder.keep(program.lists, kind, memories)
         return None, out, light, heavy, *gradients.wanted()
 
 

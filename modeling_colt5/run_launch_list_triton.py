@@ -288,6 +288,11 @@ class Recorder:
         if self.notes is not None:
             self.notes.append(note)
 
+    def keep(self, lists: dict[Any, LaunchList | None], kind: Any, memories: list[Tensor]) -> None:
+        """Keep the list of what was noted, if notes were taken; arguments as of `repeated_or_recorder`."""
+        if self.notes is not None:
+            lists[kind] = self.finish(memories)
+
     def finish(self, memories: list[Tensor]) -> LaunchList | None:
         """What was noted, for other memories like these; None where something cannot be repeated.
 
@@ -306,30 +311,23 @@ class Recorder:
             return None
 
 
-def repeat_or_note(
-    lists: dict[Any, LaunchList | None],
-    kind: Any,
-    memories: list[Tensor],
-    repeats: bool,
-    compute: Callable[[Recorder], None],
-) -> None:
-    """Repeat the list of launches of a kind of call; where there is none yet, `compute`, and make the list of it.
+def repeated_or_recorder(
+    lists: dict[Any, LaunchList | None], kind: Any, memories: list[Tensor], repeats: bool
+) -> Recorder | None:
+    """Repeat the list of launches of a kind of call, and give None; where there is none yet, what computes the call,
+    whose `keep` then makes the list.
 
     Args:
         lists: of earlier calls, by their kinds; None of a kind that cannot be repeated.
         kind: tells apart the calls that launch different kernels.
         memories: all contiguous tensors that the call reads or writes and does not make itself.
         repeats: whether lists are used and made, see `may_repeat`.
-        compute: launches kernels and products by a recorder.
     """
     first = memories[0]
     launches = lists.get(kind) if repeats else None
     if launches is not None and launches(memories, first.device, first.get_device()):
-        return
-    recorder = Recorder(first.device, repeats and kind not in lists)
-    compute(recorder)
-    if recorder.notes is not None:
-        lists[kind] = recorder.finish(memories)
+        return None
+    return Recorder(first.device, repeats and kind not in lists)
 
 
 class _Elsewhere(Exception):
