@@ -294,13 +294,15 @@ class Recorder:
             lists[kind] = self.finish(memories)
 
     def finish(self, memories: list[Tensor]) -> LaunchList | None:
-        """What was noted, for other memories like these; None where something cannot be repeated.
+        """What was noted, for other memories like these; None where something cannot be repeated, or nothing can.
 
         Args:
             memories: all contiguous tensors that the function read or wrote, other than temporary ones, and views of
                 those.
         """
         assert self.notes is not None
+        if launcher() is None:
+            return None
         commands = [_command(note) for note in self.notes]
         places = _Places(memories, self.temporaries)
         if not places.are_clear or any(command is None for command in commands):

@@ -91,7 +91,7 @@ def test_a_thread_without_a_context_gets_one(repeated: list[str], monkeypatch: p
 
 
 @interpreted
-@pytest.mark.parametrize("case", ["tied", "unknown", "unaligned", "strided", "Triton's own"])
+@pytest.mark.parametrize("case", ["tied", "unknown", "unaligned", "strided", "Triton's own", "no launcher"])
 def test_what_cannot_be_repeated_gives_no_list(case: str, repeated: list[str], monkeypatch: Any) -> None:
     first, second, out = torch.randn(4), torch.randn(4), torch.empty(8)
     if case == "unaligned":
@@ -102,6 +102,8 @@ def test_what_cannot_be_repeated_gives_no_list(case: str, repeated: list[str], m
     recorder.run(join_into, (out, first, first if case == "tied" else second.contiguous()))
     if case == "Triton's own":
         monkeypatch.setattr(run_launch_list_triton, "launch_command", lambda *note: None)
+    if case == "no launcher":
+        monkeypatch.setattr(run_launch_list_triton, "launcher", lambda: None)
     memories = [first, first if case == "tied" else second, out]
     assert recorder.finish(memories[:1] if case == "unknown" else memories) is None
 
