@@ -5,7 +5,6 @@ import copy
 import importlib
 import json
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -99,10 +98,10 @@ def expected_class(kind: str, auto_class: str) -> str | None:
     return hub_steps.AUTO_CLASSES[auto_class]
 
 
-def check(kind: str, where: str, auto_classes: Iterable[str] = hub_steps.AUTO_CLASSES) -> None:
+def check(kind: str, where: str) -> None:
     """Each Auto class makes of a checkpoint the right class with trained weights, but for a new head, or an error."""
     saved = load_file(Path(where, "model.safetensors"))
-    for auto_class in auto_classes:
+    for auto_class in hub_steps.AUTO_CLASSES:
         expected = expected_class(kind, auto_class)
         make = getattr(transformers, auto_class).from_pretrained
         try:
@@ -119,13 +118,13 @@ def check(kind: str, where: str, auto_classes: Iterable[str] = hub_steps.AUTO_CL
             assert name in new or torch.equal(weight, trained), (kind, auto_class, name)
 
 
-def check_configuration_alone(where: str, auto_classes: Iterable[str] = hub_steps.AUTO_CLASSES) -> None:
+def check_configuration_alone(where: str) -> None:
     """A configuration saved by itself makes every model of its checkpoint, again and again."""
     config = transformers.AutoConfig.from_pretrained(where, trust_remote_code=True)
     for folder in (f"{where}-configuration", f"{where}-configuration-again"):
         config.save_pretrained(folder)
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)
-        for auto_class in auto_classes:
+        for auto_class in hub_steps.AUTO_CLASSES:
             name = hub_steps.AUTO_CLASSES[auto_class]
             if auto_class == "AutoModel" and not config.is_encoder_decoder:
                 name = "CoLT5EncoderModel"
@@ -171,24 +170,19 @@ def check_users(where: str) -> None:
     assert not [name for name, entry in auto_map.items() if "ScoreModel" in entry]
 
 
-def main(root: str, extent: str) -> None:
+def main(root: str) -> None:
     """Everything, without the package and triton.
 
     Args:
         root: folder of the checkpoints, KIND/model; every folder has the same last part, so that the code of all is
             one module where it is the same.
-        extent: "some" or "all" of the Auto classes and checkpoints.
     """
     # where PyTorch has found triton, torchao does not do without it
     hub_steps.Hidden(["modeling_colt5", "triton", "torchao"])
-    kinds, auto_classes = KINDS, list(hub_steps.AUTO_CLASSES)
-    if extent == "some":
-        kinds = ["CoLT5ForConditionalGeneration", "CoLT5ForTokenClassification", "CoLT5ForCausalLM", "ScoreModel"]
-        auto_classes = ["AutoModel", "AutoModelForSequenceClassification"]
-    for kind in kinds:
-        check(kind, f"{root}/{kind}/model", auto_classes)
+    for kind in KINDS:
+        check(kind, f"{root}/{kind}/model")
     for kind in ("CoLT5ForConditionalGeneration", "CoLT5EncoderModel"):
-        check_configuration_alone(f"{root}/{kind}/model", auto_classes)
+        check_configuration_alone(f"{root}/{kind}/model")
     check_users(root)
     assert importlib.util.find_spec("modeling_colt5") is None and "modeling_colt5" not in sys.modules
 

@@ -335,9 +335,7 @@ def test_copies_and_files(kind: str, tmp_path: Any) -> None:
 @pytest.mark.parametrize(
     "kind",
     [
-        kind
-        if kind in ("block", "causal feed-forward", "cross-attention")
-        else pytest.param(kind, marks=pytest.mark.slow)
+        kind if kind in ("causal feed-forward", "cross-attention") else pytest.param(kind, marks=pytest.mark.slow)
         for kind in MAKERS
     ],
 )

@@ -98,6 +98,7 @@ class Exportable(torch.nn.Module):
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_one_exported_encoder_serves_every_length_and_batch():
     model = Exportable(tiny_model(CoLT5EncoderModel, num_layers=1))
     auto = torch.export.Dim.AUTO

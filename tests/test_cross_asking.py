@@ -195,6 +195,7 @@ def test_it_learns_what_a_shared_choice_cannot() -> None:
     assert losses[0] < 0.6 * losses[1], losses
 
 
+@pytest.mark.slow
 def test_compilers_take_it_whole() -> None:
     asking, mask = module(), real([21, 13], 21)
     compiled = torch.compile(asking, fullgraph=True, dynamic=False, backend="aot_eager")

@@ -349,6 +349,7 @@ def test_static_cache_longer_than_the_memory(initialised: bool, masked: bool) ->
         assert cross_cache.layers[0].keys.shape[2] == (64 if initialised else 30)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_step_with_static_caches_compiles_without_a_break() -> None:
     model = routed_model(12, num_decoder_layers=2, num_cross_routers=2)

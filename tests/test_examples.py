@@ -313,7 +313,8 @@ def test_classification_of_words(tmp_path):
         finetune_token_classification.main(arguments)
 
 
-@pytest.mark.parametrize("objective", ["ul2", pytest.param("span_corruption", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["ul2", "span_corruption"])
 def test_pretraining_resumes_to_the_same_weights(tmp_path, objective):
     text = tmp_path / "text.txt"
     text.write_text("".join(row["document"] for row in ROWS) * 8)
@@ -341,6 +342,7 @@ def test_pretraining_is_the_same_for_any_number_of_workers(tmp_path):
     assert_same_weights(tmp_path / "0", tmp_path / "2")
 
 
+@pytest.mark.slow
 def test_pretraining_reads_the_same_from_texts_and_from_rows(tmp_path):
     """A document a file, a document a row, and packed: the same documents give the same weights."""
     texts = [row["document"] * 4 for row in ROWS]

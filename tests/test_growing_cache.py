@@ -301,6 +301,7 @@ def test_gradients_through_steps(frozen: str) -> None:
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * other.abs().max().item())
 
 
+@pytest.mark.slow
 def test_compiled_steps_go_on_and_back() -> None:
     model, ids = make_model(CoLT5ForCausalLM), random_ids(1, 12)
     compiled = torch.compile(model, backend="eager")
