@@ -254,24 +254,36 @@ _attention = Operator(
 )
 
 
-def _check(
-    query: Tensor, key: Tensor, value: Tensor, bias_table: Tensor, mask: Tensor | None, *positions: Tensor
-) -> None:
-    _, _, heads, head_size = query.shape
-    _, _, kv_heads, key_size = key.shape
+def check_states(query: Tensor, key: Tensor, value: Tensor, bias_table: Tensor, dimensions: int) -> None:
+    """Whether states and a table of biases by distance fit together; a ValueError says what does not.
+
+    Args:
+        query: [..., heads, d_kv].
+        key, value: [..., key/value heads, d_kv].
+        bias_table: [heads, 2 * max_distance + 1], or that length once for each dimension.
+        dimensions: in which distance is counted.
+    """
+    heads, head_size = query.shape[-2:]
+    kv_heads, key_size = key.shape[-2:]
     if heads % kv_heads or head_size != key_size or key.shape != value.shape:
         raise ValueError(
             f"query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)} do not fit: the last "
             "two must be alike, with the query's d_kv and a number of heads that divides the query's"
         )
-    table_heads, width = bias_table.shape
-    if table_heads != heads or width < 3 or width % 2 == 0:
+    width = bias_table.shape[-1]
+    if bias_table.shape != (heads, *(width,) * dimensions) or width < 3 or width % 2 == 0:
         raise ValueError(
-            f"bias_table {tuple(bias_table.shape)} must be [{heads} heads, 2 * max_distance + 1], with a max_distance "
-            "of at least 1"
+            f"bias_table {tuple(bias_table.shape)} must be [{heads} heads{', 2 * max_distance + 1' * dimensions}], "
+            "with a max_distance of at least 1"
         )
     if key.dtype != query.dtype or value.dtype != query.dtype:
         raise ValueError(f"query, key and value differ in dtype: {query.dtype}, {key.dtype}, {value.dtype}")
+
+
+def _check(
+    query: Tensor, key: Tensor, value: Tensor, bias_table: Tensor, mask: Tensor | None, *positions: Tensor
+) -> None:
+    check_states(query, key, value, bias_table, 1)
     if mask is not None and mask.dtype != torch.bool:
         raise ValueError(f"the mask must be bool, not {mask.dtype}")
     for tensor in positions:

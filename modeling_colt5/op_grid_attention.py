@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor
 
 from .kernel_backend import INTERPRETED, triton_is_available
-from .op_attention import Attend, sdpa_attend
+from .op_attention import Attend, check_states, sdpa_attend
 from .run_operator import Gradient, Launch, Operator
 
 grid_attention_into: Launch = None
@@ -235,21 +235,7 @@ _grid_attention = Operator(
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, bias_table: Tensor, mask: Tensor | None) -> None:
-    heads, head_size = query.shape[-2:]
-    kv_heads, key_size = key.shape[-2:]
-    if heads % kv_heads or head_size != key_size or key.shape != value.shape:
-        raise ValueError(
-            f"query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)} do not fit: the last "
-            "two must be alike, with the query's d_kv and a number of heads that divides the query's"
-        )
-    side = bias_table.shape[-1]
-    if bias_table.shape != (heads, side, side) or side < 3 or side % 2 == 0:
-        raise ValueError(
-            f"bias_table {tuple(bias_table.shape)} must be [{heads} heads, 2 * max_distance + 1, 2 * max_distance + "
-            "1], with a max_distance of at least 1"
-        )
-    if key.dtype != query.dtype or value.dtype != query.dtype:
-        raise ValueError(f"query, key and value differ in dtype: {query.dtype}, {key.dtype}, {value.dtype}")
+    check_states(query, key, value, bias_table, 2)
     if mask is not None and (mask.dtype != torch.bool or mask.shape != key.shape[:-2]):
         raise ValueError(f"the mask is {mask.dtype} {tuple(mask.shape)}; it must be bool {tuple(key.shape[:-2])}")
 
