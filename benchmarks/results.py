@@ -13,6 +13,12 @@ Run = dict[str, Any]
 Row = dict[str, Any]
 
 
+def names_of_tables(folder: Path) -> list[str]:
+    """The benchmarks whose history is kept by `Table`; scripts of their own write other lines."""
+    histories = sorted(folder.glob("*.jsonl"))
+    return [history.stem for history in histories if all("rows" in run for run in read_runs(history.stem, folder))]
+
+
 def read_runs(name: str, folder: Path) -> list[Run]:
     """All runs of a benchmark, oldest first."""
     file = folder / f"{name}.jsonl"

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import targets
 from measure import make_parser, parse
-from results import render
+from results import names_of_tables, render
 
 # what a benchmark's share of the time is
 SHARES = {
@@ -44,8 +44,8 @@ TABLES = "tables"
 
 def write_tables(folder: Path) -> None:
     """Tables, targets and picture from the history."""
-    for history in sorted(folder.glob("*.jsonl")):
-        render(history.stem, folder)
+    for name in names_of_tables(folder):
+        render(name, folder)
     targets.write(folder)
     try:
         import picture

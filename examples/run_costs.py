@@ -20,6 +20,9 @@ logger = logging.get_logger(__name__)
 # What a step reaches of the speed of one large matrix product, forward and backward: base size on an H200 at 16,384
 # tokens, 0.25. Smaller models, shorter inputs and slower hosts reach less, cards with less speed more.
 REACHED = 0.25
+# Seconds that the host takes to launch a layer's kernels, forward and backward, whatever they compute: the mean of a
+# dense start and what follows, base and large size, on the host of an H200. Checkpointed layers are launched twice.
+HOST_SECONDS = 0.006
 # dropout's masks and what is copied for a product come on top of what the formulas count
 KEPT_BESIDE = 4 / 3
 # the share of a card's memory that an estimate may fill: the rest is for what PyTorch keeps in reserve
@@ -198,6 +201,7 @@ class RunCosts:
         kept: bytes that the largest pass keeps for its backward.
         flops: of all passes.
         speed: FLOP a second that the run is taken to reach.
+        host: seconds that the host takes for all passes, on a GPU.
         device: its kind.
         checkpointed: whether activations are checkpointed.
     """
@@ -208,6 +212,7 @@ class RunCosts:
     kept: int
     flops: float
     speed: float
+    host: float
     device: str
     checkpointed: bool
 
@@ -225,12 +230,15 @@ class RunCosts:
         # a checkpointed layer is computed twice
         flops *= arguments.per_device_train_batch_size * passes * (4 / 3 if is_checkpointed else 1)
         device = arguments.device
+        layers = config.num_layers + (config.num_decoder_layers if any(row.targets for row in rows) else 0)
+        host = HOST_SECONDS * layers * passes * (1 + is_checkpointed) if device.type == "cuda" else 0.0
         return cls(
             steps,
             passes,
             *run_memory(trainer, rows, dense_start),
             flops,
             REACHED * product_speed(device, arguments.bf16),
+            host,
             torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper(),
             is_checkpointed,
         )
@@ -242,8 +250,8 @@ class RunCosts:
 
     @property
     def seconds(self) -> float:
-        """Of the training, without evaluations."""
-        return self.flops / self.speed
+        """Of the training, without evaluations: of the GPU or of its host, whichever takes longer."""
+        return max(self.flops / self.speed, self.host)
 
     def __str__(self) -> str:
         gib = 2**30

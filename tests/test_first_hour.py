@@ -206,6 +206,12 @@ def test_a_dry_run_says_what_the_run_would_take(tmp_path, capsys, options, steps
     assert costs["memory"] > 0 and list((tmp_path / "out").iterdir()) == []
 
 
+@pytest.mark.parametrize(("flops", "host", "seconds"), [(6e12, 1.0, 3.0), (6e12, 4.0, 4.0)])
+def test_a_run_takes_as_long_as_the_slower_of_a_gpu_and_its_host(flops, host, seconds):
+    costs = run_costs.RunCosts(10, 10, 0, 0, flops, 2e12, host, "GPU", False)
+    assert costs.seconds == seconds and f"{seconds / 10:.1f} s a step" in str(costs)
+
+
 def test_a_dry_run_of_every_script(tmp_path, capsys):
     (tmp_path / "text.txt").write_text("import os\n" * 200)
     pretrain.main(
