@@ -1,4 +1,4 @@
-"""Triton kernels of strictly causal gates: a program a window, and another for its gradient."""
+"""Triton kernels of strictly causal gates: a program a window, and another for its gradient; a program a new token."""
 
 from torch import Tensor
 
@@ -157,6 +157,48 @@ def gates_backward_kernel(
     tl.store(grad_scores + own * window + slot, grad.to(grad_scores.dtype.element_ty), mask=inside)
 
 
+@triton.jit(do_not_specialize=["size", "window", "target", "capacity"])
+def token_gate_kernel(
+    scores, past, total, carried, ring, other_ring, weights, indices, valid, size, window, target, capacity, epsilon,
+    ROUTERS: tl.constexpr, FILL_FIRST: tl.constexpr, BLOCK: tl.constexpr, ROUTER_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Program row: the gate of a row's new token, from its window's earlier scores in the ring."""
+    row = tl.program_id(0).to(tl.int64)
+    rank = tl.load(past + row).to(tl.int32)
+    is_real = tl.load(total + row).to(tl.int32) > rank
+    offset = rank % window
+    ring += row * size
+    scores += row * ROUTERS
+    own = tl.load(scores)
+    least = tl.load(carried + row * 4)
+    soft = tl.load(carried + row * 4 + 1)
+
+    slot = tl.arange(0, BLOCK)
+    is_first = rank < window
+    evenly = slot < 0
+    if FILL_FIRST:
+        evenly = (slot + 1) * target // window > slot * target // window
+    known = tl.load(ring + (rank - offset + slot) % size, mask=slot < offset, other=0.0)
+    known = tl.where(slot == offset, own, known)
+    reach = tl.where(is_first, evenly, known >= least) & (slot <= offset)
+    is_own = tl.max((reach & (slot == offset)).to(tl.int32)) != 0
+    chosen = is_own & (tl.sum(reach.to(tl.int32)) <= capacity) & is_real
+    gap = (own - soft) / epsilon
+    # A comparison instead of a minimum keeps NaN.
+    weight = tl.where(is_first | (gap > 0), 1.0, tl.exp(gap))
+    tl.store(weights + row, tl.where(chosen, weight, 0.0))
+    tl.store(indices + row, row * 0)
+    tl.store(valid + row, chosen)
+
+    if is_real:
+        place = rank % size
+        tl.store(ring + place, own)
+        if ROUTERS > 1:
+            others = tl.arange(0, ROUTER_BLOCK)
+            other = tl.load(scores + 1 + others, mask=others < ROUTERS - 1, other=0.0)
+            tl.store(other_ring + (row * size + place) * (ROUTERS - 1) + others, other, mask=others < ROUTERS - 1)
+
+
 def causal_gates_into(
     scores: Tensor,
     past: Tensor | None,
@@ -220,3 +262,30 @@ def _evenly_spaced(scores: Tensor) -> Tensor:
 
 def _warps(window: int) -> int:
     return max(1, min(8, next_power_of_2(window) // 64))
+
+
+def token_gate_into(
+    scores: Tensor,
+    past: Tensor,
+    total: Tensor,
+    carried: Tensor,
+    ring: Tensor,
+    other_ring: Tensor | None,
+    window: int,
+    target: int,
+    capacity: int,
+    epsilon: float,
+    fill_first: bool,
+    weights: Tensor,
+    indices: Tensor,
+    valid: Tensor,
+) -> None:
+    """What `token_gate_reference` of op_gates.py does, with tensors that are contiguous."""
+    rows, routers = scores.shape
+    launch(
+        token_gate_kernel, (rows,),
+        scores, past, total, carried, ring, other_ring, weights, indices, valid,
+        ring.shape[1], window, target, capacity, epsilon,
+        routers, fill_first, max(16, next_power_of_2(window)), next_power_of_2(max(1, routers - 1)),
+        num_warps=_warps(window),
+    )  # fmt: skip

@@ -1,7 +1,8 @@
 """Triton kernels and launches of the attention of one new token in each row.
 
 A row alone has few queries and many keys. So keys are split among programs, each of which leaves the sum of its values
-by their weights, the sum of these and the largest score; a second kernel adds up the parts in order.
+by their weights, the sum of these and the largest score; a second kernel adds up the parts in order. The token of a
+causally routed layer reads as many keys however long the text is, and each head of each row is one program.
 """
 
 import torch
@@ -140,6 +141,109 @@ def add_parts_kernel(
     tl.store(output + row * HEAD + columns, result.to(output.dtype.element_ty), mask=columns < HEAD)
 
 
+@triton.jit
+def add_tile(query_row, key_tile, value_tile, bias, exists, maximum, total, accumulator):
+    """The attention of one query with the keys of a tile added; all in fp32, of which some key existed by now."""
+    scores = tl.sum(query_row[None, :] * key_tile, 1) + bias
+    scores = tl.where(exists, scores, float("-inf"))
+    new_maximum = tl.maximum(maximum, tl.max(scores, 0))
+    rescale = tl.exp2((maximum - new_maximum) * LOG2_E)
+    weights = tl.exp2((scores - new_maximum) * LOG2_E)
+    total = total * rescale + tl.sum(weights, 0)
+    return new_maximum, total, accumulator * rescale + tl.sum(weights[:, None] * value_tile, 0)
+
+
+@triton.jit(do_not_specialize=["size", "radius", "max_distance"])
+def local_step_attention_kernel(
+    query, new_key, new_value, table, past, total, key_ring, value_ring, output, size, radius, max_distance,
+    HEADS: tl.constexpr, HEAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Program (row, head): its new token's attention to itself and the `radius` tokens before."""
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    rank = tl.load(past + row).to(tl.int32)
+    columns = tl.arange(0, BLOCK_D)
+    inside = columns < HEAD
+    own = (row * HEADS + head) * HEAD + columns
+    query_row = tl.load(query + own, mask=inside, other=0.0).to(tl.float32)
+    key_row = tl.load(new_key + own, mask=inside, other=0.0)
+    value_row = tl.load(new_value + own, mask=inside, other=0.0)
+    table += head * (2 * max_distance + 1) + max_distance
+    key_ring += (row * size * HEADS + head) * HEAD
+    value_ring += (row * size * HEADS + head) * HEAD
+
+    accumulator = value_row.to(tl.float32)
+    maximum = tl.sum(query_row * key_row.to(tl.float32), 0) + tl.load(table)
+    weight = 1.0
+    for start in range(1, tl.minimum(radius, rank) + 1, BLOCK_K):
+        back = start + tl.arange(0, BLOCK_K)
+        exists = (back <= radius) & (back <= rank)
+        places = ((rank + size - back) % size).to(tl.int64) * (HEADS * HEAD)
+        offsets = places[:, None] + columns[None, :]
+        is_read = exists[:, None] & inside[None, :]
+        key_tile = tl.load(key_ring + offsets, mask=is_read, other=0.0).to(tl.float32)
+        value_tile = tl.load(value_ring + offsets, mask=is_read, other=0.0).to(tl.float32)
+        bias = tl.load(table - tl.minimum(back, max_distance), mask=exists, other=0.0)
+        maximum, weight, accumulator = add_tile(
+            query_row, key_tile, value_tile, bias, exists, maximum, weight, accumulator
+        )
+    tl.store(output + own, (accumulator / weight).to(output.dtype.element_ty), mask=inside)
+    # The slot's last token is no longer read.
+    is_kept = columns < tl.where(tl.load(total + row).to(tl.int32) > rank, HEAD, 0)
+    place = (rank % size).to(tl.int64) * (HEADS * HEAD) + columns
+    tl.store(key_ring + place, key_row, mask=is_kept)
+    tl.store(value_ring + place, value_row, mask=is_kept)
+
+
+@triton.jit(do_not_specialize=["ring_size", "size", "max_distance"])
+def pool_step_attention_kernel(
+    query, new_key, new_value, table, past, total, valid, key_ring, value_ring,
+    pool_key, pool_value, pool_rank, pool_weight, pool_valid, output, ring_size, size, max_distance,
+    GROUPS: tl.constexpr, GROUP: tl.constexpr, HEAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Program (row, head): its new token's attention to the pool of its window, where it is routed."""
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    HEADS: tl.constexpr = GROUPS * GROUP
+    rank = tl.load(past + row).to(tl.int32)
+    columns = tl.arange(0, BLOCK_D)
+    inside = columns < HEAD
+    own = (row * HEADS + head) * HEAD + columns
+    is_kept = columns < tl.where(tl.load(total + row).to(tl.int32) > rank, HEAD, 0)
+    place = ((row * ring_size + rank % ring_size) * HEADS + head) * HEAD + columns
+    tl.store(key_ring + place, tl.load(new_key + own, mask=inside, other=0.0), mask=is_kept)
+    tl.store(value_ring + place, tl.load(new_value + own, mask=inside, other=0.0), mask=is_kept)
+    if tl.load(valid + row).to(tl.int32) != 0:
+        query_row = tl.load(query + own, mask=inside, other=0.0).to(tl.float32)
+        table += head * (2 * max_distance + 1) + max_distance
+        # of the two pools that a row has for each group the first
+        first = (row * 2 * GROUPS + head // GROUP) * size
+        pool_rank += first
+        pool_weight += first
+        pool_valid += first
+        pool_key += (first * GROUP + head % GROUP) * HEAD
+        pool_value += (first * GROUP + head % GROUP) * HEAD
+        maximum = float("-inf")
+        weight = 0.0
+        accumulator = tl.zeros([BLOCK_D], tl.float32)
+        for start in range(0, size, BLOCK_K):
+            slots = start + tl.arange(0, BLOCK_K)
+            exists = slots < size
+            exists &= tl.load(pool_valid + slots, mask=exists, other=0).to(tl.int32) != 0
+            scale = tl.load(pool_weight + slots, mask=exists, other=0.0)
+            distance = (tl.load(pool_rank + slots, mask=exists, other=0) - rank).to(tl.int32)
+            bias = tl.load(table + tl.maximum(distance, -max_distance), mask=exists, other=0.0)
+            offsets = slots.to(tl.int64)[:, None] * (GROUP * HEAD) + columns[None, :]
+            is_read = exists[:, None] & inside[None, :]
+            key_tile = tl.load(pool_key + offsets, mask=is_read, other=0.0)
+            value_tile = tl.load(pool_value + offsets, mask=is_read, other=0.0)
+            # as `gather_pools` of op_pools.py rounds them
+            key_tile = (key_tile.to(tl.float32) * scale[:, None]).to(key_tile.dtype).to(tl.float32)
+            value_tile = (value_tile.to(tl.float32) * scale[:, None]).to(value_tile.dtype).to(tl.float32)
+            maximum, weight, accumulator = add_tile(
+                query_row, key_tile, value_tile, bias, exists, maximum, weight, accumulator
+            )
+        tl.store(output + own, (accumulator / weight).to(output.dtype.element_ty), mask=inside)
+
+
 def number_of_parts(rows: int, room: int) -> int:
     """In how many parts keys are split.
 
@@ -190,3 +294,57 @@ def step_attention_into(
             add_parts_kernel, (rows * groups * group,),
             values, sums, output, parts, d_kv, block_d, PROGRAMS, BLOCK_PARTS, num_warps=4,
         )  # fmt: skip
+
+
+def _tile(d_kv: int) -> tuple[int, int]:
+    """Features and keys of a tile of one query's attention, whose keys and values are in registers."""
+    block_d = max(16, next_power_of_2(d_kv))
+    return block_d, 4096 // block_d
+
+
+def local_step_attention_into(
+    query: Tensor,
+    new_key: Tensor,
+    new_value: Tensor,
+    bias_table: Tensor,
+    past: Tensor,
+    total: Tensor,
+    key_ring: Tensor,
+    value_ring: Tensor,
+    radius: int,
+    output: Tensor,
+) -> None:
+    """What `local_step_attention_reference` of op_step_attention.py does, with tensors that are contiguous."""
+    rows, size, heads, d_kv = key_ring.shape
+    launch(
+        local_step_attention_kernel, (rows, heads),
+        query, new_key, new_value, bias_table, past, total, key_ring, value_ring, output,
+        size, radius, bias_table.shape[1] // 2, heads, d_kv, *_tile(d_kv), num_warps=4,
+    )  # fmt: skip
+
+
+def pool_step_attention_into(
+    query: Tensor,
+    new_key: Tensor,
+    new_value: Tensor,
+    bias_table: Tensor,
+    past: Tensor,
+    total: Tensor,
+    valid: Tensor,
+    key_ring: Tensor,
+    value_ring: Tensor,
+    pool_key: Tensor,
+    pool_value: Tensor,
+    pool_rank: Tensor,
+    pool_weight: Tensor,
+    pool_valid: Tensor,
+    output: Tensor,
+) -> None:
+    """What `pool_step_attention_reference` of op_step_attention.py does, with tensors that are contiguous."""
+    rows, _, groups, size, group, d_kv = pool_key.shape
+    launch(
+        pool_step_attention_kernel, (rows, groups * group),
+        query, new_key, new_value, bias_table, past, total, valid, key_ring, value_ring,
+        pool_key, pool_value, pool_rank, pool_weight, pool_valid, output,
+        key_ring.shape[1], size, bias_table.shape[1] // 2, groups, group, d_kv, *_tile(d_kv), num_warps=4,
+    )  # fmt: skip
