@@ -277,6 +277,34 @@ def step_jobs(capability: int, quick: bool) -> None:
         ):
             for own in ((new, new, table, mask, torch.empty(1, dtype=torch.int32)), (None, None, None, mask, None)):
                 op_step_attention_triton.step_attention_into(states, *own, cache, cache, states, *places)
+    routed_step_jobs(capability, quick)
+
+
+def routed_step_jobs(capability: int, quick: bool) -> None:
+    """The gate of a causally routed layer's new token, and its attention to a ring and to a pool."""
+    ranks, carried = (torch.empty(2, dtype=torch.int64),) * 2, torch.empty(2, 2, 2)
+    slots = (torch.empty(2, 1), torch.empty(2, 1, dtype=torch.int64), torch.empty(2, 1, dtype=torch.bool))
+    for window, routers in ((4096, 3),) if quick else itertools.product((16, 256, 4096), (1, 2, 3)):
+        scores, ring = torch.empty(2, routers), torch.empty(2, 2 * window + 127)
+        others = torch.empty(2, 2 * window + 127, routers - 1) if routers > 1 else None
+        for fills in (True,) if quick else (False, True):
+            op_gates_triton.token_gate_into(
+                scores, *ranks, carried, ring, others, window, window // 16, window // 8, 1.0, fills, *slots
+            )
+    dtypes = [torch.float32] if quick or capability < 80 else [torch.bfloat16, torch.float32]
+    sizes = ((2, 16, 128),) if quick else ((1, 12, 64), (1, 4, 64), (2, 16, 128), (1, 3, 20))
+    for (groups, group, d_kv), dtype in itertools.product(sizes, dtypes):
+        heads, size = groups * group, 512
+        states, table = torch.empty(2, heads * d_kv, dtype=dtype), torch.empty(heads, 257)
+        ring = torch.empty(2, 639, heads, d_kv, dtype=dtype)
+        pool = torch.empty(2, 2, groups, size, group, d_kv, dtype=dtype)
+        kinds = (torch.int64, torch.float32, torch.bool)
+        rank, weight, used = (torch.empty(2, 2, groups, size, dtype=kind) for kind in kinds)
+        new = (states, states, states, table, *ranks)
+        op_step_attention_triton.local_step_attention_into(*new, ring, ring, 127, states)
+        op_step_attention_triton.pool_step_attention_into(
+            *new, slots[2], ring, ring, pool, pool, rank, weight, used, states
+        )
 
 
 class Cost(NamedTuple):

@@ -9,9 +9,10 @@ and tokens. What changes from token to token is in memories: how many keys there
 kernels read, and a cache that has grown is another address.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from operator import attrgetter
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +61,7 @@ class PlainDecoderLayer(PlainLayer):
 
     __slots__ = ("d_kv", "eps", "places")
 
-    weighted: ClassVar[tuple[str, ...]] = _SELF + _CROSS + _DENSE
+    weighted: tuple[str, ...] = _SELF + _CROSS + _DENSE
     numbered = _numbers_of_attention("self") + _numbers_of_attention("cross") + _NUMBERS_OF_DENSE
 
     def __init__(self, block: Any, parts: dict[str, nn.Module]):
@@ -87,12 +88,16 @@ class PlainDecoderLayer(PlainLayer):
     @classmethod
     def parts(cls, block: Any) -> dict[str, tuple[str, nn.Module]]:
         attention, cross, feed_forward = block.layer
-        parts = cls.parts_of_own(attention, feed_forward)
-        parts |= {"cross_layer": ("cross_layer", cross), "cross": ("cross_attention", cross.EncDecAttention)}
+        return cls.parts_of_own(attention, feed_forward) | cls.parts_of_cross(cross)
+
+    @staticmethod
+    def parts_of_cross(cross: Any) -> dict[str, tuple[str, nn.Module]]:
+        """The modules of the attention to a memory, but for those that make its keys and values."""
+        parts = {"cross_layer": ("cross_layer", cross), "cross": ("cross_attention", cross.EncDecAttention)}
         parts |= {f"cross.{part}": ("linear", getattr(cross.EncDecAttention, part)) for part in "qo"}
         if cross.EncDecAttention.cross_router is not None:
             raise ValueError("its tokens choose what they read")
-        return parts | _norm_and_dropout("cross", cross)
+        return parts | norm_and_dropout("cross", cross)
 
     @staticmethod
     def parts_of_own(attention: Any, feed_forward: Any) -> dict[str, tuple[str, nn.Module]]:
@@ -100,8 +105,8 @@ class PlainDecoderLayer(PlainLayer):
         own = attention.SelfAttention
         parts = {"self_layer": ("self_layer", attention), "self": ("self_attention", own)}
         parts |= {f"self.{part}": ("linear", getattr(own, part)) for part in "qkvo"}
-        parts |= _norm_and_dropout("self", attention) | {"ff": ("feed_forward", feed_forward)}
-        return parts | _norm_and_dropout("ff", feed_forward) | parts_of_dense("dense", feed_forward.DenseReluDense)
+        parts |= norm_and_dropout("self", attention) | {"ff": ("feed_forward", feed_forward)}
+        return parts | norm_and_dropout("ff", feed_forward) | parts_of_dense("dense", feed_forward.DenseReluDense)
 
 
 class PlainCausalLayer(PlainDecoderLayer):
@@ -118,7 +123,8 @@ class PlainCausalLayer(PlainDecoderLayer):
         return cls.parts_of_own(attention, feed_forward)
 
 
-def _norm_and_dropout(name: str, sublayer: Any) -> dict[str, tuple[str, nn.Module]]:
+def norm_and_dropout(name: str, sublayer: Any) -> dict[str, tuple[str, nn.Module]]:
+    """The norm before a sublayer, and the dropout of what it adds."""
     return {
         f"{name}.layer_norm": ("norm", sublayer.layer_norm),
         f"{name}.dropout": ("residual_dropout", sublayer.dropout),
@@ -191,7 +197,7 @@ class StraightStep:
     def of(
         cls,
         hidden_states: Tensor,
-        read: Sequence[tuple[PlainDecoderLayer, tuple[Tensor, ...]] | None],
+        read: Sequence[tuple[PlainDecoderLayer, tuple[Tensor, ...]]],
         table: Tensor,
         attention_mask: Tensor | None,
         memory_mask: Tensor | None,
@@ -205,7 +211,7 @@ class StraightStep:
             attention_mask: [rows, keys], 1 for real tokens; None for all.
             cache: of the decoder.
         """
-        caches = _caches(cache)
+        caches = caches_of(cache)
         if caches is None:
             return None
         own_cache, memory_cache, is_updated = caches
@@ -227,10 +233,7 @@ class StraightStep:
         layers: list[StepLayer] = []
         kind: Any = None
         lists: Lists | None = None
-        for found in read:
-            if found is None:
-                return None
-            plain, weights = found
+        for plain, weights in read:
             parts = _layer_caches(plain, own_cache, memory_cache, is_updated)
             if parts is None:
                 return None
@@ -238,7 +241,7 @@ class StraightStep:
             tensors = (*weights, *memory)
             before, kind = kind, (type(plain), plain.eps, plain.d_kv, *map(_SHAPE, tensors), *map(_DTYPE, tensors))
             if kind != before:
-                lists = _lists_of(of_pass, kind, plain, tensors)
+                lists = lists_of((of_pass, kind), partial(_fits, of_pass, plain, tensors))
             heads, d_kv = table.shape[0], plain.d_kv[0]
             if (
                 lists is None
@@ -255,16 +258,16 @@ class StraightStep:
 
     def run(self) -> Tensor:
         """The states [rows, 1, d_model] behind the last layer; the caches count the token from then on."""
-        shape = (1, self.rows, self.d)
+        shape = (self.rows, 1, self.d)
         hidden, update = (torch.empty(shape, dtype=self.dtype, device=self.device) for _ in range(2))
         # read by kernels, so that one list serves all lengths
         length = torch.full((1,), self.length, dtype=torch.int32, device=self.device)
-        incoming: Tensor | None = self.hidden_states.view(shape)
+        incoming: Tensor | None = self.hidden_states
         for layer in self.layers:
             room = layer.cache.count_token()
             self._run_layer(layer, incoming, hidden, update, length, room)
             incoming = None
-        return (hidden + update).view(self.rows, 1, self.d)
+        return hidden + update
 
     def _run_layer(
         self,
@@ -284,78 +287,63 @@ class StraightStep:
             recorder.keep(layer.lists, kind, memories)
 
 
-class _Line:
-    """A layer's launches and products."""
+class TokenLine:
+    """What lines of one new token have in common: the launches and products of a layer, of states [rows, 1, width].
 
-    def __init__(self, step: StraightStep, layer: StepLayer, recorder: "Recorder"):
-        self.step, self.layer, self.recorder = step, layer, recorder
-        self.weights = dict(zip(layer.plain.weighted, layer.weights, strict=True))
+    Args:
+        weights: by their names.
+        layer: the block's numbers.
+        dtype, rows: of the states.
+        recorder: runs all launches and products.
+    """
 
-    def run(
-        self,
-        incoming: Tensor | None,
-        hidden: Tensor,
-        update: Tensor,
-        length: Tensor,
-        room: tuple[Tensor, Tensor],
-    ) -> None:
-        """From states, or from the sum of `hidden` and `update`, to such a sum.
-
-        Args:
-            incoming: [1, rows, d_model]; None for the sum.
-            hidden, update: [1, rows, d_model].
-            length: int32 [1], number of keys.
-            room: for keys and values, [rows, heads, room, d_kv].
-        """
-        summed = [name for name in ("self", "cross", "ff") if f"{name}.layer_norm" in self.weights]
-        states, branch = (hidden, update) if incoming is None else (incoming, None)
-        for name in summed:
-            # the last sum is what the next layer adds to
-            total = hidden if name == "ff" else None
-            states, normed = self.norm(name, states, branch, total)
-            if name == "ff":
-                inner = self.activated(normed)
-                self.product(inner, "dense.wo", update)
-            else:
-                branch = self.empty(self.step.d)
-                inner = self.attention(normed, length, room) if name == "self" else self.cross_attention(normed)
-                self.product(inner, f"{name}.o", branch)
+    def __init__(
+        self, weights: dict[str, Tensor], layer: PlainDecoderLayer, dtype: torch.dtype, rows: int, recorder: "Recorder"
+    ):
+        self.weights, self.plain, self.dtype, self.rows, self.recorder = weights, layer, dtype, rows, recorder
 
     def empty(self, width: int) -> Tensor:
-        """Room for states [1, rows, width]."""
-        return self.recorder.temporary(self.step.dtype, 1, self.step.rows, width)
+        """Room for states."""
+        return self.recorder.temporary(self.dtype, self.rows, 1, width)
 
     def product(self, states: Tensor, name: str, out: Tensor | None = None) -> Tensor:
-        """The product of states [1, rows, width] with a weight."""
+        """The product of states with a weight."""
         weight = self.weights[name]
         out = self.empty(weight.shape[0]) if out is None else out
-        self.recorder.product(states[0], weight.t(), out[0])
+        self.recorder.product(states[:, 0], weight.t(), out[:, 0])
         return out
 
-    def norm(self, name: str, states: Tensor, branch: Tensor | None, total: Tensor | None) -> tuple[Tensor, Tensor]:
-        """States [1, rows, d_model], or their sum with a branch, which is written to `total` where that is given; and
-        the norm of these."""
-        normed = self.empty(self.step.d)
-        rstd = self.recorder.temporary(torch.float32, 1, self.step.rows)
-        eps = self.layer.plain.number(f"{name}.layer_norm", "eps")
-        # without routers there are no scores
-        inputs = (states, self.weights[f"{name}.layer_norm"], None, eps, None, normed, rstd, rstd)
-        if branch is None:
+    def norm(
+        self,
+        name: str,
+        states: Tensor,
+        branches: tuple[Tensor, ...],
+        total: Tensor | None = None,
+        routers: Tensor | None = None,
+        scores: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """States, or their sum with branches, which is written to `total` where that is given; and the norm of these.
+
+        Args:
+            name: of the sublayer.
+            states: [rows, 1, d_model].
+            branches: nothing, a light branch, or that and a heavy one with the indices, valid and weights of its
+                tokens.
+            total: room for the sum.
+            routers: vectors [routers, d_model]; None for none.
+            scores: fp32 [rows, routers, 1], room for the products of the norm with these.
+        """
+        normed = self.empty(states.shape[2])
+        rstd = self.recorder.temporary(torch.float32, self.rows, 1)
+        eps = self.plain.number(f"{name}.layer_norm", "eps")
+        scores = rstd if scores is None else scores
+        inputs = (states, self.weights[f"{name}.layer_norm"], routers, eps, None, normed, scores, rstd)
+        if not branches:
             self.recorder.run(norm_into, *inputs)
             return states, normed
-        total = self.empty(self.step.d) if total is None else total
-        self.recorder.run(norm_into, *inputs, branch, None, None, None, None, total)
+        total = self.empty(states.shape[2]) if total is None else total
+        self.recorder.run(norm_into, *inputs, *branches, *[None] * (5 - len(branches)), total)
         return total, normed
-
-    def attention(self, normed: Tensor, length: Tensor, room: tuple[Tensor, Tensor]) -> Tensor:
-        """The self-attention of the new token, whose key and value go into the room."""
-        query, key, value = (self.product(normed, f"self.{name}") for name in "qkv")
-        return self.attend(query, key[0], value[0], self.step.table, self.step.masks[0], length, *room)
-
-    def cross_attention(self, normed: Tensor) -> Tensor:
-        """The attention to the memory."""
-        query = self.product(normed, "cross.q")
-        return self.attend(query, None, None, None, self.step.masks[1], None, *self.layer.memory)
 
     def attend(
         self,
@@ -368,24 +356,71 @@ class _Line:
         key: Tensor,
         value: Tensor,
     ) -> Tensor:
-        """[1, rows, heads * d_kv] → the same; the arguments are those of `step_attention_into`."""
+        """[rows, 1, heads * d_kv] → the same; the arguments are those of `step_attention_into`."""
         output = self.empty(query.shape[2])
         rows, groups, size, d_kv = key.shape
         parts, heads = number_of_parts(rows * groups, size), query.shape[2] // d_kv
         room: tuple[Tensor, ...] = ()
         if parts > 1:
             room = tuple(self.recorder.temporary(torch.float32, rows, heads, parts, width) for width in (d_kv, 2))
-        inputs = (query[0], new_key, new_value, table, mask, length, key, value, output[0], *room)
+        inputs = (query[:, 0], new_key, new_value, table, mask, length, key, value, output[:, 0], *room)
         assert step_attention_into is not None
         self.recorder.run(step_attention_into, *inputs)
         return output
 
-    def activated(self, normed: Tensor) -> Tensor:
-        """The gated activation [1, rows, d_ff]."""
-        gate, up = (self.product(normed, f"dense.{name}") for name in ("wi_0", "wi_1"))
-        result = self.empty(gate.shape[2])
-        self.recorder.run(gated_gelu_into, gate, up, result)
-        return result
+    def cross_attention(self, normed: Tensor, mask: Tensor | None, memory: tuple[Tensor, ...]) -> Tensor:
+        """What the attention to a memory adds, given its keys and values."""
+        query = self.product(normed, "cross.q")
+        return self.product(self.attend(query, None, None, None, mask, None, *memory), "cross.o")
+
+    def feed_forward(self, normed: Tensor, name: str, out: Tensor) -> None:
+        """Write a gated feed-forward."""
+        gate, up = (self.product(normed, f"{name}.{part}") for part in ("wi_0", "wi_1"))
+        activated = self.empty(gate.shape[2])
+        self.recorder.run(gated_gelu_into, gate, up, activated)
+        self.product(activated, f"{name}.wo", out)
+
+
+class _Line(TokenLine):
+    """A plain layer's launches and products."""
+
+    def __init__(self, step: StraightStep, layer: StepLayer, recorder: "Recorder"):
+        weights = dict(zip(layer.plain.weighted, layer.weights, strict=True))
+        super().__init__(weights, layer.plain, step.dtype, step.rows, recorder)
+        self.step, self.layer = step, layer
+
+    def run(
+        self,
+        incoming: Tensor | None,
+        hidden: Tensor,
+        update: Tensor,
+        length: Tensor,
+        room: tuple[Tensor, Tensor],
+    ) -> None:
+        """From states, or from the sum of `hidden` and `update`, to such a sum.
+
+        Args:
+            incoming: [rows, 1, d_model]; None for the sum.
+            hidden, update: [rows, 1, d_model].
+            length: int32 [1], number of keys.
+            room: for keys and values, [rows, heads, room, d_kv].
+        """
+        states, branches = (hidden, (update,)) if incoming is None else (incoming, ())
+        states, normed = self.norm("self", states, branches)
+        branches = (self.attention(normed, length, room),)
+        if self.layer.memory:
+            states, normed = self.norm("cross", states, branches)
+            branches = (self.cross_attention(normed, self.step.masks[1], self.layer.memory),)
+        # the last sum is what the next layer adds to
+        _, normed = self.norm("ff", states, branches, hidden)
+        self.feed_forward(normed, "dense", update)
+
+    def attention(self, normed: Tensor, length: Tensor, room: tuple[Tensor, Tensor]) -> Tensor:
+        """What the self-attention of the new token adds, whose key and value go into the room."""
+        query, key, value = (self.product(normed, f"self.{name}") for name in "qkv")
+        new = (key[:, 0], value[:, 0])
+        attended = self.attend(query, *new, self.step.table, self.step.masks[0], length, *room)
+        return self.product(attended, "self.o")
 
 
 # features of a head, and heads that share a key/value head, which the kernels are compiled for on all cards
@@ -395,23 +430,25 @@ Lists = dict[tuple[bool, int], "LaunchList | None"]
 
 # Lists by all that they depend on but the room of the cache; None where a straight line is not written for it. A
 # length that never comes back leaves one behind.
-lists_by_kind: dict[Any, Lists | None] = {}
+lists_by_kind: dict[Any, Any] = {}
 MOST_KINDS = 256
 
 
-def _lists_of(
-    of_pass: tuple[Any, ...], kind: Any, plain: PlainDecoderLayer, tensors: tuple[Tensor, ...]
-) -> Lists | None:
-    """The lists of layers of a kind in a pass; None where modules have to run."""
-    key = (of_pass, kind)
+def lists_of(key: Any, fits: Callable[[], bool]) -> Any:
+    """The lists of the layers of a kind in a pass; None where modules have to run.
+
+    Args:
+        key: all that the lists depend on but what they are kept by.
+        fits: whether a straight line is written for these layers, asked once.
+    """
     if key not in lists_by_kind:
         if len(lists_by_kind) >= MOST_KINDS:
             lists_by_kind.clear()
-        lists_by_kind[key] = {} if _fits(of_pass, plain, tensors) else None
+        lists_by_kind[key] = {} if fits() else None
     return lists_by_kind[key]
 
 
-def _caches(cache: Cache | None) -> tuple[DynamicCache, DynamicCache | None, dict[int, bool]] | None:
+def caches_of(cache: Cache | None) -> tuple[DynamicCache, DynamicCache | None, dict[int, bool]] | None:
     """The tokens' cache, the memory's, and which layers of that are filled; None where they are of other classes."""
     own: Any = cache
     memory: Any = None
@@ -435,14 +472,23 @@ def _layer_caches(
     own = own_cache.layers[place] if place < len(own_cache.layers) else None
     if type(own) is not CoLT5GrowingLayer:
         return None
+    memory = memory_of(places, memory_cache, is_updated, DynamicLayer)
+    return None if memory is None else (own, memory)
+
+
+def memory_of(
+    places: Sequence[int], cache: DynamicCache | None, is_updated: dict[int, bool], layer_class: type[DynamicLayer]
+) -> tuple[Tensor, ...] | None:
+    """Keys and values of the memory at the first of the places of its cache; nothing where there are no places, and
+    None where they are not there, or of another class of layers."""
     if not places:
-        return own, ()
-    if memory_cache is None or not is_updated.get(places[0]):
+        return ()
+    if cache is None or not is_updated.get(places[0]):
         return None
-    memory = memory_cache.layers[places[0]]
-    if type(memory) is not DynamicLayer or type(memory.keys) is not Tensor or type(memory.values) is not Tensor:
+    memory = cache.layers[places[0]]
+    if type(memory) is not layer_class or type(memory.keys) is not Tensor or type(memory.values) is not Tensor:
         return None
-    return own, (memory.keys, memory.values)
+    return memory.keys, memory.values
 
 
 def _fits(of_pass: tuple[Any, ...], plain: PlainDecoderLayer, tensors: tuple[Tensor, ...]) -> bool:
@@ -463,17 +509,35 @@ def _fits(of_pass: tuple[Any, ...], plain: PlainDecoderLayer, tensors: tuple[Ten
     }  # fmt: skip
     memory = tensors[len(plain.weighted) :]
     if memory:
-        (cross, *_), d_kv = by_name["cross.q"], plain.d_kv[1]
-        shapes |= {"cross.layer_norm": (d,), "cross.q": (cross, d), "cross.o": (d, cross)}
-        key, value = memory
-        if key.dim() != 4 or key.shape != value.shape or key.numel() == 0:
+        cross = shapes_of_cross(by_name, plain.d_kv[1], (rows, d), memory)
+        if cross is None:
             return False
-        width = key.shape[1] * d_kv
-        if (key.shape[0], key.shape[3]) != (rows, d_kv) or cross % width or cross // width > MOST_HEADS:
-            return False
+        shapes |= cross
     return (
         by_name == shapes
         and max(plain.d_kv) <= MOST_FEATURES
         and table_dtype == torch.float32
         and all(part.dtype == dtype for part in tensors)
     )
+
+
+def shapes_of_cross(
+    by_name: dict[str, tuple[int, ...]], d_kv: int, sizes: tuple[int, int], memory: tuple[Tensor, ...]
+) -> dict[str, tuple[int, ...]] | None:
+    """The shapes that the weights of the attention to a memory must have; None where no weights fit the memory.
+
+    Args:
+        by_name: the shapes that weights have.
+        d_kv: features of a head.
+        sizes: rows and d_model.
+        memory: its keys and values.
+    """
+    rows, d = sizes
+    cross, *_ = by_name["cross.q"]
+    key, value = memory
+    if key.dim() != 4 or key.shape != value.shape or key.numel() == 0:
+        return None
+    width = key.shape[1] * d_kv
+    if (key.shape[0], key.shape[3]) != (rows, d_kv) or cross % width or cross // width > MOST_HEADS:
+        return None
+    return {"cross.layer_norm": (d,), "cross.q": (cross, d), "cross.o": (d, cross)}

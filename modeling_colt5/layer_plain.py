@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from itertools import chain
 from operator import attrgetter, itemgetter
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -65,8 +65,8 @@ class PlainLayer:
         "_modules", "_parents", "_with_numbers", "_with_parameters", "numbers",
     )  # fmt: skip
 
-    weighted: ClassVar[tuple[str, ...]]
-    numbered: ClassVar[tuple[tuple[str, str], ...]]
+    weighted: tuple[str, ...]
+    numbered: tuple[tuple[str, str], ...]
 
     def __init__(self, block: Any, parts: dict[str, nn.Module]):
         self._modules = list(parts.values())

@@ -13,6 +13,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_colt5 import CoLT5Config
 from .kernel_backend import Mode, uses_triton
+from .layer_causal import RoutedStep
 from .layer_decoder import StraightStep, may_run_straight
 from .model_base import CoLT5Stack
 from .model_decoder_layer import CoLT5DecoderBlock, read_plain
@@ -170,7 +171,6 @@ class CoLT5Decoder(CoLT5Stack):
         return (
             cache is not None
             and hidden_states.shape[1] == 1
-            and config.causal_attention == "full"
             and not self.asks
             and uses_triton(hidden_states, config.kernel_backend)
             and implementation(config).attention == "sdpa"
@@ -185,13 +185,21 @@ class CoLT5Decoder(CoLT5Stack):
         attention_mask: torch.Tensor | None,
         encoder_mask: torch.Tensor | None,
         cache: Cache | None,
-    ) -> StraightStep | None:
+    ) -> StraightStep | RoutedStep | None:
         """One new token in each row as straight lines; None where modules have to make it."""
-        read = [read_plain(block) for block in self.block]
-        if None in read:
+        read = [found for found in map(read_plain, self.block) if found is not None]
+        if len(read) < len(self.block):
             return None
-        table = self.relative_attention_bias()
-        return StraightStep.of(hidden_states, read, table, attention_mask, encoder_mask, cache)
+        if self.config.causal_attention == "full":
+            table = self.relative_attention_bias()
+            return StraightStep.of(hidden_states, read, table, attention_mask, encoder_mask, cache)
+        tables = [self.light_relative_attention_bias()]
+        if self.config.causal_attention == "routed":
+            tables.append(self.heavy_relative_attention_bias())
+        if [block.layer_idx for block in self.block] != list(range(len(read))):
+            return None
+        settings = causal_settings(self.config)
+        return RoutedStep.of(hidden_states, read, tuple(tables), settings, attention_mask, encoder_mask, cache)
 
     def run_blocks(
         self,

@@ -1,7 +1,5 @@
 """The decoder's layer: self-attention and feed-forward, T5's or routed, with cross-attention between."""
 
-from typing import Any
-
 import torch
 from einops import rearrange
 from torch import nn
@@ -9,9 +7,15 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .kernel_backend import is_hooked
+from .layer_causal import PlainRoutedLayer
 from .layer_decoder import PlainCausalLayer, PlainDecoderLayer
 from .layer_plain import PlainBlock
-from .model_causal import CoLT5LayerCausalAttention, CoLT5LayerCausalFF
+from .model_causal import (
+    CoLT5CausalLocalAttention,
+    CoLT5CausalRoutedAttention,
+    CoLT5LayerCausalAttention,
+    CoLT5LayerCausalFF,
+)
 from .model_cross_routing import CoLT5AskingRouter
 from .model_layers import (
     GELU,
@@ -24,6 +28,7 @@ from .model_layers import (
     project,
 )
 from .model_outputs import CoLT5CausalLayerRouting
+from .model_router import CoLT5Router
 from .op_routing import RoutedTokens
 from .run_causal_cache import routed_layer
 from .run_causal_plan import CausalPlan
@@ -273,22 +278,26 @@ class CoLT5LayerFF(nn.Module):
 
 
 # A plain block has modules of these classes, with these forwards.
-PLAIN: dict[str, tuple[type[nn.Module], Any]] = {
-    kind: (module_class, vars(module_class)["forward"])
-    for kind, module_class in {
-        "self_layer": CoLT5LayerSelfAttention,
-        "self_attention": CoLT5SelfAttention,
-        "cross_layer": CoLT5LayerCrossAttention,
-        "cross_attention": CoLT5CrossAttention,
-        "feed_forward": CoLT5LayerFF,
-        "dense": CoLT5DenseActDense,
-        "norm": CoLT5LayerNorm,
-        "linear": nn.Linear,
-        "dropout": CoLT5Dropout,
-        "residual_dropout": nn.Dropout,
-        "activation": GELU,
-    }.items()
+_PLAIN_CLASSES: dict[str, type[nn.Module]] = {
+    "self_layer": CoLT5LayerSelfAttention,
+    "self_attention": CoLT5SelfAttention,
+    "cross_layer": CoLT5LayerCrossAttention,
+    "cross_attention": CoLT5CrossAttention,
+    "feed_forward": CoLT5LayerFF,
+    "dense": CoLT5DenseActDense,
+    "norm": CoLT5LayerNorm,
+    "linear": nn.Linear,
+    "dropout": CoLT5Dropout,
+    "residual_dropout": nn.Dropout,
+    "activation": GELU,
+    "causal_attention": CoLT5LayerCausalAttention,
+    "local_attention": CoLT5CausalLocalAttention,
+    "routed_attention": CoLT5CausalRoutedAttention,
+    "causal_feed_forward": CoLT5LayerCausalFF,
+    "router": CoLT5Router,
+    "list": nn.ModuleList,
 }
+PLAIN = {kind: (module_class, module_class.forward) for kind, module_class in _PLAIN_CLASSES.items()}
 
 
 class CoLT5DecoderBlock(GradientCheckpointingLayer):
@@ -306,7 +315,8 @@ class CoLT5DecoderBlock(GradientCheckpointingLayer):
         self.layer_idx = layer_idx
         self.has_cross_attention = cross_attention is not None
         self.layer = nn.ModuleList(filter(None, (attention, cross_attention, feed_forward)))
-        self.plain = PlainBlock(PlainDecoderLayer if self.has_cross_attention else PlainCausalLayer)
+        kind = PlainDecoderLayer if self.has_cross_attention else PlainCausalLayer
+        self.plain = PlainBlock(PlainRoutedLayer if isinstance(attention, CoLT5LayerCausalAttention) else kind)
 
     def forward(
         self,

@@ -1,5 +1,5 @@
-"""Attention of one new token in each row: to the keys of a cache, which its own key joins, or to those of a memory; in a
-causally routed layer to the last keys of a ring, and to those of a pool."""
+"""Attention of one new token in each row: to the keys of a cache, which its own key joins, or to those of a memory.
+In a causally routed layer: to the last keys of a ring, and to those of a pool."""
 
 import torch
 from torch import Tensor

@@ -65,6 +65,8 @@ class CoLT5DynamicRoutedLayer(_RoutedState, DynamicLayer):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.seen = 0
+        # so many tokens that no window ends by, at least; None where nobody has looked since
+        self._before_end: int | None = None
 
     def get_seq_length(self) -> int:
         """Positions seen, padding included."""
@@ -73,11 +75,49 @@ class CoLT5DynamicRoutedLayer(_RoutedState, DynamicLayer):
     def count(self, positions: int) -> None:
         """Note how many positions came in."""
         self.seen += positions
+        if self._before_end is not None:
+            # Beyond that a window may have ended, of which the next one says when it ends.
+            self._before_end = self._before_end - positions if positions <= self._before_end else None
+
+    def tokens_before_end(self) -> int:
+        """How many tokens may come, at least, before one completes a window of some row.
+
+        The answer follows from an earlier one wherever it can, once in a window: to look waits for the device.
+        """
+        if self._before_end is None:
+            self._before_end = self.window - 1 - int((self.counters["lengths"] % self.window).max())
+        return self._before_end
+
+    def contiguous(self, rings: tuple[str, ...], carried: tuple[str, ...]) -> tuple[Tensor, ...] | None:
+        """Rings and carried tensors of these names, made contiguous where they are not; None where one lacks."""
+        found: list[Tensor] = []
+        for tensors, names in ((self.rings, rings), (self.carried, carried)):
+            for name in names:
+                tensor = tensors.get(name)
+                if tensor is None:
+                    return None
+                if not tensor.is_contiguous():
+                    tensors[name] = tensor = tensor.contiguous()
+                found.append(tensor)
+        return tuple(found)
+
+    def count_token(self, lengths: Tensor, real: Tensor | None) -> None:
+        """Count one more position in each row, which completes no window, and whose rings the caller wrote to.
+
+        Args:
+            lengths: int64 [batch], real tokens of each row with the new ones.
+            real: bool [batch], whether they are real; None for all.
+        """
+        recent = self.counters["recent"]
+        new = recent.new_ones(len(recent), 1) if real is None else real[:, None]
+        self.counters.update(lengths=lengths, recent=torch.cat([recent[:, 1:], new], 1))
+        self.count(1)
 
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
         self.seen = 0
+        self._before_end = None
         for tensors in (self.rings, self.carried, self.counters):
             tensors.clear()
 
@@ -116,6 +156,7 @@ class CoLT5DynamicRoutedLayer(_RoutedState, DynamicLayer):
             "recent": torch.cat([recent.new_zeros(len(recent), reach - kept.shape[1]), kept], 1),
         }
         self.seen = max(self.seen - removed, 0)
+        self._before_end = None
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row `repeats` times."""

@@ -15,7 +15,7 @@ PACKAGE = Path(model_from_config.__file__).parent
 WITHOUT_CONFIG = [
     "model_layers", "model_encoder_layer", "model_vision_layer", "model_decoder_layer", "model_causal", "model_router",
     "model_cross_routing", "model_initialisation",
-    "run_plan", "run_budgets", "run_causal_plan", "layer_decoder", "layer_encoder", "layer_plain",
+    "run_plan", "run_budgets", "run_causal_plan", "layer_causal", "layer_decoder", "layer_encoder", "layer_plain",
     "layer_program",
 ]  # fmt: skip
 # of layers, and of what a pass over them needs to know; the rest is of stacks, heads and files

@@ -1,4 +1,4 @@
-"""The kernels of one new token of a causally routed layer: against the whole sequence, and against their references."""
+"""The kernels of one new token of a causally routed layer, and their references: against the whole sequence."""
 
 import pytest
 import torch

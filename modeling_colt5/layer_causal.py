@@ -1,0 +1,418 @@
+"""One new token of a causally routed decoder as straight lines of kernel launches and products, one line a layer.
+
+The modules of model_causal.py say what a layer computes, and run_causal_cache.py what its cache holds. Between the
+ends of windows a token changes little of that cache: its keys, values and scores go into the rings. So kernels write
+there in place, and read what the window was handed; where in the window a token stands are numbers on the device. At a
+window's end, where pools and thresholds are made anew, the token is the modules'.
+
+What layer_decoder.py says of blocks, of lists of launches and of memories holds here too.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from operator import attrgetter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from .kernel_backend import triton_is_available
+from .layer_decoder import (
+    MOST_FEATURES,
+    PlainDecoderLayer,
+    TokenLine,
+    caches_of,
+    lists_of,
+    memory_of,
+    norm_and_dropout,
+    shapes_of_cross,
+)
+from .layer_plain import parts_of_dense
+from .op_gates import token_gate_into
+from .op_step_attention import local_step_attention_into, pool_step_attention_into
+from .run_causal_cache import CoLT5DynamicRoutedLayer
+from .run_causal_plan import CausalSettings
+
+if triton_is_available():
+    from .op_rows_triton import MOST_JOINS, MOST_PARTS, combine_into, join_into
+    from .run_launch_list_triton import LaunchList, Recorder, may_repeat, repeated_or_recorder
+
+_SHAPE, _DTYPE = attrgetter("shape"), attrgetter("dtype")
+# attributes of modules that are numbers of a line
+_NUMBERS = ("eps", "d_kv", "layer_idx", "groups", "routing", "is_gated_act", "training", "dropout", "p")
+# what a layer's cache holds that a token reads or writes: first rings, then what is carried
+_LIGHT = (("light_key", "light_value"), ())
+_HEAVY = (
+    ("heavy_key", "heavy_value", "query", "key_value_scores"),
+    ("query", "pool_key", "pool_value", "pool_rank", "pool_weight", "pool_valid"),
+)
+_FEED_FORWARD = (("feed_forward",), ("feed_forward",))
+
+
+class PlainRoutedLayer(PlainDecoderLayer):
+    """A plain block of a causally routed decoder, with an encoder or without. Keys and values of the memory are made
+    before, by modules.
+
+    Attributes:
+        has_heavy_attention, has_heavy_ff: whether a sublayer has a heavy branch.
+        denses: names of the feed-forwards.
+        groups: of heavy heads, each with a pool of its own.
+        rings, carried: names of what the layer's cache holds for it.
+    """
+
+    # what they are depends on the block
+    weighted: tuple[str, ...] = ()
+    numbered: tuple[tuple[str, str], ...] = ()
+
+    def __init__(self, block: Any, parts: dict[str, nn.Module]):
+        self.weighted = tuple(name for name, part in parts.items() if part._parameters.get("weight") is not None)
+        self.numbered = tuple(
+            (name, attribute) for name, part in parts.items() for attribute in _NUMBERS if attribute in part.__dict__
+        )
+        super().__init__(block, parts)
+        self.has_heavy_attention, self.has_heavy_ff = "heavy" in parts, "router" in parts
+        self.denses = ("light_ff", "heavy_ff") if self.has_heavy_ff else ("dense",)
+        self.groups = self.number("heavy", "groups") if self.has_heavy_attention else 0
+        kept = [_LIGHT, *[_HEAVY] * self.has_heavy_attention, *[_FEED_FORWARD] * self.has_heavy_ff]
+        self.rings, self.carried = (tuple(name for names in kept for name in names[place]) for place in range(2))
+
+    @property
+    def is_supported(self) -> bool:
+        rates = [
+            self.number(name, rate)
+            for name, rate in self.numbered
+            if rate in ("dropout", "p") and self.number(name, "training")
+        ]
+        routings = [number for (_, name), number in zip(self.numbered, self.numbers, strict=True) if name == "routing"]
+        is_gated = all(self.number(name, "is_gated_act") for name in self.denses)
+        return is_gated and not any(rates) and set(routings) <= {"learned"}
+
+    @classmethod
+    def parts(cls, block: Any) -> dict[str, tuple[str, nn.Module]]:
+        attention, *cross, feed_forward = block.layer
+        branches = {"light": ("local_attention", attention.light_attention)}
+        if hasattr(attention, "heavy_attention"):
+            branches |= {"heavy": ("routed_attention", attention.heavy_attention)}
+        parts = {"self_layer": ("causal_attention", attention), **branches}
+        for name, (_, branch) in branches.items():
+            parts |= {f"{name}.{part}": ("linear", getattr(branch, part)) for part in "qkvo"}
+        if "heavy" in branches:
+            routers = attention.key_value_routers
+            parts |= {"query_router": ("router", attention.query_router), "key_value_routers": ("list", routers)}
+            parts |= {f"key_value_router.{number}": ("router", router) for number, router in enumerate(routers)}
+        parts |= norm_and_dropout("self", attention)
+        for layer in cross:
+            parts |= cls.parts_of_cross(layer)
+        parts |= norm_and_dropout("ff", feed_forward)
+        if not hasattr(feed_forward, "router"):
+            parts |= {"ff": ("feed_forward", feed_forward)}
+            return parts | parts_of_dense("dense", feed_forward.DenseReluDense)
+        parts |= {"ff": ("causal_feed_forward", feed_forward), "router": ("router", feed_forward.router)}
+        for name in ("light", "heavy"):
+            parts |= parts_of_dense(f"{name}_ff", getattr(feed_forward, f"{name}_feed_forward"))
+        return parts
+
+
+class RoutedStepLayer(NamedTuple):
+    """A layer that is about to run as a straight line.
+
+    Args:
+        plain, weights: what `PlainBlock.read` gave.
+        state: of the cache, in the order of `rings` and `carried`.
+        memory: keys and values of the memory, [rows, key/value heads, n, d_kv] each; nothing without an encoder.
+        lists: of launches, by whether states come in; None where they cannot be repeated.
+    """
+
+    plain: PlainRoutedLayer
+    weights: tuple[Tensor, ...]
+    state: tuple[Tensor, ...]
+    memory: tuple[Tensor, ...]
+    lists: "dict[bool, LaunchList | None]"
+
+
+class RoutedStep:
+    """One new token in each row, through all layers.
+
+    Args:
+        hidden_states: [rows, 1, d_model], what goes into the first layer.
+        layers: in their order.
+        caches: of the layers, which count alike.
+        tables: fp32 [heads, 2 * max_distance + 1], of the light and of the heavy attention, the last where there is
+            one.
+        settings: of all layers.
+        real: bool [rows], whether the rows' tokens are real; None for all.
+        memory_mask: bool [rows, n]; None for all.
+    """
+
+    def __init__(
+        self,
+        hidden_states: Tensor,
+        layers: list[RoutedStepLayer],
+        caches: list[CoLT5DynamicRoutedLayer],
+        tables: tuple[Tensor, ...],
+        settings: CausalSettings,
+        real: Tensor | None,
+        memory_mask: Tensor | None,
+    ):
+        self.rows, _, self.d = hidden_states.shape
+        self.hidden_states, self.layers, self.caches = hidden_states.contiguous(), layers, caches
+        self.tables, self.settings, self.real, self.memory_mask = tables, settings, real, memory_mask
+        self.past = caches[0].counters["lengths"]
+        self.total = self.past + (1 if real is None else real)
+        self.repeats = may_repeat(hidden_states)
+
+    @classmethod
+    def of(
+        cls,
+        hidden_states: Tensor,
+        read: Sequence[tuple[PlainDecoderLayer, tuple[Tensor, ...]]],
+        tables: tuple[Tensor, ...],
+        settings: CausalSettings,
+        attention_mask: Tensor | None,
+        memory_mask: Tensor | None,
+        cache: Cache | None,
+    ) -> "RoutedStep | None":
+        """The step; None where modules have to make it, for which nothing has changed then.
+
+        Args:
+            hidden_states, tables, settings, memory_mask: as above.
+            read: what `PlainBlock.read` gave of each block, in the order of the cache's layers.
+            attention_mask: [rows, keys], 1 for real tokens; None for all.
+            cache: of the decoder.
+        """
+        parts = caches_of(cache)
+        if parts is None or len(parts[0].layers) < len(read):
+            return None
+        own_cache, memory_cache, is_updated = parts
+        caches: Any = own_cache.layers[: len(read)]
+        rows, first = len(hidden_states), caches[0]
+        if any(type(layer) is not CoLT5DynamicRoutedLayer or layer.seen != first.seen for layer in caches):
+            return None
+        if not first.has_state or len(first.counters["lengths"]) != rows:
+            return None
+        real = None
+        if attention_mask is not None:
+            if type(attention_mask) is not Tensor or tuple(attention_mask.shape) != (rows, first.seen + 1):
+                return None
+            real = attention_mask[:, -1].to(torch.bool)
+        if memory_mask is not None and not memory_mask.is_contiguous():
+            memory_mask = memory_mask.contiguous()
+        others = [*tables, *first.counters.values(), *[part for part in (real, memory_mask) if part is not None]]
+        index = hidden_states.get_device()
+        of_pass = (
+            hidden_states.dtype, hidden_states.device, hidden_states.shape, settings, *map(_SHAPE, tables),
+            memory_mask is None, torch.backends.cuda.matmul.fp32_precision,
+        )  # fmt: skip
+        layers: list[RoutedStepLayer] = []
+        kind: Any = None
+        lists: Any = None
+        for (plain, weights), layer in zip(read, caches, strict=True):
+            assert isinstance(plain, PlainRoutedLayer)
+            memory = memory_of(plain.places, memory_cache, is_updated, CoLT5DynamicRoutedLayer)
+            state = layer.contiguous(plain.rings, plain.carried)
+            if memory is None or state is None:
+                return None
+            tensors = (*weights, *state, *memory)
+            of_layer = (plain.weighted, plain.eps, plain.d_kv)
+            before, kind = kind, (*of_layer, *map(_SHAPE, tensors), *map(_DTYPE, tensors))
+            if kind != before:
+                lists = lists_of((of_pass, kind), partial(_fits, of_pass, plain, weights, state, memory))
+            if (
+                lists is None
+                or not all(map(Tensor.is_contiguous, tensors))
+                or set(map(Tensor.get_device, (*tensors, *others))) != {index}
+                or not (memory_mask is None or not memory or memory_mask.shape[1] == memory[0].shape[2])
+            ):
+                return None
+            layers.append(RoutedStepLayer(plain, weights, state, memory, lists))
+        if not all(map(Tensor.is_contiguous, tables)) or first.window != settings.window:
+            return None
+        # Asked last, as the answer may be waited for.
+        if first.tokens_before_end() == 0:
+            return None
+        return cls(hidden_states, layers, caches, tables, settings, real, memory_mask)
+
+    def run(self) -> Tensor:
+        """The states [rows, 1, d_model] behind the last layer; the caches count the token from then on."""
+        hidden = torch.empty_like(self.hidden_states)
+        # what the last sublayer adds: by a light branch, and where there is one by a heavy one
+        branches: tuple[Tensor, ...] = (torch.empty_like(hidden),)
+        if self.layers[0].plain.has_heavy_ff:
+            kinds = (torch.int64, torch.bool, torch.float32)
+            slots = [torch.empty((self.rows, 1), dtype=dtype, device=hidden.device) for dtype in kinds]
+            branches = (*branches, torch.empty_like(hidden), *slots)
+        incoming: Tensor | None = self.hidden_states
+        for layer in self.layers:
+            self._run_layer(layer, incoming, hidden, branches)
+            incoming = None
+        for cache in self.caches:
+            cache.count_token(self.total, self.real)
+        if len(branches) == 1:
+            return hidden + branches[0]
+        output = torch.empty_like(hidden)
+        light, heavy, indices, valid, weights = branches
+        combine_into(hidden, light, heavy, indices, valid, weights, None, None, None, None, 1, output)
+        return output
+
+    def _run_layer(
+        self, layer: RoutedStepLayer, incoming: Tensor | None, hidden: Tensor, branches: tuple[Tensor, ...]
+    ) -> None:
+        kind = incoming is not None
+        memories = [hidden, *branches, self.past, self.total, *self.tables, *layer.weights, *layer.state]
+        memories += [*layer.memory, *[part for part in (incoming, self.memory_mask) if part is not None]]
+        recorder = repeated_or_recorder(layer.lists, kind, memories, self.repeats)
+        if recorder is not None:
+            _RoutedLine(self, layer, recorder).run(incoming, hidden, branches)
+            recorder.keep(layer.lists, kind, memories)
+
+
+class _RoutedLine(TokenLine):
+    """A causally routed layer's launches and products."""
+
+    def __init__(self, step: RoutedStep, layer: RoutedStepLayer, recorder: "Recorder"):
+        plain = layer.plain
+        weights = dict(zip(plain.weighted, layer.weights, strict=True))
+        super().__init__(weights, plain, step.hidden_states.dtype, step.rows, recorder)
+        self.step, self.memory, self.is_routed = step, layer.memory, plain.has_heavy_attention
+        count = len(plain.rings)
+        self.rings = dict(zip(plain.rings, layer.state, strict=False))
+        self.carried = dict(zip(plain.carried, layer.state[count:], strict=True))
+
+    def run(self, incoming: Tensor | None, hidden: Tensor, branches: tuple[Tensor, ...]) -> None:
+        """From states, or from the sum of `hidden` and branches, to such a sum.
+
+        Args:
+            incoming: [rows, 1, d_model]; None for the sum.
+            hidden: [rows, 1, d_model].
+            branches: a light branch [rows, 1, d_model], and where the feed-forward is routed a heavy one with the
+                indices, valid and weights [rows, 1] of its tokens.
+        """
+        states, added = (hidden, branches) if incoming is None else (incoming, ())
+        states, added = self.attention(states, added)
+        if self.memory:
+            states, normed = self.norm("cross", states, added)
+            added = (self.cross_attention(normed, self.step.memory_mask, self.memory),)
+        light, *heavy = branches
+        if not heavy:
+            _, normed = self.norm("ff", states, added, hidden)
+            self.feed_forward(normed, "dense", light)
+            return
+        settings = self.step.settings
+        scores = self.recorder.temporary(torch.float32, self.rows, 1, 1)
+        _, normed = self.norm("ff", states, added, hidden, self.weights["router"][None], scores)
+        self.gate("feed_forward", scores, settings.num_feed_forward, True, *heavy[1:])
+        self.feed_forward(normed, "light_ff", light)
+        self.feed_forward(normed, "heavy_ff", heavy[0])
+
+    def attention(self, states: Tensor, added: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """States, or their sum with branches; and the branches that the self-attention adds to it."""
+        step, routers, scores = self.step, None, None
+        if self.is_routed:
+            routers = self.routers()
+            scores = self.recorder.temporary(torch.float32, self.rows, len(routers), 1)
+        states, normed = self.norm("self", states, added, None, routers, scores)
+        query, key, value = (self.product(normed, f"light.{name}")[:, 0] for name in "qkv")
+        ranks = (step.past, step.total)
+        attended = self.empty(query.shape[1])
+        rings = (self.rings["light_key"], self.rings["light_value"])
+        states_of_light = (query, key, value, step.tables[0], *ranks, *rings)
+        assert local_step_attention_into is not None and pool_step_attention_into is not None
+        self.recorder.run(local_step_attention_into, *states_of_light, step.settings.radius, attended[:, 0])
+        light = self.product(attended, "light.o")
+        if scores is None:
+            return states, (light,)
+        kinds = (torch.int64, torch.bool, torch.float32)
+        slots = [self.recorder.temporary(dtype, self.rows, 1) for dtype in kinds]
+        self.gate("query", scores, step.settings.num_queries, False, *slots)
+        query, key, value = (self.product(normed, f"heavy.{name}")[:, 0] for name in "qkv")
+        attended = self.empty(query.shape[1])
+        rings = (self.rings["heavy_key"], self.rings["heavy_value"])
+        pool = [self.carried[f"pool_{name}"] for name in ("key", "value", "rank", "weight", "valid")]
+        states_of_heavy = (query, key, value, step.tables[1], *ranks, slots[1], *rings, *pool)
+        self.recorder.run(pool_step_attention_into, *states_of_heavy, attended[:, 0])
+        return states, (light, self.product(attended, "heavy.o"), *slots)
+
+    def routers(self) -> Tensor:
+        """The vectors of the attention's routers [routers, d_model], that of the queries first."""
+        vectors = [vector for name, vector in self.weights.items() if name.startswith(("query_router", "key_value"))]
+        result = self.recorder.temporary(vectors[0].dtype, len(vectors), vectors[0].numel())
+        starts = range(0, len(vectors), MOST_PARTS)
+        joins = [(result[start : start + MOST_PARTS], *vectors[start : start + MOST_PARTS]) for start in starts]
+        for start in range(0, len(joins), MOST_JOINS):
+            self.recorder.run(join_into, *joins[start : start + MOST_JOINS])
+        return result
+
+    def gate(
+        self, name: str, scores: Tensor, target: int, fill_first: bool, indices: Tensor, valid: Tensor, weights: Tensor
+    ) -> None:
+        """Route the token, as `token_gate_reference` of op_gates.py does, with the state of a name."""
+        settings = self.step.settings
+        ranks = (self.step.past, self.step.total)
+        other_ring = self.rings["key_value_scores"] if name == "query" else None
+        assert token_gate_into is not None
+        self.recorder.run(
+            token_gate_into,
+            scores[:, :, 0], *ranks, self.carried[name], self.rings[name], other_ring,
+            settings.window, target, settings.capacity(target), float(settings.epsilon), fill_first,
+            weights, indices, valid,
+        )  # fmt: skip
+
+
+def _fits(
+    of_pass: tuple[Any, ...],
+    plain: PlainRoutedLayer,
+    weights: tuple[Tensor, ...],
+    state: tuple[Tensor, ...],
+    memory: tuple[Tensor, ...],
+) -> bool:
+    """Whether weights, state and memory have the shapes and dtypes that the straight lines are written for.
+
+    Args:
+        of_pass: dtype, device and shape of the states, the settings and the shapes of the tables, and what does not
+            matter here.
+        plain: the layer.
+        weights, state, memory: as of `RoutedStepLayer`.
+    """
+    dtype, _, (rows, _, d), settings, (light_heads, _), *rest = of_pass
+    by_name = dict(zip(plain.weighted, map(tuple, map(_SHAPE, weights)), strict=True))
+    ring, d_kv = 2 * settings.window + settings.radius, plain.number("light", "d_kv")
+    shapes: dict[str, tuple[int, ...]] = {"self.layer_norm": (d,), "ff.layer_norm": (d,)}
+    sizes: dict[str, Any] = {}
+    kept: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    branches = {"light": light_heads}
+    if plain.has_heavy_attention:
+        heads, groups, size = rest[0][0], plain.groups, settings.pool_size
+        if heads % groups or plain.number("heavy", "d_kv") != d_kv:
+            return False
+        branches |= {"heavy": heads}
+        shapes |= {name: (d,) for name in ("query_router", *[f"key_value_router.{group}" for group in range(groups)])}
+        kept |= {"key_value_scores": ((rows, ring, groups), torch.float32), "query": ((rows, ring), torch.float32)}
+        sizes |= {f"pool_{name}": (rows, 2, groups, size) for name in ("rank", "weight", "valid")}
+        sizes |= {f"pool_{name}": (rows, 2, groups, size, heads // groups, d_kv) for name in ("key", "value")}
+        sizes |= {"query": (rows, 2, 2)}
+    for name, heads in branches.items():
+        inner = heads * d_kv
+        shapes |= {f"{name}.{part}": (inner, d) for part in "qkv"} | {f"{name}.o": (d, inner)}
+        kept |= {f"{name}_{part}": ((rows, ring, heads, d_kv), dtype) for part in ("key", "value")}
+    if plain.has_heavy_ff:
+        shapes |= {"router": (d,)}
+        kept |= {"feed_forward": ((rows, ring), torch.float32)}
+        sizes |= {"feed_forward": (rows, 2, 2)}
+    for name in plain.denses:
+        width = by_name.get(f"{name}.wi_0", (0,))[0]
+        shapes |= {f"{name}.wi_{part}": (width, d) for part in range(2)} | {f"{name}.wo": (d, width)}
+    if memory:
+        cross = shapes_of_cross(by_name, plain.number("cross", "d_kv"), (rows, d), memory)
+        if cross is None:
+            return False
+        shapes |= cross
+    dtypes = {"pool_rank": torch.int64, "pool_valid": torch.bool, "pool_key": dtype, "pool_value": dtype}
+    expected = [kept[name] for name in plain.rings]
+    expected += [(sizes[name], dtypes.get(name, torch.float32)) for name in plain.carried]
+    return (
+        by_name == shapes
+        and [(tuple(part.shape), part.dtype) for part in state] == expected
+        and max(plain.d_kv) <= MOST_FEATURES
+        and all(part.dtype == dtype for part in (*weights, *memory))
+    )
