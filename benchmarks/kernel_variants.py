@@ -51,6 +51,7 @@ from modeling_colt5 import (
     op_rows,
     op_rows_triton,
     op_step_attention_triton,
+    op_step_products_triton,
     run_launch_triton,
 )
 
@@ -58,6 +59,7 @@ WRAPPERS = (
     op_attention_triton, op_attention_gradient_triton, op_dropout_triton, op_gates_triton, op_pools_triton,
     op_gelu_triton, op_routing_triton, op_routing_gradient_triton, op_norm_triton, op_rows_triton,
     op_grid_attention_triton, op_grid_attention_gradient_triton, op_step_attention_triton,
+    op_step_products_triton,
 )  # fmt: skip
 
 
@@ -262,7 +264,7 @@ def token_jobs(quick: bool) -> None:
 
 
 def step_jobs(capability: int, quick: bool) -> None:
-    """Attention of one new token in each row, to a cache and to a memory."""
+    """Attention of one new token in each row, to a cache and to a memory, and products with weights."""
     # straight lines of a decoder are in these dtypes
     dtypes = [torch.float32] if quick or capability < 80 else [torch.bfloat16, torch.float32]
     sizes = ((16, 16, 128),) if quick else ((12, 12, 64), (12, 1, 64), (32, 1, 128), (32, 32, 128), (4, 2, 20))
@@ -277,6 +279,18 @@ def step_jobs(capability: int, quick: bool) -> None:
         ):
             for own in ((new, new, table, mask, torch.empty(1, dtype=torch.int32)), (None, None, None, mask, None)):
                 op_step_attention_triton.step_attention_into(states, *own, cache, cache, states, *places)
+    for dtype, d in itertools.product(dtypes, (768,) if quick else (768, 1000)):
+        states, norm, weight = (torch.empty(*shape, dtype=dtype) for shape in ((2, d), (d,), (2048, d)))
+        wide = torch.empty(2, 2048, dtype=dtype)
+        three, norm_of_sum = [weight] * 3, (states, states, norm, 1e-6)
+        multiply = op_step_products_triton.step_products_into
+        multiply(*norm_of_sum, weight, weight, None, states, wide, None, None)
+        if not quick:
+            multiply(*norm_of_sum, *three, states, wide, wide, wide)
+            multiply(states, None, norm, 1e-6, *three, None, wide, wide, wide)
+            multiply(*norm_of_sum, weight, None, None, states, wide, None, None)
+            multiply(states, None, None, 0.0, weight, None, None, None, wide, None, None)
+            multiply(states, None, None, 0.0, weight, weight, None, None, wide, None, None)
     routed_step_jobs(capability, quick)
 
 

@@ -1,4 +1,4 @@
-"""One new token of a causally routed decoder as straight lines of kernel launches and products, one line a layer.
+"""One new token of a causally routed decoder as straight lines of kernel launches, one line a layer.
 
 The modules of model_causal.py say what a layer computes, and run_causal_cache.py what its cache holds. Between the
 ends of windows a token changes little of that cache: its keys, values and scores go into the rings. So kernels write
@@ -268,7 +268,7 @@ class RoutedStep:
 
 
 class _RoutedLine(TokenLine):
-    """A causally routed layer's launches and products."""
+    """A causally routed layer's launches."""
 
     def __init__(self, step: RoutedStep, layer: RoutedStepLayer, recorder: "Recorder"):
         plain = layer.plain
@@ -292,7 +292,8 @@ class _RoutedLine(TokenLine):
         states, added = self.attention(states, added)
         if self.memory:
             states, normed = self.norm("cross", states, added)
-            added = (self.cross_attention(normed, self.step.memory_mask, self.memory),)
+            (query,) = self.products(normed, ["cross.q"])
+            added = (self.cross_attention(query, self.step.memory_mask, self.memory),)
         light, *heavy = branches
         if not heavy:
             _, normed = self.norm("ff", states, added, hidden)
@@ -312,26 +313,26 @@ class _RoutedLine(TokenLine):
             routers = self.routers()
             scores = self.recorder.temporary(torch.float32, self.rows, len(routers), 1)
         states, normed = self.norm("self", states, added, None, routers, scores)
-        query, key, value = (self.product(normed, f"light.{name}")[:, 0] for name in "qkv")
+        query, key, value = (part[:, 0] for part in self.products(normed, [f"light.{name}" for name in "qkv"]))
         ranks = (step.past, step.total)
         attended = self.empty(query.shape[1])
         rings = (self.rings["light_key"], self.rings["light_value"])
         states_of_light = (query, key, value, step.tables[0], *ranks, *rings)
         assert local_step_attention_into is not None and pool_step_attention_into is not None
         self.recorder.run(local_step_attention_into, *states_of_light, step.settings.radius, attended[:, 0])
-        light = self.product(attended, "light.o")
+        (light,) = self.products(attended, ["light.o"])
         if scores is None:
             return states, (light,)
         kinds = (torch.int64, torch.bool, torch.float32)
         slots = [self.recorder.temporary(dtype, self.rows, 1) for dtype in kinds]
         self.gate("query", scores, step.settings.num_queries, False, *slots)
-        query, key, value = (self.product(normed, f"heavy.{name}")[:, 0] for name in "qkv")
+        query, key, value = (part[:, 0] for part in self.products(normed, [f"heavy.{name}" for name in "qkv"]))
         attended = self.empty(query.shape[1])
         rings = (self.rings["heavy_key"], self.rings["heavy_value"])
         pool = [self.carried[f"pool_{name}"] for name in ("key", "value", "rank", "weight", "valid")]
         states_of_heavy = (query, key, value, step.tables[1], *ranks, slots[1], *rings, *pool)
         self.recorder.run(pool_step_attention_into, *states_of_heavy, attended[:, 0])
-        return states, (light, self.product(attended, "heavy.o"), *slots)
+        return states, (light, *self.products(attended, ["heavy.o"]), *slots)
 
     def routers(self) -> Tensor:
         """The vectors of the attention's routers [routers, d_model], that of the queries first."""

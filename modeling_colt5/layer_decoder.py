@@ -1,4 +1,4 @@
-"""One new token of a plain decoder as straight lines of kernel launches and products, one line a layer.
+"""One new token of a plain decoder as straight lines of kernel launches, one line a layer.
 
 The modules of model_decoder_layer.py say what a layer computes. For one token their Python takes the host ten times as
 long as the kernels take a GPU. So blocks that nobody looks into (`PlainBlock` of layer_plain.py) run here, where a
@@ -22,10 +22,10 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderD
 from .kernel_backend import Mode, triton_is_available
 from .layer_plain import PlainLayer, parts_of_dense
 from .op_step_attention import step_attention_into
+from .op_step_products import step_products_into
 from .run_growing_cache import CoLT5GrowingLayer
 
 if triton_is_available():
-    from .op_gelu_triton import gated_gelu_into
     from .op_norm_triton import norm_into
     from .op_step_attention_triton import number_of_parts
     from .run_launch_list_triton import LaunchList, Recorder, may_repeat, repeated_or_recorder
@@ -288,13 +288,13 @@ class StraightStep:
 
 
 class TokenLine:
-    """What lines of one new token have in common: the launches and products of a layer, of states [rows, 1, width].
+    """What lines of one new token have in common: the launches of a layer, of states [rows, 1, width].
 
     Args:
         weights: by their names.
         layer: the block's numbers.
         dtype, rows: of the states.
-        recorder: runs all launches and products.
+        recorder: runs all launches.
     """
 
     def __init__(
@@ -306,12 +306,36 @@ class TokenLine:
         """Room for states."""
         return self.recorder.temporary(self.dtype, self.rows, 1, width)
 
-    def product(self, states: Tensor, name: str, out: Tensor | None = None) -> Tensor:
-        """The product of states with a weight."""
-        weight = self.weights[name]
-        out = self.empty(weight.shape[0]) if out is None else out
-        self.recorder.product(states[:, 0], weight.t(), out[:, 0])
-        return out
+    def products(
+        self,
+        states: Tensor,
+        names: Sequence[str],
+        norm: str | None = None,
+        branch: Tensor | None = None,
+        total: Tensor | None = None,
+        outs: Sequence[Tensor] = (),
+    ) -> tuple[Tensor, ...]:
+        """The products of states with up to three weights, in one launch; or of two weights, where there is room for
+        one, their gated activation.
+
+        Args:
+            states: [rows, 1, width].
+            names: of the weights.
+            norm: the sublayer whose norm comes before; None for none.
+            branch: added to the states before that; None for nothing.
+            total: room for that sum; None where nobody reads it.
+            outs: room for the results; made for the products where none is given.
+        """
+        weights = [self.weights[name] for name in names]
+        outs = outs or [self.empty(len(weight)) for weight in weights]
+        gain, eps = None, 0.0
+        if norm is not None:
+            gain, eps = self.weights[f"{norm}.layer_norm"], self.plain.number(f"{norm}.layer_norm", "eps")
+        added, summed = (None if part is None else part[:, 0] for part in (branch, total))
+        inputs = (states[:, 0], added, gain, eps, *weights, *[None] * (3 - len(weights)))
+        assert step_products_into is not None
+        self.recorder.run(step_products_into, *inputs, summed, *[out[:, 0] for out in outs], *[None] * (3 - len(outs)))
+        return tuple(outs)
 
     def norm(
         self,
@@ -368,21 +392,28 @@ class TokenLine:
         self.recorder.run(step_attention_into, *inputs)
         return output
 
-    def cross_attention(self, normed: Tensor, mask: Tensor | None, memory: tuple[Tensor, ...]) -> Tensor:
+    def cross_attention(self, query: Tensor, mask: Tensor | None, memory: tuple[Tensor, ...]) -> Tensor:
         """What the attention to a memory adds, given its keys and values."""
-        query = self.product(normed, "cross.q")
-        return self.product(self.attend(query, None, None, None, mask, None, *memory), "cross.o")
+        return self.products(self.attend(query, None, None, None, mask, None, *memory), ["cross.o"])[0]
 
-    def feed_forward(self, normed: Tensor, name: str, out: Tensor) -> None:
-        """Write a gated feed-forward."""
-        gate, up = (self.product(normed, f"{name}.{part}") for part in ("wi_0", "wi_1"))
-        activated = self.empty(gate.shape[2])
-        self.recorder.run(gated_gelu_into, gate, up, activated)
-        self.product(activated, f"{name}.wo", out)
+    def feed_forward(
+        self,
+        states: Tensor,
+        name: str,
+        out: Tensor,
+        norm: str | None = None,
+        branch: Tensor | None = None,
+        total: Tensor | None = None,
+    ) -> None:
+        """Write a gated feed-forward; the other arguments are those of `products`."""
+        names = [f"{name}.wi_0", f"{name}.wi_1"]
+        activated = self.empty(len(self.weights[names[0]]))
+        self.products(states, names, norm, branch, total, [activated])
+        self.products(activated, [f"{name}.wo"], outs=[out])
 
 
 class _Line(TokenLine):
-    """A plain layer's launches and products."""
+    """A plain layer's launches."""
 
     def __init__(self, step: StraightStep, layer: StepLayer, recorder: "Recorder"):
         weights = dict(zip(layer.plain.weighted, layer.weights, strict=True))
@@ -405,22 +436,19 @@ class _Line(TokenLine):
             length: int32 [1], number of keys.
             room: for keys and values, [rows, heads, room, d_kv].
         """
-        states, branches = (hidden, (update,)) if incoming is None else (incoming, ())
-        states, normed = self.norm("self", states, branches)
-        branches = (self.attention(normed, length, room),)
-        if self.layer.memory:
-            states, normed = self.norm("cross", states, branches)
-            branches = (self.cross_attention(normed, self.step.masks[1], self.layer.memory),)
-        # the last sum is what the next layer adds to
-        _, normed = self.norm("ff", states, branches, hidden)
-        self.feed_forward(normed, "dense", update)
-
-    def attention(self, normed: Tensor, length: Tensor, room: tuple[Tensor, Tensor]) -> Tensor:
-        """What the self-attention of the new token adds, whose key and value go into the room."""
-        query, key, value = (self.product(normed, f"self.{name}") for name in "qkv")
+        states, branch = (hidden, update) if incoming is None else (incoming, None)
+        total = None if branch is None else self.empty(states.shape[2])
+        query, key, value = self.products(states, [f"self.{name}" for name in "qkv"], "self", branch, total)
         new = (key[:, 0], value[:, 0])
         attended = self.attend(query, *new, self.step.table, self.step.masks[0], length, *room)
-        return self.product(attended, "self.o")
+        states = states if total is None else total
+        (branch,) = self.products(attended, ["self.o"])
+        if self.layer.memory:
+            total = self.empty(states.shape[2])
+            (query,) = self.products(states, ["cross.q"], "cross", branch, total)
+            states, branch = total, self.cross_attention(query, self.step.masks[1], self.layer.memory)
+        # the last sum is what the next layer adds to
+        self.feed_forward(states, "dense", update, "ff", branch, hidden)
 
 
 # features of a head, and heads that share a key/value head, which the kernels are compiled for on all cards

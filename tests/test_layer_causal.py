@@ -410,9 +410,9 @@ def test_lists_are_repeated_for_all_layers_and_tokens(kind: str, monkeypatch: py
     runs = 3 * len(steps) - 2
     assert len(steps) == WINDOW + 1
     assert repeated.count("pool_step_attention_kernel") == runs
-    assert repeated.count("product") == (14 if kind == "routed" else 11) * runs
-    # launches and products of a layer
-    assert len(repeated) == (23 if kind == "routed" else 18) * runs
+    assert repeated.count("step_products_kernel") == (8 if kind == "routed" else 6) * runs
+    # all launches of a layer
+    assert len(repeated) == (15 if kind == "routed" else 12) * runs
 
 
 def model_logits(model: Any, ids: torch.Tensor) -> torch.Tensor:

@@ -504,7 +504,9 @@ def test_lists_are_repeated_for_all_layers_and_tokens(kind: str, monkeypatch: py
     assert noted == 4 and None not in lists.values()
     has_memory = model.config.is_encoder_decoder
     assert repeated.count("step_attention_kernel") == (3 * (NEW_TOKENS - 1) - noted) * (2 if has_memory else 1)
-    assert repeated.count("product") == (3 * (NEW_TOKENS - 1) - noted) * (9 if has_memory else 7)
+    assert repeated.count("step_products_kernel") == (3 * (NEW_TOKENS - 1) - noted) * (6 if has_memory else 4)
+    # all launches of a layer, where keys are not split
+    assert len(repeated) == (3 * (NEW_TOKENS - 1) - noted) * (8 if has_memory else 5)
 
 
 # on a card
