@@ -132,3 +132,28 @@ def test_blocks_that_wait_while_the_gpu_computes(place: str, tmp_path: Path) -> 
     with torch.no_grad():
         # sums in another order
         torch.testing.assert_close(loaded(**inputs).logits.cpu(), model(**inputs).logits, rtol=0, atol=2e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("how", ["by name", "auto"])
+def test_blocks_on_two_cards(how: str, tmp_path: Path) -> None:
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    if how == "by name":
+        given = {"device_map": {name: int(name.endswith(".1") or name == "decoder.block.2") for name in PARTS}}
+    else:
+        # too little on one card
+        most = 0.7 * sum(parameter.nbytes for parameter in model.parameters())
+        given = {"device_map": "auto", "max_memory": {0: int(most), 1: int(2 * most)}}
+    loaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path, **given)
+    assert {parameter.device.index for parameter in loaded.parameters()} == {0, 1}
+    batch = pad([random_ids(30), random_ids(12)])
+    inputs = {**batch, "decoder_input_ids": random_ids(2, 4)}
+    with torch.no_grad():
+        # sums in another order
+        torch.testing.assert_close(loaded(**inputs).logits.cpu(), model(**inputs).logits, rtol=0, atol=2e-5)
+    settings = {"max_new_tokens": 5, "min_new_tokens": 5, "return_dict_in_generate": True, "output_logits": True}
+    mine, theirs = (part.generate(**batch, **settings) for part in (loaded, model))
+    for one, other in zip(mine.logits, theirs.logits, strict=True):
+        torch.testing.assert_close(one.cpu(), other, rtol=0, atol=2e-5)
