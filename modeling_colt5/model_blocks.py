@@ -23,6 +23,7 @@ from .model_from_config import (
     self_attention,
 )
 from .model_initialisation import init_layer
+from .model_layers import bias_by_distance
 from .model_outputs import CoLT5CausalLayerRouting, CoLT5LayerRouting
 from .op_routing import RoutedTokens
 from .run_causal_cache import CoLT5DynamicRoutedLayer, check_routed_layer
@@ -100,8 +101,8 @@ class EncoderStandAlone(_StandAlone):
 
     def bias_tables(self) -> tuple[Tensor, Tensor | None]:
         """Of the light and of the heavy branch."""
-        heavy = None if self.settings.routing == "none" else self.heavy_relative_attention_bias()
-        return self.light_relative_attention_bias(), heavy
+        heavy = None if self.settings.routing == "none" else bias_by_distance(self.heavy_relative_attention_bias)
+        return bias_by_distance(self.light_relative_attention_bias), heavy
 
     def read(self, hidden_states: Tensor, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """The mask as layers take it, and how far a dense start has come in this call.
@@ -431,9 +432,9 @@ class CoLT5CausalConditionalAttention(_CausalStandAlone):
             ValueError: for another shape of states or mask, or a cache of another number of rows.
         """
         plan = self.plan(hidden_states, mask, cache)
-        light_bias = plan.light_bias(self.light_relative_attention_bias())
+        light_bias = plan.light_bias(bias_by_distance(self.light_relative_attention_bias))
         output, queries, pools = self.layer(
-            hidden_states, light_bias, self.heavy_relative_attention_bias(), plan, cache
+            hidden_states, light_bias, bias_by_distance(self.heavy_relative_attention_bias), plan, cache
         )
         return (output, CoLT5CausalLayerRouting(query=queries, key_value=pools)) if output_routing else output
 

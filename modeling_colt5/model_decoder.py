@@ -26,6 +26,7 @@ from .model_from_config import (
     layer_norm,
     position_bias,
 )
+from .model_layers import bias_by_distance
 from .model_outputs import CoLT5DecoderOutput
 from .op_attention import bias_of_sequence
 from .op_routing import RoutedTokens
@@ -191,11 +192,11 @@ class CoLT5Decoder(CoLT5Stack):
         if len(read) < len(self.block):
             return None
         if self.config.causal_attention == "full":
-            table = self.relative_attention_bias()
+            table = bias_by_distance(self.relative_attention_bias)
             return StraightStep.of(hidden_states, read, table, attention_mask, encoder_mask, cache)
-        tables = [self.light_relative_attention_bias()]
+        tables = [bias_by_distance(self.light_relative_attention_bias)]
         if self.config.causal_attention == "routed":
-            tables.append(self.heavy_relative_attention_bias())
+            tables.append(bias_by_distance(self.heavy_relative_attention_bias))
         if [block.layer_idx for block in self.block] != list(range(len(read))):
             return None
         settings = causal_settings(self.config)
@@ -235,9 +236,9 @@ class CoLT5Decoder(CoLT5Stack):
             bias, mask = self.attention_to_all(hidden_states, attention_mask, cache, prefix)
             return bias, None, mask, None
         plan = self.windows_of(hidden_states, attention_mask, cache, prefix)
-        bias, heavy_bias_table = plan.light_bias(self.light_relative_attention_bias()), None
+        bias, heavy_bias_table = plan.light_bias(bias_by_distance(self.light_relative_attention_bias)), None
         if self.config.causal_attention == "routed":
-            heavy_bias_table = self.heavy_relative_attention_bias()
+            heavy_bias_table = bias_by_distance(self.heavy_relative_attention_bias)
         return bias, heavy_bias_table, None, plan
 
     def attention_to_all(
@@ -250,7 +251,7 @@ class CoLT5Decoder(CoLT5Stack):
         check_causal_mask(f"{prefix}attention_mask", attention_mask, hidden_states, past, key_length)
         # The arguments go by position, because Transformers renamed the last one.
         mask = create_causal_mask(self.config, hidden_states, attention_mask, cache)
-        position_bias = bias_of_sequence(self.relative_attention_bias(), length, key_length, past)
+        position_bias = bias_of_sequence(bias_by_distance(self.relative_attention_bias), length, key_length, past)
         return position_bias[None], mask
 
     def route_memory(

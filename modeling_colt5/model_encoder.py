@@ -16,6 +16,7 @@ from .layer_encoder import Sum
 from .model_base import CoLT5Stack
 from .model_encoder_layer import CoLT5EncoderBlock, encoder_plan, is_as_written
 from .model_from_config import encoder_block, encoder_settings, layer_norm, position_bias
+from .model_layers import bias_by_distance
 from .model_outputs import CoLT5EncoderOutput
 from .run_graphs import replayed
 from .run_inputs import (
@@ -130,8 +131,10 @@ class CoLT5Encoder(CoLT5Stack):
         """
         dense_start = self.dense_start if self.training else None
         plan = encoder_plan(encoder_settings(self.config), hidden_states, mask, dense_start, records_blocks)
-        light_bias_table = self.light_relative_attention_bias()
-        heavy_bias_table = None if self.config.routing == "none" else self.heavy_relative_attention_bias()
+        light_bias_table = bias_by_distance(self.light_relative_attention_bias)
+        heavy_bias_table = (
+            None if self.config.routing == "none" else bias_by_distance(self.heavy_relative_attention_bias)
+        )
         tables = (light_bias_table, heavy_bias_table)
         try:
             if plan.straight is not None and not plan.mode.keeps_gradients and all(map(is_as_written, self.block)):

@@ -381,31 +381,41 @@ class CoLT5RelativePositionBias(nn.Embedding):
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "CoLT5RelativePositionBias":
         super()._apply(fn, recurse)
-        self._bucket_beside_weight()
+        self.bucket_beside_weight()
         return self
 
-    def _bucket_beside_weight(self) -> torch.Tensor:
+    def bucket_beside_weight(self) -> torch.Tensor:
         """The bucket of each distance from -max_distance to max_distance, or of each pair of them, int64 on the
-        weight's device.
+        weight's device; where the weight has no data, on any.
 
         It is kept there, as twenty operations make it, which are always the same."""
         device = self.weight.device
-        if self.bucket.device == device:
+        # A weight that waits in memory or on disk gets its data when the module is called, and `forward` its buckets.
+        if self.bucket.device == device or device.type == "meta":
             return self.bucket
-        if device.type == "meta" or not runs_eagerly():
+        if not runs_eagerly():
             return self.bucket.to(device)
         # A tensor that was made in inference mode could not be kept for a gradient later.
         with torch.inference_mode(False):
             self.bucket = self.bucket.to(device)
         return self.bucket
 
-    def forward(self) -> torch.Tensor:  # type: ignore[override]
-        """The bias by distance: fp32 (float64 in a float64 model), [num_heads, 2 * max_distance + 1], and in two
-        dimensions as many rows of as many columns.
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """The biases of buckets, int64 [...] → [..., num_heads]."""
+        return super().forward(input.to(self.weight.device))
 
-        Entry max_distance + d is the bias of a key d positions after its query. All distances from max_distance on
-        share a bucket, so that clamped distances lose nothing.
-        """
-        table = super().forward(self._bucket_beside_weight()).movedim(-1, 0)
-        # one copy, whatever the dtype: the first leaves fp32 as it is, the second what the first has copied
-        return table.to(accumulation_dtype(table.dtype), memory_format=torch.contiguous_format).contiguous()
+
+def bias_by_distance(bias: nn.Module) -> torch.Tensor:
+    """The bias by distance: fp32 (float64 in a float64 model), [num_heads, 2 * max_distance + 1], and in two
+    dimensions as many rows of as many columns.
+
+    Entry max_distance + d is the bias of a key d positions after its query. All distances from max_distance on
+    share a bucket, so that clamped distances lose nothing.
+
+    Args:
+        bias: a `CoLT5RelativePositionBias`, or what holds one and is called as an embedding, such as an adapter.
+    """
+    own = next(part for part in bias.modules() if isinstance(part, CoLT5RelativePositionBias))
+    table = bias(own.bucket_beside_weight()).movedim(-1, 0)
+    # one copy, whatever the dtype: the first leaves fp32 as it is, the second what the first has copied
+    return table.to(accumulation_dtype(table.dtype), memory_format=torch.contiguous_format).contiguous()

@@ -11,6 +11,7 @@ from .model_base import CoLT5PreTrainedModel
 from .model_encoder import CoLT5Encoder, heavy_attentions_too
 from .model_from_config import encoder_block, encoder_settings, layer_norm, position_bias
 from .model_initialisation import init_normal
+from .model_layers import bias_by_distance
 from .model_outputs import CoLT5VisionOutput
 from .model_vision_layer import CoLT5LayerVisionAttention, CoLT5PatchEmbedding, VisionPlan
 from .run_inputs import (
@@ -105,8 +106,10 @@ class CoLT5VisionEncoder(CoLT5VisionPreTrainedModel):
         dense_start = self.dense_start if self.training else None
         plan = VisionPlan.of_grid(encoder_settings(self.config), patches, mask, dense_start)
         hidden_states = patches.flatten(1, 2)
-        light_bias_table = self.light_relative_attention_bias()
-        heavy_bias_table = None if self.config.routing == "none" else self.heavy_relative_attention_bias()
+        light_bias_table = bias_by_distance(self.light_relative_attention_bias)
+        heavy_bias_table = (
+            None if self.config.routing == "none" else bias_by_distance(self.heavy_relative_attention_bias)
+        )
         for block in self.block:
             hidden_states = block(hidden_states, light_bias_table, heavy_bias_table, plan)[0]
         return self.final_layer_norm(hidden_states, None, plan.kernel_backend)[0]

@@ -12,6 +12,7 @@ from transformers import DynamicCache
 from modeling_colt5 import CoLT5ForCausalLM, op_gates, op_pools
 from modeling_colt5.model_causal import CoLT5LayerCausalAttention, CoLT5LayerCausalFF
 from modeling_colt5.model_from_config import causal_settings, implementation
+from modeling_colt5.model_layers import bias_by_distance
 from modeling_colt5.run_causal_plan import CausalPlan
 
 kernels = pytest.importorskip("modeling_colt5.op_pools_triton")
@@ -252,7 +253,8 @@ def layer_outputs(backend: str, device: torch.device, dtype: torch.dtype) -> lis
     # three windows and a part of one
     states = torch.randn(2, 27, config.d_model).to(device, dtype).requires_grad_()
     plan = CausalPlan.make(causal_settings(config), implementation(config), states, None, None)
-    light, heavy = decoder.light_relative_attention_bias(), decoder.heavy_relative_attention_bias()
+    biases = decoder.light_relative_attention_bias, decoder.heavy_relative_attention_bias
+    light, heavy = map(bias_by_distance, biases)
     causal = light.masked_fill(torch.arange(light.shape[1], device=device) > light.shape[1] // 2, -torch.inf)
     attention, feed_forward = block.layer[0], block.layer[1]
     assert isinstance(attention, CoLT5LayerCausalAttention) and isinstance(feed_forward, CoLT5LayerCausalFF)

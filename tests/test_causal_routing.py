@@ -10,6 +10,7 @@ from models import tiny_config
 from modeling_colt5 import CoLT5Config, CoLT5ForCausalLM
 from modeling_colt5.model_causal import CoLT5LayerCausalAttention, CoLT5LayerCausalFF
 from modeling_colt5.model_from_config import causal_settings, implementation
+from modeling_colt5.model_layers import bias_by_distance
 from modeling_colt5.op_gates import Gates, causal_gates, window_thresholds
 from modeling_colt5.op_pools import NO_TOKEN, Pools, gather_pools, links, prefix_top
 from modeling_colt5.op_pools import pool_candidates_reference as pool_candidates
@@ -154,7 +155,8 @@ def test_layers_are_the_definition(length: int, fields: dict) -> None:
     decoder, block = model.decoder, model.decoder.block[0]
     hidden_states = torch.randn(2, length, config.d_model, dtype=torch.float64)
     plan = CausalPlan.make(causal_settings(config), implementation(config), hidden_states, None, None)
-    light, heavy = decoder.light_relative_attention_bias(), decoder.heavy_relative_attention_bias()
+    biases = decoder.light_relative_attention_bias, decoder.heavy_relative_attention_bias
+    light, heavy = map(bias_by_distance, biases)
     causal = light.masked_fill(torch.arange(light.shape[1]) > light.shape[1] // 2, -torch.inf)
     attended, _, _ = block.layer[0](hidden_states, causal, heavy, plan, None)
     fed, _ = block.layer[1](hidden_states, plan, None)
@@ -279,7 +281,8 @@ def test_every_parameter_gets_the_gradient_of_finite_differences() -> None:
     plan = CausalPlan.make(causal_settings(config), implementation(config), hidden_states, None, None)
 
     def loss() -> torch.Tensor:
-        light, heavy = decoder.light_relative_attention_bias(), decoder.heavy_relative_attention_bias()
+        biases = decoder.light_relative_attention_bias, decoder.heavy_relative_attention_bias
+        light, heavy = map(bias_by_distance, biases)
         attended, _, _ = block.layer[0](hidden_states, light, heavy, plan, None)
         return ((attended + block.layer[1](hidden_states, plan, None)[0]) * goal).sum()
 

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from models import tiny_model
+from models import random_ids, tiny_model
+from rounding import assert_same_but_for_rounding
 from transformers import T5Config
 from transformers.models.t5.modeling_t5 import T5Attention
 
-from modeling_colt5 import CoLT5EncoderModel
-from modeling_colt5.model_layers import CoLT5RelativePositionBias, relative_position_bucket
+from modeling_colt5 import CoLT5EncoderModel, CoLT5ForCausalLM, CoLT5ForConditionalGeneration
+from modeling_colt5.model_layers import CoLT5RelativePositionBias, bias_by_distance, relative_position_bucket
 from modeling_colt5.op_attention import bias_by_position, bias_of_sequence
 
 BUCKETS = [(32, 128), (32, 17), (8, 20), (4, 3), (4, 128), (64, 1000)]
@@ -43,7 +44,7 @@ def test_bias_is_t5s_for_every_pair_of_positions(bidirectional):
         bias.weight.copy_(attention.relative_attention_bias.weight.normal_())
         expected = attention.compute_bias(length, length)
         positions = torch.arange(length)
-        assert torch.equal(bias_by_position(bias(), positions, positions)[None], expected)
+        assert torch.equal(bias_by_position(bias_by_distance(bias), positions, positions)[None], expected)
 
 
 @pytest.mark.parametrize(("length", "key_length", "past"), [(1, 1, 0), (7, 7, 0), (40, 40, 0), (1, 9, 4), (3, 30, 27)])
@@ -78,7 +79,7 @@ def test_bias_of_scattered_positions_is_the_dense_ones_entry():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_table_is_fp32_or_better_and_differentiable(dtype):
     bias = CoLT5RelativePositionBias(2, 8, 20, True).to(dtype)
-    table = bias()
+    table = bias_by_distance(bias)
     assert table.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert table.shape == (2, 41)
     table.sum().backward()
@@ -97,3 +98,53 @@ def test_a_loaded_models_buckets_are_its_own(tmp_path):
     config = model.config
     sizes = (config.relative_attention_num_buckets, config.relative_attention_max_distance)
     assert torch.equal(bias.bucket, T5Attention._relative_position_bucket(distance, True, *sizes))
+
+
+ADAPTERS = {
+    "low rank": {"target_modules": r".*relative_attention_bias"},
+    "low rank and size": {"target_modules": r".*relative_attention_bias", "use_dora": True},
+    "some buckets": {
+        "target_modules": ["q"],
+        "trainable_token_indices": {f"{kind}relative_attention_bias": [0, 3] for kind in ("", "light_", "heavy_")},
+    },
+    "saved": {
+        "target_modules": ["q"],
+        "modules_to_save": [f"{kind}relative_attention_bias" for kind in ("", "light_", "heavy_")],
+    },
+}
+ROUTED = {"causal_attention": "routed", "causal_window": 8, "causal_routed_keys": 12}
+
+
+@pytest.mark.parametrize("way", ADAPTERS)
+@pytest.mark.parametrize(("model_class", "fields"), [(CoLT5ForConditionalGeneration, {}), (CoLT5ForCausalLM, ROUTED)])
+def test_adapters_of_a_bias_train_it_and_merge_into_it(model_class, fields, way):
+    peft = pytest.importorskip("peft")
+    options = dict(ADAPTERS[way])
+    plain = tiny_model(model_class, **fields)
+    biases = [name for name, part in plain.named_modules() if isinstance(part, CoLT5RelativePositionBias)]
+    for option in ("trainable_token_indices", "modules_to_save"):
+        # PEFT wants every name that it is given to be there
+        if option in options:
+            there = {name.rpartition(".")[2] for name in biases}
+            given = options[option]
+            options[option] = {n: given[n] for n in there} if isinstance(given, dict) else sorted(there)
+    model = peft.get_peft_model(plain, peft.LoraConfig(r=2, **options))
+    inputs = {"input_ids": random_ids(2, 20)}
+    if model_class is CoLT5ForConditionalGeneration:
+        inputs["decoder_input_ids"] = random_ids(2, 9)
+    with torch.no_grad():
+        before = model(**inputs).logits
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad and "relative_attention_bias" in n}
+    with torch.no_grad():
+        for parameter in trained.values():
+            parameter.add_(torch.randn_like(parameter))
+    adapted = model(**inputs).logits
+    adapted.square().mean().backward()
+    for name in biases:
+        gradients = [parameter.grad for key, parameter in trained.items() if f"{name}." in key]
+        assert gradients and all(gradient.any() for gradient in gradients), name
+    assert (adapted - before).abs().max() > 0.01
+    merged = model.merge_and_unload()
+    assert type(merged.get_submodule(biases[0])) is CoLT5RelativePositionBias
+    with torch.no_grad():
+        assert_same_but_for_rounding(merged(**inputs).logits, adapted)
