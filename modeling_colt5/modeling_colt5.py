@@ -1,7 +1,8 @@
 """The Hugging Face models of CoLT5: encoder–decoder, encoder, causal decoder, and the heads on them."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -67,6 +68,18 @@ def _with_encoder_decoder(config: CoLT5Config, is_encoder_decoder: bool) -> CoLT
     return config
 
 
+def _first_candidates(
+    get_candidates: Callable[..., tuple[torch.Tensor, torch.Tensor | None]],
+    number: int,
+    input_ids: torch.Tensor,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What `get_candidates` of a generator of candidates gives for [batch, n]: ids [batch, n + candidates] and their
+    logits [batch, candidates, vocabulary], if any; at most the first `number` candidates."""
+    ids, logits = get_candidates(input_ids, **kwargs)
+    return ids[:, : input_ids.shape[1] + number], None if logits is None else logits[:, :number]
+
+
 class CoLT5GenerationMixin(GenerationMixin):
     """`generate`, with the masks of a causally routed decoder, which reads no mask of queries and keys."""
 
@@ -79,7 +92,23 @@ class CoLT5GenerationMixin(GenerationMixin):
         given = one_cache(kwargs.pop("cache", None), kwargs.pop("past_key_values", None))
         if given is not None:
             kwargs[CACHE] = given
+        reach = self._tokens_to_take_back()
+        if reach is not None and getattr(kwargs.get("generation_config"), "is_assistant", False):
+            # Another model, which this one proposes tokens to, takes back those that it refuses.
+            limits = {name: kwargs[name] for name in ("min_new_tokens", "max_new_tokens") if name in kwargs}
+            kwargs |= {name: min(limit, reach) for name, limit in limits.items()}
         return super().generate(inputs, *args, **kwargs)
+
+    def _tokens_to_take_back(self) -> int | None:
+        """The most tokens that a cache can always take back; None for all."""
+        return None if self.config.causal_attention == "full" else self.config.causal_window
+
+    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
+        # Refused candidates are taken back from the cache, so no more are tried at once than it can take back.
+        generator, reach = super()._get_candidate_generator(*args, **kwargs), self._tokens_to_take_back()
+        if reach is not None:
+            generator.get_candidates = partial(_first_candidates, generator.get_candidates, reach)
+        return generator
 
     def prepare_inputs_for_generation(
         self,

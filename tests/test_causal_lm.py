@@ -257,14 +257,20 @@ def test_generate_compiles_one_step_for_all_tokens(fields: dict[str, int], lengt
     assert [getattr(part, "shape", part) for part in new] == [(len(lengths), 1), mask]
 
 
-def test_prompt_lookup_and_assisted_decoding_are_greedy_decoding() -> None:
-    model = make_model()
-    # a prompt that repeats itself gives candidates, some of which are wrong and taken back
-    batch = pad([random_ids(7).repeat(4)])
-    greedy = generate(model, batch).sequences
-    assert torch.equal(generate(model, batch, prompt_lookup_num_tokens=5).sequences, greedy)
-    assistant = make_model(num_decoder_layers=1)
-    assert torch.equal(generate(model, batch, assistant_model=assistant).sequences, greedy)
+@pytest.mark.parametrize(("window", "candidates"), [(3, 8), (WINDOW, 5)])
+def test_prompt_lookup_and_assisted_decoding_are_greedy_decoding(window: int, candidates: int) -> None:
+    """Wrong candidates are taken back, by the model and by the assistant that proposed them, also where there are more
+    than a cache can take back."""
+    model, options = make_model(causal_window=window), {"min_new_tokens": 10, "max_new_tokens": 10}
+    # a prompt that repeats itself gives candidates, some of which are wrong
+    batch = pad([random_ids(7).repeat(3)])
+    greedy = generate(model, batch, **options).sequences
+    assert torch.equal(generate(model, batch, **options, prompt_lookup_num_tokens=candidates).sequences, greedy)
+    assistant, full = make_model(num_decoder_layers=1, causal_window=window), make_model(**KINDS["full"])
+    assistant.generation_config.update(num_assistant_tokens=candidates, assistant_confidence_threshold=0.0)
+    for main in (model, full):
+        expected = generate(main, batch, **options).sequences
+        assert torch.equal(generate(main, batch, **options, assistant_model=assistant).sequences, expected)
 
 
 @torch.no_grad()
