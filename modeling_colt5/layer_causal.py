@@ -40,7 +40,7 @@ if triton_is_available():
 
 _SHAPE, _DTYPE = attrgetter("shape"), attrgetter("dtype")
 # attributes of modules that are numbers of a line
-_NUMBERS = ("eps", "d_kv", "layer_idx", "groups", "routing", "is_gated_act", "training", "dropout", "p")
+_NUMBERS = ("eps", "d_kv", "groups", "routing", "is_gated_act", "training", "dropout", "p")
 # what a layer's cache holds that a token reads or writes: first rings, then what is carried
 _LIGHT = (("light_key", "light_value"), ())
 _HEAVY = (
@@ -177,7 +177,7 @@ class RoutedStep:
 
         Args:
             hidden_states, tables, settings, memory_mask: as above.
-            read: what `PlainBlock.read` gave of each block, in the order of the cache's layers.
+            read: what `PlainBlock.read` gave of each block.
             attention_mask: [rows, keys], 1 for real tokens; None for all.
             cache: of the decoder.
         """
@@ -207,9 +207,9 @@ class RoutedStep:
         layers: list[RoutedStepLayer] = []
         kind: Any = None
         lists: Any = None
-        for (plain, weights), layer in zip(read, caches, strict=True):
+        for layer_idx, ((plain, weights), layer) in enumerate(zip(read, caches, strict=True)):
             assert isinstance(plain, PlainRoutedLayer)
-            memory = memory_of(plain.places, memory_cache, is_updated, CoLT5DynamicRoutedLayer)
+            memory = memory_of(plain, layer_idx, memory_cache, is_updated, CoLT5DynamicRoutedLayer)
             state = layer.contiguous(plain.rings, plain.carried)
             if memory is None or state is None:
                 return None

@@ -41,7 +41,7 @@ _DENSE = ("ff.layer_norm", "dense.wi_0", "dense.wi_1", "dense.wo")
 
 def _numbers_of_attention(name: str) -> tuple[tuple[str, str], ...]:
     return (
-        (f"{name}.layer_norm", "eps"), (name, "d_kv"), (name, "layer_idx"),
+        (f"{name}.layer_norm", "eps"), (name, "d_kv"),
         (name, "training"), (name, "dropout"), (f"{name}.dropout", "training"), (f"{name}.dropout", "p"),
     )  # fmt: skip
 
@@ -56,10 +56,10 @@ class PlainDecoderLayer(PlainLayer):
     """A plain block of a decoder with an encoder. Keys and values of the memory are made before, by modules.
 
     Attributes:
-        eps, d_kv, places: of the norms and of the attentions, in their order; `places` are those of caches' layers.
+        eps, d_kv: of the norms and of the attentions, in their order.
     """
 
-    __slots__ = ("d_kv", "eps", "places")
+    __slots__ = ("d_kv", "eps")
 
     weighted: tuple[str, ...] = _SELF + _CROSS + _DENSE
     numbered = _numbers_of_attention("self") + _numbers_of_attention("cross") + _NUMBERS_OF_DENSE
@@ -67,9 +67,8 @@ class PlainDecoderLayer(PlainLayer):
     def __init__(self, block: Any, parts: dict[str, nn.Module]):
         super().__init__(block, parts)
         named = dict(zip(self.numbered, self.numbers, strict=True))
-        self.eps, self.d_kv, self.places = (
-            tuple(number for (_, attribute), number in named.items() if attribute == kind)
-            for kind in ("eps", "d_kv", "layer_idx")
+        self.eps, self.d_kv = (
+            tuple(number for (_, attribute), number in named.items() if attribute == kind) for kind in ("eps", "d_kv")
         )
 
     def number(self, name: str, attribute: str) -> Any:
@@ -233,8 +232,8 @@ class StraightStep:
         layers: list[StepLayer] = []
         kind: Any = None
         lists: Lists | None = None
-        for plain, weights in read:
-            parts = _layer_caches(plain, own_cache, memory_cache, is_updated)
+        for layer_idx, (plain, weights) in enumerate(read):
+            parts = _layer_caches(plain, layer_idx, own_cache, memory_cache, is_updated)
             if parts is None:
                 return None
             own, memory = parts
@@ -490,30 +489,34 @@ def caches_of(cache: Cache | None) -> tuple[DynamicCache, DynamicCache | None, d
 
 def _layer_caches(
     plain: PlainDecoderLayer,
+    layer_idx: int,
     own_cache: DynamicCache,
     memory_cache: DynamicCache | None,
     is_updated: dict[int, bool],
 ) -> tuple[CoLT5GrowingLayer, tuple[Tensor, ...]] | None:
     """The layer's own cache, and keys and values of the memory; None where these are others than a straight line
     reads."""
-    place, *places = plain.places
-    own = own_cache.layers[place] if place < len(own_cache.layers) else None
+    own = own_cache.layers[layer_idx] if layer_idx < len(own_cache.layers) else None
     if type(own) is not CoLT5GrowingLayer:
         return None
-    memory = memory_of(places, memory_cache, is_updated, DynamicLayer)
+    memory = memory_of(plain, layer_idx, memory_cache, is_updated, DynamicLayer)
     return None if memory is None else (own, memory)
 
 
 def memory_of(
-    places: Sequence[int], cache: DynamicCache | None, is_updated: dict[int, bool], layer_class: type[DynamicLayer]
+    plain: PlainDecoderLayer,
+    layer_idx: int,
+    cache: DynamicCache | None,
+    is_updated: dict[int, bool],
+    layer_class: type[DynamicLayer],
 ) -> tuple[Tensor, ...] | None:
-    """Keys and values of the memory at the first of the places of its cache; nothing where there are no places, and
-    None where they are not there, or of another class of layers."""
-    if not places:
+    """Keys and values of the memory that a cache has for a layer; nothing where the layer reads no memory, and None
+    where they are not there, or of another class of the cache's layers."""
+    if "cross.q" not in plain.weighted:
         return ()
-    if cache is None or not is_updated.get(places[0]):
+    if cache is None or not is_updated.get(layer_idx):
         return None
-    memory = cache.layers[places[0]]
+    memory = cache.layers[layer_idx]
     if type(memory) is not layer_class or type(memory.keys) is not Tensor or type(memory.values) is not Tensor:
         return None
     return memory.keys, memory.values

@@ -404,7 +404,7 @@ class CoLT5CausalConditionalAttention(_CausalStandAlone):
         super().__init__(config)
         self.light_relative_attention_bias = position_bias(config, num_light_heads, bidirectional=False)
         self.heavy_relative_attention_bias = position_bias(config, num_heavy_heads, bidirectional=False)
-        self.layer = self_attention(config, 0)
+        self.layer = self_attention(config)
         self.initialise(d_model)
 
     def forward(
@@ -552,7 +552,7 @@ class CoLT5ConditionalCrossAttention(_StandAlone):
         self.asks = cross_routing_rank is not None
         if routed_cross_key_values is not None and not self.asks:
             self.cross_routing = CoLT5CrossRouting(d_model, 1, num_cross_routers, routing)
-        self.layer = cross_attention(config, 0)
+        self.layer = cross_attention(config)
         self.initialise(d_model)
 
     def make_cache(self) -> EncoderDecoderCache:
@@ -601,6 +601,6 @@ class CoLT5ConditionalCrossAttention(_StandAlone):
         if self.layer.EncDecAttention.is_routed and not self.asks:
             memories, mask, routing = self.cross_routing.read(memory, mask, cache, self.settings, self.implementation)
             (memory,) = memories
-        output, _, asked = self.layer(hidden_states, memory, mask, cache, self.implementation, self.settings)
+        output, _, asked = self.layer(hidden_states, memory, mask, cache, 0, self.implementation, self.settings)
         tokens = (asked,) if asked is not None else None if routing is None else routing[0]
         return (output, tokens) if output_routing else output

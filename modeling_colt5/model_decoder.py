@@ -67,7 +67,7 @@ class CoLT5Decoder(CoLT5Stack):
             self.light_relative_attention_bias = position_bias(config, config.num_light_heads, bidirectional=False)
         if config.causal_attention == "routed":
             self.heavy_relative_attention_bias = position_bias(config, config.num_heavy_heads, bidirectional=False)
-        self.block = nn.ModuleList(decoder_block(config, layer_idx) for layer_idx in range(config.num_decoder_layers))
+        self.block = nn.ModuleList(decoder_block(config) for _ in range(config.num_decoder_layers))
         is_routed = config.is_encoder_decoder and config.routed_cross_key_values is not None
         # A decoder whose tokens ask themselves has the routers in its layers.
         self.asks = is_routed and config.cross_routing_rank is not None
@@ -197,8 +197,6 @@ class CoLT5Decoder(CoLT5Stack):
         tables = [bias_by_distance(self.light_relative_attention_bias)]
         if self.config.causal_attention == "routed":
             tables.append(bias_by_distance(self.heavy_relative_attention_bias))
-        if [block.layer_idx for block in self.block] != list(range(len(read))):
-            return None
         settings = causal_settings(self.config)
         return RoutedStep.of(hidden_states, read, tuple(tables), settings, attention_mask, encoder_mask, cache)
 
@@ -220,10 +218,10 @@ class CoLT5Decoder(CoLT5Stack):
         """
         settings = cross_settings(self.config) if self.asks else None
         who, asked = implementation(self.config), []
-        for block, memory in zip(self.block, memories, strict=True):
+        for layer_idx, (block, memory) in enumerate(zip(self.block, memories, strict=True)):
             # Gradient checkpointing hands gradients through arguments by position alone, and looks for the cache by
             # the release's name for it.
-            inputs = (*own, memory, encoder_mask, who, settings)
+            inputs = (*own, memory, encoder_mask, who, layer_idx, settings)
             hidden_states, *_, tokens = block(hidden_states, *inputs, **{CACHE: cache})
             asked.append((tokens,))
         return hidden_states, tuple(asked)
@@ -264,6 +262,12 @@ class CoLT5Decoder(CoLT5Stack):
         """
         if memory is not None and self.is_cross_routed:
             settings, who = cross_settings(self.config), implementation(self.config)
+            routers, needed = len(self.cross_routing.routers), len(self.block) * self.cross_routing.num_routers
+            if routers != needed:
+                raise ValueError(
+                    f"cross_routing.routers has {routers} routers; it must have {needed} for the decoder's "
+                    f"{len(self.block)} layers. Whoever takes layers out takes their routers out as well"
+                )
             return self.cross_routing.read(memory, mask, cache, settings, who)
         if memory is not None and self.asks and cache is not None and mask is None:
             # A static cache may have more slots than the memory has tokens.

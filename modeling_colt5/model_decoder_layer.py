@@ -41,9 +41,8 @@ class CoLT5SelfAttention(CoLT5Attention):
 
     is_causal = True
 
-    def __init__(self, d_model: int, d_kv: int, num_heads: int, layer_idx: int, dropout_rate: float = 0.0):
+    def __init__(self, d_model: int, d_kv: int, num_heads: int, dropout_rate: float = 0.0):
         super().__init__(d_model, d_kv, num_heads, dropout_rate=dropout_rate)
-        self.layer_idx = layer_idx
 
     def forward(
         self,
@@ -51,13 +50,15 @@ class CoLT5SelfAttention(CoLT5Attention):
         position_bias: torch.Tensor,
         mask: torch.Tensor | None,
         cache: Cache | None,
+        layer_idx: int,
         implementation: Implementation,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """[batch, n, d_model] → the same shape, and the weights where the implementation gives them."""
+        """[batch, n, d_model] → the same shape, and the weights where the implementation gives them; `layer_idx` is
+        where the cache has this layer."""
         states = project(hidden_states, self.q, self.k, self.v, head_size=self.d_kv)
         query, key, value = (part.transpose(1, 2) for part in states)
         if cache is not None:
-            key, value = cache.update(key, value, self.layer_idx)
+            key, value = cache.update(key, value, layer_idx)
         output, weights = self.attend(query, key, value, position_bias, mask, implementation.attention)
         return self.o(output.flatten(-2)), weights
 
@@ -68,7 +69,6 @@ class CoLT5CrossAttention(CoLT5Attention):
 
     Args:
         d_model, d_kv, num_heads, num_key_value_heads, dropout_rate: as of `CoLT5Attention`.
-        layer_idx: where a cache has this layer.
         num_routers: that chose what it reads, each for a group of heads; None where it reads everything.
         rank: of the score by which each token chooses what it reads itself; None where it does not.
     """
@@ -79,13 +79,11 @@ class CoLT5CrossAttention(CoLT5Attention):
         d_kv: int,
         num_heads: int,
         num_key_value_heads: int,
-        layer_idx: int,
         num_routers: int | None = None,
         rank: int | None = None,
         dropout_rate: float = 0.0,
     ):
         super().__init__(d_model, d_kv, num_heads, num_key_value_heads, dropout_rate)
-        self.layer_idx = layer_idx
         self.cross_router = None if rank is None else CoLT5AskingRouter(d_model, rank)
         self.is_routed = num_routers is not None
         self.num_routers = num_routers or 1
@@ -109,6 +107,7 @@ class CoLT5CrossAttention(CoLT5Attention):
         encoder_hidden_states: torch.Tensor,
         encoder_mask: torch.Tensor | None,
         cache: Cache | None,
+        layer_idx: int,
         implementation: Implementation,
         settings: CrossSettings | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, RoutedTokens | None]:
@@ -117,11 +116,11 @@ class CoLT5CrossAttention(CoLT5Attention):
 
         `encoder_hidden_states` is [batch, encoder length, d_model], or the routed rows [batch, routers * slots,
         d_model], and not read where the cache has its keys and values. `encoder_mask` is bool [batch, encoder length
-        or slots], True for real tokens.
+        or slots], True for real tokens. `layer_idx` is where the cache has this layer.
         """
         cache = cache if isinstance(cache, EncoderDecoderCache) else None
-        if cache is not None and cache.is_updated.get(self.layer_idx):
-            layer = cache.cross_attention_cache.layers[self.layer_idx]
+        if cache is not None and cache.is_updated.get(layer_idx):
+            layer = cache.cross_attention_cache.layers[layer_idx]
             key, value = layer.keys, layer.values
         else:
             states = project(encoder_hidden_states, self.k, self.v)
@@ -130,8 +129,8 @@ class CoLT5CrossAttention(CoLT5Attention):
                 # What a memory answers is kept with its keys.
                 key = torch.cat([key, self.cross_router.answer(encoder_hidden_states)[:, None]], -1)
             if cache is not None:
-                key, value = cache.cross_attention_cache.update(key, value, self.layer_idx)
-                cache.is_updated[self.layer_idx] = True
+                key, value = cache.cross_attention_cache.update(key, value, layer_idx)
+                cache.is_updated[layer_idx] = True
         if self.is_routed and encoder_mask is not None:
             # A static cache of the caller's may be longer than the mask.
             key, value = (states[:, :, : encoder_mask.shape[1]] for states in (key, value))
@@ -190,12 +189,11 @@ class CoLT5LayerSelfAttention(nn.Module):
         d_model: int,
         d_kv: int,
         num_heads: int,
-        layer_idx: int,
         dropout_rate: float = 0.0,
         layer_norm_epsilon: float = 1e-6,
     ):
         super().__init__()
-        self.SelfAttention = CoLT5SelfAttention(d_model, d_kv, num_heads, layer_idx, dropout_rate)
+        self.SelfAttention = CoLT5SelfAttention(d_model, d_kv, num_heads, dropout_rate)
         self.layer_norm = CoLT5LayerNorm(d_model, layer_norm_epsilon)
         self.dropout = nn.Dropout(dropout_rate)
 
@@ -205,11 +203,12 @@ class CoLT5LayerSelfAttention(nn.Module):
         position_bias: torch.Tensor,
         mask: torch.Tensor | None,
         cache: Cache | None,
+        layer_idx: int,
         implementation: Implementation,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[batch, n, d_model] → the same shape, and the attention weights."""
         normed, _ = self.layer_norm(hidden_states, None, implementation.kernel_backend, for_products=True)
-        output, weights = self.SelfAttention(normed, position_bias, mask, cache, implementation)
+        output, weights = self.SelfAttention(normed, position_bias, mask, cache, layer_idx, implementation)
         return clamp_half(hidden_states + self.dropout(output)), weights
 
 
@@ -223,7 +222,6 @@ class CoLT5LayerCrossAttention(nn.Module):
         d_kv: int,
         num_heads: int,
         num_key_value_heads: int,
-        layer_idx: int,
         num_routers: int | None = None,
         rank: int | None = None,
         dropout_rate: float = 0.0,
@@ -231,7 +229,7 @@ class CoLT5LayerCrossAttention(nn.Module):
     ):
         super().__init__()
         self.EncDecAttention = CoLT5CrossAttention(
-            d_model, d_kv, num_heads, num_key_value_heads, layer_idx, num_routers, rank, dropout_rate
+            d_model, d_kv, num_heads, num_key_value_heads, num_routers, rank, dropout_rate
         )
         self.layer_norm = CoLT5LayerNorm(d_model, layer_norm_epsilon)
         self.dropout = nn.Dropout(dropout_rate)
@@ -242,13 +240,14 @@ class CoLT5LayerCrossAttention(nn.Module):
         encoder_hidden_states: torch.Tensor,
         encoder_mask: torch.Tensor | None,
         cache: Cache | None,
+        layer_idx: int,
         implementation: Implementation,
         settings: CrossSettings | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, RoutedTokens | None]:
         """[batch, n, d_model] → the same shape, the attention weights, and what each token chose where it does."""
         normed, _ = self.layer_norm(hidden_states, None, implementation.kernel_backend, for_products=True)
         output, weights, tokens = self.EncDecAttention(
-            normed, encoder_hidden_states, encoder_mask, cache, implementation, settings
+            normed, encoder_hidden_states, encoder_mask, cache, layer_idx, implementation, settings
         )
         return clamp_half(hidden_states + self.dropout(output)), weights, tokens
 
@@ -306,13 +305,11 @@ class CoLT5DecoderBlock(GradientCheckpointingLayer):
 
     def __init__(
         self,
-        layer_idx: int,
         attention: CoLT5LayerSelfAttention | CoLT5LayerCausalAttention,
         cross_attention: CoLT5LayerCrossAttention | None,
         feed_forward: CoLT5LayerFF | CoLT5LayerCausalFF,
     ):
         super().__init__()
-        self.layer_idx = layer_idx
         self.has_cross_attention = cross_attention is not None
         self.layer = nn.ModuleList(filter(None, (attention, cross_attention, feed_forward)))
         kind = PlainDecoderLayer if self.has_cross_attention else PlainCausalLayer
@@ -328,6 +325,7 @@ class CoLT5DecoderBlock(GradientCheckpointingLayer):
         encoder_hidden_states: torch.Tensor | None,
         encoder_mask: torch.Tensor | None,
         implementation: Implementation,
+        layer_idx: int,
         cross_settings: CrossSettings | None = None,
         past_key_values: Cache | None = None,
         cache: Cache | None = None,
@@ -349,6 +347,7 @@ class CoLT5DecoderBlock(GradientCheckpointingLayer):
             plan: the windows of a causally routed layer; None for T5's.
             encoder_hidden_states, encoder_mask: for the cross-attention; None without an encoder.
             implementation: who computes T5's parts.
+            layer_idx: the layer's place in the stack, which is where the cache has it.
             cross_settings: of routed cross-attention; None where there is none.
             past_key_values, cache: the cache, by either name: gradient checkpointing looks for that of its release.
 
@@ -361,17 +360,17 @@ class CoLT5DecoderBlock(GradientCheckpointingLayer):
         weights = cross_weights = routing = asked = None
         if plan is None:
             hidden_states, weights = self.layer[0](
-                hidden_states, position_bias, attention_mask, self_cache, implementation
+                hidden_states, position_bias, attention_mask, self_cache, layer_idx, implementation
             )
         else:
             routing = CoLT5CausalLayerRouting()
-            self_cache = routed_layer(self_cache, self.layer_idx)
+            self_cache = routed_layer(self_cache, layer_idx)
             hidden_states, routing.query, routing.key_value = self.layer[0](
                 hidden_states, position_bias, heavy_bias_table, plan, self_cache
             )
         if self.has_cross_attention:
             hidden_states, cross_weights, asked = self.layer[1](
-                hidden_states, encoder_hidden_states, encoder_mask, cache, implementation, cross_settings
+                hidden_states, encoder_hidden_states, encoder_mask, cache, layer_idx, implementation, cross_settings
             )
         if isinstance(self.layer[-1], CoLT5LayerCausalFF):
             assert routing is not None

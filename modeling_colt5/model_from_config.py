@@ -63,20 +63,19 @@ def encoder_block(
     return CoLT5EncoderBlock(attention, encoder_feed_forward(config, seed + 2))
 
 
-def decoder_block(config: CoLT5Config, layer_idx: int) -> CoLT5DecoderBlock:
+def decoder_block(config: CoLT5Config) -> CoLT5DecoderBlock:
     """A decoder layer."""
-    cross = cross_attention(config, layer_idx) if config.is_encoder_decoder else None
-    return CoLT5DecoderBlock(layer_idx, self_attention(config, layer_idx), cross, decoder_feed_forward(config))
+    cross = cross_attention(config) if config.is_encoder_decoder else None
+    return CoLT5DecoderBlock(self_attention(config), cross, decoder_feed_forward(config))
 
 
-def self_attention(config: CoLT5Config, layer_idx: int) -> CoLT5LayerSelfAttention | CoLT5LayerCausalAttention:
+def self_attention(config: CoLT5Config) -> CoLT5LayerSelfAttention | CoLT5LayerCausalAttention:
     """A decoder layer's self-attention, T5's or causally routed."""
     if config.causal_attention == "full":
         return CoLT5LayerSelfAttention(
             d_model=config.d_model,
             d_kv=config.d_kv,
             num_heads=config.num_heads,
-            layer_idx=layer_idx,
             dropout_rate=config.dropout_rate,
             layer_norm_epsilon=config.layer_norm_epsilon,
         )
@@ -92,14 +91,13 @@ def self_attention(config: CoLT5Config, layer_idx: int) -> CoLT5LayerSelfAttenti
     )
 
 
-def cross_attention(config: CoLT5Config, layer_idx: int) -> CoLT5LayerCrossAttention:
+def cross_attention(config: CoLT5Config) -> CoLT5LayerCrossAttention:
     """A decoder layer's attention to the encoder's output."""
     return CoLT5LayerCrossAttention(
         d_model=config.d_model,
         d_kv=config.d_kv,
         num_heads=config.num_heads,
         num_key_value_heads=config.num_cross_key_value_heads,
-        layer_idx=layer_idx,
         num_routers=None if config.routed_cross_key_values is None else config.num_cross_routers,
         rank=config.cross_routing_rank,
         dropout_rate=config.dropout_rate,

@@ -375,14 +375,14 @@ def test_a_stack_sets_the_attention_of_all(part):
 
 def test_encoder_attentions_are_not_causal():
     """sdpa takes an attention module without `is_causal=False` for causal when there is no mask."""
-    kinds = [CoLT5LocalAttention(32, 8, 2, 5), CoLT5RoutedAttention(32, 8, 3), CoLT5CrossAttention(32, 8, 4, 1, 0)]
+    kinds = [CoLT5LocalAttention(32, 8, 2, 5), CoLT5RoutedAttention(32, 8, 3), CoLT5CrossAttention(32, 8, 4, 1)]
     assert not any(attention.is_causal for attention in kinds)
-    assert CoLT5SelfAttention(32, 8, 4, 0).is_causal
+    assert CoLT5SelfAttention(32, 8, 4).is_causal
 
 
 @torch.no_grad()
 def test_multi_query_attention_is_t5s_with_one_key_and_value_repeated():
-    attention = CoLT5CrossAttention(d_model=32, d_kv=8, num_heads=4, num_key_value_heads=1, layer_idx=0).double()
+    attention = CoLT5CrossAttention(d_model=32, d_kv=8, num_heads=4, num_key_value_heads=1).double()
     t5 = T5Attention(
         T5Config(d_model=32, d_kv=8, num_heads=4, is_decoder=True, attn_implementation="eager"), layer_idx=0
     )
@@ -392,7 +392,7 @@ def test_multi_query_attention_is_t5s_with_one_key_and_value_repeated():
     t5.k.weight.copy_(attention.k.weight.repeat(4, 1))
     t5.v.weight.copy_(attention.v.weight.repeat(4, 1))
     x, y = torch.randn(2, 5, 32).double(), torch.randn(2, 9, 32).double()
-    output, weights, _ = attention(x, y, None, None, Implementation(attention="eager"))
+    output, weights, _ = attention(x, y, None, None, 0, Implementation(attention="eager"))
     expected, *_ = t5(x, key_value_states=y)
     torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12)
     assert weights.shape == (2, 4, 5, 9)
