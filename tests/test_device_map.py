@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import cpu_offload, dispatch_model
+from accelerate import cpu_offload, dispatch_model, infer_auto_device_map
 from models import pad, random_ids, tiny_model
 from rounding import assert_same_but_for_rounding
 from torch import nn
@@ -117,6 +117,19 @@ def test_dispatching_a_model_that_is_loaded(tmp_path: Path) -> None:
     parts |= dict.fromkeys(("encoder.embed_tokens", "decoder.embed_tokens"), "cpu")
     dispatch_model(model, parts, offload_dir=tmp_path, main_device="cpu", force_hooks=True)
     assert waiting(model)
+    assert_same(model, whole)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.7])
+@pytest.mark.usefixtures("float64_statistics")
+def test_a_map_that_accelerate_infers(share: float, tmp_path: Path) -> None:
+    """It does not know that the stacks' embedding is `shared`, and may part a stack from it."""
+    model, whole = (tiny_model(dtype=torch.float64) for _ in range(2))
+    whole.load_state_dict(model.state_dict())
+    room = int(share * sum(parameter.nbytes for parameter in model.parameters()))
+    parts = infer_auto_device_map(model, {"cpu": room}, no_split_module_classes=model._no_split_modules)
+    assert set(parts.values()) == {"cpu", "disk"}
+    dispatch_model(model, parts, offload_dir=tmp_path, main_device="cpu", force_hooks=True)
     assert_same(model, whole)
 
 
