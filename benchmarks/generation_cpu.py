@@ -6,16 +6,15 @@ Threads that wait by spinning disturb the times where other work shares the core
 """
 
 import contextlib
-import functools
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
 import torch
-from generation import SKIPPED
+from generation import SKIPPED, computing_nothing
 from measure import make_parser, parse
 from peers import COLT5, GLOBAL, TINY, colt5_config, longt5_config
 from results import Table
@@ -27,7 +26,7 @@ from transformers import (
     LongT5ForConditionalGeneration,
     PreTrainedModel,
 )
-from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
+from transformers.modeling_outputs import BaseModelOutput
 
 from modeling_colt5 import CoLT5ForConditionalGeneration
 from modeling_colt5.run_release import CACHE
@@ -84,22 +83,6 @@ def make_model(name: str, tiny: bool) -> PreTrainedModel:
     config = longt5_config(name, tiny)
     config.num_layers = config.num_decoder_layers = layers
     return LongT5ForConditionalGeneration(config).eval()
-
-
-@contextlib.contextmanager
-def computing_nothing(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, the model gives the same logits whatever it is asked: what a call takes then is generate's own."""
-    logits = torch.zeros(1, 1, model.config.vocab_size, device=model.device)
-
-    @functools.wraps(model.forward)
-    def forward(*args: Any, **kwargs: Any) -> Seq2SeqLMOutput:
-        return Seq2SeqLMOutput(logits=logits, **{CACHE: kwargs[CACHE]})
-
-    model.forward = forward
-    try:
-        yield
-    finally:
-        del model.forward
 
 
 def generate(model: PreTrainedModel, memory: torch.Tensor, cache: str, **options: Any) -> Any:
