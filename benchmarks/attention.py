@@ -205,7 +205,7 @@ def sweep_call(kernel: str, routed: bool, length: int) -> Callable[[], object]:
     else:
         query, key, value, table = band_inputs(length)
         query_positions = key_positions = mask = None
-    inputs = (query, key, value, table, RADIUS, query_positions, key_positions, mask, 0.0, None)
+    inputs = (query, key, value, table, None, RADIUS, query_positions, key_positions, mask, 0.0, None)
     if kernel == "forward":
         return lambda: op_attention._attention.kernel(*inputs)
     results = op_attention._attention.kernel(*inputs)

@@ -38,7 +38,6 @@ from modeling_colt5 import (
     op_gates_triton,
     op_gelu,
     op_gelu_triton,
-    op_grid_attention,
     op_grid_attention_gradient_triton,
     op_grid_attention_triton,
     op_norm,
@@ -166,11 +165,9 @@ def attention_jobs(capability: int, quick: bool) -> None:
         positions = torch.arange(n).expand(2, n)
         for places in ((None, None),) if quick else ((None, None), (positions, positions)):
             rest = (*places, mask, dropout, seed)
-            in_pictures = (torch.empty(4, 257, 257), 16, 3, *rest)
-            for operator, inputs in (
-                (op_attention._attention, (query, key, key, table, 127, *rest)),
-                (op_grid_attention._grid_attention, (query, key, key, *in_pictures)),
-            ):
+            operator = op_attention._attention
+            for of_kind in ((table, None, 127), (torch.empty(4, 257, 257), 16, 3)):
+                inputs = (query, key, key, *of_kind, *rest)
                 output, log_sum_exp = operator.kernel(*inputs)
                 for wanted in (True,) if quick else (True, False):
                     needs = [True, True, True, wanted]

@@ -5,8 +5,7 @@ import math
 from dataclasses import dataclass
 
 from .configuration_colt5 import CoLT5BaseConfig
-from .op_attention import BLOCK_LENGTH
-from .op_grid_attention import block_side
+from .op_attention import BLOCK_LENGTH, block_side
 from .run_budgets import routed_capacity
 
 

@@ -111,9 +111,9 @@ class CoLT5RoutedAttention(CoLT5Attention):
         key, value = project(key_value_states, self.k, self.v, head_size=self.d_kv)
         inputs = (query, key, value, bias_table, queries.indices, keys.indices, keys.valid)
         if plan.implementation.fuses_attention:
-            return self.o(routed_attention(*inputs, drop_rate(self), seed).flatten(-2)), None
+            return self.o(routed_attention(*inputs, drop_rate(self), seed, plan.width).flatten(-2)), None
         attend = partial(self.attend, implementation=plan.implementation.attention)
-        output, weights = routed_attention_reference(*inputs, attend)
+        output, weights = routed_attention_reference(*inputs, attend, plan.width)
         return self.o(output.flatten(-2)), weights
 
 
@@ -132,7 +132,6 @@ class CoLT5LayerConditionalAttention(nn.Module):
     """
 
     light_attention_class = CoLT5LocalAttention
-    heavy_attention_class = CoLT5RoutedAttention
 
     def __init__(
         self,
@@ -152,9 +151,7 @@ class CoLT5LayerConditionalAttention(nn.Module):
         if routing != "none":
             self.query_router = CoLT5Router(d_model, routing, seed)
             self.key_value_router = CoLT5Router(d_model, routing, seed + 1)
-            self.heavy_attention = self.heavy_attention_class(
-                d_model, d_kv, num_heavy_heads, dropout_rate=dropout_rate
-            )
+            self.heavy_attention = CoLT5RoutedAttention(d_model, d_kv, num_heavy_heads, dropout_rate=dropout_rate)
         self.dropout = CoLT5Dropout(dropout_rate)
 
     def drop_rates(self) -> tuple[float, float, float]:

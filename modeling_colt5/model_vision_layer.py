@@ -8,15 +8,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from .model_encoder_layer import CoLT5LayerConditionalAttention, CoLT5LocalAttention, CoLT5RoutedAttention
+from .model_encoder_layer import CoLT5LayerConditionalAttention, CoLT5LocalAttention
 from .model_layers import drop_rate, project
-from .op_grid_attention import (
-    patch_attention,
-    patch_attention_reference,
-    window_attention,
-    window_attention_reference,
-)
-from .op_routing import RoutedTokens
+from .op_attention import window_attention, window_attention_reference
 from .run_plan import EncoderPlan, EncoderSettings
 
 
@@ -29,6 +23,11 @@ class VisionPlan(EncoderPlan):
     """
 
     grid: tuple[int, int] = (1, 1)
+
+    @property
+    def width(self) -> int:
+        """Of the grid."""
+        return self.grid[1]
 
     @classmethod
     def of_grid(
@@ -101,33 +100,7 @@ class CoLT5WindowAttention(CoLT5LocalAttention):
         return self.o(output.flatten(3).flatten(1, 2)), weights
 
 
-class CoLT5PatchAttention(CoLT5RoutedAttention):
-    """The heavy branch over pictures: routed queries attend to routed keys and values, wherever their patches are."""
-
-    def forward(
-        self,
-        query_states: torch.Tensor,
-        key_value_states: torch.Tensor,
-        bias_table: torch.Tensor,
-        queries: RoutedTokens,
-        keys: RoutedTokens,
-        plan: VisionPlan,  # type: ignore[override]
-        seed: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """[batch, query slots, d_model], [batch, key/value slots, d_model] → [batch, query slots, d_model], and the
-        weights where the implementation gives them."""
-        query = self.split_heads(self.q(query_states))
-        key, value = project(key_value_states, self.k, self.v, head_size=self.d_kv)
-        inputs = (query, key, value, bias_table, plan.grid[1], queries.indices, keys.indices, keys.valid)
-        if plan.implementation.fuses_attention:
-            return self.o(patch_attention(*inputs, drop_rate(self), seed).flatten(-2)), None
-        attend = partial(self.attend, implementation=plan.implementation.attention)
-        output, weights = patch_attention_reference(*inputs, attend)
-        return self.o(output.flatten(-2)), weights
-
-
 class CoLT5LayerVisionAttention(CoLT5LayerConditionalAttention):
-    """Conditional attention over pictures: the text's, with the two branches above."""
+    """Conditional attention over pictures: the text's, with the light branch above."""
 
     light_attention_class = CoLT5WindowAttention
-    heavy_attention_class = CoLT5PatchAttention

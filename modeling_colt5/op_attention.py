@@ -1,8 +1,11 @@
-"""Band and routed attention: in PyTorch, the operator with its kernels, and the public functions.
+"""Attention to what is near and among routed tokens, of texts and of grids: in PyTorch, the operator with its kernels,
+and the public functions.
 
-In PyTorch a band is folded into blocks, so that memory is linear in length. The bias goes by distance.
+Near is a band of a text, or a square window of a grid. In PyTorch both are cut into blocks, so that memory is linear
+in the number of tokens. The bias goes by distance, or in a grid by the offset of two places.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,11 +20,18 @@ from .run_operator import Gradient, Launch, Operator
 
 attention_into: Launch = None
 attention_backward_into: Launch = None
+grid_attention_into: Launch = None
+grid_attention_backward_into: Launch = None
 if triton_is_available():
     from .op_attention_gradient_triton import attention_backward_into
     from .op_attention_triton import attention_into
+    from .op_grid_attention_gradient_triton import grid_attention_backward_into
+    from .op_grid_attention_triton import grid_attention_into
 
 BLOCK_LENGTH = 128
+# The side of a block of queries. With windows that reach further than that, blocks are twice as long: a border would
+# otherwise be many times as large as what it surrounds.
+BLOCK_SIDE = 8
 
 # A dense attention takes query [N, H, Q, D], key and value [N, G, K, D], bias [1 or N, H, Q, K], and a bool mask [N,
 # 1, 1 or Q, K] or None. It returns the output [N, Q, H, D], and the weights [N, H, Q, K] or None.
@@ -69,6 +79,37 @@ def bias_of_sequence(bias_table: Tensor, length: int, key_length: int, past: int
     by_distance = bias_table[:, (distance - past).clamp(-max_distance, max_distance) + max_distance]
     query = torch.arange(length, device=bias_table.device)[:, None]
     return by_distance[:, torch.arange(key_length, device=bias_table.device) - query + (length - 1)]
+
+
+# The rows and the columns of a number of places, integers of one shape.
+Places = tuple[Tensor, Tensor]
+
+
+def places_of(indices: Tensor, width: int) -> Places:
+    """Rows and columns of places that are counted row by row in a grid of this width."""
+    return indices // width, indices % width
+
+
+def bias_by_offset(bias_table: Tensor, query_places: Places, key_places: Places) -> Tensor:
+    """The bias of each query and key, read from a table by their offset in two dimensions.
+
+    Args:
+        bias_table: [heads, 2 * max_distance + 1, 2 * max_distance + 1]: the entry max_distance + d of a dimension is
+            for a key that is d rows, or columns, after its query; larger distances have that of the largest.
+        query_places: integers [..., queries] each.
+        key_places: integers [..., keys] each.
+
+    Returns:
+        [..., heads, queries, keys] in the table's dtype.
+    """
+    side = bias_table.shape[-1]
+    most = (side - 1) // 2
+    rows, columns = (
+        (key[..., None, :] - query[..., :, None]).clamp(-most, most) + most
+        for query, key in zip(query_places, key_places, strict=True)
+    )
+    # One row of all heads for each pair: its gradient is a sum of rows.
+    return F.embedding(rows * side + columns, bias_table.flatten(1).transpose(0, 1)).movedim(-1, -3)
 
 
 def sdpa_attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, mask: Tensor | None) -> tuple[Tensor, None]:
@@ -162,6 +203,83 @@ def local_attention_reference(
     return output, weights
 
 
+def block_side(radius: int, height: int, width: int) -> int:
+    """The side of the blocks of queries that a grid is cut into."""
+    return min(BLOCK_SIDE if radius <= BLOCK_SIDE else 2 * BLOCK_SIDE, max(height, width))
+
+
+def _windows(states: Tensor, window: int, step: int) -> Tensor:
+    """[batch, height, width, ...] → [batch, blocks down, blocks across, ..., window, window], overlapping."""
+    return states.unfold(1, window, step).unfold(2, window, step)
+
+
+def window_attention_reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias_table: Tensor,
+    radius: int,
+    mask: Tensor | None = None,
+    attend: Attend = sdpa_attend,
+) -> tuple[Tensor, Tensor | None]:
+    """Each place attends to the real places at most `radius` rows and `radius` columns away.
+
+    Args:
+        query: [batch, height, width, heads, d_kv].
+        key, value: [batch, height, width, key/value heads, d_kv]; the number of heads is a multiple of theirs.
+        bias_table: [heads, 2 * max_distance + 1, 2 * max_distance + 1], added to the scores; see `bias_by_offset`.
+        radius: places to each side, ≥ 0.
+        mask: bool [batch, height, width], True for real places; None for all. A place with no real one in its window
+            gets some finite output.
+        attend: the dense attention that each block goes through.
+
+    Returns:
+        The output [batch, height, width, heads, d_kv] in the query's dtype and, where there are weights, these [batch,
+        heads, height, width, 2 * r + 1, 2 * r + 1] with r = min(radius, max(height, width) - 1): the entry r + d of
+        the last dimensions is for the place d rows, or columns, away.
+    """
+    batch, height, width = query.shape[:3]
+    radius = min(radius, max(height, width) - 1)
+    block = block_side(radius, height, width)
+    window = block + 2 * radius
+    below, beside = -height % block, -width % block
+    down, across = (height + below) // block, (width + beside) // block
+    border = (radius, radius + beside, radius, radius + below)
+
+    query = F.pad(query, (0, 0, 0, 0, 0, beside, 0, below))
+    query = rearrange(query, "b (y i) (x j) h d -> (b y x) h (i j) d", i=block, j=block)
+    key, value = (
+        rearrange(_windows(F.pad(states, (0, 0, 0, 0, *border)), window, block), "b y x h d i j -> (b y x) h (i j) d")
+        for states in (key, value)
+    )
+    # Places count from a window's first key; its queries begin `radius` behind it.
+    query_places = places_of(torch.arange(block * block, device=query.device), block)
+    query_places = (query_places[0] + radius, query_places[1] + radius)
+    key_places = places_of(torch.arange(window * window, device=query.device), window)
+    near_rows, near_columns = (
+        (ours[None, :] - theirs[:, None]).abs() <= radius
+        for theirs, ours in zip(query_places, key_places, strict=True)
+    )
+    bias = bias_by_offset(bias_table, query_places, key_places)[None]
+    real = query.new_ones(batch, height, width, dtype=torch.bool) if mask is None else mask
+    real = rearrange(_windows(F.pad(real, border), window, block), "b y x i j -> (b y x) 1 1 (i j)")
+
+    output, weights = attend(query, key, value, bias, real & near_rows & near_columns)
+    if weights is not None:
+        # Only the weights of each query's own window are returned.
+        reach = torch.arange(2 * radius + 1, device=query.device)
+        rows = query_places[0][:, None, None] - radius + reach[:, None]
+        columns = query_places[1][:, None, None] - radius + reach
+        own = (rows * window + columns).flatten(1).expand(*weights.shape[:2], -1, -1)
+        weights = rearrange(
+            weights.gather(-1, own),
+            "(b y x) h (i j) (k l) -> b h (y i) (x j) k l",
+            **{"y": down, "x": across, "i": block, "k": 2 * radius + 1},
+        )[:, :, :height, :width]
+    output = rearrange(output, "(b y x) (i j) h d -> b (y i) (x j) h d", y=down, x=across, i=block)
+    return output[:, :height, :width], weights
+
+
 def routed_attention_reference(
     query: Tensor,
     key: Tensor,
@@ -171,24 +289,32 @@ def routed_attention_reference(
     key_positions: Tensor,
     key_mask: Tensor | None = None,
     attend: Attend = sdpa_attend,
+    width: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Routed queries attend to all routed keys/values (Ainslie et al. 2023, heavy attention).
 
     Args:
         query: [batch, queries, heads, d_kv].
         key, value: [batch, keys, key/value heads, d_kv]; the number of heads is a multiple of theirs.
-        bias_table: [heads, 2 * max_distance + 1], added to the scores by clamped distance; see `bias_by_position`.
-        query_positions: int64 [batch, queries], positions in the sequence that the tokens were routed out of.
+        bias_table: [heads, 2 * max_distance + 1], added to the scores by clamped distance, see `bias_by_position`; of
+            a grid as in `bias_by_offset`.
+        query_positions: int64 [batch, queries], positions in the sequence that the tokens were routed out of; of a
+            grid places that are counted row by row.
         key_positions: int64 [batch, keys], likewise.
         key_mask: bool [batch, keys], True for used slots; None for all.
         attend: the dense attention to use.
+        width: of the grid; None for a text.
 
     Returns:
         The output [batch, queries, heads, d_kv] in the query's dtype and, where `attend` gives weights, the weights
         [batch, heads, queries, keys].
     """
-    # The copy has the order of its shape for a batch of 1 too, so that an exported program does not ask for the batch.
-    bias = bias_by_position(bias_table, query_positions, key_positions).clone(memory_format=torch.contiguous_format)
+    if width is None:
+        bias = bias_by_position(bias_table, query_positions, key_positions)
+        # The copy has the order of its shape for a batch of 1 too: an exported program does not ask for the batch.
+        bias = bias.clone(memory_format=torch.contiguous_format)
+    else:
+        bias = bias_by_offset(bias_table, places_of(query_positions, width), places_of(key_positions, width))
     mask = None if key_mask is None else key_mask[:, None, None, :]
     return attend(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), bias, mask)
 
@@ -198,6 +324,7 @@ def attention_reference(
     key: Tensor,
     value: Tensor,
     bias_table: Tensor,
+    width: int | None,
     radius: int,
     query_positions: Tensor | None,
     key_positions: Tensor | None,
@@ -205,12 +332,15 @@ def attention_reference(
     dropout: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Band attention, or routed attention where positions are given (then `radius` is not read).
+    """Attention to what is near, or where positions are given among routed tokens.
 
     Args:
-        query, key, value, bias_table: as of the two functions above.
-        radius: positions to each side.
-        query_positions, key_positions: int64 [batch, queries] and [batch, keys], or None for the band.
+        query: [batch, queries, heads, d_kv]; the places of a grid are counted row by row.
+        key, value: [batch, keys, key/value heads, d_kv].
+        bias_table: as of the three functions above.
+        width: of the grid; None for a text.
+        radius: positions, or places, to each side; not read where positions are given.
+        query_positions, key_positions: int64 [batch, queries] and [batch, keys], or None for what is near.
         mask: bool [batch, keys], True for keys to read; None for all.
         dropout: probability of dropping an attention probability.
         seed: int64 [1], of what is dropped; read where `dropout` is above 0.
@@ -224,11 +354,18 @@ def attention_reference(
     """
     if dropout > 0:
         raise NotImplementedError("only the Triton kernels drop attention probabilities; give the reference `attend`")
-    if query_positions is None or key_positions is None:
-        output = local_attention_reference(query, key, value, bias_table, radius, mask)[0]
-    else:
-        output = routed_attention_reference(query, key, value, bias_table, query_positions, key_positions, mask)[0]
     batch, length, heads = query.shape[:3]
+    if query_positions is not None and key_positions is not None:
+        positions = (query_positions, key_positions)
+        output, _ = routed_attention_reference(query, key, value, bias_table, *positions, mask, width=width)
+    elif width is None:
+        output, _ = local_attention_reference(query, key, value, bias_table, radius, mask)
+    else:
+        grid = (length // width, width)
+        query, key, value = (part.unflatten(1, grid) for part in (query, key, value))
+        real = None if mask is None else mask.unflatten(1, grid)
+        output, _ = window_attention_reference(query, key, value, bias_table, radius, real)
+        output = output.flatten(1, 2)
     return output.contiguous(), torch.zeros(batch, heads, length, dtype=torch.float32, device=query.device)
 
 
@@ -238,31 +375,51 @@ def _attention_results(query: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(query, memory_format=torch.contiguous_format), log_sum_exp
 
 
+def _for_width(of_text: Launch, of_grid: Launch, place: int) -> Launch:
+    """The launch for a text or for a grid, by the width, which is the argument at a place and which texts lack."""
+    if of_text is None or of_grid is None:
+        return None
+
+    @functools.wraps(of_grid)
+    def launch(*arguments: Any) -> None:
+        if arguments[place] is None:
+            of_text(*arguments[:place], *arguments[place + 1 :])
+        else:
+            of_grid(*arguments)
+
+    return launch
+
+
 _attention = Operator(
     "attention",
     attention_reference,
     _attention_results,
-    attention_into,
+    _for_width(attention_into, grid_attention_into, 4),
     Gradient(
         inputs=("query", "key", "value", "bias_table"),
         results=("output", "log_sum_exp"),
         through=("output",),
         kept=("output", "log_sum_exp"),
-        launch=attention_backward_into,
+        launch=_for_width(attention_backward_into, grid_attention_backward_into, 5),
         unwanted=("bias_table",),
     ),
 )
 
 
-def check_states(query: Tensor, key: Tensor, value: Tensor, bias_table: Tensor, dimensions: int) -> None:
-    """Whether states and a table of biases by distance fit together; a ValueError says what does not.
-
-    Args:
-        query: [..., heads, d_kv].
-        key, value: [..., key/value heads, d_kv].
-        bias_table: [heads, 2 * max_distance + 1], or that length once for each dimension.
-        dimensions: in which distance is counted.
-    """
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias_table: Tensor,
+    width: int | None,
+    radius: int,
+    positions: tuple[Tensor, Tensor] | None,
+    mask: Tensor | None,
+    dropout: float,
+    seed: Tensor | None,
+) -> Tensor:
+    """The operator's output; the arguments are those of `attention_reference`, and a ValueError says which of them do
+    not fit."""
     heads, head_size = query.shape[-2:]
     kv_heads, key_size = key.shape[-2:]
     if heads % kv_heads or head_size != key_size or key.shape != value.shape:
@@ -270,31 +427,27 @@ def check_states(query: Tensor, key: Tensor, value: Tensor, bias_table: Tensor, 
             f"query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)} do not fit: the last "
             "two must be alike, with the query's d_kv and a number of heads that divides the query's"
         )
-    width = bias_table.shape[-1]
-    if bias_table.shape != (heads, *(width,) * dimensions) or width < 3 or width % 2 == 0:
+    dimensions, entries = 1 if width is None else 2, bias_table.shape[-1]
+    if bias_table.shape != (heads, *(entries,) * dimensions) or entries < 3 or entries % 2 == 0:
         raise ValueError(
             f"bias_table {tuple(bias_table.shape)} must be [{heads} heads{', 2 * max_distance + 1' * dimensions}], "
             "with a max_distance of at least 1"
         )
     if key.dtype != query.dtype or value.dtype != query.dtype:
         raise ValueError(f"query, key and value differ in dtype: {query.dtype}, {key.dtype}, {value.dtype}")
-
-
-def _check(
-    query: Tensor, key: Tensor, value: Tensor, bias_table: Tensor, mask: Tensor | None, *positions: Tensor
-) -> None:
-    check_states(query, key, value, bias_table, 1)
-    if mask is not None and mask.dtype != torch.bool:
-        raise ValueError(f"the mask must be bool, not {mask.dtype}")
-    for tensor in positions:
-        if tensor.dtype != torch.int64:
-            raise ValueError(f"positions must be int64, not {tensor.dtype}")
-
-
-def _attend(query: Tensor, *rest: Any, dropout: float, seed: Tensor | None) -> Tensor:
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != key.shape[:2]):
+        raise ValueError(f"the mask is {mask.dtype} {tuple(mask.shape)}; it must be bool {tuple(key.shape[:2])}")
+    if positions is not None:
+        for name, own, states in (("query", positions[0], query), ("key", positions[1], key)):
+            shape = states.shape[:2]
+            if own.dtype != torch.int64 or own.shape != shape:
+                raise ValueError(
+                    f"{name}_positions are {own.dtype} {tuple(own.shape)}; they must be int64 {tuple(shape)}"
+                )
     if seed is None and dropout > 0:
         seed = torch.randint(2**63 - 1, (1,), device=query.device)
-    return _attention.call("triton" if INTERPRETED else "auto", query, *rest, dropout, seed)[0]
+    rest = (bias_table, width, radius, *(positions or (None, None)), mask, dropout, seed)
+    return _attention.call("triton" if INTERPRETED else "auto", query, key, value, *rest)[0]
 
 
 def local_attention(
@@ -326,8 +479,45 @@ def local_attention(
         ValueError: for shapes or dtypes that do not fit together.
         NotImplementedError: for dropout where the kernels do not run.
     """
-    _check(query, key, value, bias_table, mask)
-    return _attend(query, key, value, bias_table, radius, None, None, mask, dropout=dropout, seed=seed)
+    return _attend(query, key, value, bias_table, None, radius, None, mask, dropout, seed)
+
+
+def window_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias_table: Tensor,
+    radius: int,
+    mask: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """Each place of a grid attends to the real places at most `radius` rows and `radius` columns away.
+
+    Args:
+        query: fp16, bf16 or fp32 [batch, height, width, heads, d_kv], any strides.
+        key, value: [batch, height, width, key/value heads, d_kv], likewise.
+        bias_table: fp32 [heads, 2 * max_distance + 1, 2 * max_distance + 1], see `bias_by_offset`.
+        radius: places to each side, ≥ 0.
+        mask: bool [batch, height, width], True for real places; None for all. A place with no real one in its window
+            gets an output of zeros.
+        dropout, seed: as of `local_attention`.
+
+    Returns:
+        [batch, height, width, heads, d_kv] in the query's dtype. Every gradient is summed so that it has the same bits
+        each time.
+
+    Raises:
+        ValueError: for shapes or dtypes that do not fit together.
+        NotImplementedError: for dropout where the kernels do not run.
+    """
+    grid = query.shape[1:3]
+    if key.shape[1:3] != grid:
+        raise ValueError(f"query {tuple(query.shape)} and key {tuple(key.shape)} must have the same grid")
+    query, key, value = (part.flatten(1, 2) for part in (query, key, value))
+    real = None if mask is None else mask.flatten(1)
+    rest = (bias_table, grid[1], min(radius, max(grid)), None, real, dropout, seed)
+    return _attend(query, key, value, *rest).unflatten(1, grid)
 
 
 def routed_attention(
@@ -340,27 +530,29 @@ def routed_attention(
     key_mask: Tensor | None = None,
     dropout: float = 0.0,
     seed: Tensor | None = None,
+    width: int | None = None,
 ) -> Tensor:
     """Routed queries attend to all routed keys/values (Ainslie et al. 2023, heavy attention).
 
     Args:
         query: fp16, bf16 or fp32 [batch, queries, heads, d_kv], any strides.
         key, value: [batch, keys, key/value heads, d_kv], any strides; the number of heads is a multiple of theirs.
-        bias_table: fp32 [heads, 2 * max_distance + 1], added to the scores by clamped distance.
+        bias_table: fp32, of the shape that `routed_attention_reference` says.
         query_positions: int64 [batch, queries], positions in the sequence that the tokens were routed out of, below
-            2^31. They must not descend, unused slots included: tiles of distant tokens take one bias for all.
+            2^31. They must not descend, unused slots included: tiles of distant tokens take one bias for all. Places
+            of a grid may stand in any order.
         key_positions: int64 [batch, keys], likewise; no two keys that `key_mask` lets through share a position.
-        key_mask: bool [batch, keys], True for used slots; None for all.
-        dropout: probability of dropping an attention probability.
-        seed: int64 [1], from which follows what is dropped; None for one from PyTorch's generator.
+        key_mask: bool [batch, keys], True for used slots; None for all. A query without any key gets zeros.
+        dropout, seed: as of `local_attention`.
+        width: of the grid whose places positions are, counted row by row; None for a text.
 
     Returns:
-        [batch, queries, heads, d_kv] in the query's dtype. Every gradient is summed in a fixed order.
+        [batch, queries, heads, d_kv] in the query's dtype. Every gradient is summed so that it has the same bits each
+        time.
 
     Raises:
         ValueError: for shapes or dtypes that do not fit together.
         NotImplementedError: for dropout where the kernels do not run.
     """
-    _check(query, key, value, bias_table, key_mask, query_positions, key_positions)
-    rest = (bias_table, 0, query_positions, key_positions, key_mask)
-    return _attend(query, key, value, *rest, dropout=dropout, seed=seed)
+    positions = (query_positions, key_positions)
+    return _attend(query, key, value, bias_table, width, 0, positions, key_mask, dropout, seed)

@@ -344,8 +344,8 @@ def attention_into(
     output: Tensor,
     log_sum_exp: Tensor,
 ) -> None:
-    """Write `attention_reference` of op_attention.py to `output` [batch, queries, heads, d_kv], contiguous, and the
-    log-sum-exp of the scores, fp32 [batch, heads, queries]."""
+    """Write `attention_reference` of op_attention.py, of a text, to `output` [batch, queries, heads, d_kv],
+    contiguous, and the log-sum-exp of the scores, fp32 [batch, heads, queries]."""
     batch, num_queries, heads, _ = query.shape
     if query.numel() == 0 or key.numel() == 0:
         output.zero_()

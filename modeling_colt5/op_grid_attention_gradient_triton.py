@@ -191,8 +191,8 @@ def grid_attention_backward_into(
     bias_table: Tensor,
     width: int,
     radius: int,
-    query_places: Tensor | None,
-    key_places: Tensor | None,
+    query_positions: Tensor | None,
+    key_positions: Tensor | None,
     mask: Tensor | None,
     dropout: float,
     seed: Tensor | None,
@@ -210,7 +210,7 @@ def grid_attention_backward_into(
         return
     batch, num_queries, heads, _ = query.shape
     _, num_keys, kv_heads, _ = key.shape
-    problem = Problem(query, key, value, bias_table, radius, query_places, key_places, mask, dropout, seed)
+    problem = Problem(query, key, value, bias_table, radius, query_positions, key_positions, mask, dropout, seed)
     delta = torch.empty_like(log_sum_exp)
     output_gradient = output_gradient.contiguous()
     # Offsets are at most this, where larger ones count as the table's largest.

@@ -184,22 +184,22 @@ def grid_attention_into(
     bias_table: Tensor,
     width: int,
     radius: int,
-    query_places: Tensor | None,
-    key_places: Tensor | None,
+    query_positions: Tensor | None,
+    key_positions: Tensor | None,
     mask: Tensor | None,
     dropout: float,
     seed: Tensor | None,
     output: Tensor,
     log_sum_exp: Tensor,
 ) -> None:
-    """Write `grid_attention_reference` of op_grid_attention.py to `output` [batch, queries, heads, d_kv], contiguous,
-    and the log-sum-exp of the scores, fp32 [batch, heads, queries]."""
+    """Write `attention_reference` of op_attention.py, of a grid, to `output` [batch, queries, heads, d_kv],
+    contiguous, and the log-sum-exp of the scores, fp32 [batch, heads, queries]."""
     batch, num_queries, heads, _ = query.shape
     if query.numel() == 0 or key.numel() == 0:
         output.zero_()
         log_sum_exp.zero_()
         return
-    problem = Problem(query, key, value, bias_table, radius, query_places, key_places, mask, dropout, seed)
+    problem = Problem(query, key, value, bias_table, radius, query_positions, key_positions, mask, dropout, seed)
     block_q, _, constants, options = problem.options("forward")
     launch(
         grid_attention_forward_kernel, (num_blocks(num_queries, width, block_q, problem.routed), heads, batch),

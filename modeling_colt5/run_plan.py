@@ -170,6 +170,11 @@ class EncoderPlan(RouterPlan):
     side: torch.cuda.Stream | None = None
     has_parted: bool = False
 
+    @property
+    def width(self) -> int | None:
+        """Of the grid whose places the tokens are; None for a text."""
+        return None
+
     @classmethod
     def make(
         cls,

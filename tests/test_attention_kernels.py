@@ -274,7 +274,7 @@ def operator_inputs(device, routed):
     leaves = [tensor.requires_grad_() for tensor in draw(2, 20, 20, 2, 1, 16, 8, torch.float32, device)]
     mask = (torch.arange(20, device=device) < 15).expand(2, 20).clone()
     positions = random_positions(2, 20, 90).to(device)
-    rest = (0, positions, positions, mask) if routed else (6, None, None, mask)
+    rest = (None, 0, positions, positions, mask) if routed else (None, 6, None, None, mask)
     return (*leaves, *rest, 0.0, None)
 
 
@@ -290,7 +290,7 @@ def test_the_operator_passes_opcheck(routed, backend, device, monkeypatch):
 def test_compiled_without_graph_break_it_gives_the_same(routed, backend, device, monkeypatch):
     monkeypatch.setattr(kernel_backend, "FORCED_BACKEND", backend)
 
-    def attend(query, key, value, table, radius, query_positions, key_positions, mask, *_):
+    def attend(query, key, value, table, width, radius, query_positions, key_positions, mask, *_):
         if routed:
             return routed_attention(query, key, value, table, query_positions, key_positions, mask) * 2
         return local_attention(query, key, value, table, radius, mask) * 2

@@ -11,9 +11,9 @@ from rounding import assert_all_same_but_for_rounding, assert_same_but_for_round
 from vision import pad_pictures, tiny_vision_model
 
 from modeling_colt5 import kernel_backend
-from modeling_colt5.op_grid_attention import (
-    patch_attention,
-    patch_attention_reference,
+from modeling_colt5.op_attention import (
+    routed_attention,
+    routed_attention_reference,
     window_attention,
     window_attention_reference,
 )
@@ -112,7 +112,7 @@ def check_routed(batch, height, width, queries, keys, most, heads, kv_heads, hea
         places[1][~mask] = height * width - 1
         allowed = allowed & mask[:, None]
     assert_all_close(
-        lambda *inputs: patch_attention(*inputs, width, *places, mask),
+        lambda *inputs: routed_attention(*inputs, *places, mask, width=width),
         leaves,
         *(rows_and_columns(part, width) for part in places),
         allowed,
@@ -191,7 +191,7 @@ def test_gradients_are_bit_identical_from_run_to_run(dtype, device):
 
     for attend, inputs in (
         (window, leaves),
-        (lambda *parts: patch_attention(*parts, 64, places, places), few),
+        (lambda *parts: routed_attention(*parts, places, places, width=64), few),
     ):
         output = attend(*inputs)
         cotangent = torch.randn_like(output)
@@ -275,7 +275,7 @@ def operator_inputs(device: str, routed: bool) -> tuple[Any, ...]:
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 def test_the_operator_passes_opcheck(routed, backend, device, monkeypatch):
     monkeypatch.setattr(kernel_backend, "FORCED_BACKEND", backend)
-    torch.library.opcheck(torch.ops.colt5.grid_attention.default, operator_inputs(device, routed))
+    torch.library.opcheck(torch.ops.colt5.attention.default, operator_inputs(device, routed))
 
 
 def test_dropout_is_undone_in_the_mean_and_the_same_in_the_backward(device):
@@ -335,11 +335,11 @@ def test_what_does_not_fit_is_refused(device):
         window_attention(*grid, table[:, :, :3], 1)
     with pytest.raises(ValueError, match="differ in dtype"):
         window_attention(grid[0].double(), *grid[1:], table, 1)
-    with pytest.raises(ValueError, match=r"mask is torch.int64 \(1, 3, 4\); it must be bool \(1, 3, 4\)"):
+    with pytest.raises(ValueError, match=r"mask is torch.int64 \(1, 12\); it must be bool \(1, 12\)"):
         window_attention(*grid, table, 1, torch.ones(1, 3, 4, dtype=torch.int64))
     places = torch.arange(12, device=device)[None]
-    with pytest.raises(ValueError, match=r"key_places are torch.int32 \(1, 12\)"):
-        patch_attention(query, key, value, table, 4, places, places.int())
+    with pytest.raises(ValueError, match=r"key_positions are torch.int32 \(1, 12\)"):
+        routed_attention(query, key, value, table, places, places.int(), width=4)
 
 
 @pytest.mark.parametrize("function", ["window", "routed"])
@@ -350,7 +350,7 @@ def test_no_tokens_give_nothing(function, device):
         output = window_attention(*states, table, 1)
     else:
         places = torch.empty(0, 12, dtype=torch.int64, device=device)
-        output = patch_attention(*(part.flatten(1, 2) for part in states), table, 4, places, places)
+        output = routed_attention(*(part.flatten(1, 2) for part in states), table, places, places, width=4)
     (gradient,) = torch.autograd.grad(output.sum(), table)
     assert output.shape[0] == 0 and gradient.eq(0).all()
 
@@ -386,9 +386,9 @@ def test_references_and_operator_agree_in_float64(device):
     grid = [part.unflatten(1, (3, 4)) for part in (query, key, value)]
     places = torch.arange(12, device=device)[None]
     assert_all_same_but_for_rounding(
-        [window_attention(*grid, table, 1), patch_attention(query, key, value, table, 4, places, places)],
+        [window_attention(*grid, table, 1), routed_attention(query, key, value, table, places, places, width=4)],
         [
             window_attention_reference(*grid, table, 1)[0],
-            patch_attention_reference(query, key, value, table, 4, places, places)[0],
+            routed_attention_reference(query, key, value, table, places, places, width=4)[0],
         ],
     )

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from modeling_colt5.op_grid_attention import patch_attention_reference, window_attention_reference
+from modeling_colt5.op_attention import routed_attention_reference, window_attention_reference
 
 
 def eager_attend(query, key, value, bias, mask):
@@ -145,7 +145,7 @@ def test_routed_values_and_gradients_are_those_of_the_definition(masked):
     valid = None
     if masked:
         valid = torch.arange(8) < torch.tensor([[3], [8]])
-    actual, _ = patch_attention_reference(*leaves, width, *places, valid)
+    actual, _ = routed_attention_reference(*leaves, *places, valid, width=width)
     rows = []
     for b in range(batch):
         used = range(8) if valid is None else valid[b].nonzero().flatten().tolist()

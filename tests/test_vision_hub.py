@@ -35,7 +35,7 @@ def save(folder: Path) -> torch.nn.Module:
 def test_a_folder_holds_weights_configuration_and_code(tmp_path):
     save(tmp_path)
     code = hub_steps.closure("modeling_colt5_vision")
-    assert {"configuration_colt5_vision.py", "op_grid_attention.py"} < code
+    assert {"configuration_colt5_vision.py", "op_grid_attention_triton.py"} < code
     others = {"config.json", "model.safetensors", "preprocessor_config.json"}
     assert {path.name for path in tmp_path.iterdir()} == code | others
     for file in code:

@@ -1,0 +1,1 @@
+../../modeling_colt5/op_grid_attention_gradient_triton.py
