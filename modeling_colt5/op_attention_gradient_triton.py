@@ -20,6 +20,43 @@ from .op_dropout_triton import keeps, keys_of_rows
 from .run_launch_triton import cdiv, launch, tl, triton
 
 
+@triton.jit
+def score_gradients(
+    scores, gradient_tile, value_tile, row_lse, row_delta, row_keys, columns,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The gradients of a tile of scores [queries, keys]; `columns` are the keys' numbers for dropout."""
+    probabilities = tl.exp2(scores * LOG2_E - row_lse[:, None])
+    gradient = tl.dot(gradient_tile, tl.trans(value_tile), input_precision=PRECISION)
+    if DROPOUT > 0.0:
+        gradient = tl.where(keeps(row_keys, columns[None, :], DROPOUT), gradient / (1.0 - DROPOUT), 0.0)
+    return probabilities * (gradient - row_delta[:, None])
+
+
+@triton.jit
+def add_key_gradients(
+    scores, query_tile, gradient_tile, value_tile, row_lse, row_delta, row_keys, columns,
+    key_accumulator, value_accumulator, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The gradients of a block of keys and of its values with what a tile of queries adds, of scores [keys, queries];
+    the other arguments are those of `score_gradients`."""
+    probabilities = tl.exp2(scores * LOG2_E - row_lse[None, :])
+    gradient = tl.dot(value_tile, tl.trans(gradient_tile), input_precision=PRECISION)
+    dropped = probabilities
+    if DROPOUT > 0.0:
+        kept = keeps(row_keys, columns[:, None], DROPOUT)
+        dropped = tl.where(kept, probabilities / (1.0 - DROPOUT), 0.0)
+        gradient = tl.where(kept, gradient / (1.0 - DROPOUT), 0.0)
+    value_accumulator = tl.dot(
+        dropped.to(gradient_tile.dtype), gradient_tile, value_accumulator, input_precision=PRECISION
+    )
+    score_gradient = probabilities * (gradient - row_delta[None, :])
+    key_accumulator = tl.dot(
+        score_gradient.to(query_tile.dtype), query_tile, key_accumulator, input_precision=PRECISION
+    )
+    return key_accumulator, value_accumulator
+
+
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def attention_backward_query_kernel(
     query, key, value, table, query_positions, key_positions, mask, seed, output, log_sum_exp, output_gradient,
@@ -72,6 +109,7 @@ def attention_backward_query_kernel(
     tl.store(delta + row_vector, row_delta, mask=rows < num_queries)
     row_lse = tl.load(log_sum_exp + row_vector, mask=rows < num_queries, other=float("inf")) * LOG2_E
 
+    row_keys = None
     if DROPOUT > 0.0:
         row_keys = keys_of_rows(seed, batch * HEADS + head, rows)[:, None]
     accumulator = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
@@ -99,12 +137,9 @@ def attention_backward_query_kernel(
                     columns = tl.load(key_positions + columns, mask=columns < num_keys, other=0).to(tl.int32)
                 distance = columns[None, :] - row_positions[:, None]
                 scores = add_bias(scores, distance, valid, table, max_distance, radius, ROUTED, WIDE)
-            probabilities = tl.exp2(scores * LOG2_E - row_lse[:, None])
-            probability_gradient = tl.dot(gradient_tile, tl.trans(value_tile), input_precision=PRECISION)
-            if DROPOUT > 0.0:
-                kept = keeps(row_keys, (key_start + lanes)[None, :], DROPOUT)
-                probability_gradient = tl.where(kept, probability_gradient / (1.0 - DROPOUT), 0.0)
-            score_gradient = probabilities * (probability_gradient - row_delta[:, None])
+            score_gradient = score_gradients(
+                scores, gradient_tile, value_tile, row_lse, row_delta, row_keys, key_start + lanes, DROPOUT, PRECISION
+            )
             accumulator = tl.dot(score_gradient.to(key_tile.dtype), key_tile, accumulator, input_precision=PRECISION)
             if TABLE_GRADIENT:
                 if not NEAR:
@@ -201,6 +236,7 @@ def attention_backward_key_kernel(
                 )
                 rows = query_start + tl.arange(0, BLOCK_Q)
                 in_rows = rows < num_queries
+                row_keys = None
                 if DROPOUT > 0.0:
                     row_keys = keys_of_rows(seed, batch * HEADS + head, rows)[None, :]
                 row_lse = tl.load(log_sum_exp + head_vector + rows, mask=in_rows, other=float("inf")) * LOG2_E
@@ -215,20 +251,10 @@ def attention_backward_key_kernel(
                         rows = tl.load(query_positions + rows, mask=in_rows, other=0).to(tl.int32)
                     distance = column_positions[:, None] - rows[None, :]
                     scores = add_bias(scores, distance, valid, head_table, max_distance, radius, ROUTED, WIDE)
-                probabilities = tl.exp2(scores * LOG2_E - row_lse[None, :])
-                probability_gradient = tl.dot(value_tile, tl.trans(gradient_tile), input_precision=PRECISION)
-                dropped = probabilities
-                if DROPOUT > 0.0:
-                    kept = keeps(row_keys, columns[:, None], DROPOUT)
-                    dropped = tl.where(kept, probabilities / (1.0 - DROPOUT), 0.0)
-                    probability_gradient = tl.where(kept, probability_gradient / (1.0 - DROPOUT), 0.0)
-                value_accumulator = tl.dot(
-                    dropped.to(gradient_tile.dtype), gradient_tile, value_accumulator, input_precision=PRECISION
-                )
-                score_gradient = probabilities * (probability_gradient - row_delta[None, :])
-                key_accumulator = tl.dot(
-                    score_gradient.to(query_tile.dtype), query_tile, key_accumulator, input_precision=PRECISION
-                )
+                key_accumulator, value_accumulator = add_key_gradients(
+                    scores, query_tile, gradient_tile, value_tile, row_lse, row_delta, row_keys, columns,
+                    key_accumulator, value_accumulator, DROPOUT, PRECISION,
+                )  # fmt: skip
 
     offset = batch * num_keys * gradient_stride + kv_head * HEAD
     store_rows(key_gradient + offset, key_accumulator, start, num_keys, gradient_stride, HEAD, BLOCK_K, BLOCK_D)

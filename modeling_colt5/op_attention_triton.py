@@ -107,6 +107,36 @@ def load_valid(mask, start, length, BLOCK: tl.constexpr):
     return valid
 
 
+@triton.jit
+def softmax_step(
+    scores, value_tile, row_keys, columns, maximum, total, accumulator,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """An online softmax with one tile of keys more, whose numbers for dropout are `columns`: the maximum and the sum
+    of each row so far, and its sum of values."""
+    new_maximum = tl.maximum(maximum, tl.max(scores, 1))
+    # A row that has met no real key yet has a maximum of minus infinity, from which itself must not be subtracted.
+    finite = tl.where(new_maximum == float("-inf"), 0.0, new_maximum) * LOG2_E
+    rescale = tl.exp2(maximum * LOG2_E - finite)
+    probabilities = tl.exp2(scores * LOG2_E - finite[:, None])
+    total = total * rescale + tl.sum(probabilities, 1)
+    if DROPOUT > 0.0:
+        probabilities = tl.where(keeps(row_keys, columns[None, :], DROPOUT), probabilities, 0.0)
+    accumulator = accumulator * rescale[:, None]
+    accumulator = tl.dot(probabilities.to(value_tile.dtype), value_tile, accumulator, input_precision=PRECISION)
+    return new_maximum, total, accumulator
+
+
+@triton.jit
+def softmax_end(maximum, total, accumulator, DROPOUT: tl.constexpr):
+    """The output and the log-sum-exp of an online softmax. A row without any real key has an output of 0, and
+    probabilities of 0 in the backward."""
+    empty = total == 0.0
+    total = tl.where(empty, 1.0, total)
+    accumulator = accumulator / (total * (1.0 - DROPOUT))[:, None]
+    return accumulator, tl.where(empty, float("inf"), maximum + tl.log(total))
+
+
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def attention_forward_kernel(
     query, key, value, table, query_positions, key_positions, mask, seed, output, log_sum_exp,
@@ -140,6 +170,7 @@ def attention_forward_kernel(
     )
 
     query_tile = load_rows(query, start, num_queries, query_stride_n, HEAD, BLOCK_Q, BLOCK_D)
+    row_keys = None
     if DROPOUT > 0.0:
         row_keys = keys_of_rows(seed, batch * HEADS + head, rows)[:, None]
     maximum = tl.full([BLOCK_Q], float("-inf"), tl.float32)
@@ -163,27 +194,12 @@ def attention_forward_kernel(
                     columns = tl.load(key_positions + columns, mask=columns < num_keys, other=0).to(tl.int32)
                 distance = columns[None, :] - row_positions[:, None]
                 scores = add_bias(scores, distance, valid, table, max_distance, radius, ROUTED, WIDE)
-            new_maximum = tl.maximum(maximum, tl.max(scores, 1))
-            # A row that has met no real key yet has a maximum of minus infinity, from which itself must not be
-            # subtracted.
-            finite = tl.where(new_maximum == float("-inf"), 0.0, new_maximum) * LOG2_E
-            rescale = tl.exp2(maximum * LOG2_E - finite)
-            probabilities = tl.exp2(scores * LOG2_E - finite[:, None])
-            total = total * rescale + tl.sum(probabilities, 1)
-            if DROPOUT > 0.0:
-                kept = keeps(row_keys, (key_start + tl.arange(0, BLOCK_K))[None, :], DROPOUT)
-                probabilities = tl.where(kept, probabilities, 0.0)
-            accumulator = accumulator * rescale[:, None]
-            accumulator = tl.dot(
-                probabilities.to(value_tile.dtype), value_tile, accumulator, input_precision=PRECISION
+            numbers = key_start + tl.arange(0, BLOCK_K)
+            maximum, total, accumulator = softmax_step(
+                scores, value_tile, row_keys, numbers, maximum, total, accumulator, DROPOUT, PRECISION
             )
-            maximum = new_maximum
 
-    # A row without any real key has an output of 0, and probabilities of 0 in the backward.
-    empty = total == 0.0
-    total = tl.where(empty, 1.0, total)
-    accumulator = accumulator / (total * (1.0 - DROPOUT))[:, None]
-    row_lse = tl.where(empty, float("inf"), maximum + tl.log(total))
+    accumulator, row_lse = softmax_end(maximum, total, accumulator, DROPOUT)
     store_rows(output, accumulator, start, num_queries, HEADS * HEAD, HEAD, BLOCK_Q, BLOCK_D)
     tl.store(log_sum_exp + rows, row_lse, mask=rows < num_queries)
 

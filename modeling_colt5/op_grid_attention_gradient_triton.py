@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
+from .op_attention_gradient_triton import add_key_gradients, score_gradients
 from .op_attention_triton import LOG2_E, Problem, in_multiplied_dtype
-from .op_dropout_triton import keeps, keys_of_rows
+from .op_dropout_triton import keys_of_rows
 from .op_grid_attention_triton import (
     UNSPECIALIZED_IN_GRIDS,
     entry_of,
@@ -63,6 +64,7 @@ def grid_attention_backward_query_kernel(
     tl.store(delta + row_vector, row_delta, mask=in_own)
     row_lse = tl.load(log_sum_exp + row_vector, mask=in_own, other=float("inf")) * LOG2_E
 
+    row_keys = None
     if DROPOUT > 0.0:
         row_keys = keys_of_rows(seed, batch * HEADS + head, own)[:, None]
     accumulator = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
@@ -79,12 +81,9 @@ def grid_attention_backward_query_kernel(
         scores += tl.load(
             table + entry_of(down, across, max_distance, ROUTED or WIDE), mask=valid, other=float("-inf")
         )
-        probabilities = tl.exp2(scores * LOG2_E - row_lse[:, None])
-        probability_gradient = tl.dot(gradient_tile, tl.trans(value_tile), input_precision=PRECISION)
-        if DROPOUT > 0.0:
-            kept = keeps(row_keys, number[None, :], DROPOUT)
-            probability_gradient = tl.where(kept, probability_gradient / (1.0 - DROPOUT), 0.0)
-        score_gradient = probabilities * (probability_gradient - row_delta[:, None])
+        score_gradient = score_gradients(
+            scores, gradient_tile, value_tile, row_lse, row_delta, row_keys, number, DROPOUT, PRECISION
+        )
         accumulator = tl.dot(score_gradient.to(key_tile.dtype), key_tile, accumulator, input_precision=PRECISION)
         if table_partials is not None:
             tl.atomic_add(
@@ -147,21 +146,13 @@ def grid_attention_backward_key_kernel(
             scores += tl.load(
                 head_table + entry_of(down, across, max_distance, ROUTED or WIDE), mask=valid, other=float("-inf")
             )
-            probabilities = tl.exp2(scores * LOG2_E - row_lse[None, :])
-            probability_gradient = tl.dot(value_tile, tl.trans(gradient_tile), input_precision=PRECISION)
-            dropped = probabilities
+            row_keys = None
             if DROPOUT > 0.0:
                 row_keys = keys_of_rows(seed, batch * HEADS + head, number)[None, :]
-                kept = keeps(row_keys, own[:, None], DROPOUT)
-                dropped = tl.where(kept, probabilities / (1.0 - DROPOUT), 0.0)
-                probability_gradient = tl.where(kept, probability_gradient / (1.0 - DROPOUT), 0.0)
-            value_accumulator = tl.dot(
-                dropped.to(gradient_tile.dtype), gradient_tile, value_accumulator, input_precision=PRECISION
-            )
-            score_gradient = probabilities * (probability_gradient - row_delta[None, :])
-            key_accumulator = tl.dot(
-                score_gradient.to(query_tile.dtype), query_tile, key_accumulator, input_precision=PRECISION
-            )
+            key_accumulator, value_accumulator = add_key_gradients(
+                scores, query_tile, gradient_tile, value_tile, row_lse, row_delta, row_keys, own,
+                key_accumulator, value_accumulator, DROPOUT, PRECISION,
+            )  # fmt: skip
 
     offset = (batch * num_keys * (HEADS // GROUP) + kv_head) * HEAD
     stride = HEADS // GROUP * HEAD

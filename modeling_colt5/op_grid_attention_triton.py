@@ -6,8 +6,8 @@ grid. Tile sizes are those of one dimension.
 
 from torch import Tensor
 
-from .op_attention_triton import LOG2_E, UNSPECIALIZED, Problem, in_multiplied_dtype
-from .op_dropout_triton import keeps, keys_of_rows
+from .op_attention_triton import UNSPECIALIZED, Problem, in_multiplied_dtype, softmax_end, softmax_step
+from .op_dropout_triton import keys_of_rows
 from .run_launch_triton import cdiv, launch, tl, triton
 
 # A block of a window's queries, or of its keys, has so many columns, and as many rows as make a tile.
@@ -130,6 +130,7 @@ def grid_attention_forward_kernel(
 
     own, in_own, row, column = own_tile(query_places, num_queries, width, ROUTED, BLOCK_Q)
     query_tile = load_tokens(query, own, in_own, query_stride_n, HEAD, BLOCK_D)
+    row_keys = None
     if DROPOUT > 0.0:
         row_keys = keys_of_rows(seed, batch * HEADS + head, own)[:, None]
     maximum = tl.full([BLOCK_Q], float("-inf"), tl.float32)
@@ -148,23 +149,11 @@ def grid_attention_forward_kernel(
         scores += tl.load(
             table + entry_of(down, across, max_distance, ROUTED or WIDE), mask=valid, other=float("-inf")
         )
-        new_maximum = tl.maximum(maximum, tl.max(scores, 1))
-        # A row that has met no real key yet has a maximum of minus infinity, from which itself must not be subtracted.
-        finite = tl.where(new_maximum == float("-inf"), 0.0, new_maximum) * LOG2_E
-        rescale = tl.exp2(maximum * LOG2_E - finite)
-        probabilities = tl.exp2(scores * LOG2_E - finite[:, None])
-        total = total * rescale + tl.sum(probabilities, 1)
-        if DROPOUT > 0.0:
-            probabilities = tl.where(keeps(row_keys, number[None, :], DROPOUT), probabilities, 0.0)
-        accumulator = accumulator * rescale[:, None]
-        accumulator = tl.dot(probabilities.to(value_tile.dtype), value_tile, accumulator, input_precision=PRECISION)
-        maximum = new_maximum
+        maximum, total, accumulator = softmax_step(
+            scores, value_tile, row_keys, number, maximum, total, accumulator, DROPOUT, PRECISION
+        )
 
-    # A row without any real key has an output of 0, and probabilities of 0 in the backward.
-    empty = total == 0.0
-    total = tl.where(empty, 1.0, total)
-    accumulator = accumulator / (total * (1.0 - DROPOUT))[:, None]
-    row_lse = tl.where(empty, float("inf"), maximum + tl.log(total))
+    accumulator, row_lse = softmax_end(maximum, total, accumulator, DROPOUT)
     store_tokens(output, accumulator, own, in_own, HEADS * HEAD, HEAD, BLOCK_D)
     tl.store(log_sum_exp + own, row_lse, mask=in_own)
 
