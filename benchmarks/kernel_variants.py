@@ -292,7 +292,8 @@ def step_jobs(capability: int, quick: bool) -> None:
 
 
 def routed_step_jobs(capability: int, quick: bool) -> None:
-    """The gate of a causally routed layer's new token, and its attention to a ring and to a pool."""
+    """The gate of a causally routed layer's new token, its attention to a ring and to a pool, and what a window's end
+    hands on."""
     ranks, carried = (torch.empty(2, dtype=torch.int64),) * 2, torch.empty(2, 2, 2)
     slots = (torch.empty(2, 1), torch.empty(2, 1, dtype=torch.int64), torch.empty(2, 1, dtype=torch.bool))
     for window, routers in ((4096, 3),) if quick else itertools.product((16, 256, 4096), (1, 2, 3)):
@@ -302,6 +303,7 @@ def routed_step_jobs(capability: int, quick: bool) -> None:
             op_gates_triton.token_gate_into(
                 scores, *ranks, carried, ring, others, window, window // 16, window // 8, 1.0, fills, *slots
             )
+        op_gates_triton.hand_thresholds_into(*ranks, ring, carried, window, window // 16, 18.0, 1.0)
     dtypes = [torch.float32] if quick or capability < 80 else [torch.bfloat16, torch.float32]
     sizes = ((2, 16, 128),) if quick else ((1, 12, 64), (1, 4, 64), (2, 16, 128), (1, 3, 20))
     for (groups, group, d_kv), dtype in itertools.product(sizes, dtypes):
@@ -316,6 +318,10 @@ def routed_step_jobs(capability: int, quick: bool) -> None:
         op_step_attention_triton.pool_step_attention_into(
             *new, slots[2], ring, ring, pool, pool, rank, weight, used, states
         )
+        for window in (8192 - size,) if quick else (256, 4096, 8192 - size):
+            kept = (weight, pool, pool, rank, weight, used)
+            scores, sources = torch.empty(2, 639, groups), torch.empty(2, groups, size, dtype=torch.int32)
+            op_pools_triton.hand_pool_into(*ranks, scores, ring, ring, *kept, window, 1.125, 1.0, sources)
 
 
 class Cost(NamedTuple):

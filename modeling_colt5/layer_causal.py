@@ -1,9 +1,9 @@
 """One new token of a causally routed decoder as straight lines of kernel launches, one line a layer.
 
-The modules of model_causal.py say what a layer computes, and run_causal_cache.py what its cache holds. Between the
-ends of windows a token changes little of that cache: its keys, values and scores go into the rings. So kernels write
-there in place, and read what the window was handed; where in the window a token stands are numbers on the device. At a
-window's end, where pools and thresholds are made anew, the token is the modules'.
+The modules of model_causal.py say what a layer computes, and run_causal_cache.py what its cache holds. A token changes
+little of that cache: its keys, values and scores go into the rings, and at a window's end pools and thresholds are
+made anew. So kernels write there in place; where in its window each row's token stands are numbers on the device. The
+host knows when some row's window may end, and only then launches what makes pools and thresholds.
 
 What layer_decoder.py says of blocks, of lists of launches and of memories holds here too.
 """
@@ -29,12 +29,15 @@ from .layer_decoder import (
     shapes_of_cross,
 )
 from .layer_plain import parts_of_dense
-from .op_gates import token_gate_into
+from .op_gates import hand_thresholds_into, token_gate_into
+from .op_pools import hand_pool_into
 from .op_step_attention import local_step_attention_into, pool_step_attention_into
 from .run_causal_cache import CoLT5DynamicRoutedLayer
 from .run_causal_plan import CausalSettings
 
 if triton_is_available():
+    from .op_gates_triton import LONGEST_WINDOW
+    from .op_pools_triton import LONGEST_UNION
     from .op_rows_triton import MOST_JOINS, MOST_PARTS, combine_into, join_into
     from .run_launch_list_triton import LaunchList, Recorder, may_repeat, repeated_or_recorder
 
@@ -45,7 +48,7 @@ _NUMBERS = ("eps", "d_kv", "groups", "routing", "is_gated_act", "training", "dro
 _LIGHT = (("light_key", "light_value"), ())
 _HEAVY = (
     ("heavy_key", "heavy_value", "query", "key_value_scores"),
-    ("query", "pool_key", "pool_value", "pool_rank", "pool_weight", "pool_valid"),
+    ("query", "pool_score", "pool_key", "pool_value", "pool_rank", "pool_weight", "pool_valid"),
 )
 _FEED_FORWARD = (("feed_forward",), ("feed_forward",))
 
@@ -121,14 +124,14 @@ class RoutedStepLayer(NamedTuple):
         plain, weights: what `PlainBlock.read` gave.
         state: of the cache, in the order of `rings` and `carried`.
         memory: keys and values of the memory, [rows, key/value heads, n, d_kv] each; nothing without an encoder.
-        lists: of launches, by whether states come in; None where they cannot be repeated.
+        lists: of launches, by whether states come in and whether a window may end; None where they cannot be repeated.
     """
 
     plain: PlainRoutedLayer
     weights: tuple[Tensor, ...]
     state: tuple[Tensor, ...]
     memory: tuple[Tensor, ...]
-    lists: "dict[bool, LaunchList | None]"
+    lists: "dict[tuple[bool, bool], LaunchList | None]"
 
 
 class RoutedStep:
@@ -143,6 +146,7 @@ class RoutedStep:
         settings: of all layers.
         real: bool [rows], whether the rows' tokens are real; None for all.
         memory_mask: bool [rows, n]; None for all.
+        may_end: whether a token may complete a window of its row.
     """
 
     def __init__(
@@ -154,10 +158,12 @@ class RoutedStep:
         settings: CausalSettings,
         real: Tensor | None,
         memory_mask: Tensor | None,
+        may_end: bool,
     ):
         self.rows, _, self.d = hidden_states.shape
         self.hidden_states, self.layers, self.caches = hidden_states.contiguous(), layers, caches
         self.tables, self.settings, self.real, self.memory_mask = tables, settings, real, memory_mask
+        self.may_end = may_end
         self.past = caches[0].counters["lengths"]
         self.total = self.past + (1 if real is None else real)
         self.repeats = may_repeat(hidden_states)
@@ -189,7 +195,7 @@ class RoutedStep:
         rows, first = len(hidden_states), caches[0]
         if any(type(layer) is not CoLT5DynamicRoutedLayer or layer.seen != first.seen for layer in caches):
             return None
-        if not first.has_state or len(first.counters["lengths"]) != rows:
+        if not first.has_state or len(first.counters["lengths"]) != rows or first.window != settings.window:
             return None
         real = None
         if attention_mask is not None:
@@ -200,6 +206,8 @@ class RoutedStep:
             memory_mask = memory_mask.contiguous()
         others = [*tables, *first.counters.values(), *[part for part in (real, memory_mask) if part is not None]]
         index = hidden_states.get_device()
+        if set(map(Tensor.get_device, others)) != {index} or not all(map(Tensor.is_contiguous, tables)):
+            return None
         of_pass = (
             hidden_states.dtype, hidden_states.device, hidden_states.shape, settings, *map(_SHAPE, tables),
             memory_mask is None, torch.backends.cuda.matmul.fp32_precision,
@@ -221,17 +229,14 @@ class RoutedStep:
             if (
                 lists is None
                 or not all(map(Tensor.is_contiguous, tensors))
-                or set(map(Tensor.get_device, (*tensors, *others))) != {index}
+                or set(map(Tensor.get_device, tensors)) != {index}
                 or not (memory_mask is None or not memory or memory_mask.shape[1] == memory[0].shape[2])
             ):
                 return None
             layers.append(RoutedStepLayer(plain, weights, state, memory, lists))
-        if not all(map(Tensor.is_contiguous, tables)) or first.window != settings.window:
-            return None
         # Asked last, as the answer may be waited for.
-        if first.tokens_before_end() == 0:
-            return None
-        return cls(hidden_states, layers, caches, tables, settings, real, memory_mask)
+        may_end = first.tokens_before_end() == 0
+        return cls(hidden_states, layers, caches, tables, settings, real, memory_mask, may_end)
 
     def run(self) -> Tensor:
         """The states [rows, 1, d_model] behind the last layer; the caches count the token from then on."""
@@ -246,8 +251,9 @@ class RoutedStep:
         for layer in self.layers:
             self._run_layer(layer, incoming, hidden, branches)
             incoming = None
+        counters = self.caches[0].counters_after_token(self.total, self.real, self.may_end)
         for cache in self.caches:
-            cache.count_token(self.total, self.real)
+            cache.count_token(counters)
         if len(branches) == 1:
             return hidden + branches[0]
         output = torch.empty_like(hidden)
@@ -258,7 +264,7 @@ class RoutedStep:
     def _run_layer(
         self, layer: RoutedStepLayer, incoming: Tensor | None, hidden: Tensor, branches: tuple[Tensor, ...]
     ) -> None:
-        kind = incoming is not None
+        kind = (incoming is not None, self.may_end)
         memories = [hidden, *branches, self.past, self.total, *self.tables, *layer.weights, *layer.state]
         memories += [*layer.memory, *[part for part in (incoming, self.memory_mask) if part is not None]]
         recorder = repeated_or_recorder(layer.lists, kind, memories, self.repeats)
@@ -294,17 +300,41 @@ class _RoutedLine(TokenLine):
             states, normed = self.norm("cross", states, added)
             (query,) = self.products(normed, ["cross.q"])
             added = (self.cross_attention(query, self.step.memory_mask, self.memory),)
-        light, *heavy = branches
+        self.feed_forwards(states, added, hidden, *branches)
+        if self.step.may_end:
+            self.hand_on()
+
+    def feed_forwards(
+        self, states: Tensor, added: tuple[Tensor, ...], hidden: Tensor, light: Tensor, *heavy: Tensor
+    ) -> None:
+        """The feed-forward of states, or of their sum with branches, which is written to `hidden`; what it adds is
+        written to `light` and `heavy`, see `run`."""
         if not heavy:
             _, normed = self.norm("ff", states, added, hidden)
             self.feed_forward(normed, "dense", light)
             return
-        settings = self.step.settings
         scores = self.recorder.temporary(torch.float32, self.rows, 1, 1)
         _, normed = self.norm("ff", states, added, hidden, self.weights["router"][None], scores)
-        self.gate("feed_forward", scores, settings.num_feed_forward, True, *heavy[1:])
+        self.gate("feed_forward", scores, self.step.settings.num_feed_forward, True, *heavy[1:])
         self.feed_forward(normed, "light_ff", light)
         self.feed_forward(normed, "heavy_ff", heavy[0])
+
+    def hand_on(self) -> None:
+        """Let rows whose window the token completed go on to what that hands on: thresholds and pools."""
+        settings, ranks = self.step.settings, (self.step.past, self.step.total)
+        targets = {"query": settings.num_queries, "feed_forward": settings.num_feed_forward}
+        epsilon, ratio = float(settings.epsilon), float(settings.soft_topk_ratio)
+        assert hand_thresholds_into is not None and hand_pool_into is not None
+        for name, target in targets.items():
+            if name in self.carried:
+                state = (self.rings[name], self.carried[name], settings.window, target)
+                self.recorder.run(hand_thresholds_into, *ranks, *state, ratio * target, epsilon)
+        if self.is_routed:
+            rings = [self.rings[name] for name in ("key_value_scores", "heavy_key", "heavy_value")]
+            parts = ("score", "key", "value", "rank", "weight", "valid")
+            pool = [self.carried[f"pool_{name}"] for name in parts]
+            sources = self.recorder.temporary(torch.int32, *pool[0][:, 0].shape)
+            self.recorder.run(hand_pool_into, *ranks, *rings, *pool, settings.window, ratio, epsilon, sources)
 
     def attention(self, states: Tensor, added: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
         """States, or their sum with branches; and the branches that the self-attention adds to it."""
@@ -384,12 +414,12 @@ def _fits(
     branches = {"light": light_heads}
     if plain.has_heavy_attention:
         heads, groups, size = rest[0][0], plain.groups, settings.pool_size
-        if heads % groups or plain.number("heavy", "d_kv") != d_kv:
+        if heads % groups or plain.number("heavy", "d_kv") != d_kv or size + settings.window > LONGEST_UNION:
             return False
         branches |= {"heavy": heads}
         shapes |= {name: (d,) for name in ("query_router", *[f"key_value_router.{group}" for group in range(groups)])}
         kept |= {"key_value_scores": ((rows, ring, groups), torch.float32), "query": ((rows, ring), torch.float32)}
-        sizes |= {f"pool_{name}": (rows, 2, groups, size) for name in ("rank", "weight", "valid")}
+        sizes |= {f"pool_{name}": (rows, 2, groups, size) for name in ("score", "rank", "weight", "valid")}
         sizes |= {f"pool_{name}": (rows, 2, groups, size, heads // groups, d_kv) for name in ("key", "value")}
         sizes |= {"query": (rows, 2, 2)}
     for name, heads in branches.items():
@@ -415,5 +445,6 @@ def _fits(
         by_name == shapes
         and [(tuple(part.shape), part.dtype) for part in state] == expected
         and max(plain.d_kv) <= MOST_FEATURES
+        and (not plain.carried or settings.window <= LONGEST_WINDOW)
         and all(part.dtype == dtype for part in (*weights, *memory))
     )

@@ -15,8 +15,10 @@ from .run_operator import Gradient, Launch, Operator
 causal_gates_into: Launch = None
 causal_gates_backward_into: Launch = None
 token_gate_into: Launch = None
+hand_thresholds_into: Launch = None
 if triton_is_available():
     from .op_gates_triton import LONGEST_WINDOW, causal_gates_backward_into, causal_gates_into
+    from .op_gates_triton import hand_thresholds_into as hand_thresholds_into
     from .op_gates_triton import token_gate_into as token_gate_into
 
 
@@ -262,3 +264,28 @@ def token_gate_reference(
     ring[every, places] = torch.where(is_real, scores[:, 0], ring[every, places])
     if other_ring is not None:
         other_ring[every, places] = torch.where(is_real[:, None], scores[:, 1:], other_ring[every, places])
+
+
+def hand_thresholds_reference(
+    past: Tensor,
+    total: Tensor,
+    ring: Tensor,
+    carried: Tensor,
+    window: int,
+    target: int,
+    soft_target: float,
+    epsilon: float,
+) -> None:
+    """Let each row whose new token completed a window go on to what that hands on, `window_thresholds` of it.
+
+    Args:
+        past, total, ring: as of `token_gate_reference`, after the new token.
+        carried: fp32 [rows, 2, 2]; what the window was handed itself comes to the second place.
+        window: tokens of a window, at most `LONGEST_WINDOW`.
+        target, soft_target, epsilon: as of `window_thresholds`.
+    """
+    every = torch.arange(len(ring), device=ring.device)[:, None]
+    ranks = total[:, None] - window + torch.arange(window, device=ring.device)
+    handed = window_thresholds(ring[every, ranks % ring.shape[1]], target, soft_target, epsilon)
+    ends = ((total > past) & (total % window == 0))[:, None, None]
+    carried.copy_(torch.where(ends, torch.stack([handed, carried[:, 0]], 1), carried))

@@ -2,41 +2,46 @@
 
 from torch import Tensor
 
-from .op_routing_steps_triton import HIGHEST_KEY, LOWEST_KEY, key_to_score, load_keys
+from .op_routing_steps_triton import HIGHEST_KEY, LOWEST_KEY, closed_threshold, key_to_score, load_keys
 from .run_launch_triton import adjacent, launch, next_power_of_2, tl, triton
 
 # How many tokens of a window a program compares with all others in one step.
 CHUNK = 16
+# How many pairs a program compares in one step at most where it runs once in a window.
+PAIRS = 2**14
 # The most tokens of a window for which a program stays within its registers.
 LONGEST_WINDOW = 4096
 
 
 @triton.jit
-def window_keys(scores, row, start, positions, window, row_stride, stride):
-    """Integer keys of a window's scores, in their order; the lowest beyond its end."""
-    first = scores + row * row_stride + start * stride
+def window_keys(scores, row, start, positions, window, row_stride, stride, size, RING: tl.constexpr):
+    """Integer keys of a window's scores, in their order; the lowest beyond its end. A ring of `size` goes on at its
+    beginning."""
+    first = scores + row * row_stride
+    if RING:
+        keys = load_keys(
+            first, first, first, row * 0, (start + positions) % size, size, 0, stride, 0, 0, False, False
+        )  # fmt: skip
+        return tl.where(positions < window, keys, LOWEST_KEY)
+    first += start * stride
     return load_keys(first, first, first, row * 0, positions, window, 0, stride, 0, 0, False, False)
 
 
 @triton.jit
 def handed_on(
-    scores, row, start, window, row_stride, stride, target, soft_target, epsilon,
-    BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    scores, row, start, window, row_stride, stride, target, soft_target, epsilon, size,
+    RING: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """`window_thresholds` of a window, in closed form from all pairs of its tokens.
-
-    A token is saturated if its rank and the tail, the sum over itself and all below it of exp((s_j - s_i) / ε), are at
-    most k together (docs/soft_topk.md). The first that is not says what t is.
-    """
+    """`window_thresholds` of a window, in closed form from all pairs of its tokens."""
     positions = tl.arange(0, BLOCK)
-    keys = window_keys(scores, row, start, positions, window, row_stride, stride)
+    keys = window_keys(scores, row, start, positions, window, row_stride, stride, size, RING)
     inside = positions < window
     score = tl.where(inside, key_to_score(keys), 0.0)
     rank = tl.zeros([BLOCK], dtype=tl.int32)
     tail = tl.zeros([BLOCK], dtype=tl.float32)
     for chunk in range(0, window, CHUNK):
         others = chunk + tl.arange(0, CHUNK)
-        other_keys = window_keys(scores, row, start, others, window, row_stride, stride)
+        other_keys = window_keys(scores, row, start, others, window, row_stride, stride, size, RING)
         tie_before = (other_keys[None, :] == keys[:, None]) & (others[None, :] < positions[:, None])
         above = (other_keys[None, :] > keys[:, None]) | tie_before
         rank += tl.sum(above.to(tl.int32), 1)
@@ -44,13 +49,7 @@ def handed_on(
         gap = (other_score[None, :] - score[:, None]) / epsilon
         tail += tl.sum(tl.where(above | (others >= window)[None, :], 0.0, tl.exp(gap)), 1)
     least = key_to_score(tl.max(tl.where(inside & (rank == target - 1), keys, LOWEST_KEY)))
-    saturated = tl.sum((inside & (rank.to(tl.float32) + tail <= soft_target)).to(tl.int32))
-    saturated = tl.minimum(saturated, tl.ceil(soft_target).to(tl.int32) - 1)
-    first = inside & (rank == saturated)
-    all_saturated = soft_target >= window
-    mass = tl.where(all_saturated, 1.0, tl.sum(tl.where(first, tail, 0.0)))
-    threshold = tl.sum(tl.where(first, score, 0.0)) + epsilon * tl.log(mass / (soft_target - saturated))
-    threshold = tl.where(all_saturated, float("-inf"), threshold)
+    threshold = closed_threshold(score, rank, tail, inside, window, soft_target, epsilon)
     # NaN is the highest key
     return least, tl.where(tl.max(keys) == HIGHEST_KEY, float("nan"), threshold)
 
@@ -67,7 +66,7 @@ def gates_kernel(
     if number > 0:
         start = (number - 1) * window
         least, soft = handed_on(
-            scores, row, start, window, batch_stride, stride, target, soft_target, epsilon, BLOCK, CHUNK
+            scores, row, start, window, batch_stride, stride, target, soft_target, epsilon, 0, False, BLOCK, CHUNK
         )
     elif carried is not None:
         least = tl.load(carried + row * 2).to(tl.float32)
@@ -199,6 +198,25 @@ def token_gate_kernel(
             tl.store(other_ring + (row * size + place) * (ROUTERS - 1) + others, other, mask=others < ROUTERS - 1)
 
 
+@triton.jit(do_not_specialize=["size", "window", "target"])
+def hand_thresholds_kernel(
+    past, total, ring, carried, size, window, target, soft_target, epsilon,
+    BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Program row: what the row's window hands on, where its new token completed it."""
+    row = tl.program_id(0).to(tl.int64)
+    length = tl.load(total + row).to(tl.int32)
+    if (length > tl.load(past + row).to(tl.int32)) & (length % window == 0):
+        least, soft = handed_on(
+            ring, row, length - window, window, size, 1, target, soft_target, epsilon, size, True, BLOCK, CHUNK
+        )
+        carried += row * 4
+        tl.store(carried + 2, tl.load(carried))
+        tl.store(carried + 3, tl.load(carried + 1))
+        tl.store(carried, least)
+        tl.store(carried + 1, soft)
+
+
 def causal_gates_into(
     scores: Tensor,
     past: Tensor | None,
@@ -288,4 +306,23 @@ def token_gate_into(
         ring.shape[1], window, target, capacity, epsilon,
         routers, fill_first, max(16, next_power_of_2(window)), next_power_of_2(max(1, routers - 1)),
         num_warps=_warps(window),
+    )  # fmt: skip
+
+
+def hand_thresholds_into(
+    past: Tensor,
+    total: Tensor,
+    ring: Tensor,
+    carried: Tensor,
+    window: int,
+    target: int,
+    soft_target: float,
+    epsilon: float,
+) -> None:
+    """What `hand_thresholds_reference` of op_gates.py does, with tensors that are contiguous."""
+    block = max(16, next_power_of_2(window))
+    launch(
+        hand_thresholds_kernel, (len(ring),),
+        past, total, ring, carried, ring.shape[1], window, target, soft_target, epsilon,
+        block, min(CHUNK, PAIRS // block), num_warps=_warps(window),
     )  # fmt: skip

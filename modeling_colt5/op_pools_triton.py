@@ -8,7 +8,7 @@ pools are a chain: `following` holds its links, and a gradient is summed along i
 import torch
 from torch import Tensor
 
-from .op_routing_steps_triton import load_keys
+from .op_routing_steps_triton import HIGHEST_KEY, LOWEST_KEY, closed_threshold, key_to_score, load_keys
 from .run_launch_triton import adjacent, cdiv, launch, next_power_of_2, tl, triton
 
 # How many lists are merged in one step.
@@ -18,6 +18,9 @@ CHUNK = 16
 # The most keys of a window or of a pool: Triton's tensors have at most 2**20 entries, and lists are a power of two
 # long.
 LONGEST_LIST = 2**20 // CHUNK
+# The most keys of a pool and a window together for which one program makes a row's next pool, and how many pairs of
+# keys it compares in one step.
+LONGEST_UNION, PAIRS = 2**13, 2**14
 NO_TOKEN = tl.constexpr(2**31 - 1)
 NO_KEY = tl.constexpr(-(2**63))
 
@@ -270,6 +273,135 @@ def gather_backward_kernel(
     tl.store(grad_value + out * width + columns, value_sum.to(grad_value.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def window_ends(past, total, row, window):
+    """The number of a row's real tokens, and whether the new one completed a window."""
+    length = tl.load(total + row).to(tl.int32)
+    return length, (length > tl.load(past + row).to(tl.int32)) & (length % window == 0)
+
+
+@triton.jit
+def union_keys(pool_score, pool_valid, ring, slots, first, ring_size, window, size, GROUPS: tl.constexpr):
+    """Integer keys of a pool's scores and, behind them, of a window's in a ring; the lowest where there is none."""
+    pooled = load_keys(pool_score, pool_valid, pool_score, 0, slots, size, 0, 1, 0, 1, True, False)
+    places = (first + tl.maximum(slots - size, 0)) % ring_size
+    new = load_keys(ring, ring, ring, 0, places, ring_size, 0, GROUPS, 0, 0, False, False)
+    return tl.where(slots < size, pooled, tl.where(slots < size + window, new, LOWEST_KEY))
+
+
+@triton.jit(do_not_specialize=["ring_size", "window", "size"])
+def choose_pool_kernel(
+    past, total, ring, pool_score, pool_rank, pool_weight, pool_valid, sources,
+    ring_size, window, size, soft_topk_ratio, epsilon,
+    GROUPS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Program (row, group): the next pool's tokens, where the row's window ended; `sources` says where each comes
+    from."""
+    row = (tl.program_id(0) // GROUPS).to(tl.int64)
+    group = tl.program_id(0) % GROUPS
+    length, ends = window_ends(past, total, row, window)
+    if ends:
+        ring += row * ring_size * GROUPS + group
+        own = (row * 2 * GROUPS + group) * size
+        before = own + GROUPS * size
+        slots = tl.arange(0, BLOCK)
+        first = length - window
+        keys = union_keys(pool_score + own, pool_valid + own, ring, slots, first, ring_size, window, size, GROUPS)
+        real = keys != LOWEST_KEY
+        score = tl.where(real, key_to_score(keys), 0.0)
+        rank = tl.zeros([BLOCK], dtype=tl.int32)
+        tail = tl.zeros([BLOCK], dtype=tl.float32)
+        for chunk in range(0, size + window, CHUNK):
+            others = chunk + tl.arange(0, CHUNK)
+            other_keys = union_keys(
+                pool_score + own, pool_valid + own, ring, others, first, ring_size, window, size, GROUPS
+            )
+            tie_before = (other_keys[None, :] == keys[:, None]) & (others[None, :] < slots[:, None])
+            above = (other_keys[None, :] > keys[:, None]) | tie_before
+            rank += tl.sum(above.to(tl.int32), 1)
+            exists = other_keys != LOWEST_KEY
+            gap = (tl.where(exists, key_to_score(other_keys), 0.0)[None, :] - score[:, None]) / epsilon
+            tail += tl.sum(tl.where(above | (exists == 0)[None, :], 0.0, tl.exp(gap)), 1)
+        count = tl.sum(real.to(tl.int32))
+        budget = tl.minimum(count, size)
+        threshold = closed_threshold(score, rank, tail, real, count, soft_topk_ratio * budget, epsilon)
+        # NaN is the highest key
+        threshold = tl.where(tl.max(keys) == HIGHEST_KEY, float("nan"), threshold)
+        gap = (score - threshold) / epsilon
+        # A comparison instead of a minimum keeps NaN.
+        weight = tl.where(gap > 0, 1.0, tl.exp(gap))
+        chosen = real & (rank < budget)
+        place = tl.cumsum(chosen.to(tl.int32), 0) - 1
+
+        pooled = slots < size
+        position = tl.load(pool_rank + own + slots, mask=pooled, other=0)
+        tl.store(pool_rank + before + slots, position, mask=pooled)
+        old_score = tl.load(pool_score + own + slots, mask=pooled, other=0.0)
+        tl.store(pool_score + before + slots, old_score, mask=pooled)
+        old_weight = tl.load(pool_weight + own + slots, mask=pooled, other=0.0)
+        tl.store(pool_weight + before + slots, old_weight, mask=pooled)
+        old_valid = tl.load(pool_valid + own + slots, mask=pooled, other=0)
+        tl.store(pool_valid + before + slots, old_valid, mask=pooled)
+        # Until here all threads have read the pool that is now written over.
+        tl.debug_barrier()
+        position = tl.where(pooled, position, (first + slots - size).to(tl.int64))
+        sources += tl.program_id(0).to(tl.int64) * size
+        tl.store(pool_rank + own + place, position, mask=chosen)
+        tl.store(pool_score + own + place, score, mask=chosen)
+        tl.store(pool_weight + own + place, weight, mask=chosen)
+        tl.store(sources + place, slots, mask=chosen)
+        unused = pooled & (slots >= budget)
+        tl.store(pool_rank + own + slots, slots.to(tl.int64) * 0, mask=unused)
+        tl.store(pool_score + own + slots, tail * 0.0, mask=unused)
+        tl.store(pool_weight + own + slots, tail * 0.0, mask=unused)
+        tl.store(pool_valid + own + slots, slots < budget, mask=pooled)
+
+
+@triton.jit(do_not_specialize=["window", "size"])
+def keep_pool_kernel(
+    past, total, pool_key, pool_value, window, size,
+    GROUPS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Program (row and group, slot): the slot's key and value come to the second place, where the row's window
+    ended."""
+    row = (tl.program_id(0) // GROUPS).to(tl.int64)
+    _, ends = window_ends(past, total, row, window)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < tl.where(ends, WIDTH, 0)
+    own = ((row * 2 * GROUPS + tl.program_id(0) % GROUPS) * size + tl.program_id(1)) * WIDTH + columns
+    before = own + GROUPS * size * WIDTH
+    tl.store(pool_key + before, tl.load(pool_key + own, mask=inside, other=0.0), mask=inside)
+    tl.store(pool_value + before, tl.load(pool_value + own, mask=inside, other=0.0), mask=inside)
+
+
+@triton.jit(do_not_specialize=["ring_size", "window", "size"])
+def fill_pool_kernel(
+    past, total, key_ring, value_ring, pool_key, pool_value, pool_valid, sources, ring_size, window, size,
+    GROUPS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Program (row and group, slot): the slot's key and value, out of the pool before or of the ring, where the row's
+    window ended."""
+    row = (tl.program_id(0) // GROUPS).to(tl.int64)
+    group = tl.program_id(0) % GROUPS
+    length, ends = window_ends(past, total, row, window)
+    columns = tl.arange(0, BLOCK)
+    slot = (row * 2 * GROUPS + group) * size
+    used = tl.load(pool_valid + slot + tl.program_id(1)).to(tl.int32) != 0
+    if ends & used:
+        source = tl.load(sources + tl.program_id(0).to(tl.int64) * size + tl.program_id(1))
+        inside = columns < WIDTH
+        own = (slot + tl.program_id(1)) * WIDTH + columns
+        if source < size:
+            old = (slot + GROUPS * size + source) * WIDTH + columns
+            tl.store(pool_key + own, tl.load(pool_key + old, mask=inside, other=0.0), mask=inside)
+            tl.store(pool_value + own, tl.load(pool_value + old, mask=inside, other=0.0), mask=inside)
+        else:
+            place = (length - window + source - size) % ring_size
+            new = ((row * ring_size + place) * GROUPS + group) * WIDTH + columns
+            tl.store(pool_key + own, tl.load(key_ring + new, mask=inside, other=0.0), mask=inside)
+            tl.store(pool_value + own, tl.load(value_ring + new, mask=inside, other=0.0), mask=inside)
+
+
 def pool_candidates_into(
     scores: Tensor,
     initial: Tensor | None,
@@ -392,4 +524,46 @@ def pool_gather_backward_into(
         *key.stride()[:3], *value.stride()[:3],
         tokens, pools - 1, following.shape[2] - size, size, base, width, d_kv, block,
         num_warps=max(1, min(8, block // 128)),
+    )  # fmt: skip
+
+
+def hand_pool_into(
+    past: Tensor,
+    total: Tensor,
+    ring: Tensor,
+    key_ring: Tensor,
+    value_ring: Tensor,
+    pool_score: Tensor,
+    pool_key: Tensor,
+    pool_value: Tensor,
+    pool_rank: Tensor,
+    pool_weight: Tensor,
+    pool_valid: Tensor,
+    window: int,
+    soft_topk_ratio: float,
+    epsilon: float,
+    sources: Tensor,
+) -> None:
+    """What `hand_pool_reference` of op_pools.py does, with tensors that are contiguous.
+
+    `sources` is room for int32 [rows, groups, size].
+    """
+    rows, _, groups, size, heads, d_kv = pool_key.shape
+    ring_size, width = ring.shape[1], heads * d_kv
+    block = max(16, next_power_of_2(size + window))
+    launch(
+        choose_pool_kernel, (rows * groups,),
+        past, total, ring, pool_score, pool_rank, pool_weight, pool_valid, sources,
+        ring_size, window, size, soft_topk_ratio, epsilon, groups, block, min(CHUNK, PAIRS // block), num_warps=8,
+    )  # fmt: skip
+    columns = next_power_of_2(width)
+    warps = max(1, min(8, columns // 256))
+    launch(
+        keep_pool_kernel, (rows * groups, size),
+        past, total, pool_key, pool_value, window, size, groups, width, columns, num_warps=warps,
+    )  # fmt: skip
+    launch(
+        fill_pool_kernel, (rows * groups, size),
+        past, total, key_ring, value_ring, pool_key, pool_value, pool_valid, sources,
+        ring_size, window, size, groups, width, columns, num_warps=warps,
     )  # fmt: skip

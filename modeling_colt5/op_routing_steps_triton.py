@@ -79,6 +79,22 @@ def row_budgets(budgets, soft_budgets, row, real_tokens, capacity, soft_topk_rat
 
 
 @triton.jit
+def closed_threshold(score, rank, tail, inside, count, k, epsilon):
+    """The soft top-k's threshold t of `count` tokens, given all at once: fp32.
+
+    A token is saturated if its rank and the tail, the sum over itself and all below it of exp((s_j - s_i) / ε), are at
+    most k together (docs/soft_topk.md). The first that is not says what t is.
+    """
+    saturated = tl.sum((inside & (rank.to(tl.float32) + tail <= k)).to(tl.int32))
+    saturated = tl.minimum(saturated, tl.ceil(k).to(tl.int32) - 1)
+    first = inside & (rank == saturated)
+    all_saturated = k >= count
+    mass = tl.where(all_saturated, 1.0, tl.sum(tl.where(first, tail, 0.0)))
+    threshold = tl.sum(tl.where(first, score, 0.0)) + epsilon * tl.log(mass / (k - saturated))
+    return tl.where(all_saturated, float("-inf"), threshold)
+
+
+@triton.jit
 def newton_step(threshold, low, high, saturated, free, k):
     """One log-Newton step on log F(threshold) = log k, halving the bracket where it would leave it.
 

@@ -101,16 +101,24 @@ class CoLT5DynamicRoutedLayer(_RoutedState, DynamicLayer):
                 found.append(tensor)
         return tuple(found)
 
-    def count_token(self, lengths: Tensor, real: Tensor | None) -> None:
-        """Count one more position in each row, which completes no window, and whose rings the caller wrote to.
+    def counters_after_token(self, lengths: Tensor, real: Tensor | None, may_end: bool) -> dict[str, Tensor]:
+        """The counters with one more position in each row.
 
         Args:
             lengths: int64 [batch], real tokens of each row with the new ones.
             real: bool [batch], whether they are real; None for all.
+            may_end: whether one may complete a window.
         """
-        recent = self.counters["recent"]
+        recent, floor = self.counters["recent"], self.counters["floor"]
         new = recent.new_ones(len(recent), 1) if real is None else real[:, None]
-        self.counters.update(lengths=lengths, recent=torch.cat([recent[:, 1:], new], 1))
+        if may_end:
+            ends = (lengths % self.window == 0) & (lengths > self.counters["lengths"])
+            floor = torch.where(ends, (lengths - self.window), floor)
+        return {"lengths": lengths, "floor": floor, "recent": torch.cat([recent[:, 1:], new], 1)}
+
+    def count_token(self, counters: dict[str, Tensor]) -> None:
+        """Go on to what `counters_after_token` gave. The caller has written what else the layer keeps of the token."""
+        self.counters = dict(counters)
         self.count(1)
 
     def reset(self) -> None:

@@ -6,7 +6,14 @@ from rounding import assert_same_but_for_rounding
 
 pytest.importorskip("triton")
 
-from modeling_colt5.op_gates import causal_gates, token_gate_into, token_gate_reference  # noqa: E402
+from modeling_colt5.op_gates import (  # noqa: E402
+    causal_gates,
+    hand_thresholds_into,
+    hand_thresholds_reference,
+    token_gate_into,
+    token_gate_reference,
+)
+from modeling_colt5.op_pools import hand_pool_into, hand_pool_reference, routed_pools  # noqa: E402
 from modeling_colt5.op_step_attention import (  # noqa: E402
     local_step_attention_into,
     local_step_attention_reference,
@@ -81,6 +88,106 @@ def plain_attention(
     scores = torch.einsum("hd,khd->hk", query.double(), key.double())
     scores = scores + table.double()[:, distance.clamp(-most, most) + most]
     return torch.einsum("hk,khd->hd", scores.softmax(-1), value.double())
+
+
+def ring_of(states: torch.Tensor, length: int, size: int) -> torch.Tensor:
+    """The ring of the first tokens of [n, ...], whose other slots hold something large."""
+    ring = torch.full((size, *states.shape[1:]), 99.0, dtype=states.dtype, device=states.device)
+    ranks = torch.arange(max(0, length - size), length, device=states.device)
+    ring[ranks % size] = states[ranks]
+    return ring
+
+
+THRESHOLDS = [hand_thresholds_reference, hand_thresholds_into]
+
+
+@pytest.mark.parametrize("soft_target", [2.25, 6.5, 8.0])
+@pytest.mark.parametrize("hand_on", THRESHOLDS, ids=["reference", "kernel"])
+def test_windows_hand_on_thresholds(hand_on, soft_target: float, device: torch.device) -> None:
+    """Where the new token is real and the last of a window, else nothing; with many scores that are equal."""
+    window, size, target, epsilon = 7, 19, 2, 0.7
+    lengths = [21, 21, 22, 7, 35]
+    scores = torch.randint(0, 5, (len(lengths), 40), device=device) / 2.0
+    total = torch.tensor(lengths, device=device)
+    past = total - 1
+    # a token that is not real completes nothing
+    past[1] = 21
+    ring = torch.stack([ring_of(row, length, size) for row, length in zip(scores, lengths, strict=True)])
+    carried = torch.randn(len(lengths), 2, 2, device=device)
+    before = carried.clone()
+    hand_on(past, total, ring, carried, window, target, soft_target, epsilon)
+    for row, length in enumerate(lengths):
+        if row in (1, 2):
+            assert torch.equal(carried[row], before[row])
+            continue
+        assert torch.equal(carried[row, 1], before[row, 0])
+        own = scores[row, length - window : length].double()
+        assert carried[row, 0, 0] == own.sort(descending=True).values[target - 1]
+        threshold = carried[row, 0, 1].double()
+        if soft_target < window:
+            weights = ((own - threshold) / epsilon).exp().clamp(max=1)
+            torch.testing.assert_close(weights.sum().item(), soft_target, rtol=1e-5, atol=0)
+        else:
+            assert threshold == float("-inf")
+
+
+HAND_POOL = [hand_pool_reference, hand_pool_into]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [5, 14])
+@pytest.mark.parametrize("hand_on", HAND_POOL, ids=["reference", "kernel"])
+def test_windows_hand_on_pools(hand_on, size: int, dtype: torch.dtype, device: torch.device) -> None:
+    """End after end they are the pools of the whole sequence, where there are fewer tokens than slots too; a row whose
+    last token is not real, or not the last of a window, keeps what it has."""
+    rows, groups, group, d_kv, window, ring_size, ends = 3, 2, 2, 3, 6, 16, 3
+    epsilon, ratio = 0.7, 9 / 8
+    scores = torch.randint(0, 7, (rows, groups, (ends + 1) * window), device=device) / 2.0
+    states = torch.randn(2, rows, (ends + 1) * window, groups * group, d_kv, device=device).to(dtype)
+    settings = {"soft_topk_ratio": ratio, "epsilon": epsilon, "kernel_backend": "torch"}
+    expected = routed_pools(scores.flatten(0, 1), window, size, None, **settings).tokens
+    index, weights, valid = (
+        part.view(rows, groups, ends + 2, size) for part in (expected.indices, expected.weights, expected.valid)
+    )
+    shape = (rows, 2, groups, size)
+    pool = {"score": torch.full(shape, 99.0, device=device)}
+    pool |= {name: torch.full((*shape, group, d_kv), 99.0, device=device, dtype=dtype) for name in ("key", "value")}
+    pool |= {"rank": torch.full(shape, 99, device=device), "weight": torch.full(shape, 99.0, device=device)}
+    pool |= {"valid": torch.zeros(shape, dtype=torch.bool, device=device)}
+    sources = [torch.empty(rows, groups, size, dtype=torch.int32, device=device)] if hand_on is hand_pool_into else []
+    # rows come to their ends one after the other
+    for end in range(1, ends + 1):
+        for row in range(rows):
+            lengths = [end * window + other - row for other in range(rows)]
+            total = torch.tensor(lengths, device=device)
+            past = total - 1
+            if row == 1:
+                # a token that is not real in another row, which ends there too
+                total[0] = past[0] = end * window
+            rings = [
+                torch.stack([ring_of(part[number], length, ring_size) for number, length in enumerate(lengths)])
+                for part in (scores.transpose(1, 2), *states)
+            ]
+            before = {name: part.clone() for name, part in pool.items()}
+            hand_on(past, total, *rings, *pool.values(), window, ratio, epsilon, *sources)
+            for name, part in pool.items():
+                for other in range(rows):
+                    if other != row:
+                        assert torch.equal(part[other], before[name][other]), name
+                assert torch.equal(part[row, 1], before[name][row, 0]), name
+            used = valid[row, :, end]
+            assert torch.equal(pool["valid"][row, 0], used)
+            for number in range(groups):
+                count = int(used[number].sum())
+                ranks = index[row, number, end, :count]
+                assert torch.equal(pool["rank"][row, 0, number, :count], ranks)
+                assert torch.equal(pool["score"][row, 0, number, :count], scores[row, number, ranks])
+                torch.testing.assert_close(
+                    pool["weight"][row, 0, number, :count], weights[row, number, end, :count], rtol=1e-5, atol=1e-6
+                )
+                for name, part in zip(("key", "value"), states, strict=True):
+                    own = part[row, ranks].unflatten(1, (groups, group))[:, number]
+                    assert torch.equal(pool[name][row, 0, number, :count], own)
 
 
 LOCAL = [local_step_attention_reference, local_step_attention_into]
