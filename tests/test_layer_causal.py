@@ -141,6 +141,7 @@ def assert_same_caches(cache: Any, other: Any) -> None:
                 torch.testing.assert_close(tensor, wanted, rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_from_the_first_token_on(device: torch.device, steps: list) -> None:
     model, ids = make_model(device), random_ids(1, 2 * WINDOW + 3).to(device)
@@ -254,6 +255,7 @@ def test_tokens_are_taken_back_into_the_window_before(device: torch.device, step
     assert len(steps) == 1 + 3
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_rows_are_chosen_and_repeated(device: torch.device, steps: list) -> None:
     model, ids = make_model(device), random_ids(3, 2 * WINDOW + 1).to(device)
@@ -288,6 +290,7 @@ def test_with_an_encoder(fields: dict[str, Any], device: torch.device, steps: li
     assert len(steps) == WINDOW
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_half_precision_is_that_of_the_modules(device: torch.device, steps: list) -> None:
     model, ids = make_model(device).bfloat16(), random_ids(2, 2 * WINDOW + 3).to(device)
@@ -346,6 +349,7 @@ def test_a_hook_is_obeyed(session: Session) -> None:
     assert session.step()[1]
 
 
+@pytest.mark.slow
 def test_who_asks_for_more_gets_it(session: Session) -> None:
     for name in ("output_routing", "output_hidden_states"):
         output, is_straight = session.step(**{name: True})
@@ -387,6 +391,17 @@ def test_a_static_cache_is_the_modules_matter(device: torch.device, steps: list)
     assert not steps
 
 
+@torch.no_grad()
+def test_settings_that_change_between_tokens_are_obeyed(device: torch.device, steps: list) -> None:
+    """They are in the lists of launches, so that others are other lists."""
+    model, ids = make_model(device), random_ids(1, 2 * WINDOW + 2).to(device)
+    _, cache = go_on(model, {"input_ids": ids}, [2 * WINDOW, 1])
+    kinds = set(layer_decoder.lists_by_kind)
+    model.config.causal_capacity_ratio = 1.0
+    go_on(model, {"input_ids": ids[:, -1:]}, [1], cache)
+    assert len(steps) == 2 and len(set(layer_decoder.lists_by_kind) - kinds) == 1
+
+
 # lists of launches
 
 
@@ -415,3 +430,29 @@ def test_lists_are_repeated_for_all_layers_and_tokens(kind: str, monkeypatch: py
 def model_logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         return as_torch(model, lambda: model(ids).logits)
+
+
+# on a card
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("kind", ["routed", "two routers", "local", "dense"])
+@torch.no_grad()
+def test_both_roads_give_the_same_on_a_card(kind: str, rows: int, steps: list) -> None:
+    """Sizes of a small model, over two ends of windows of rows of different lengths; noted first, then repeated. In
+    fp32, as in half precision a token at a threshold may be routed on one road alone."""
+    sizes = {
+        "d_model": 256, "d_kv": 64, "num_light_heads": 4, "light_d_ff": 256, "heavy_d_ff": 512, "local_radius": 20,
+        "num_decoder_layers": 3, "causal_window": 32, "causal_routed_keys": 48,
+    }  # fmt: skip
+    model = make_model(torch.device("cuda"), **sizes | {**KINDS[kind], "local_radius": 20, "causal_routed_keys": 48})
+    batch = prompts(torch.device("cuda"), *[150 - 13 * row for row in range(rows)])
+
+    def call() -> torch.Tensor:
+        return go_on(model, batch, [90, *[1] * 60])[0]
+
+    expected = as_modules(call)
+    for _ in range(2):
+        assert_same_but_for_rounding(call()[:, -60:], expected[:, -60:])
+    assert len(steps) == 2 * 60

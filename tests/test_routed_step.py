@@ -134,8 +134,9 @@ def test_windows_hand_on_thresholds(hand_on, soft_target: float, device: torch.d
 HAND_POOL = [hand_pool_reference, hand_pool_into]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("size", [5, 14])
+# the interpreted kernel takes some seconds
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("size", [5, pytest.param(14, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("hand_on", HAND_POOL, ids=["reference", "kernel"])
 def test_windows_hand_on_pools(hand_on, size: int, dtype: torch.dtype, device: torch.device) -> None:
     """End after end they are the pools of the whole sequence, where there are fewer tokens than slots too; a row whose
