@@ -145,10 +145,9 @@ class NullAttention(CoLT5RoutedAttention):
 class NullLayer(CoLT5LayerConditionalAttention):
     """A learned vector for tokens without a heavy part."""
 
-    heavy_attention_class = NullAttention
-
-    def __init__(self, d_model: int, **more: Any):
-        super().__init__(d_model, **more)
+    def __init__(self, d_model: int, d_kv: int, num_light_heads: int, num_heavy_heads: int, **more: Any):
+        super().__init__(d_model, d_kv, num_light_heads, num_heavy_heads, **more)
+        self.heavy_attention = NullAttention(d_model, d_kv, num_heavy_heads, dropout_rate=more["dropout_rate"])
         self.null_query = nn.Parameter(torch.zeros(d_model))
 
     def forward(
@@ -182,8 +181,7 @@ def train(name: str, run: Run, settings: Settings, device: torch.device) -> dict
         if variant.straight_through or variant.noise:
             replace(CoLT5Routing, "forward", selecting(variant))
         if variant.nulls:
-            attention = partial(model_from_config.encoder_attention, attention_class=NullLayer)
-            replace(model_from_config, "encoder_attention", lambda config, seed, _: attention(config, seed))
+            replace(model_from_config, "CoLT5LayerConditionalAttention", NullLayer)
         line = router_gym.train(run, settings, device)
     assert router_gym.task_of is task_of
     # the curve without what routers did on the way

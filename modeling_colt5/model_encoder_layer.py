@@ -85,10 +85,11 @@ class CoLT5LocalAttention(CoLT5Attention):
         query, key, value = project(hidden_states, self.q, self.k, self.v, head_size=self.d_kv)
         inputs = (query, key, value, bias_table, self.radius, plan.mask)
         if plan.implementation.fuses_attention:
-            return self.o(local_attention(*inputs, drop_rate(self), seed).flatten(-2)), None
+            return self.o(local_attention(*inputs, drop_rate(self), seed, plan.width).flatten(-2)), None
         name = plan.implementation.attention
         weigh = self.weigh if attention_interface(name) is eager_attention_forward else None
-        output, weights = local_attention_reference(*inputs, partial(self.attend, implementation=name), weigh)
+        attend = partial(self.attend, implementation=name)
+        output, weights = local_attention_reference(*inputs, attend, weigh, plan.width)
         return self.o(output.flatten(-2)), weights
 
 
@@ -131,8 +132,6 @@ class CoLT5LayerConditionalAttention(nn.Module):
         layer_norm_epsilon: of the norm.
     """
 
-    light_attention_class = CoLT5LocalAttention
-
     def __init__(
         self,
         d_model: int,
@@ -147,7 +146,7 @@ class CoLT5LayerConditionalAttention(nn.Module):
     ):
         super().__init__()
         self.layer_norm = CoLT5LayerNorm(d_model, layer_norm_epsilon)
-        self.light_attention = self.light_attention_class(d_model, d_kv, num_light_heads, local_radius, dropout_rate)
+        self.light_attention = CoLT5LocalAttention(d_model, d_kv, num_light_heads, local_radius, dropout_rate)
         if routing != "none":
             self.query_router = CoLT5Router(d_model, routing, seed)
             self.key_value_router = CoLT5Router(d_model, routing, seed + 1)

@@ -19,13 +19,9 @@ from .run_causal_plan import CausalSettings
 from .run_plan import CrossSettings, EncoderSettings, Implementation, SoftTopK
 
 
-def encoder_attention(
-    config: CoLT5BaseConfig,
-    seed: int,
-    attention_class: type[CoLT5LayerConditionalAttention] = CoLT5LayerConditionalAttention,
-) -> CoLT5LayerConditionalAttention:
+def encoder_attention(config: CoLT5BaseConfig, seed: int) -> CoLT5LayerConditionalAttention:
     """The first sublayer of an encoder layer; `seed` is that of its first router."""
-    return attention_class(
+    return CoLT5LayerConditionalAttention(
         d_model=config.d_model,
         d_kv=config.d_kv,
         num_light_heads=config.num_light_heads,
@@ -52,15 +48,10 @@ def encoder_feed_forward(config: CoLT5BaseConfig, seed: int) -> CoLT5LayerCondit
     )
 
 
-def encoder_block(
-    config: CoLT5BaseConfig,
-    layer_idx: int,
-    attention_class: type[CoLT5LayerConditionalAttention] = CoLT5LayerConditionalAttention,
-) -> CoLT5EncoderBlock:
+def encoder_block(config: CoLT5BaseConfig, layer_idx: int) -> CoLT5EncoderBlock:
     """An encoder layer, which has three routers."""
     seed = 3 * layer_idx
-    attention = encoder_attention(config, seed, attention_class)
-    return CoLT5EncoderBlock(attention, encoder_feed_forward(config, seed + 2))
+    return CoLT5EncoderBlock(encoder_attention(config, seed), encoder_feed_forward(config, seed + 2))
 
 
 def decoder_block(config: CoLT5Config) -> CoLT5DecoderBlock:

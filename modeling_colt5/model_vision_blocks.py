@@ -8,7 +8,7 @@ from .configuration_colt5_vision import CoLT5VisionConfig
 from .model_blocks import SOFT_TOPK, EncoderStandAlone, config_of
 from .model_from_config import encoder_attention
 from .model_outputs import CoLT5LayerRouting
-from .model_vision_layer import CoLT5LayerVisionAttention, VisionPlan
+from .model_vision_layer import VisionPlan
 from .run_plan import SoftTopK
 
 
@@ -58,7 +58,7 @@ class CoLT5ConditionalImageAttention(EncoderStandAlone):
         super().__init__(config)
         self.settings = replace(self.settings, feed_forward_fraction=None)
         self.add_position_biases(config)
-        self.layer = encoder_attention(config, 0, CoLT5LayerVisionAttention)
+        self.layer = encoder_attention(config, 0)
         self.initialise(d_model)
 
     def forward(

@@ -13,7 +13,7 @@ from .model_from_config import encoder_block, encoder_settings, layer_norm, posi
 from .model_initialisation import init_normal
 from .model_layers import bias_by_distance
 from .model_outputs import CoLT5VisionOutput
-from .model_vision_layer import CoLT5LayerVisionAttention, CoLT5PatchEmbedding, VisionPlan
+from .model_vision_layer import CoLT5PatchEmbedding, VisionPlan
 from .run_inputs import (
     ForwardFlags,
     check_pixels,
@@ -58,9 +58,7 @@ class CoLT5VisionEncoder(CoLT5VisionPreTrainedModel):
         self.light_relative_attention_bias = position_bias(config, config.num_light_heads, bidirectional=True)
         if config.routing != "none":
             self.heavy_relative_attention_bias = position_bias(config, config.num_heavy_heads, bidirectional=True)
-        self.block = nn.ModuleList(
-            [encoder_block(config, layer_idx, CoLT5LayerVisionAttention) for layer_idx in range(config.num_layers)]
-        )
+        self.block = nn.ModuleList([encoder_block(config, layer_idx) for layer_idx in range(config.num_layers)])
         self.final_layer_norm = layer_norm(config)
         self.dropout = nn.Dropout(config.dropout_rate)
         self.gradient_checkpointing = False

@@ -1,16 +1,12 @@
-"""What is two-dimensional in a layer over pictures: patches, attention by rows and columns. The rest is the text's."""
+"""What layers over pictures have beside those of text: patches, and a plan that knows the grid that these make."""
 
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from .model_encoder_layer import CoLT5LayerConditionalAttention, CoLT5LocalAttention
-from .model_layers import drop_rate, project
-from .op_attention import window_attention, window_attention_reference
 from .run_plan import EncoderPlan, EncoderSettings
 
 
@@ -74,33 +70,3 @@ class CoLT5PatchEmbedding(nn.Module):
             real = F.max_pool2d(F.pad(mask, filling)[:, None].to(torch.float32), size)[:, 0] > 0
         patches = rearrange(F.pad(pixel_values, filling), "b c (y i) (x j) -> b y x (i j c)", i=size, j=size)
         return self.projection(patches), real
-
-
-class CoLT5WindowAttention(CoLT5LocalAttention):
-    """The light branch over pictures: every patch attends to a square around it, `radius` patches to each side."""
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        bias_table: torch.Tensor,
-        plan: VisionPlan,  # type: ignore[override]
-        seed: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """[batch, rows * columns, d_model] → the same shape, and the weights where the implementation gives them, see
-        `window_attention_reference`."""
-        projected = project(hidden_states, self.q, self.k, self.v, head_size=self.d_kv)
-        query, key, value = (part.unflatten(1, plan.grid) for part in projected)
-        mask = None if plan.mask is None else plan.mask.unflatten(1, plan.grid)
-        inputs = (query, key, value, bias_table, self.radius, mask)
-        if plan.implementation.fuses_attention:
-            output = window_attention(*inputs, drop_rate(self), seed)
-            return self.o(output.flatten(3).flatten(1, 2)), None
-        attend = partial(self.attend, implementation=plan.implementation.attention)
-        output, weights = window_attention_reference(*inputs, attend)
-        return self.o(output.flatten(3).flatten(1, 2)), weights
-
-
-class CoLT5LayerVisionAttention(CoLT5LayerConditionalAttention):
-    """Conditional attention over pictures: the text's, with the light branch above."""
-
-    light_attention_class = CoLT5WindowAttention

@@ -123,6 +123,86 @@ def sdpa_attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, mask: T
     return output.transpose(1, 2), None
 
 
+def block_side(radius: int, height: int, width: int) -> int:
+    """The side of the blocks of queries that a grid is cut into."""
+    return min(BLOCK_SIDE if radius <= BLOCK_SIDE else 2 * BLOCK_SIDE, max(height, width))
+
+
+def _windows(states: Tensor, window: int, step: int) -> Tensor:
+    """[batch, height, width, ...] → [batch, blocks down, blocks across, ..., window, window], overlapping."""
+    return states.unfold(1, window, step).unfold(2, window, step)
+
+
+def window_attention_reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias_table: Tensor,
+    width: int,
+    radius: int,
+    mask: Tensor | None = None,
+    attend: Attend = sdpa_attend,
+) -> tuple[Tensor, Tensor | None]:
+    """Each place of a grid attends to the real places at most `radius` rows and `radius` columns away.
+
+    Args:
+        query: [batch, places, heads, d_kv], counted row by row.
+        key, value: [batch, places, key/value heads, d_kv]; the number of heads is a multiple of theirs.
+        bias_table: [heads, 2 * max_distance + 1, 2 * max_distance + 1], added to the scores; see `bias_by_offset`.
+        width: of the grid.
+        radius: places to each side, ≥ 0.
+        mask: bool [batch, places], True for real places; None for all. A place with no real one in its window gets
+            some finite output.
+        attend: the dense attention that each block goes through.
+
+    Returns:
+        The output [batch, places, heads, d_kv] in the query's dtype and, where there are weights, these [batch, heads,
+        height, width, 2 * r + 1, 2 * r + 1] with r = min(radius, max(height, width) - 1): the entry r + d of the last
+        dimensions is for the place d rows, or columns, away.
+    """
+    height = query.shape[1] // width
+    real = query.new_ones(query.shape[:2], dtype=torch.bool) if mask is None else mask
+    query, key, value, real = (part.unflatten(1, (height, width)) for part in (query, key, value, real))
+    radius = min(radius, max(height, width) - 1)
+    block = block_side(radius, height, width)
+    window = block + 2 * radius
+    below, beside = -height % block, -width % block
+    down, across = (height + below) // block, (width + beside) // block
+    border = (radius, radius + beside, radius, radius + below)
+
+    query = F.pad(query, (0, 0, 0, 0, 0, beside, 0, below))
+    query = rearrange(query, "b (y i) (x j) h d -> (b y x) h (i j) d", i=block, j=block)
+    key, value = (
+        rearrange(_windows(F.pad(states, (0, 0, 0, 0, *border)), window, block), "b y x h d i j -> (b y x) h (i j) d")
+        for states in (key, value)
+    )
+    # Places count from a window's first key; its queries begin `radius` behind it.
+    query_places = places_of(torch.arange(block * block, device=query.device), block)
+    query_places = (query_places[0] + radius, query_places[1] + radius)
+    key_places = places_of(torch.arange(window * window, device=query.device), window)
+    near_rows, near_columns = (
+        (ours[None, :] - theirs[:, None]).abs() <= radius
+        for theirs, ours in zip(query_places, key_places, strict=True)
+    )
+    bias = bias_by_offset(bias_table, query_places, key_places)[None]
+    real = rearrange(_windows(F.pad(real, border), window, block), "b y x i j -> (b y x) 1 1 (i j)")
+
+    output, weights = attend(query, key, value, bias, real & near_rows & near_columns)
+    if weights is not None:
+        # Only the weights of each query's own window are returned.
+        reach = torch.arange(2 * radius + 1, device=query.device)
+        rows = query_places[0][:, None, None] - radius + reach[:, None]
+        columns = query_places[1][:, None, None] - radius + reach
+        own = (rows * window + columns).flatten(1).expand(*weights.shape[:2], -1, -1)
+        weights = rearrange(
+            weights.gather(-1, own),
+            "(b y x) h (i j) (k l) -> b h (y i) (x j) k l",
+            **{"y": down, "x": across, "i": block, "k": 2 * radius + 1},
+        )[:, :, :height, :width]
+    output = rearrange(output, "(b y x) (i j) h d -> b (y i) (x j) h d", y=down, x=across, i=block)
+    return output[:, :height, :width].flatten(1, 2), weights
+
+
 def local_attention_reference(
     query: Tensor,
     key: Tensor,
@@ -132,6 +212,7 @@ def local_attention_reference(
     mask: Tensor | None = None,
     attend: Attend = sdpa_attend,
     weigh: Weigh | None = None,
+    width: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Each token attends to the real tokens at most `radius` positions away (Ainslie et al. 2023, light attention).
 
@@ -144,12 +225,15 @@ def local_attention_reference(
             some finite output.
         attend: the dense attention that each block goes through.
         weigh: gives a block's weights, instead of `attend`, for an output made of the weights that are returned: the
-            loss then has a gradient for these.
+            loss then has a gradient for these. Not read of a grid.
+        width: of the grid that the tokens are, for what `window_attention_reference` does; None for a text.
 
     Returns:
         The output [batch, length, heads, d_kv] in the query's dtype and, where there are weights, these
         [batch, heads, length, 2 * r + 1] with r = min(radius, length - 1): entry r + d is for the token d away.
     """
+    if width is not None:
+        return window_attention_reference(query, key, value, bias_table, width, radius, mask, attend)
     batch, length, heads = query.shape[:3]
     # There is always one block too many, so that the padding is never empty: an exported program then holds for every
     # length.
@@ -201,83 +285,6 @@ def local_attention_reference(
             output = torch.matmul(by_window, value).transpose(1, 2)
     output = rearrange(output, "(b n) l h d -> b (n l) h d", b=batch)[:, :length]
     return output, weights
-
-
-def block_side(radius: int, height: int, width: int) -> int:
-    """The side of the blocks of queries that a grid is cut into."""
-    return min(BLOCK_SIDE if radius <= BLOCK_SIDE else 2 * BLOCK_SIDE, max(height, width))
-
-
-def _windows(states: Tensor, window: int, step: int) -> Tensor:
-    """[batch, height, width, ...] → [batch, blocks down, blocks across, ..., window, window], overlapping."""
-    return states.unfold(1, window, step).unfold(2, window, step)
-
-
-def window_attention_reference(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias_table: Tensor,
-    radius: int,
-    mask: Tensor | None = None,
-    attend: Attend = sdpa_attend,
-) -> tuple[Tensor, Tensor | None]:
-    """Each place attends to the real places at most `radius` rows and `radius` columns away.
-
-    Args:
-        query: [batch, height, width, heads, d_kv].
-        key, value: [batch, height, width, key/value heads, d_kv]; the number of heads is a multiple of theirs.
-        bias_table: [heads, 2 * max_distance + 1, 2 * max_distance + 1], added to the scores; see `bias_by_offset`.
-        radius: places to each side, ≥ 0.
-        mask: bool [batch, height, width], True for real places; None for all. A place with no real one in its window
-            gets some finite output.
-        attend: the dense attention that each block goes through.
-
-    Returns:
-        The output [batch, height, width, heads, d_kv] in the query's dtype and, where there are weights, these [batch,
-        heads, height, width, 2 * r + 1, 2 * r + 1] with r = min(radius, max(height, width) - 1): the entry r + d of
-        the last dimensions is for the place d rows, or columns, away.
-    """
-    batch, height, width = query.shape[:3]
-    radius = min(radius, max(height, width) - 1)
-    block = block_side(radius, height, width)
-    window = block + 2 * radius
-    below, beside = -height % block, -width % block
-    down, across = (height + below) // block, (width + beside) // block
-    border = (radius, radius + beside, radius, radius + below)
-
-    query = F.pad(query, (0, 0, 0, 0, 0, beside, 0, below))
-    query = rearrange(query, "b (y i) (x j) h d -> (b y x) h (i j) d", i=block, j=block)
-    key, value = (
-        rearrange(_windows(F.pad(states, (0, 0, 0, 0, *border)), window, block), "b y x h d i j -> (b y x) h (i j) d")
-        for states in (key, value)
-    )
-    # Places count from a window's first key; its queries begin `radius` behind it.
-    query_places = places_of(torch.arange(block * block, device=query.device), block)
-    query_places = (query_places[0] + radius, query_places[1] + radius)
-    key_places = places_of(torch.arange(window * window, device=query.device), window)
-    near_rows, near_columns = (
-        (ours[None, :] - theirs[:, None]).abs() <= radius
-        for theirs, ours in zip(query_places, key_places, strict=True)
-    )
-    bias = bias_by_offset(bias_table, query_places, key_places)[None]
-    real = query.new_ones(batch, height, width, dtype=torch.bool) if mask is None else mask
-    real = rearrange(_windows(F.pad(real, border), window, block), "b y x i j -> (b y x) 1 1 (i j)")
-
-    output, weights = attend(query, key, value, bias, real & near_rows & near_columns)
-    if weights is not None:
-        # Only the weights of each query's own window are returned.
-        reach = torch.arange(2 * radius + 1, device=query.device)
-        rows = query_places[0][:, None, None] - radius + reach[:, None]
-        columns = query_places[1][:, None, None] - radius + reach
-        own = (rows * window + columns).flatten(1).expand(*weights.shape[:2], -1, -1)
-        weights = rearrange(
-            weights.gather(-1, own),
-            "(b y x) h (i j) (k l) -> b h (y i) (x j) k l",
-            **{"y": down, "x": across, "i": block, "k": 2 * radius + 1},
-        )[:, :, :height, :width]
-    output = rearrange(output, "(b y x) (i j) h d -> b (y i) (x j) h d", y=down, x=across, i=block)
-    return output[:, :height, :width], weights
 
 
 def routed_attention_reference(
@@ -337,7 +344,7 @@ def attention_reference(
     Args:
         query: [batch, queries, heads, d_kv]; the places of a grid are counted row by row.
         key, value: [batch, keys, key/value heads, d_kv].
-        bias_table: as of the three functions above.
+        bias_table: as of the two functions above.
         width: of the grid; None for a text.
         radius: positions, or places, to each side; not read where positions are given.
         query_positions, key_positions: int64 [batch, queries] and [batch, keys], or None for what is near.
@@ -358,14 +365,8 @@ def attention_reference(
     if query_positions is not None and key_positions is not None:
         positions = (query_positions, key_positions)
         output, _ = routed_attention_reference(query, key, value, bias_table, *positions, mask, width=width)
-    elif width is None:
-        output, _ = local_attention_reference(query, key, value, bias_table, radius, mask)
     else:
-        grid = (length // width, width)
-        query, key, value = (part.unflatten(1, grid) for part in (query, key, value))
-        real = None if mask is None else mask.unflatten(1, grid)
-        output, _ = window_attention_reference(query, key, value, bias_table, radius, real)
-        output = output.flatten(1, 2)
+        output, _ = local_attention_reference(query, key, value, bias_table, radius, mask, width=width)
     return output.contiguous(), torch.zeros(batch, heads, length, dtype=torch.float32, device=query.device)
 
 
@@ -437,7 +438,11 @@ def _attend(
         raise ValueError(f"query, key and value differ in dtype: {query.dtype}, {key.dtype}, {value.dtype}")
     if mask is not None and (mask.dtype != torch.bool or mask.shape != key.shape[:2]):
         raise ValueError(f"the mask is {mask.dtype} {tuple(mask.shape)}; it must be bool {tuple(key.shape[:2])}")
-    if positions is not None:
+    if positions is None:
+        if key.shape[1] != query.shape[1] or (width is not None and key.shape[1] % width):
+            rows = "" if width is None else f", in rows of {width}"
+            raise ValueError(f"query {tuple(query.shape)} and key {tuple(key.shape)} must have as many tokens{rows}")
+    else:
         for name, own, states in (("query", positions[0], query), ("key", positions[1], key)):
             shape = states.shape[:2]
             if own.dtype != torch.int64 or own.shape != shape:
@@ -459,65 +464,31 @@ def local_attention(
     mask: Tensor | None = None,
     dropout: float = 0.0,
     seed: Tensor | None = None,
+    width: int | None = None,
 ) -> Tensor:
-    """Each token attends to the real tokens at most `radius` positions away (Ainslie et al. 2023, light attention).
+    """Each token attends to the real tokens at most `radius` positions away (Ainslie et al. 2023, light attention); in
+    a grid, at most `radius` rows and columns away.
 
     Args:
         query: fp16, bf16 or fp32 [batch, length, heads, d_kv], any strides.
         key, value: [batch, length, key/value heads, d_kv], any strides; the number of heads is a multiple of theirs.
-        bias_table: fp32 [heads, 2 * max_distance + 1], added to the scores by clamped distance.
+        bias_table: fp32, of the shape that `routed_attention_reference` says.
         radius: positions to each side, ≥ 0.
-        mask: bool [batch, length], True for real tokens; None for all. A token with no real token in its band gets
-            an output of zeros.
+        mask: bool [batch, length], True for real tokens; None for all. A token with no real token near it gets an
+            output of zeros.
         dropout: probability of dropping an attention probability.
         seed: int64 [1], from which follows what is dropped; None for one from PyTorch's generator.
+        width: of the grid whose places the tokens are, counted row by row; None for a text.
 
     Returns:
-        [batch, length, heads, d_kv] in the query's dtype. Every gradient is summed in a fixed order.
+        [batch, length, heads, d_kv] in the query's dtype. Every gradient is summed so that it has the same bits each
+        time.
 
     Raises:
         ValueError: for shapes or dtypes that do not fit together.
         NotImplementedError: for dropout where the kernels do not run.
     """
-    return _attend(query, key, value, bias_table, None, radius, None, mask, dropout, seed)
-
-
-def window_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias_table: Tensor,
-    radius: int,
-    mask: Tensor | None = None,
-    dropout: float = 0.0,
-    seed: Tensor | None = None,
-) -> Tensor:
-    """Each place of a grid attends to the real places at most `radius` rows and `radius` columns away.
-
-    Args:
-        query: fp16, bf16 or fp32 [batch, height, width, heads, d_kv], any strides.
-        key, value: [batch, height, width, key/value heads, d_kv], likewise.
-        bias_table: fp32 [heads, 2 * max_distance + 1, 2 * max_distance + 1], see `bias_by_offset`.
-        radius: places to each side, ≥ 0.
-        mask: bool [batch, height, width], True for real places; None for all. A place with no real one in its window
-            gets an output of zeros.
-        dropout, seed: as of `local_attention`.
-
-    Returns:
-        [batch, height, width, heads, d_kv] in the query's dtype. Every gradient is summed so that it has the same bits
-        each time.
-
-    Raises:
-        ValueError: for shapes or dtypes that do not fit together.
-        NotImplementedError: for dropout where the kernels do not run.
-    """
-    grid = query.shape[1:3]
-    if key.shape[1:3] != grid:
-        raise ValueError(f"query {tuple(query.shape)} and key {tuple(key.shape)} must have the same grid")
-    query, key, value = (part.flatten(1, 2) for part in (query, key, value))
-    real = None if mask is None else mask.flatten(1)
-    rest = (bias_table, grid[1], min(radius, max(grid)), None, real, dropout, seed)
-    return _attend(query, key, value, *rest).unflatten(1, grid)
+    return _attend(query, key, value, bias_table, width, radius, None, mask, dropout, seed)
 
 
 def routed_attention(

@@ -8,15 +8,10 @@ from typing import Any
 import pytest
 import torch
 from rounding import assert_all_same_but_for_rounding, assert_same_but_for_rounding
-from vision import pad_pictures, tiny_vision_model
+from vision import attend_in_windows, pad_pictures, tiny_vision_model, windows_by_reference
 
 from modeling_colt5 import kernel_backend
-from modeling_colt5.op_attention import (
-    routed_attention,
-    routed_attention_reference,
-    window_attention,
-    window_attention_reference,
-)
+from modeling_colt5.op_attention import local_attention, routed_attention, routed_attention_reference
 
 pytest.importorskip("triton")
 
@@ -93,7 +88,7 @@ def check_window(batch, height, width, radius, most, heads, kv_heads, head_size,
 
     def attend(*inputs):
         states = [part.unflatten(1, (height, width)) for part in inputs[:3]]
-        return window_attention(*states, inputs[3], radius, mask).flatten(1, 2)
+        return attend_in_windows(*states, inputs[3], radius, mask).flatten(1, 2)
 
     assert_all_close(attend, leaves, places, places, allowed)
 
@@ -187,7 +182,7 @@ def test_gradients_are_bit_identical_from_run_to_run(dtype, device):
     few = [states[:, :512].detach().requires_grad_() for states in leaves[:3]] + [leaves[3]]
 
     def window(*parts):
-        return window_attention(*(part.unflatten(1, (64, 64)) for part in parts[:3]), parts[3], 3)
+        return attend_in_windows(*(part.unflatten(1, (64, 64)) for part in parts[:3]), parts[3], 3)
 
     for attend, inputs in (
         (window, leaves),
@@ -207,7 +202,7 @@ def test_the_tables_gradient_keeps_its_digits_at_every_scale(scale, device):
     *states, table = draw(1, 30, 30, 1, 1, 16, 2, torch.float32, device)
     states = [part.unflatten(1, (5, 6)) for part in states]
     table.requires_grad_()
-    output = window_attention(*states, table, 2)
+    output = attend_in_windows(*states, table, 2)
     cotangent = torch.randn_like(output)
     (expected,) = torch.autograd.grad(output, table, cotangent, retain_graph=True)
     (actual,) = torch.autograd.grad(output, table, cotangent * scale)
@@ -222,7 +217,7 @@ def test_a_loss_that_overflowed_shows_in_the_tables_gradient(bad, device):
     """Loss scaling looks for gradients that are not finite."""
     *states, table = draw(1, 30, 30, 1, 1, 16, 2, torch.float32, device)
     table.requires_grad_()
-    output = window_attention(*(part.unflatten(1, (5, 6)) for part in states), table, 2)
+    output = attend_in_windows(*(part.unflatten(1, (5, 6)) for part in states), table, 2)
     cotangent = torch.randn_like(output)
     cotangent[0, 2, 2] = bad
     (gradient,) = torch.autograd.grad(output, table, cotangent)
@@ -231,7 +226,7 @@ def test_a_loss_that_overflowed_shows_in_the_tables_gradient(bad, device):
 
 def test_no_gradient_at_all_is_zero(device):
     leaves = [tensor.requires_grad_() for tensor in draw(1, 12, 12, 2, 1, 16, 2, torch.float32, device)]
-    output = window_attention(*(part.unflatten(1, (3, 4)) for part in leaves[:3]), leaves[3], 1)
+    output = attend_in_windows(*(part.unflatten(1, (3, 4)) for part in leaves[:3]), leaves[3], 1)
     assert all(part.eq(0).all() for part in torch.autograd.grad(output, leaves, torch.zeros_like(output)))
 
 
@@ -240,14 +235,14 @@ def test_views_of_a_fused_projection_are_read_in_place(device):
     table = torch.randn(2, 5, 5, device=device)
     views = fused.unbind(3)
     assert not views[0].is_contiguous()
-    expected = window_attention(*(view.contiguous() for view in views), table, 2)
-    assert_same_but_for_rounding(window_attention(*views, table, 2), expected)
+    expected = attend_in_windows(*(view.contiguous() for view in views), table, 2)
+    assert_same_but_for_rounding(attend_in_windows(*views, table, 2), expected)
 
 
 def test_padding_at_the_edges_changes_nothing(device):
     leaves = draw(1, 42, 42, 1, 1, 16, 4, torch.float32, device)
     small = [part.unflatten(1, (6, 7)) for part in leaves[:3]]
-    expected = window_attention(*small, leaves[3], 2)
+    expected = attend_in_windows(*small, leaves[3], 2)
     padded = []
     for part in small:
         room = torch.randn(1, 11, 9, *part.shape[3:], device=device)
@@ -255,7 +250,7 @@ def test_padding_at_the_edges_changes_nothing(device):
         padded.append(room.requires_grad_())
     mask = torch.zeros(1, 11, 9, dtype=torch.bool, device=device)
     mask[:, :6, :7] = True
-    actual = window_attention(*padded, leaves[3], 2, mask)
+    actual = attend_in_windows(*padded, leaves[3], 2, mask)
     assert_same_but_for_rounding(actual[:, :6, :7], expected)
     cotangent = torch.zeros_like(actual)
     cotangent[:, :6, :7] = torch.randn_like(expected)
@@ -282,18 +277,18 @@ def test_dropout_is_undone_in_the_mean_and_the_same_in_the_backward(device):
     query, key, value, table = draw(40, 20, 20, 1, 1, 16, 2, torch.float32, device)
     # the same picture forty times, each with a dropout of its own
     states = [part[:1].expand_as(part).unflatten(1, (4, 5)) for part in (query, key, value)]
-    expected = window_attention(*(part[:1] for part in states), table, 2)
+    expected = attend_in_windows(*(part[:1] for part in states), table, 2)
     seed = torch.tensor([3], device=device)
-    mean = window_attention(*states, table, 2, None, 0.5, seed).mean(0)
+    mean = attend_in_windows(*states, table, 2, None, 0.5, seed).mean(0)
     # the mean of 40 has a sixth of one draw's deviation, which is about as large as the output
     assert (mean - expected[0]).norm() < 0.3 * expected.norm()
     states = [part[:2] for part in states]
     # the output is linear in the values: along a random direction, the gradient says how it changes
     leaf = states[2].clone().requires_grad_()
     direction, cotangent = torch.randn_like(leaf), torch.randn_like(leaf)
-    output = window_attention(*states[:2], leaf, table, 2, None, 0.5, seed)
+    output = attend_in_windows(*states[:2], leaf, table, 2, None, 0.5, seed)
     (gradient,) = torch.autograd.grad(output, leaf, cotangent)
-    moved = window_attention(*states[:2], states[2] + direction, table, 2, None, 0.5, seed)
+    moved = attend_in_windows(*states[:2], states[2] + direction, table, 2, None, 0.5, seed)
     # the output is linear in the values: only rounding is left, of fp32 sums over all elements of two outputs
     torch.testing.assert_close(
         (gradient * direction).sum(), ((moved - output.detach()) * cotangent).sum(), rtol=1e-4, atol=1e-3
@@ -307,7 +302,7 @@ def test_scores_gradients_with_dropout_are_finite_differences(device):
 
     def loss(*inputs):
         states = [part.unflatten(1, (4, 5)) for part in inputs[:3]]
-        return (window_attention(*states, inputs[3], 1, None, 0.3, seed) * cotangent).sum()
+        return (attend_in_windows(*states, inputs[3], 1, None, 0.3, seed) * cotangent).sum()
 
     inputs = [part.clone().requires_grad_() for part in leaves]
     gradients = torch.autograd.grad(loss(*inputs), inputs)
@@ -328,15 +323,17 @@ def test_what_does_not_fit_is_refused(device):
     query, key, value, table = draw(1, 12, 12, 2, 1, 16, 2, torch.float32, device)
     grid = [part.unflatten(1, (3, 4)) for part in (query, key, value)]
     with pytest.raises(ValueError, match="do not fit"):
-        window_attention(grid[0], grid[1][..., :8], grid[2], table, 1)
-    with pytest.raises(ValueError, match="same grid"):
-        window_attention(grid[0], grid[1].transpose(1, 2), grid[2].transpose(1, 2), table, 1)
+        attend_in_windows(grid[0], grid[1][..., :8], grid[2], table, 1)
+    with pytest.raises(ValueError, match="as many tokens, in rows of 4"):
+        local_attention(query, key[:, :8], value[:, :8], table, 1, width=4)
+    with pytest.raises(ValueError, match="as many tokens, in rows of 5"):
+        local_attention(query, key, value, table, 1, width=5)
     with pytest.raises(ValueError, match="bias_table"):
-        window_attention(*grid, table[:, :, :3], 1)
+        attend_in_windows(*grid, table[:, :, :3], 1)
     with pytest.raises(ValueError, match="differ in dtype"):
-        window_attention(grid[0].double(), *grid[1:], table, 1)
+        attend_in_windows(grid[0].double(), *grid[1:], table, 1)
     with pytest.raises(ValueError, match=r"mask is torch.int64 \(1, 12\); it must be bool \(1, 12\)"):
-        window_attention(*grid, table, 1, torch.ones(1, 3, 4, dtype=torch.int64))
+        attend_in_windows(*grid, table, 1, torch.ones(1, 3, 4, dtype=torch.int64))
     places = torch.arange(12, device=device)[None]
     with pytest.raises(ValueError, match=r"key_positions are torch.int32 \(1, 12\)"):
         routed_attention(query, key, value, table, places, places.int(), width=4)
@@ -347,7 +344,7 @@ def test_no_tokens_give_nothing(function, device):
     states = [torch.empty(0, 3, 4, 2, 16, device=device, requires_grad=True) for _ in range(3)]
     table = torch.randn(2, 5, 5, device=device, requires_grad=True)
     if function == "window":
-        output = window_attention(*states, table, 1)
+        output = attend_in_windows(*states, table, 1)
     else:
         places = torch.empty(0, 12, dtype=torch.int64, device=device)
         output = routed_attention(*(part.flatten(1, 2) for part in states), table, places, places, width=4)
@@ -386,9 +383,9 @@ def test_references_and_operator_agree_in_float64(device):
     grid = [part.unflatten(1, (3, 4)) for part in (query, key, value)]
     places = torch.arange(12, device=device)[None]
     assert_all_same_but_for_rounding(
-        [window_attention(*grid, table, 1), routed_attention(query, key, value, table, places, places, width=4)],
+        [attend_in_windows(*grid, table, 1), routed_attention(query, key, value, table, places, places, width=4)],
         [
-            window_attention_reference(*grid, table, 1)[0],
+            windows_by_reference(*grid, table, 1)[0],
             routed_attention_reference(query, key, value, table, places, places, width=4)[0],
         ],
     )

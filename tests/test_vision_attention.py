@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from vision import windows_by_reference
 
-from modeling_colt5.op_attention import routed_attention_reference, window_attention_reference
+from modeling_colt5.op_attention import routed_attention_reference
 
 
 def eager_attend(query, key, value, bias, mask):
@@ -80,7 +81,7 @@ def test_window_values_and_gradients_are_those_of_the_definition(
         # every query has a key: what one without any gets is not promised
         mask[:, :: radius + 1, :: radius + 1] = True
     expected = by_the_definition(*leaves, radius, mask)
-    actual, weights = window_attention_reference(*leaves, radius, mask)
+    actual, weights = windows_by_reference(*leaves, radius, mask)
     assert weights is None
     # float64: sums of a few hundred terms
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-11)
@@ -94,7 +95,7 @@ def test_window_values_and_gradients_are_those_of_the_definition(
 def test_window_gradients_are_finite_differences():
     torch.manual_seed(0)
     leaves = [tensor.requires_grad_() for tensor in inputs(1, 3, 4, 1, 1, 1, size=2)]
-    assert torch.autograd.gradcheck(lambda *parts: window_attention_reference(*parts, 1)[0], leaves)
+    assert torch.autograd.gradcheck(lambda *parts: windows_by_reference(*parts, 1)[0], leaves)
 
 
 @pytest.mark.parametrize("radius", [1, 3, 30])
@@ -103,7 +104,7 @@ def test_window_weights_make_the_output(radius):
     torch.manual_seed(0)
     batch, height, width, heads = 2, 10, 9, 2
     query, key, value, table = inputs(batch, height, width, heads, heads, 2)
-    output, weights = window_attention_reference(query, key, value, table, radius, attend=eager_attend)
+    output, weights = windows_by_reference(query, key, value, table, radius, attend=eager_attend)
     r = min(radius, height - 1)
     assert weights.shape == (batch, heads, height, width, 2 * r + 1, 2 * r + 1)
     torch.testing.assert_close(weights.sum((-1, -2)), torch.ones(batch, heads, height, width, dtype=torch.float64))
@@ -128,7 +129,7 @@ def test_memory_of_windows_grows_with_the_grid():
 
     with torch.device("meta"), Largest():
         states = torch.empty(1, 128, 128, 2, 8)
-        window_attention_reference(states, states, states, torch.empty(2, 7, 7), 3)
+        windows_by_reference(states, states, states, torch.empty(2, 7, 7), 3)
     # 2 heads, and 14 × 14 keys for each of 128 × 128 queries
     assert max(sizes) <= 2 * 14 * 14 * 128 * 128
 

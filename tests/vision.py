@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from modeling_colt5 import CoLT5ForImageClassification, CoLT5VisionConfig
+from modeling_colt5.op_attention import local_attention, window_attention_reference
 
 TINY = {
     "d_model": 32,
@@ -43,3 +44,20 @@ def pad_pictures(pictures: list[torch.Tensor], height: int, width: int, fill: fl
         _, h, w = picture.shape
         values[i, :, :h, :w], mask[i, :h, :w] = picture, 1
     return {"pixel_values": values, "pixel_mask": mask}
+
+
+def attend_in_windows(query, key, value, table, radius, mask=None, dropout=0.0, seed=None):
+    """`local_attention` of states [batch, height, width, heads, d_kv] and a mask [batch, height, width]."""
+    grid = query.shape[1:3]
+    states = (part.flatten(1, 2) for part in (query, key, value))
+    mask = None if mask is None else mask.flatten(1)
+    return local_attention(*states, table, radius, mask, dropout, seed, grid[1]).unflatten(1, grid)
+
+
+def windows_by_reference(query, key, value, table, radius, mask=None, **more):
+    """`window_attention_reference` likewise."""
+    grid = query.shape[1:3]
+    states = (part.flatten(1, 2) for part in (query, key, value))
+    mask = None if mask is None else mask.flatten(1)
+    output, weights = window_attention_reference(*states, table, grid[1], radius, mask, **more)
+    return output.unflatten(1, grid), weights
