@@ -8,8 +8,9 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from .configuration_colt5 import CoLT5BaseConfig, CoLT5Config
 from .model_cross_routing import CoLT5CrossRouting
-from .model_encoder_layer import encoder_plan
+from .model_encoder_layer import branch_biases, encoder_plan
 from .model_from_config import (
+    add_branch_biases,
     causal_settings,
     cross_attention,
     cross_settings,
@@ -92,17 +93,6 @@ class EncoderStandAlone(_StandAlone):
         self.dimensions = config.dimensions
         self.settings = encoder_settings(config)
         self.dense_start: Tensor | None = None
-
-    def add_position_biases(self, config: CoLT5BaseConfig) -> None:
-        """The biases by distance, which all layers of a model's stack share."""
-        self.light_relative_attention_bias = position_bias(config, config.num_light_heads, bidirectional=True)
-        if config.routing != "none":
-            self.heavy_relative_attention_bias = position_bias(config, config.num_heavy_heads, bidirectional=True)
-
-    def bias_tables(self) -> tuple[Tensor, Tensor | None]:
-        """Of the light and of the heavy branch."""
-        heavy = None if self.settings.routing == "none" else bias_by_distance(self.heavy_relative_attention_bias)
-        return bias_by_distance(self.light_relative_attention_bias), heavy
 
     def read(self, hidden_states: Tensor, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """The mask as layers take it, and how far a dense start has come in this call.
@@ -226,7 +216,7 @@ class CoLT5ConditionalAttention(EncoderStandAlone):
         config = config_of(locals())
         super().__init__(config)
         self.settings = replace(self.settings, feed_forward_fraction=None)
-        self.add_position_biases(config)
+        add_branch_biases(self, config)
         self.layer = encoder_attention(config, seed=0)
         self.initialise(d_model)
 
@@ -240,7 +230,7 @@ class CoLT5ConditionalAttention(EncoderStandAlone):
         """
         bool_mask, progress = self.read(hidden_states, mask)
         plan = EncoderPlan.make(self.settings, hidden_states, bool_mask, progress)
-        output, _, _, queries, keys = self.layer(hidden_states, *self.bias_tables(), plan)
+        output, _, _, queries, keys = self.layer(hidden_states, *branch_biases(self), plan)
         return (output, CoLT5LayerRouting(query=queries, key_value=keys)) if output_routing else output
 
 
@@ -290,7 +280,7 @@ class CoLT5ConditionalBlock(EncoderStandAlone):
     ):
         config = config_of(locals())
         super().__init__(config)
-        self.add_position_biases(config)
+        add_branch_biases(self, config)
         self.block = encoder_block(config, 0)
         self.initialise(d_model)
 
@@ -306,7 +296,7 @@ class CoLT5ConditionalBlock(EncoderStandAlone):
         bool_mask, progress = self.read(hidden_states, mask)
         plan = encoder_plan(self.settings, hidden_states, bool_mask, progress, output_routing)
         try:
-            output, _, _, routing = self.block(hidden_states, *self.bias_tables(), plan)
+            output, _, _, routing = self.block(hidden_states, *branch_biases(self), plan)
         finally:
             # The recording of a CUDA graph that an error breaks off can end only with all of its streams joined.
             plan.join()

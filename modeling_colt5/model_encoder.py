@@ -14,9 +14,8 @@ from .configuration_colt5 import CoLT5Config
 from .kernel_backend import Mode, uses_triton
 from .layer_encoder import Sum
 from .model_base import CoLT5Stack
-from .model_encoder_layer import CoLT5EncoderBlock, encoder_plan, is_as_written
-from .model_from_config import encoder_block, encoder_settings, layer_norm, position_bias
-from .model_layers import bias_by_distance
+from .model_encoder_layer import CoLT5EncoderBlock, branch_biases, encoder_plan, is_as_written
+from .model_from_config import add_branch_biases, encoder_block, encoder_settings, layer_norm
 from .model_outputs import CoLT5EncoderOutput
 from .run_graphs import replayed
 from .run_inputs import (
@@ -53,9 +52,7 @@ class CoLT5Encoder(CoLT5Stack):
 
     def __init__(self, config: CoLT5Config):
         super().__init__(config)
-        self.light_relative_attention_bias = position_bias(config, config.num_light_heads, bidirectional=True)
-        if config.routing != "none":
-            self.heavy_relative_attention_bias = position_bias(config, config.num_heavy_heads, bidirectional=True)
+        add_branch_biases(self, config)
         self.block = nn.ModuleList([encoder_block(config, layer_idx) for layer_idx in range(config.num_layers)])
         self.final_layer_norm = layer_norm(config)
         self.dropout = nn.Dropout(config.dropout_rate)
@@ -131,11 +128,7 @@ class CoLT5Encoder(CoLT5Stack):
         """
         dense_start = self.dense_start if self.training else None
         plan = encoder_plan(encoder_settings(self.config), hidden_states, mask, dense_start, records_blocks)
-        light_bias_table = bias_by_distance(self.light_relative_attention_bias)
-        heavy_bias_table = (
-            None if self.config.routing == "none" else bias_by_distance(self.heavy_relative_attention_bias)
-        )
-        tables = (light_bias_table, heavy_bias_table)
+        tables = branch_biases(self)
         try:
             if plan.straight is not None and not plan.mode.keeps_gradients and all(map(is_as_written, self.block)):
                 hidden_states = self.run_straight(hidden_states, tables, plan)

@@ -19,6 +19,7 @@ from .model_layers import (
     CoLT5Dropout,
     CoLT5LayerNorm,
     attention_interface,
+    bias_by_distance,
     clamp_half,
     drop,
     drop_rate,
@@ -38,6 +39,13 @@ from .run_plan import EncoderPlan, EncoderSettings
 def seeds_of(seeds: torch.Tensor | None) -> Sequence[torch.Tensor | None]:
     """The three seeds of a sublayer, int64 [1] each."""
     return (None, None, None) if seeds is None else seeds[:, :1].unbind()
+
+
+def branch_biases(module: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The biases by distance of light and heavy branch, fp32 [heads, 2 * max_distance + 1], or in two dimensions as
+    many rows of as many columns, of a module that holds them; None for a heavy branch without."""
+    heavy = getattr(module, "heavy_relative_attention_bias", None)
+    return bias_by_distance(module.light_relative_attention_bias), None if heavy is None else bias_by_distance(heavy)
 
 
 def add_branches(

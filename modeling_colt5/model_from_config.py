@@ -4,6 +4,8 @@ Layers take plain numbers. Budgets, routing and who computes may change after a 
 anew in each pass, through the settings here; once for all layers, as Transformers' configurations are slow to read.
 """
 
+from torch import nn
+
 from .configuration_colt5 import CoLT5BaseConfig, CoLT5Config
 from .model_causal import CoLT5LayerCausalAttention, CoLT5LayerCausalFF
 from .model_cross_routing import CoLT5CrossRouting
@@ -131,6 +133,14 @@ def cross_routers(config: CoLT5Config) -> CoLT5CrossRouting:
 def layer_norm(config: CoLT5BaseConfig) -> CoLT5LayerNorm:
     """The norm at the end of a stack."""
     return CoLT5LayerNorm(config.d_model, config.layer_norm_epsilon)
+
+
+def add_branch_biases(module: nn.Module, config: CoLT5BaseConfig) -> None:
+    """Give a stack of encoder layers, or what stands for one, the biases by distance of both branches, which all of
+    its layers share; `branch_biases` of model_encoder_layer.py reads them."""
+    module.light_relative_attention_bias = position_bias(config, config.num_light_heads, bidirectional=True)
+    if config.routing != "none":
+        module.heavy_relative_attention_bias = position_bias(config, config.num_heavy_heads, bidirectional=True)
 
 
 def position_bias(config: CoLT5BaseConfig, num_heads: int, bidirectional: bool) -> CoLT5RelativePositionBias:

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from .configuration_colt5_vision import CoLT5VisionConfig
 from .model_blocks import SOFT_TOPK, EncoderStandAlone, config_of
-from .model_from_config import encoder_attention
+from .model_encoder_layer import branch_biases
+from .model_from_config import add_branch_biases, encoder_attention
 from .model_outputs import CoLT5LayerRouting
 from .model_vision_layer import VisionPlan
 from .run_plan import SoftTopK
@@ -57,7 +58,7 @@ class CoLT5ConditionalImageAttention(EncoderStandAlone):
         config = config_of(locals(), CoLT5VisionConfig)
         super().__init__(config)
         self.settings = replace(self.settings, feed_forward_fraction=None)
-        self.add_position_biases(config)
+        add_branch_biases(self, config)
         self.layer = encoder_attention(config, 0)
         self.initialise(d_model)
 
@@ -82,6 +83,6 @@ class CoLT5ConditionalImageAttention(EncoderStandAlone):
         """
         bool_mask, progress = self.read(hidden_states, mask)
         plan = VisionPlan.of_grid(self.settings, hidden_states, bool_mask, progress)
-        output, _, _, queries, keys = self.layer(hidden_states.flatten(1, 2), *self.bias_tables(), plan)
+        output, _, _, queries, keys = self.layer(hidden_states.flatten(1, 2), *branch_biases(self), plan)
         output = output.unflatten(1, plan.grid)
         return (output, CoLT5LayerRouting(query=queries, key_value=keys)) if output_routing else output

@@ -9,9 +9,9 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_colt5_vision import CoLT5VisionConfig
 from .model_base import CoLT5PreTrainedModel
 from .model_encoder import CoLT5Encoder, heavy_attentions_too
-from .model_from_config import encoder_block, encoder_settings, layer_norm, position_bias
+from .model_encoder_layer import branch_biases
+from .model_from_config import add_branch_biases, encoder_block, encoder_settings, layer_norm
 from .model_initialisation import init_normal
-from .model_layers import bias_by_distance
 from .model_outputs import CoLT5VisionOutput
 from .model_vision_layer import CoLT5PatchEmbedding, VisionPlan
 from .run_inputs import (
@@ -55,9 +55,7 @@ class CoLT5VisionEncoder(CoLT5VisionPreTrainedModel):
     def __init__(self, config: CoLT5VisionConfig):
         super().__init__(config)
         self.patch_embedding = CoLT5PatchEmbedding(config.patch_size, config.num_channels, config.d_model)
-        self.light_relative_attention_bias = position_bias(config, config.num_light_heads, bidirectional=True)
-        if config.routing != "none":
-            self.heavy_relative_attention_bias = position_bias(config, config.num_heavy_heads, bidirectional=True)
+        add_branch_biases(self, config)
         self.block = nn.ModuleList([encoder_block(config, layer_idx) for layer_idx in range(config.num_layers)])
         self.final_layer_norm = layer_norm(config)
         self.dropout = nn.Dropout(config.dropout_rate)
@@ -104,10 +102,7 @@ class CoLT5VisionEncoder(CoLT5VisionPreTrainedModel):
         dense_start = self.dense_start if self.training else None
         plan = VisionPlan.of_grid(encoder_settings(self.config), patches, mask, dense_start)
         hidden_states = patches.flatten(1, 2)
-        light_bias_table = bias_by_distance(self.light_relative_attention_bias)
-        heavy_bias_table = (
-            None if self.config.routing == "none" else bias_by_distance(self.heavy_relative_attention_bias)
-        )
+        tables = branch_biases(self)
         for block in self.block:
-            hidden_states = block(hidden_states, light_bias_table, heavy_bias_table, plan)[0]
+            hidden_states = block(hidden_states, *tables, plan)[0]
         return self.final_layer_norm(hidden_states, None, plan.kernel_backend)[0]
