@@ -418,7 +418,7 @@ class CoLT5Config(CoLT5BaseConfig):
 
     @classmethod
     def from_size(cls, size: str, **kwargs: Any) -> "CoLT5Config":
-        """The configuration of one of the paper's sizes: "base" (433 M parameters), "large" (1462 M), "xl" (5297 M).
+        """The configuration of one of the paper's sizes: "base" (433 M parameters), "large" (1463 M), "xl" (5297 M).
 
         Args:
             size: the name of the size.

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import pytest
 import tomllib
@@ -109,8 +110,23 @@ def check_command(command: str, helps: dict[Path, str], help_of_script) -> None:
 
 def test_the_pictures_of_the_readme_are_here():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    pictures = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", text)
+    pictures = re.findall(r"(?m)^!\[[^\]]+\]\(([^)]+)\)", text)
     assert pictures and all((ROOT / picture).is_file() for picture in pictures)
+
+
+def test_the_badges_are_true():
+    """CI's is GitHub's own, of a workflow that is here; the others say what pyproject.toml says."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    badges = dict(re.findall(r"\[!\[(\w+)\]\((\S+?)\)\]", text))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert badges.keys() == {"CI", "Python", "License"}
+    (workflow,) = re.fullmatch(r"\.\./\.\./actions/workflows/(\w+\.yml)/badge\.svg", badges["CI"]).groups()
+    assert (ROOT / ".github" / "workflows" / workflow).is_file()
+    said = {name: unquote(urlsplit(badges[name]).path.split("/badge/")[1]) for name in ("Python", "License")}
+    oldest = project["requires-python"].removeprefix(">=")
+    # shields.io writes a dash within a part as two
+    assert said["Python"] == f"python-{oldest}+-blue"
+    assert said["License"] == f"license-{project['license'].replace('-', '--')}-blue"
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -123,7 +139,8 @@ def test_every_block_has_a_language_that_is_checked(page):
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if any(b.language == "python" for b in blocks(page))])
 def test_the_pages_python_runs(page, tmp_path):
-    """All blocks in order in one namespace, as a reader would type them, in a folder that has the checkpoint alone."""
+    """All blocks in order in one namespace, as a reader would type them, in a folder that has the checkpoint alone; a
+    comment after a line that prints says what it prints."""
     (tmp_path / "checkpoints").symlink_to(ROOT / "checkpoints")
     program = "namespace = {'__name__': '__main__'}\n"
     for block in blocks(page):
@@ -139,6 +156,9 @@ def test_the_pages_python_runs(page, tmp_path):
         timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    for block in blocks(page):
+        for shown in re.findall(r"^print\(.*\)\n# (.*)$", block.text, re.MULTILINE):
+            assert shown in done.stdout.splitlines()
 
 
 @pytest.mark.parametrize("page", PAGES)
