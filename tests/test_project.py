@@ -17,6 +17,9 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 # Transformers reads vocabulary files with these
 READ_BY_TRANSFORMERS = {"protobuf", "sentencepiece"}
 
+# tests that use these skip where they are not installed; CI has a job that installs them
+SKIPPED_WITHOUT = {"kernels", "lm-eval", "mteb"}
+
 
 def names(requirements: list[str]) -> set[str]:
     """The distributions of requirements, without versions."""
@@ -50,6 +53,14 @@ def test_the_examples_extra_is_what_the_scripts_import():
     # a file of the types job is for machines with a GPU, where torch brings triton
     assert imported("examples") - {"triton"} - optional <= known and optional <= imported("examples")
     assert extra - READ_BY_TRANSFORMERS <= imported("examples")
+
+
+def test_the_dev_extra_has_what_tests_and_benchmarks_import():
+    known = names([*PROJECT["dependencies"], *sum(PROJECT["optional-dependencies"].values(), [])])
+    folders = ("tests", "benchmarks", "examples", "docs", "spaces/python-types")
+    own = {path.stem for folder in folders for path in (ROOT / folder).glob("*.py")} | {"python_types", "tests"}
+    used = (imported("tests") | imported("benchmarks")) - names(sorted(own))
+    assert used - SKIPPED_WITHOUT <= known
 
 
 def test_one_version():
