@@ -76,6 +76,9 @@ def synchronize() -> None:
 def median_ms(call: Call, tiny: bool = False) -> float:
     """The median wall time of a call in milliseconds, the device waited for before and after each.
 
+    `torch.utils.benchmark` and `triton.testing.do_bench` measure something else where a GPU waits for its host, as in
+    most calls here: the one times blocks of calls, the other calls by events, and in both the host runs ahead.
+
     Args:
         call: what to time; its first calls warm up and are not counted.
         tiny: two calls instead of 15, or as many as fit in two seconds, but three.
@@ -125,7 +128,11 @@ def captured(*calls: Call) -> Call:
 
 
 def gpu_ms(*calls: Call, tiny: bool = False) -> float:
-    """The median GPU time of one of the calls in milliseconds, from replays of a CUDA graph of all: no launch gaps."""
+    """The median GPU time of one of the calls in milliseconds, from replays of a CUDA graph of all: no launch gaps.
+
+    `triton.testing.do_bench_cudagraph` is much the same, but leaves cuBLAS's workspaces in its graph's memory, which
+    `captured` avoids.
+    """
     replay = captured(*calls)
     if not torch.cuda.is_available():
         return median_ms(replay, tiny) / len(calls)
