@@ -505,7 +505,8 @@ class CoLT5Config(CoLT5BaseConfig):
         if self.causal_attention != "full":
             # The layer types are set on this copy alone: Transformers refuses to make or save a configuration with a
             # layer type that it does not know.
-            config.layer_types = [LAYER_TYPE] * self.num_decoder_layers
+            # The name is no field: compilers cannot follow the search for a field that was meant.
+            object.__setattr__(config, "layer_types", [LAYER_TYPE] * self.num_decoder_layers)
         return config
 
     def own_auto_map(self) -> dict[str, Any]:

@@ -58,8 +58,17 @@ def test_gradients_compile_for_every_length():
             torch.testing.assert_close(gradient, gradients["eager"][key], rtol=1e-4, atol=limit.item(), msg=key)
 
 
-def test_training_step_compiles_without_a_break():
-    model = tiny_model(num_layers=1, num_decoder_layers=1).train()
+ROUTED = {
+    "causal_attention": "routed", "causal_feed_forward": "routed", "causal_window": 3, "num_heavy_heads": 4,
+    "routed_cross_key_values": 6,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "fields", [pytest.param({}, id="plain decoder"), pytest.param(ROUTED, id="routed", marks=pytest.mark.slow)]
+)
+def test_training_step_compiles_without_a_break(fields):
+    model = tiny_model(num_layers=1, num_decoder_layers=1, **fields).train()
     batch = {**pad([random_ids(60), random_ids(35)]), "labels": random_ids(2, 7)}
     # one graph for the forward; PyTorch's autograd runs its backward
     model(**batch).loss.backward()
