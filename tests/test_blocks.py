@@ -331,14 +331,9 @@ def test_copies_and_files(kind: str, tmp_path: Any) -> None:
     assert_same_but_for_rounding(call(kind, module, states), expected)
 
 
-# the other modules are parts of these, which tests of whole models compile
-@pytest.mark.parametrize(
-    "kind",
-    [
-        kind if kind in ("causal feed-forward", "cross-attention") else pytest.param(kind, marks=pytest.mark.slow)
-        for kind in MAKERS
-    ],
-)
+# five seconds each, and whole models of these layers are compiled in test_compile_export.py
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", MAKERS)
 def test_compilers_take_it_whole(kind: str) -> None:
     module, mask = make(kind), real([21, 13], 21)
     compiled = torch.compile(module, fullgraph=True, dynamic=False, backend="aot_eager")

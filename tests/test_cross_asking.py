@@ -173,6 +173,8 @@ def test_a_dense_start_reads_every_token_with_a_weight(progress: float) -> None:
     assert asking(torch.randn(1, 3, 32), memory, output_routing=True)[1][0].valid.sum() == 3 * 7
 
 
+# four seconds of training
+@pytest.mark.slow
 def test_it_learns_what_a_shared_choice_cannot() -> None:
     """Each token of the decoder needs one token of the memory; together they need more than the budget."""
     torch.manual_seed(0)

@@ -444,10 +444,14 @@ def test_run_of_trainer(tmp_path: Path) -> None:
     # the trained model is left as it is, unless it is asked for
     for always in (False, True):
         again, seen = copy.deepcopy(model), Seen()
-        trainer(tmp_path / "again", again, DenseStartCallback(SCHEDULE, always=always), seen).train()
+        run = trainer(tmp_path / "again", again, DenseStartCallback(SCHEDULE, always=always), seen)
+        run.args.max_steps = 1
+        run.train()
         assert (seen.progress[0] is not None) is always
 
 
+# two runs; that Trainer's resuming is exact is in test_training.py
+@pytest.mark.slow
 def test_resumed_run_ends_as_the_whole_one(tmp_path: Path) -> None:
     whole = token_model()
     trainer(tmp_path / "whole", whole, DenseStartCallback(SCHEDULE)).train()

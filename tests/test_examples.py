@@ -76,20 +76,10 @@ def test_summarisation_and_questions(tmp_path, lora):
         AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out")
 
 
-# three runs each, of which Trainer's part is the same in every script and with adapters
-@pytest.mark.parametrize(
-    ("script", "lora"),
-    [
-        pytest.param(
-            script,
-            lora,
-            id=f"{script.__name__}-{'lora' if lora else 'full'}",
-            marks=[] if script is finetune_seq2seq and not lora else pytest.mark.slow,
-        )
-        for script in TASKS
-        for lora in (False, True)
-    ],
-)
+# three runs each, of which Trainer's part is in test_training.py
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("script", TASKS, ids=lambda script: script.__name__)
 def test_fine_tuning_resumes_to_the_same_weights(script, lora, tmp_path):
     """From a named checkpoint, and from the newest of the folder."""
     weights = "adapter_model.safetensors" if lora else "model.safetensors"
@@ -135,6 +125,8 @@ def test_adapters_hold_all_that_is_trained(model_class, tmp_path):
         assert_same_but_for_rounding(loaded(**batch).logits, expected)
 
 
+# three runs; that an adapter's folder holds all that was trained is the test above
+@pytest.mark.slow
 def test_an_adapter_is_evaluated_and_trained_further(tmp_path):
     base = tmp_path / "base"
     tiny_model(vocab_size=8192).save_pretrained(base)
@@ -332,6 +324,8 @@ def test_pretraining_resumes_to_the_same_weights(tmp_path, objective):
     assert_same_weights(whole, resumed)
 
 
+# starts processes; what a batch holds is in test_denoising.py
+@pytest.mark.slow
 def test_pretraining_is_the_same_for_any_number_of_workers(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("".join(row["document"] for row in ROWS) * 8)

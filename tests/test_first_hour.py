@@ -401,7 +401,7 @@ def test_what_a_short_run_without_evaluation_says(tmp_path, monkeypatch):
     assert said == []
 
 
-@pytest.mark.parametrize("limit", [None, 3])
+@pytest.mark.parametrize("limit", [pytest.param(None, marks=pytest.mark.slow), 3])
 def test_generated_texts_are_as_long_as_the_targets_may_be(tmp_path, limit):
     """Whatever limit the model came with; the limit is saved with the model."""
     model = tiny_model(CoLT5ForConditionalGeneration, vocab_size=8192)

@@ -127,6 +127,8 @@ def test_loader_demands_only_what_the_package_requires(file):
     assert set(get_imports(file)) - sys.stdlib_module_names <= REQUIRED
 
 
+# imports Transformers anew; that triton is imported in a `try` alone is a test above
+@pytest.mark.slow
 def test_package_imports_without_triton():
     # a finder without triton, not an entry in sys.modules: `find_spec("triton")` has to answer None as well
     code = """

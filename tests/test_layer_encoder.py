@@ -391,7 +391,13 @@ TRAINED = {name: CASES[name] for name in ("one row", "bf16", "coordinate descent
 TRAINED["dropout"] = (torch.float32, (11, 6), True, {"dropout_rate": 0.3})
 
 
-@pytest.mark.parametrize("case", TRAINED)
+# interpreted kernels, some seconds a case; half precision runs forward above, and the solver's kernels have tests
+SLOW = ("bf16", "coordinate descent")
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.slow if case in SLOW else ()) for case in TRAINED]
+)
 def test_gradients_are_those_of_the_modules(case: str, device: torch.device, layers: list) -> None:
     dtype, lengths, masked, fields = TRAINED[case]
     model = encoder(device, dtype, **fields | {"num_layers": 1})
@@ -503,7 +509,7 @@ def trained(device: torch.device) -> tuple[CoLT5EncoderModel, dict[str, torch.Te
     return model, batch, as_modules(lambda: gradients_of(model, batch))
 
 
-@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("use_reentrant", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_checkpointed_layers_drop_the_same_again(use_reentrant: bool, trained: tuple, layers: list) -> None:
     model, batch, expected = trained
     checkpoint_activations(model, use_reentrant)

@@ -414,6 +414,8 @@ SENTINELS = CoLT5Tokenizer.from_pretrained(VOCABULARY).get_sentinel_token_ids()
 ALONE = train.Processes(0, 1, torch.device("cpu"))
 
 
+# the run is over, and its checkpoint is there: these two take ten seconds
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_where_it_was(corpus, tmp_path):
     def training(out: str) -> train.Training:
         arguments = ["--tokens", f"{corpus}/tokens", "--out", str(tmp_path / out), "--closed", "0.5", "--steps", "10"]
@@ -476,6 +478,7 @@ def test_a_run_trains_saves_and_evaluates(corpus, tmp_path, monkeypatch):
     assert tables(numbers) in card and "6 modules of the packages" in card and "with 70 annotations" in card
 
 
+@pytest.mark.slow
 def test_a_failing_evaluation_keeps_the_weights(corpus, tmp_path, monkeypatch, capsys):
     def fails(*_):
         raise RuntimeError("out of memory")

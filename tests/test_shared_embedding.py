@@ -23,6 +23,8 @@ from modeling_colt5 import (
 pytestmark = pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
 
 ALL = [CoLT5ForConditionalGeneration, CoLT5ForCausalLM, CoLT5ForSequenceClassification, CoLT5EncoderModel]
+# some second each; they have one stack and no other embedding than the rest
+SLOW = [CoLT5ForCausalLM, CoLT5EncoderModel]
 
 
 def run(model, ids):
@@ -58,7 +60,7 @@ WAYS = {
 @pytest.mark.parametrize(
     ("model_class", "way", "tied"),
     [
-        (cls, way, tied)
+        pytest.param(cls, way, tied, marks=pytest.mark.slow if cls in SLOW else ())
         for cls, has_head in {cls: hasattr(cls(tiny_config()), "lm_head") for cls in ALL}.items()
         for way in WAYS
         for tied in ([False, True] if has_head else [False])

@@ -100,7 +100,17 @@ def step_gradients(before: nn.Module, after: nn.Module) -> dict[str, torch.Tenso
     return {name: (start[name] - parameter).detach() / 0.1 for name, parameter in after.named_parameters()}
 
 
-@pytest.mark.parametrize("model_class", HEADS)
+# three seconds each; the others' losses are averaged by the same count as the first one's
+@pytest.mark.parametrize(
+    "model_class",
+    [
+        pytest.param(
+            head,
+            marks=() if head in (CoLT5ForConditionalGeneration, CoLT5ForQuestionAnswering) else pytest.mark.slow,
+        )
+        for head in HEADS
+    ],
+)
 def test_gradient_accumulation_equals_one_batch(model_class: type[nn.Module], tmp_path: Path) -> None:
     """Four batches of two, with unequal numbers of labels, against one batch of eight."""
     initial = tiny_model(model_class)
@@ -255,8 +265,16 @@ def test_gradient_checkpointing(model_class: type[nn.Module], use_reentrant: boo
         torch.testing.assert_close(found[name], gradient, rtol=0, atol=TOLERANCE, msg=name)
 
 
-@pytest.mark.parametrize("use_reentrant", [True, False])
-@pytest.mark.parametrize("model_class", [CoLT5ForConditionalGeneration, CoLT5ForSequenceClassification])
+# each kind of checkpointing with one model, and each model with one kind; the other two take five seconds
+@pytest.mark.parametrize(
+    ("model_class", "use_reentrant"),
+    [
+        (CoLT5ForConditionalGeneration, False),
+        (CoLT5ForSequenceClassification, True),
+        pytest.param(CoLT5ForConditionalGeneration, True, marks=pytest.mark.slow),
+        pytest.param(CoLT5ForSequenceClassification, False, marks=pytest.mark.slow),
+    ],
+)
 def test_lora_with_gradient_checkpointing(model_class: type[nn.Module], use_reentrant: bool, tmp_path: Path) -> None:
     tiny_model(model_class).save_pretrained(tmp_path / "base")
     # the adapter remembers where its base came from

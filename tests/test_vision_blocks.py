@@ -41,7 +41,8 @@ def test_it_is_a_models_layer() -> None:
         assert torch.equal(routing[name].indices, output.routing[0][name].indices)
 
 
-@pytest.mark.parametrize("kernel_backend", ["torch", "triton"])
+# interpreted kernels take five seconds, and have tests of their own
+@pytest.mark.parametrize("kernel_backend", ["torch", pytest.param("triton", marks=pytest.mark.slow)])
 def test_a_picture_computes_in_a_batch_what_it_computes_alone(kernel_backend: str) -> None:
     if kernel_backend == "triton":
         pytest.importorskip("triton")
