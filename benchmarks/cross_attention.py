@@ -22,13 +22,13 @@ BUDGET, TARGET = 4096, 512
 STEPS = 256
 FULL, ROUTED, ASKING = "full", "routed", "asking"
 # of what each token of the decoder chooses itself
-OWN_BUDGET, RANK = 64, 32
+OWN_BUDGET = 64
 # bf16 rounds by 2^-9 at most, in each of the layers a few times
 TOLERANCE = 2e-2
 TITLE = (
     f"Cross-attention of a base-size decoder (12 layers, one key/value head, bf16, batch 1) to a memory of n tokens: "
     f"full; routed with a budget of {BUDGET:,} tokens a layer; asking, where each token of the decoder chooses "
-    f"{OWN_BUDGET} by a score of rank {RANK}. Decoding {TARGET} tokens, and their gradients to "
+    f"{OWN_BUDGET} by its queries and their keys. Decoding {TARGET} tokens, and their gradients to "
     "the memory and all weights, eager: median milliseconds, and peak MiB beyond weights and memory; one more token "
     "with static caches: eager, and GPU time of a CUDA graph; MiB of all cross-attention caches"
 )
@@ -39,7 +39,7 @@ def make_decoder(kind: str, tiny: bool, budget: int = BUDGET, **fields: Any) -> 
     if kind == ROUTED:
         fields["routed_cross_key_values"] = scaled_length(budget, tiny)
     if kind == ASKING:
-        fields |= {"routed_cross_key_values": 4 if tiny else OWN_BUDGET, "cross_routing_rank": RANK}
+        fields |= {"routed_cross_key_values": 4 if tiny else OWN_BUDGET, "asking_cross_routing": True}
     torch.manual_seed(0)
     with DEVICE:
         return CoLT5Decoder(colt5_config(tiny, **fields)).to(DTYPE).eval()

@@ -11,7 +11,8 @@ settings of colt5-attention 0.11.2: straight-through, coordinate descent of 20 i
 "gumbel", Gumbel noise on the scores while training, ε = 0.7. "nulls", straight-through, a learned key and value that
 every query of the heavy attention may read, and a learned vector for tokens that are not its queries. "shared" and
 "asking", the task "cross" with more facts than cross-attention may read, one choice for all tokens of the decoder or
-one for each.
+one for each. Lines of "asking_by_rank" are of an earlier way to ask, which is no longer here: two matrices of its own,
+of rank 32, made the score instead of the attention's queries and keys (docs/cross_routing.md).
 """
 
 import contextlib
@@ -74,7 +75,7 @@ VARIANTS = {
     "gumbel": Variant({"routing_epsilon": 0.7}, noise=True),
     "nulls": Variant(straight_through=True, nulls=True),
     "shared": Variant({"routed_cross_key_values": READ}, is_tight=True),
-    "asking": Variant({"routed_cross_key_values": READ, "cross_routing_rank": 32}, is_tight=True),
+    "asking": Variant({"routed_cross_key_values": READ, "asking_cross_routing": True}, is_tight=True),
 }
 
 

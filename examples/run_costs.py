@@ -41,16 +41,16 @@ def decoder_flops(config: CoLT5Config, n: int, m: int) -> int:
     """
     inner, keys = config.num_heads * config.d_kv, config.num_cross_key_value_heads * config.d_kv
     read = n if config.routed_cross_key_values is None else min(n, config.routed_cross_key_values)
-    # where the target's tokens choose for themselves, the whole input is projected, and answers
-    rank = config.cross_routing_rank
-    projected = read if rank is None else n
+    # where the target's tokens choose for themselves, the whole input is projected, and scored for each of them
+    asks = config.asking_cross_routing
+    projected = n if asks else read
     layer = (
         4 * m * config.d_model * inner
         + 2 * m * m * inner
         + 2 * m * config.d_model * inner
         + 2 * projected * config.d_model * keys
         + 2 * m * read * inner
-        + (rank or 0) * ((m + n) * config.d_model + m * n)
+        + (m * n * config.d_kv if asks else 0)
         + (3 if config.is_gated_act else 2) * m * config.d_model * config.d_ff
     )
     return 2 * (config.num_decoder_layers * layer + m * config.d_model * config.vocab_size)
@@ -75,9 +75,9 @@ def decoder_kept_values(
         # three sublayers: states and normalised states; then projections, the attention's bias, hidden units
         6 * m * config.d_model + 6 * m * inner + config.num_heads * m * m + 2 * read * keys + hidden * m * config.d_ff
     )
-    if config.cross_routing_rank is not None:
-        # what each token chose, before its weights and after; scores; keys, values and answers of the whole input
-        layer += 4 * m * read * keys + m * n + n * (2 * keys + config.cross_routing_rank)
+    if config.asking_cross_routing:
+        # what each token chose, before its weights and after; scores; keys and values of the whole input
+        layer += 4 * m * read * keys + m * n + 2 * n * keys
     if not fused_attention:
         # the scores' softmax; with dropout also its mask and what it leaves
         layer += (3 if config.dropout_rate > 0 else 1) * config.num_heads * m * (m + read)

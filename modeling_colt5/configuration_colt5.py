@@ -343,8 +343,8 @@ class CoLT5Config(CoLT5BaseConfig):
         routed_cross_key_values: how many tokens of the encoder's output a router of the cross-attention chooses;
             all where there are no more. None is the paper's cross-attention, to every token.
         num_cross_routers: routers of a layer's routed cross-attention, each for a group of heads.
-        cross_routing_rank: rank of the score by which each token of the decoder chooses its own tokens of the
-            encoder's output; None for one choice that all of them share. See docs/cross_routing.md.
+        asking_cross_routing: whether each token of the decoder chooses its own tokens of the encoder's output, by
+            its queries and their keys, instead of one choice that all of them share. See docs/cross_routing.md.
         causal_attention: the decoder's self-attention. "full" is T5's, as in the paper; "local" is light attention
             that looks back; "routed" has a heavy branch beside it, see docs/causal_routing.md. The last two take
             heads, radius and fractions from the encoder's fields above.
@@ -396,7 +396,7 @@ class CoLT5Config(CoLT5BaseConfig):
     num_cross_key_value_heads: int = at_least(1, 1)
     routed_cross_key_values: int | None = _rule(None, "None or an integer of at least 1", lambda value: value >= 1)
     num_cross_routers: int = at_least(1, 1)
-    cross_routing_rank: int | None = _rule(None, "None or an integer of at least 1", lambda value: value >= 1)
+    asking_cross_routing: bool = False
     causal_attention: str = _one_of(CAUSAL_ATTENTIONS)
     causal_feed_forward: str = _one_of(CAUSAL_FEED_FORWARDS)
     causal_window: int = at_least(1, 256)
@@ -459,13 +459,13 @@ class CoLT5Config(CoLT5BaseConfig):
                 f"routed_cross_key_values is {self.routed_cross_key_values} and routing is 'none'; it must be None "
                 "where nothing is routed"
             )
-        if self.cross_routing_rank is not None and (
+        if self.asking_cross_routing and (
             self.routed_cross_key_values is None
             or self.routing != "learned"
             or (self.num_cross_routers, self.num_cross_key_value_heads) != (1, 1)
         ):
             raise ValueError(
-                f"cross_routing_rank is {self.cross_routing_rank}; it must be None unless routed_cross_key_values, "
+                "asking_cross_routing is True; it must be False unless routed_cross_key_values, "
                 f"which is {self.routed_cross_key_values}, is a number, routing, which is {self.routing!r}, is "
                 f"'learned', and num_cross_routers and num_cross_key_value_heads, which are {self.num_cross_routers} "
                 f"and {self.num_cross_key_value_heads}, are 1"

@@ -133,8 +133,8 @@ def kept_values(
         # without kernels the rows are kept before their weights and after
         cross_rows = (1 if fused_attention else 2) * slots * d_model
         cross_keys = 2 * slots * config.num_cross_key_value_heads * config.d_kv
-        if config.cross_routing_rank is not None:
-            cross_rows, cross_keys = 0, n * (2 * config.d_kv + config.cross_routing_rank)
+        if config.asking_cross_routing:
+            cross_rows, cross_keys = 0, 2 * n * config.d_kv
     # the last norm keeps its input
     kept = n * d_model + decoder_layers * cross_rows
     if checkpointed:

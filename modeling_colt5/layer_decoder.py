@@ -94,8 +94,6 @@ class PlainDecoderLayer(PlainLayer):
         """The modules of the attention to a memory, but for those that make its keys and values."""
         parts = {"cross_layer": ("cross_layer", cross), "cross": ("cross_attention", cross.EncDecAttention)}
         parts |= {f"cross.{part}": ("linear", getattr(cross.EncDecAttention, part)) for part in "qo"}
-        if cross.EncDecAttention.cross_router is not None:
-            raise ValueError("its tokens choose what they read")
         return parts | norm_and_dropout("cross", cross)
 
     @staticmethod

@@ -111,7 +111,7 @@ class CoLT5PreTrainedModel(PreTrainedModel):
             pretrained_model_name_or_path, *model_args, config=config, output_loading_info=True, **kwargs
         )
         new = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
-        if any("router" in name and ("decoder.block." not in name or "cross_router" in name) for name in new):
+        if any("router" in name and "decoder.block." not in name for name in new):
             # Some of the routers that a dense start trains are new and random, whatever the checkpoint says of its
             # own.
             model.config.routers_trained = False

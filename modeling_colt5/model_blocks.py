@@ -503,8 +503,8 @@ class CoLT5ConditionalCrossAttention(_StandAlone):
         num_heads: heads.
         num_cross_key_value_heads: key/value heads; 1 is multi-query attention.
         num_cross_routers: routers, each with a vector of its own and for a group of heads.
-        cross_routing_rank: rank of the score by which each token chooses its own tokens of the memory; None for one
-            choice that all tokens share.
+        asking_cross_routing: whether each token chooses its own tokens of the memory, by its queries and their keys,
+            instead of one choice that all tokens share.
         routing: "learned", or the controls "random" and "even".
         dropout_rate: of the attention weights and of what the module adds.
         soft_topk, layer_norm_epsilon, kernel_backend: as of `CoLT5ConditionalFeedForward`.
@@ -528,7 +528,7 @@ class CoLT5ConditionalCrossAttention(_StandAlone):
         num_heads: int = 12,
         num_cross_key_value_heads: int = 1,
         num_cross_routers: int = 1,
-        cross_routing_rank: int | None = None,
+        asking_cross_routing: bool = False,
         routing: str = "learned",
         soft_topk: SoftTopK = SOFT_TOPK,
         dropout_rate: float = 0.0,
@@ -539,7 +539,7 @@ class CoLT5ConditionalCrossAttention(_StandAlone):
         config = config_of(locals())
         super().__init__()
         self.settings, self.implementation = cross_settings(config), implementation(config)
-        self.asks = cross_routing_rank is not None
+        self.asks = asking_cross_routing
         if routed_cross_key_values is not None and not self.asks:
             self.cross_routing = CoLT5CrossRouting(d_model, 1, num_cross_routers, routing)
         self.layer = cross_attention(config)
@@ -569,7 +569,7 @@ class CoLT5ConditionalCrossAttention(_StandAlone):
 
         Returns:
             The states; with `output_routing` a pair of them and each router's tokens, whose `indices`, `weights` and
-            `valid` are [batch, slots], or with `cross_routing_rank` [batch, m, slots] (None where nothing was routed
+            `valid` are [batch, slots], or with `asking_cross_routing` [batch, m, slots] (None where nothing was routed
             in this call).
 
         Raises:

@@ -7,8 +7,7 @@ from torch import nn
 from transformers.cache_utils import Cache, EncoderDecoderCache, StaticLayer
 from transformers.utils.generic import maybe_autocast
 
-from .kernel_backend import accumulation_dtype
-from .model_router import CoLT5Router, CoLT5Routing, router_weights, run_routers
+from .model_router import CoLT5Router, router_weights, run_routers
 from .op_norm import router_scores
 from .op_routing import RoutedTokens
 from .op_rows import share_and_gather
@@ -123,56 +122,3 @@ class CoLT5CrossRouting(nn.Module):
         number = memory.shape[1] if self.progress is not None else memory_slots(num_tokens, memory)
         slots = torch.arange(number, device=memory.device)
         return slots < real_lengths(memory, mask)[:, None]
-
-
-class CoLT5AskingRouter(nn.Module):
-    """Routing that asks first: each token of the decoder chooses its own tokens of the memory.
-
-    A score is the product of two short vectors, one that the decoder's token asks with and one that the memory's token
-    answers with. The answers are made once for a memory.
-
-    Args:
-        d_model: width of both.
-        rank: of the product.
-    """
-
-    def __init__(self, d_model: int, rank: int):
-        super().__init__()
-        self.rank = rank
-        self.question = nn.Linear(d_model, rank, bias=False)
-        self.answer = nn.Linear(d_model, rank, bias=False)
-        self.select = CoLT5Routing()
-        self.dense_start: torch.Tensor | None = None
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        answers: torch.Tensor,
-        mask: torch.Tensor | None,
-        settings: CrossSettings,
-        implementation: Implementation,
-    ) -> RoutedTokens:
-        """Choose what each token reads.
-
-        Args:
-            hidden_states: [batch, m, d_model], normalised.
-            answers: [batch, n, rank], of the memory.
-            mask: bool [batch, n], True for real tokens of the memory; None for all.
-            settings: of all layers.
-            implementation: who computes.
-
-        Returns:
-            The tokens in rows [batch * m].
-        """
-        progress = self.dense_start if self.training else None
-        length, ratio = hidden_states.shape[1], settings.soft_topk.ratio
-        questions = self.question(hidden_states)
-        # Autocast would take the scores' product in half precision.
-        with maybe_autocast(hidden_states.device.type, enabled=False):
-            dtype = accumulation_dtype(questions.dtype)
-            scores = questions.to(dtype) @ answers.to(dtype).transpose(1, 2) * self.rank**-0.5
-        plan = RouterPlan.of(settings.soft_topk, implementation, hidden_states, mask, progress)
-        budget = RoutingBudget.of_memory(answers, mask, settings.num_tokens, 1, ratio, progress).for_each(length)
-        rows = scores.flatten(0, 1)[:, None]
-        (routed,) = run_routers((self,), rows, rows, plan, budget)
-        return routed

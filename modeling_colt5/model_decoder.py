@@ -69,8 +69,8 @@ class CoLT5Decoder(CoLT5Stack):
             self.heavy_relative_attention_bias = position_bias(config, config.num_heavy_heads, bidirectional=False)
         self.block = nn.ModuleList(decoder_block(config) for _ in range(config.num_decoder_layers))
         is_routed = config.is_encoder_decoder and config.routed_cross_key_values is not None
-        # A decoder whose tokens ask themselves has the routers in its layers.
-        self.asks = is_routed and config.cross_routing_rank is not None
+        # Tokens that ask choose in the layers' attention.
+        self.asks = is_routed and config.asking_cross_routing
         self.is_cross_routed = is_routed and not self.asks
         if self.is_cross_routed:
             self.cross_routing = cross_routers(config)

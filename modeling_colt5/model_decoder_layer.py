@@ -5,8 +5,9 @@ from einops import rearrange
 from torch import nn
 from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils.generic import maybe_autocast
 
-from .kernel_backend import is_hooked
+from .kernel_backend import accumulation_dtype, is_hooked
 from .layer_causal import PlainRoutedLayer
 from .layer_decoder import PlainCausalLayer, PlainDecoderLayer
 from .layer_plain import PlainBlock
@@ -16,7 +17,6 @@ from .model_causal import (
     CoLT5LayerCausalAttention,
     CoLT5LayerCausalFF,
 )
-from .model_cross_routing import CoLT5AskingRouter
 from .model_layers import (
     GELU,
     CoLT5Attention,
@@ -28,11 +28,12 @@ from .model_layers import (
     project,
 )
 from .model_outputs import CoLT5CausalLayerRouting
-from .model_router import CoLT5Router
+from .model_router import CoLT5Router, CoLT5Routing, run_routers
 from .op_routing import RoutedTokens
+from .run_budgets import RoutingBudget
 from .run_causal_cache import routed_layer
 from .run_causal_plan import CausalPlan
-from .run_plan import CrossSettings, Implementation
+from .run_plan import CrossSettings, Implementation, RouterPlan
 from .run_release import one_cache
 
 
@@ -70,7 +71,6 @@ class CoLT5CrossAttention(CoLT5Attention):
     Args:
         d_model, d_kv, num_heads, num_key_value_heads, dropout_rate: as of `CoLT5Attention`.
         num_routers: that chose what it reads, each for a group of heads; None where it reads everything.
-        rank: of the score by which each token chooses what it reads itself; None where it does not.
     """
 
     def __init__(
@@ -80,11 +80,9 @@ class CoLT5CrossAttention(CoLT5Attention):
         num_heads: int,
         num_key_value_heads: int,
         num_routers: int | None = None,
-        rank: int | None = None,
         dropout_rate: float = 0.0,
     ):
         super().__init__(d_model, d_kv, num_heads, num_key_value_heads, dropout_rate)
-        self.cross_router = None if rank is None else CoLT5AskingRouter(d_model, rank)
         self.is_routed = num_routers is not None
         self.num_routers = num_routers or 1
 
@@ -101,6 +99,29 @@ class CoLT5CrossAttention(CoLT5Attention):
         )
         return rearrange(states.diagonal(dim1=1, dim2=4), "b o s i d c -> b (c o i) s d")
 
+    def keys_and_values(
+        self,
+        encoder_hidden_states: torch.Tensor,
+        encoder_mask: torch.Tensor | None,
+        cache: Cache | None,
+        layer_idx: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """[batch, groups, encoder length or slots, d_kv], the cache's where it has them; arguments as of `forward`."""
+        cache = cache if isinstance(cache, EncoderDecoderCache) else None
+        if cache is not None and cache.is_updated.get(layer_idx):
+            layer = cache.cross_attention_cache.layers[layer_idx]
+            key, value = layer.keys, layer.values
+        else:
+            states = project(encoder_hidden_states, self.k, self.v)
+            key, value = map(self.split_routers, states)
+            if cache is not None:
+                key, value = cache.cross_attention_cache.update(key, value, layer_idx)
+                cache.is_updated[layer_idx] = True
+        if self.is_routed and encoder_mask is not None:
+            # A static cache of the caller's may be longer than the mask.
+            key, value = (states[:, :, : encoder_mask.shape[1]] for states in (key, value))
+        return key, value
+
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -112,32 +133,13 @@ class CoLT5CrossAttention(CoLT5Attention):
         settings: CrossSettings | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, RoutedTokens | None]:
         """[batch, n, d_model] → the same shape, the weights where the implementation gives them, and what each token
-        chose where it does, [batch, n, slots].
+        chose, which is None here.
 
         `encoder_hidden_states` is [batch, encoder length, d_model], or the routed rows [batch, routers * slots,
         d_model], and not read where the cache has its keys and values. `encoder_mask` is bool [batch, encoder length
         or slots], True for real tokens. `layer_idx` is where the cache has this layer.
         """
-        cache = cache if isinstance(cache, EncoderDecoderCache) else None
-        if cache is not None and cache.is_updated.get(layer_idx):
-            layer = cache.cross_attention_cache.layers[layer_idx]
-            key, value = layer.keys, layer.values
-        else:
-            states = project(encoder_hidden_states, self.k, self.v)
-            key, value = map(self.split_routers, states)
-            if self.cross_router is not None:
-                # What a memory answers is kept with its keys.
-                key = torch.cat([key, self.cross_router.answer(encoder_hidden_states)[:, None]], -1)
-            if cache is not None:
-                key, value = cache.cross_attention_cache.update(key, value, layer_idx)
-                cache.is_updated[layer_idx] = True
-        if self.is_routed and encoder_mask is not None:
-            # A static cache of the caller's may be longer than the mask.
-            key, value = (states[:, :, : encoder_mask.shape[1]] for states in (key, value))
-        if self.cross_router is not None:
-            assert settings is not None
-            return self.ask(self.cross_router, hidden_states, key, value, encoder_mask, implementation, settings)
-
+        key, value = self.keys_and_values(encoder_hidden_states, encoder_mask, cache, layer_idx)
         query = self.split_heads(self.q(hidden_states)).transpose(1, 2)
         mask = None if encoder_mask is None else encoder_mask[:, None, None, :]
         if hidden_states.shape[1] == 1 and implementation.attention == "sdpa" and not self.training:
@@ -147,32 +149,86 @@ class CoLT5CrossAttention(CoLT5Attention):
             output, weights = self.attend(query, key, value, None, mask, implementation.attention)
         return self.o(output.flatten(-2)), weights, None
 
-    def ask(
+
+class CoLT5AskingCrossAttention(CoLT5CrossAttention):
+    """Attention of each token to what it chooses of the encoder's output itself, see docs/cross_routing.md.
+
+    It asks with the mean of its heads' queries, and a token of the memory answers with its key: attention learns both
+    while a dense start is closed, so they agree before the choice opens.
+
+    Args:
+        d_model, d_kv, num_heads, dropout_rate: as of `CoLT5Attention`; there is one key/value head.
+    """
+
+    def __init__(self, d_model: int, d_kv: int, num_heads: int, dropout_rate: float = 0.0):
+        super().__init__(d_model, d_kv, num_heads, 1, num_routers=1, dropout_rate=dropout_rate)
+        self.select = CoLT5Routing()
+        self.dense_start: torch.Tensor | None = None
+
+    def choose(
         self,
-        router: CoLT5AskingRouter,
-        hidden_states: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        encoder_mask: torch.Tensor | None,
-        implementation: Implementation,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        mask: torch.Tensor | None,
         settings: CrossSettings,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, RoutedTokens]:
-        """Attention of each token to what it chooses of all keys [batch, 1, n, d_kv + rank], whose last numbers are
-        the memory's answers, and values [batch, 1, n, d_kv]; results as of `forward`."""
-        batch, length, n = *hidden_states.shape[:2], value.shape[2]
-        keys, answers = key[:, 0].split_with_sizes([self.d_kv, router.rank], -1)
-        routed = router(hidden_states, answers, encoder_mask, settings, implementation)
-        first = torch.arange(batch, device=value.device).repeat_interleave(length) * n
+        implementation: Implementation,
+    ) -> RoutedTokens:
+        """Choose what each token reads: the largest ⟨mean of its heads' queries, key⟩, unscaled as T5's attention.
+
+        Args:
+            query: [batch, m, num_heads, d_kv].
+            keys: [batch, n, d_kv], of the memory.
+            mask: bool [batch, n], True for real tokens of the memory; None for all.
+            settings: of all layers.
+            implementation: who computes.
+
+        Returns:
+            The tokens in rows [batch * m].
+        """
+        progress = self.dense_start if self.training else None
+        # Autocast would take the scores' product in half precision.
+        with maybe_autocast(query.device.type, enabled=False):
+            dtype = accumulation_dtype(query.dtype)
+            scores = query.to(dtype).mean(-2) @ keys.to(dtype).transpose(1, 2)
+        plan = RouterPlan.of(settings.soft_topk, implementation, keys, mask, progress)
+        budget = RoutingBudget.of_memory(keys, mask, settings.num_tokens, 1, settings.soft_topk.ratio, progress)
+        rows = scores.flatten(0, 1)[:, None]
+        (routed,) = run_routers((self,), rows, rows, plan, budget.for_each(query.shape[1]))
+        return routed
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        encoder_mask: torch.Tensor | None,
+        cache: Cache | None,
+        layer_idx: int,
+        implementation: Implementation,
+        settings: CrossSettings | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, RoutedTokens | None]:
+        """As of `CoLT5CrossAttention`, with all of the encoder's output, and what each token chose, [batch, n,
+        slots]; `settings` has to be given."""
+        assert settings is not None
+        key, value = self.keys_and_values(encoder_hidden_states, encoder_mask, cache, layer_idx)
+        keys, values = key[:, 0], value[:, 0]
+        query = self.split_heads(self.q(hidden_states))
+        routed = self.choose(query, keys, encoder_mask, settings, implementation)
+        batch, length, n = *hidden_states.shape[:2], keys.shape[1]
+        first = torch.arange(batch, device=keys.device).repeat_interleave(length) * n
         places = routed.indices + first[:, None]
         # As W_k (s̃ x) = s̃ W_k x, keys and values are those of the whole memory, scaled for each token. An embedding's
         # gradient adds up in one order, an index's does not.
         own_keys, own_values = (
             nn.functional.embedding(places, states.flatten(0, 1)) * routed.weights[..., None].to(states.dtype)
-            for states in (keys, value[:, 0])
+            for states in (keys, values)
         )
-        query = self.split_heads(self.q(hidden_states)).flatten(0, 1)[:, :, None]
         output, weights = self.attend(
-            query, own_keys[:, None], own_values[:, None], None, routed.valid[:, None, None], implementation.attention
+            query.flatten(0, 1)[:, :, None],
+            own_keys[:, None],
+            own_values[:, None],
+            None,
+            routed.valid[:, None, None],
+            implementation.attention,
         )
         if weights is not None:
             weights = weights[:, :, 0].unflatten(0, (batch, length)).transpose(1, 2)
@@ -214,7 +270,8 @@ class CoLT5LayerSelfAttention(nn.Module):
 
 class CoLT5LayerCrossAttention(nn.Module):
     """Norm, attention to the encoder's output, residual; arguments as of `CoLT5CrossAttention`, whose `dropout_rate`
-    is also that of what the layer adds."""
+    is also that of what the layer adds. With `asks` it is `CoLT5AskingCrossAttention`'s, which has one key/value head
+    and one choice for all heads."""
 
     def __init__(
         self,
@@ -223,14 +280,18 @@ class CoLT5LayerCrossAttention(nn.Module):
         num_heads: int,
         num_key_value_heads: int,
         num_routers: int | None = None,
-        rank: int | None = None,
+        asks: bool = False,
         dropout_rate: float = 0.0,
         layer_norm_epsilon: float = 1e-6,
     ):
         super().__init__()
-        self.EncDecAttention = CoLT5CrossAttention(
-            d_model, d_kv, num_heads, num_key_value_heads, num_routers, rank, dropout_rate
-        )
+        self.EncDecAttention: CoLT5CrossAttention
+        if asks:
+            self.EncDecAttention = CoLT5AskingCrossAttention(d_model, d_kv, num_heads, dropout_rate)
+        else:
+            self.EncDecAttention = CoLT5CrossAttention(
+                d_model, d_kv, num_heads, num_key_value_heads, num_routers, dropout_rate
+            )
         self.layer_norm = CoLT5LayerNorm(d_model, layer_norm_epsilon)
         self.dropout = nn.Dropout(dropout_rate)
 

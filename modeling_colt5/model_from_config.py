@@ -92,7 +92,7 @@ def cross_attention(config: CoLT5Config) -> CoLT5LayerCrossAttention:
         num_heads=config.num_heads,
         num_key_value_heads=config.num_cross_key_value_heads,
         num_routers=None if config.routed_cross_key_values is None else config.num_cross_routers,
-        rank=config.cross_routing_rank,
+        asks=config.asking_cross_routing,
         dropout_rate=config.dropout_rate,
         layer_norm_epsilon=config.layer_norm_epsilon,
     )

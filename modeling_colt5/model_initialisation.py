@@ -5,7 +5,6 @@ from torch import nn
 from transformers import initialization as init
 
 from .model_causal import CoLT5LayerCausalAttention
-from .model_cross_routing import CoLT5AskingRouter
 from .model_layers import CoLT5Attention, CoLT5DenseActDense, CoLT5LayerNorm, CoLT5RelativePositionBias
 from .model_router import CoLT5Router
 
@@ -32,9 +31,6 @@ def init_layer(module: nn.Module, d_model: int, factor: float = 1.0) -> None:
     elif isinstance(module, CoLT5Router):
         if hasattr(module, "weight"):
             init.normal_(module.weight, mean=0.0, std=std)
-    elif isinstance(module, CoLT5AskingRouter):
-        init_normal(module.question, std)
-        init_normal(module.answer, std)
     elif isinstance(module, CoLT5Attention):
         init_normal(module.q, std * module.d_kv**-0.5)
         init_normal(module.k, std)

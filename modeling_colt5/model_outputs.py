@@ -65,7 +65,7 @@ class CoLT5DecoderOutput(NamesOfTheCache, BaseModelOutputWithPastAndCrossAttenti
     Args:
         routing: each layer's choices where it is causally routed, with `output_routing=True`.
         cross_routing: each layer's tokens of routed cross-attention, a `RoutedTokens` for each of its routers, [batch,
-            slots], or of what each token chose with `cross_routing_rank`, [batch, n, slots]; with
+            slots], or of what each token chose with `asking_cross_routing`, [batch, n, slots]; with
             `output_routing=True`; None where there is none, and where keys and values came from the cache.
     """
 

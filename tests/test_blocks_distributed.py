@@ -40,7 +40,7 @@ class Network(nn.Module):
         self.block = CoLT5ConditionalBlock(D, **ATTENTION | FEED_FORWARD)
         self.image = CoLT5ConditionalImageAttention(D, **ATTENTION)
         self.cross = CoLT5ConditionalCrossAttention(D, 5, d_kv=4, num_heads=2, num_cross_routers=2)
-        self.asking = CoLT5ConditionalCrossAttention(D, 5, d_kv=4, num_heads=2, cross_routing_rank=3)
+        self.asking = CoLT5ConditionalCrossAttention(D, 5, d_kv=4, num_heads=2, asking_cross_routing=True)
         causal = HEADS | {"causal_window": 4, "causal_routed_keys": 6, "routed_query_fraction": 1 / 4}
         self.causal_attention = CoLT5CausalConditionalAttention(D, **causal)
         self.causal_feed_forward = CoLT5CausalConditionalFeedForward(D, **FEED_FORWARD, causal_window=4)

@@ -19,7 +19,7 @@ KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
     "with an encoder": (CoLT5ForConditionalGeneration, {}),
     "with an encoder, routed": (CoLT5ForConditionalGeneration, ROUTED),
     "cross-routed": (CoLT5ForConditionalGeneration, {"routed_cross_key_values": 6, "num_cross_routers": 2}),
-    "asking": (CoLT5ForConditionalGeneration, {"routed_cross_key_values": 6, "cross_routing_rank": 4}),
+    "asking": (CoLT5ForConditionalGeneration, {"routed_cross_key_values": 6, "asking_cross_routing": True}),
 }
 # fp32 sums taken in another order over logits of size 1
 TOLERANCE = 1e-5

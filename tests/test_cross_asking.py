@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import pad, random_ids, tiny_config, tiny_model
+from models import pad, random_ids, tiny_model
 from rounding import assert_same_but_for_rounding
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache, StaticCache
@@ -17,8 +17,7 @@ from modeling_colt5 import (
     soft_topk,
 )
 
-RANK = 6
-ASKING: dict[str, Any] = {"routed_cross_key_values": 7, "cross_routing_rank": RANK}
+ASKING: dict[str, Any] = {"routed_cross_key_values": 7, "asking_cross_routing": True}
 
 
 def asking_model(dtype: torch.dtype = torch.float32, **fields: Any) -> CoLT5ForConditionalGeneration:
@@ -27,7 +26,7 @@ def asking_model(dtype: torch.dtype = torch.float32, **fields: Any) -> CoLT5ForC
 
 
 def module(budget: int = 7, **more: Any) -> CoLT5ConditionalCrossAttention:
-    return CoLT5ConditionalCrossAttention(32, budget, d_kv=8, num_heads=4, cross_routing_rank=RANK, **more).eval()
+    return CoLT5ConditionalCrossAttention(32, budget, d_kv=8, num_heads=4, asking_cross_routing=True, **more).eval()
 
 
 def real(lengths: list[int], n: int) -> Tensor:
@@ -39,22 +38,22 @@ def test_it_and_its_gradients_are_the_equation(float64_statistics: None) -> None
     ours = module().double()
     with torch.no_grad():
         # scores that lie apart by far more than rounding
-        ours.layer.EncDecAttention.cross_router.question.weight.mul_(3)
+        ours.layer.EncDecAttention.q.weight.mul_(30)
     written = copy.deepcopy(ours)
     states, memory = (torch.randn(1, n, 32, dtype=torch.float64, requires_grad=True) for n in (5, 30))
     goal = torch.randn(1, 5, 32).double()
     output, (tokens,) = ours(states, memory, output_routing=True)
     own, read = (part.detach().clone().requires_grad_() for part in (states, memory))
     attention = written.layer.EncDecAttention
-    router, rows = attention.cross_router, []
+    rows = []
     for place in range(5):
         state = own[0, place]
         normed = state * (state.square().mean() + 1e-6).rsqrt() * written.layer.layer_norm.weight
-        scores = (read[0] @ router.answer.weight.T) @ (router.question.weight @ normed) * RANK**-0.5
+        query = (attention.q.weight @ normed).view(4, 8)
+        scores = (read[0] @ attention.k.weight.T) @ query.mean(0)
         chosen = scores.topk(7).indices.sort().values
         assert tokens.indices[0, place].tolist() == chosen.tolist()
         seen = soft_topk(scores, 9 / 8 * 7)[chosen, None] * read[0][chosen]
-        query = (attention.q.weight @ normed).view(4, 8)
         weights = (query @ (seen @ attention.k.weight.T).T).softmax(-1)
         rows.append(state + attention.o.weight @ (weights @ (seen @ attention.v.weight.T)).flatten())
     expected = torch.stack(rows)
@@ -68,8 +67,12 @@ def test_it_and_its_gradients_are_the_equation(float64_statistics: None) -> None
 
 @torch.no_grad()
 def test_a_budget_that_covers_everything_is_full_cross_attention() -> None:
-    asking, full = asking_model(routed_cross_key_values=40), asking_model(**dict.fromkeys(ASKING))
-    full.load_state_dict(asking.state_dict(), strict=False)
+    asking, full = (
+        asking_model(routed_cross_key_values=40),
+        asking_model(routed_cross_key_values=None, asking_cross_routing=False),
+    )
+    # a choice by queries and keys has no parameters
+    full.load_state_dict(asking.state_dict())
     inputs = {**pad([random_ids(40), random_ids(9)]), "decoder_input_ids": random_ids(2, 6)}
     assert_same_but_for_rounding(asking(**inputs).logits, full(**inputs).logits)
 
@@ -131,10 +134,10 @@ def test_generation(options: dict[str, Any]) -> None:
 
 
 @torch.no_grad()
-def test_a_memory_answers_once() -> None:
+def test_a_memory_is_projected_once() -> None:
     asking, states, memory = module(), torch.randn(2, 4, 32), torch.randn(2, 30, 32)
     cache, calls = asking.make_cache(), []
-    asking.layer.EncDecAttention.cross_router.answer.register_forward_hook(lambda *_: calls.append(1))
+    asking.layer.EncDecAttention.k.register_forward_hook(lambda *_: calls.append(1))
     expected = asking(states, memory)
     parts = [asking(part, memory, cache=cache) for part in states.split(1, 1)]
     assert_same_but_for_rounding(torch.cat(parts, 1), expected)
@@ -165,10 +168,13 @@ def test_a_dense_start_reads_every_token_with_a_weight(progress: float) -> None:
     output, (tokens,) = asking(torch.randn(1, 3, 32), memory, output_routing=True)
     first, last = 0.9 * 20, 9 / 8 * 7
     torch.testing.assert_close(tokens.weights.sum(-1), torch.full((1, 3), first * (last / first) ** progress))
-    output.square().sum().backward()
-    router = asking.layer.EncDecAttention.cross_router
-    for linear in (router.question, router.answer):
-        assert bool(linear.weight.grad.any()) is (progress > 0)
+    # of the weights alone: queries and keys get the attention's gradient in any case
+    attention, goal = asking.layer.EncDecAttention, torch.randn_like(tokens.weights)
+    for linear in (attention.q, attention.k):
+        (gradient,) = torch.autograd.grad(
+            (tokens.weights * goal).sum() + 0 * output.sum(), linear.weight, retain_graph=True
+        )
+        assert bool(gradient.any()) is (progress > 0)
     asking.eval()
     assert asking(torch.randn(1, 3, 32), memory, output_routing=True)[1][0].valid.sum() == 3 * 7
 
@@ -178,7 +184,7 @@ def test_a_dense_start_reads_every_token_with_a_weight(progress: float) -> None:
 def test_it_learns_what_a_shared_choice_cannot() -> None:
     """Each token of the decoder needs one token of the memory; together they need more than the budget."""
     torch.manual_seed(0)
-    asking = CoLT5ConditionalCrossAttention(32, 2, d_kv=16, num_heads=2, cross_routing_rank=16)
+    asking = CoLT5ConditionalCrossAttention(32, 2, d_kv=16, num_heads=2, asking_cross_routing=True)
     shared = CoLT5ConditionalCrossAttention(32, 2, d_kv=16, num_heads=2)
     names, values = nn.functional.normalize(torch.randn(8, 16), dim=-1) * 4, torch.randn(64, 8, 16)
     losses = []
@@ -221,19 +227,28 @@ def test_weights_are_of_the_slots_that_each_token_chose() -> None:
         torch.testing.assert_close(weights.sum(-1), torch.ones(2, 4, 5))
 
 
-def test_it_is_saved_and_its_routers_are_known_to_be_new(tmp_path: Any, messages: Any) -> None:
+def test_it_is_saved_and_a_checkpoint_without_it_has_all_it_needs(tmp_path: Any) -> None:
     model = asking_model()
-    model.config.routers_trained = True
     model.save_pretrained(tmp_path / "asking")
     again = CoLT5ForConditionalGeneration.from_pretrained(tmp_path / "asking").eval()
     inputs = {"input_ids": random_ids(1, 30), "decoder_input_ids": random_ids(1, 4)}
-    assert_same_but_for_rounding(again(**inputs).logits, model(**inputs).logits)
-    assert again.config.routers_trained
-    plain = asking_model(**dict.fromkeys(ASKING))
-    plain.config.routers_trained = True
+    expected = model(**inputs).logits
+    assert_same_but_for_rounding(again(**inputs).logits, expected)
+    plain = asking_model(routed_cross_key_values=None, asking_cross_routing=False)
+    plain.load_state_dict(model.state_dict())
     plain.save_pretrained(tmp_path / "plain")
-    fresh = CoLT5ForConditionalGeneration.from_pretrained(tmp_path / "plain", **ASKING).eval()
-    assert not fresh.config.routers_trained and "cross_router" in messages.text
-    # new routers begin like those of a new model, d_model^-½
-    weight = fresh.decoder.block[0].layer[1].EncDecAttention.cross_router.question.weight
-    assert 0.5 < weight.std() * tiny_config().d_model ** 0.5 < 2
+    found, info = CoLT5ForConditionalGeneration.from_pretrained(tmp_path / "plain", **ASKING, output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert_same_but_for_rounding(found.eval()(**inputs).logits, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_scores_are_never_of_half_precision(dtype: torch.dtype) -> None:
+    """Two keys whose scores differ by less than bfloat16 could tell: the larger one is chosen under autocast too."""
+    attention = module(1).to(dtype).layer.EncDecAttention
+    keys = torch.ones(1, 3, 8, dtype=dtype)
+    keys[0, 1] += 2**-12
+    query, settings = torch.ones(1, 2, 4, 8, dtype=dtype), module(1).settings
+    with torch.autocast("cpu", torch.bfloat16):
+        tokens = attention.choose(query, keys, None, settings, module(1).implementation)
+    assert tokens.indices.tolist() == [[1], [1]] and tokens.weights.dtype == dtype

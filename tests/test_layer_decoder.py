@@ -443,7 +443,7 @@ def test_a_patched_class_is_not_plain(block: nn.Module, monkeypatch: pytest.Monk
 def test_blocks_that_were_never_plain_are_not() -> None:
     for fields in (
         {"feed_forward_proj": "relu"},
-        {"routed_cross_key_values": 4, "cross_routing_rank": 4, "num_cross_key_value_heads": 1},
+        {"routed_cross_key_values": 4, "asking_cross_routing": True, "num_cross_key_value_heads": 1},
     ):
         model = tiny_model(num_layers=1, num_decoder_layers=1, **fields)
         assert read_plain(model.decoder.block[0]) is None
