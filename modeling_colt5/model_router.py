@@ -1,6 +1,7 @@
 """The routers of a layer: what scores its tokens, and one operation that routes for all that read the same states."""
 
 from functools import reduce
+from itertools import chain
 from typing import Any
 
 import torch
@@ -78,7 +79,8 @@ def set_dense_start(network: nn.Module, progress: float | None) -> None:
     if not parts:
         raise ValueError(f"{type(network).__name__} has no routers that a dense start could train")
     for part in parts:
-        device = next(part.parameters()).device
+        # routers that cannot learn have no parameters of their own
+        device = next(chain(part.parameters(), network.parameters())).device
         if progress is None:
             part.dense_start = None
         elif part.dense_start is None or part.dense_start.device != device:

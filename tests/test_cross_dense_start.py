@@ -7,10 +7,13 @@ from typing import Any
 import pytest
 import torch
 from models import checkpoint_activations, pad, random_ids, tiny_model
+from torch import nn
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache, StaticCache
 
 from modeling_colt5 import CoLT5ForConditionalGeneration, soft_topk
+from modeling_colt5.model_cross_routing import CoLT5CrossRouting
 from modeling_colt5.model_from_config import cross_settings, implementation
+from modeling_colt5.model_router import set_dense_start
 
 BUDGET = 6
 
@@ -228,3 +231,16 @@ def test_captured_step_follows_the_dense_start() -> None:
             for found, expected in zip(rows, route(model, memory, None)[0], strict=True):
                 # the same kernels on the same numbers
                 torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("routing", ["even", "random"])
+def test_routers_without_parameters_are_told_too(routing: str) -> None:
+    """A model of such routers alone is refused, but a network of modules may have both kinds."""
+    routers = CoLT5CrossRouting(8, 2, routing=routing)
+    assert list(routers.parameters()) == []
+    network = nn.Sequential(nn.Linear(8, 8), routers).train()
+    for progress in (0.0, 0.25):
+        set_dense_start(network, progress)
+        assert routers.progress is not None and routers.progress.item() == progress
+    set_dense_start(network, None)
+    assert routers.progress is None
