@@ -323,3 +323,12 @@ def test_the_ablation_asks_each_model_for_the_same_types(corpus, tmp_path, capsy
     task = next(task for task in study.tasks_of(corpus, ablation.SHARES) if task[1] == ablation.SHARE)
     asked = len(question_of(corpus / "tokens/baselines.json", VOCABULARY, task).keys)
     assert all(f"% of {asked} |" in row for row in rows[2:])
+
+
+@pytest.mark.parametrize(
+    ("environment", "count", "named"),
+    [({}, 2, ["0", "1"]), ({"CUDA_VISIBLE_DEVICES": "1"}, 1, ["1"]), ({"CUDA_VISIBLE_DEVICES": "3,2"}, 2, ["3", "2"]),
+     ({"CUDA_VISIBLE_DEVICES": ""}, 0, []), ({}, 0, [])],
+)  # fmt: skip
+def test_runs_stay_on_the_gpus_that_the_command_sees(environment, count, named):
+    assert study.gpus_of(environment, count) == named

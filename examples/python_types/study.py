@@ -23,7 +23,7 @@ import pickle
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
@@ -372,6 +372,12 @@ def prepare(arguments: Arguments, arms: Sequence[str]) -> None:
             (arguments.out / f"questions-{window}.pkl").write_bytes(pickle.dumps(questions))
 
 
+def gpus_of(environment: Mapping[str, str], count: int) -> list[str]:
+    """What CUDA_VISIBLE_DEVICES calls each of the GPUs that this process sees, which may be some of the machine's."""
+    named = environment.get("CUDA_VISIBLE_DEVICES")
+    return (named.split(",") if named else [str(gpu) for gpu in range(count)])[:count]
+
+
 def in_lanes(
     commands: dict[str, list[str]], lanes: int, out: Path, ends: float, done: Callable[[str], None] = lambda name: None
 ) -> None:
@@ -384,8 +390,8 @@ def in_lanes(
         ends: of `time.monotonic`.
         done: is given the name of each command that has ended well, at once.
     """
-    gpus = torch.cuda.device_count()
-    free = [str(gpu) for _ in range(lanes) for gpu in range(max(1, gpus))]
+    gpus = gpus_of(os.environ, torch.cuda.device_count())
+    free = [gpu for _ in range(lanes) for gpu in gpus or [""]]
     waiting = list(commands.items())
     working: list[tuple[str, subprocess.Popen[bytes], str]] = []
     while (waiting or working) and time.monotonic() < ends:
