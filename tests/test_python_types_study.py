@@ -126,7 +126,12 @@ def test_a_run_learns_and_knows_what_it_knew_before(name, corpus, tmp_path, monk
     monkeypatch.setitem(PLANS, "tiny", Plan((name,), (0,), (128,), (128,), batch_tokens=256))
     arguments = study.Arguments("tiny", tmp_path, tokens=corpus / "tokens", corpus=corpus)
     run = study.Run(arguments, ARMS[name], 0, Size(**SIZE))
-    curve, earlier = run.train(40, 20)
+    curve, mean_weights, earlier = study.trained(run, tmp_path / "run.pt", 40, 20)
+    assert all(map(torch.equal, mean_weights, run.mean))
+    # what was trained is there for the next try
+    monkeypatch.setattr(run, "train", None)
+    again = study.trained(run, tmp_path / "run.pt", 40, 20)
+    assert again[0] == curve and all(map(torch.equal, again[2], earlier))
     # a new model's loss is that of a guess among all tokens or more; these modules have few
     assert curve[0]["step"] == 2 and len(curve) == study.MARKS
     losses = [

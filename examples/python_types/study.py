@@ -7,8 +7,9 @@
 
 The first command trains each arm of the plan (arms.py) with each seed and asks it for the types of held-out modules.
 It spreads the runs over all GPUs, `--lanes` of them side by side on each, and starts none anew that `--results` has.
-A run's line is written when the run ends; one that is not done after `--seconds` is ended, and leaves no line. The
-second command prints the tables.
+A run's line is written when the run ends; one that is not done after `--seconds` is ended, and leaves no line. If it
+was trained by then, the same command with the same `--out` only asks for the types. The second command prints the
+tables.
 
 All runs of a plan have the same steps and read the same data. The learning rate does not depend on a run's end, and
 what is evaluated is a mean of the last weights: so one run shows what it knew at any earlier step too, and the arms
@@ -322,6 +323,21 @@ def paces_of(arguments: Arguments, arms: Sequence[str]) -> dict[str, dict[str, f
     return {arm: json.loads(file.read_text()) for arm, file in files.items() if file.exists()}
 
 
+def trained(run: Run, file: Path, steps: int, also: int) -> tuple[list[dict[str, Any]], list[Tensor], list[Tensor]]:
+    """The curve of a run, and its mean weights at the end and after `also` steps.
+
+    They are kept in a file, and come from there where it exists: a run that was broken off while its model was asked
+    for types is not trained again.
+    """
+    if not file.exists():
+        curve, earlier = run.train(steps, also)
+        unfinished = file.with_suffix(".unfinished")
+        torch.save({"curve": curve, "mean": run.mean, "earlier": earlier}, unfinished)
+        unfinished.replace(file)
+    kept = torch.load(file, map_location=run.device)
+    return kept["curve"], kept["mean"], kept["earlier"]
+
+
 def train_one(arguments: Arguments, size: Size, name: str, seed: int) -> None:
     """Train, ask, and leave the result in a file of its own."""
     plan, arm = PLANS[arguments.plan], ARMS[name]
@@ -330,7 +346,8 @@ def train_one(arguments: Arguments, size: Size, name: str, seed: int) -> None:
     least = min(seconds[-1] for seconds in times.values())
     also = max(1, int(np.searchsorted(times[name], least, side="right")))
     run = Run(arguments, arm, seed, size)
-    curve, earlier = run.train(arguments.steps, also)
+    file = arguments.out / f"{name}-{seed}-{arguments.steps}-{also}.pt"
+    curve, mean, earlier = trained(run, file, arguments.steps, also)
     for point in curve:
         point["seconds"] = round(times[name][point["step"] - 1], 2)
     line: dict[str, Any] = {
@@ -348,7 +365,7 @@ def train_one(arguments: Arguments, size: Size, name: str, seed: int) -> None:
     if plan.is_evaluated:
         common = json.loads((arguments.tokens / "baselines.json").read_text())["common"]
         questions = pickle.loads((arguments.out / f"questions-{arm.window}.pkl").read_bytes())
-        line["at_steps"] = counted(run.ask(run.mean, questions, common))
+        line["at_steps"] = counted(run.ask(mean, questions, common))
         line["at_time"] = line["at_steps"] if also == arguments.steps else counted(run.ask(earlier, questions, common))
     unfinished = arguments.out / f"{name}-{seed}.unfinished"
     unfinished.write_text(json.dumps(line) + "\n")
