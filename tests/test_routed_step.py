@@ -126,6 +126,7 @@ def test_windows_hand_on_thresholds(hand_on, soft_target: float, device: torch.d
         threshold = carried[row, 0, 1].double()
         if soft_target < window:
             weights = ((own - threshold) / epsilon).exp().clamp(max=1)
+            # the threshold is fp32
             torch.testing.assert_close(weights.sum().item(), soft_target, rtol=1e-5, atol=0)
         else:
             assert threshold == float("-inf")
@@ -183,6 +184,7 @@ def test_windows_hand_on_pools(hand_on, size: int, dtype: torch.dtype, device: t
                 ranks = index[row, number, end, :count]
                 assert torch.equal(pool["rank"][row, 0, number, :count], ranks)
                 assert torch.equal(pool["score"][row, 0, number, :count], scores[row, number, ranks])
+                # exponentials of fp32 differences, whose thresholds are summed in another order
                 torch.testing.assert_close(
                     pool["weight"][row, 0, number, :count], weights[row, number, end, :count], rtol=1e-5, atol=1e-6
                 )
