@@ -126,7 +126,7 @@ class Backward:
                 out = self.line.temporary(program.dtype, *view.shape)
             product(part.t(), states, out)
             if out is not view:
-                self.line.run(join_into, (view, out))
+                join_into((view, out))
 
     def states_gradient(self, joined: Tensor, first: int, count: int) -> Tensor:
         """The gradient of states, from those of their products with weights from a place on, side by side."""
@@ -140,31 +140,34 @@ class Backward:
             (line.recorder.add_product if number else line.recorder.product)(part, weight, out)
         return out
 
-    def route(self, router: int, slots: Sequence[Tensor], room: Sequence[Tensor | None]) -> None:
-        """The routing's gradient of one launch: `slots` are scores, weights, indices, valid and state, `room` the
-        weights' gradient, partial sums, the scores' gradient and the budget's."""
+    def route(
+        self, router: int, slots: Slots, gradient: SlotGradients, places: list[Tensor], room: list[Tensor]
+    ) -> None:
+        """The routing's gradient of one launch, that of this number among those of slots; `places` are the tensors of
+        the forward pass, `room` those of this one."""
         budget, mask = self.line.common.routers[router]
-        scores, *results = slots
-        weights_grad, sums, scores_grad, budget_grad = room
-        rows = (weights_grad, scores, budget, None, mask, None, results[0].shape[1])
-        settings = self.line.program.settings
-        self.line.run(route_backward_into, *rows, *settings, *results, scores_grad, budget_grad, sums)
+        scores, weights, indices, valid, state = (places[number] for number in slots.launches[router])
+        weights_grad, sums, scores_grad, budget_grad = gradient.launches[router]
+        route_backward_into(
+            room[weights_grad], scores, budget, None, mask, None, weights.shape[1], *self.line.program.settings,
+            weights, indices, valid, state, room[scores_grad], room[budget_grad], None if sums is None else room[sums],
+        )  # fmt: skip
 
     def dense(self, name: str, grad: Tensor, states: Tensor, first: int, drop: int) -> Tensor:
         """The gradient of a gated feed-forward's states, and those of its weights, from the place `first` on, as
         needed; dropout as at the place `drop`."""
         line, out = self.line, self.line.weights[first + 2]
         products = line.place(f"{name}_products")
-        parts = [line.rows(part) for part in products.chunk(2, 1)]
+        gate, up = products.chunk(2, 1)
         tokens, width = states.shape[0], products.shape[1] // 2
         activated_grad = line.temporary(states.dtype, tokens, width)
         line.recorder.product(grad, out, activated_grad)
         joined = line.temporary(states.dtype, tokens, 2 * width)
         # the activation is cheaper to compute again than to keep, and takes the place of its gradient
         activated = activated_grad if self.needs[first + 2] else None
-        line.run(
-            gated_gelu_backward_into,
-            line.rows(activated_grad), *parts, *(line.rows(part) for part in joined.chunk(2, 1)),
+        gate_grad, up_grad = joined.chunk(2, 1)
+        gated_gelu_backward_into(
+            line.rows(activated_grad), line.rows(gate), line.rows(up), line.rows(gate_grad), line.rows(up_grad),
             *line.dropout(drop), None if activated is None else line.rows(activated),
         )  # fmt: skip
         if activated is not None:
@@ -194,8 +197,7 @@ class Backward:
             router_first, count, eps = Weight.ROUTER, 1, feed_forward_eps
         # gradients of two routers lie side by side, as the routers do
         router_grads = self.gradients.views[router_first].as_strided((count, d), (d, 1))
-        line.run(
-            norm_backward_into,
+        norm_backward_into(
             line.rows(normed_grad), scores_grad, hidden_states, line.weights[first], routers, eps, None, rstd,
             out, self.gradients.views[first], router_grads, hidden_grad, shares,
         )  # fmt: skip
@@ -218,31 +220,26 @@ class Backward:
         """The gradients of what the feed-forward got, [batch, n, d_model], of the residual and of the branches before
         it."""
         line, program, own = self.line, self.line.program, self.rooms
-        run, rows, d = line.run, line.rows, program.d
+        rows, d = line.rows, program.d
         light_grad = line.dropped(grad, Drop.FEED_FORWARD)
         grad_of_update = light_grad if program.drops[Drop.FEED_FORWARD] > 0 else grad
         places = program.second.views(line.place("second"))
         room = own.second.views(line.temporary(torch.uint8, own.second.size))
         gradient = own.second_slots
-        indices, valid, weights = (places[part] for part in program.second_slots.routers[0])
+        ((indices, valid, weights),) = program.second_slots.tokens(places)
         normed, states = line.place("second_normed"), line.place("states")
         heavy_grad = line.temporary(program.dtype, *states.shape)
-        run(
-            gather_dot_into,
+        gather_dot_into(
             grad_of_update, rows(line.place("heavy")), indices, valid, weights, rows(heavy_grad),
             room[gradient.weights[0]],
         )  # fmt: skip
-        (launch,) = program.second_slots.launches
-        (launch_back,) = gradient.launches
-        self.route(
-            -1, [places[part] for part in launch], [part if part is None else room[part] for part in launch_back]
-        )
+        self.route(-1, program.second_slots, gradient, places, room)
         states_grad = self.dense("heavy", heavy_grad, states, Weight.HEAVY_WI_0, Drop.HEAVY_FF)
         del heavy_grad
         normed_grad = self.dense("light", light_grad.view(-1, d), normed, Weight.LIGHT_WI_0, Drop.LIGHT_FF)
         total = line.temporary(program.dtype, *normed.shape)
         routed = (rows(states_grad), indices, valid, None)
-        run(combine_into, rows(normed_grad), None, *routed, *[None] * 4, program.n, rows(total))
+        combine_into(rows(normed_grad), None, *routed, None, None, None, None, program.n, rows(total))
         del normed_grad, states_grad, routed
         result = line.temporary(program.hidden_dtype, *grad.shape)
         self.norm(
@@ -254,19 +251,18 @@ class Backward:
     def attention(self, grad: Tensor, update_grad: Tensor, hidden_states: Tensor, out: Tensor) -> None:
         """The gradient of what the attention got, of its weights and of the tables."""
         line, program, own = self.line, self.line.program, self.rooms
-        run, rows, heads, d = line.run, line.rows, line.heads, program.d
+        rows, heads, d = line.rows, line.heads, program.d
         light_table, heavy_table = self.tables
         places = program.first.views(line.place("first"))
         room = own.first.views(line.temporary(torch.uint8, own.first.size))
         slots, gradient = program.first_slots, own.first_slots
-        query_slots, key_slots = ([places[part] for part in router] for router in slots.routers)
+        queries, keys = slots.tokens(places)
         query_states, key_states = line.place("query_states"), line.place("key_states")
 
         heavy_grad = line.temporary(program.dtype, *query_states.shape)
-        run(
-            gather_dot_into,
-            update_grad, rows(line.place("heavy_update")), *query_slots, rows(heavy_grad), room[gradient.weights[0]],
-        )  # fmt: skip
+        gather_dot_into(
+            update_grad, rows(line.place("heavy_update")), *queries, rows(heavy_grad), room[gradient.weights[0]]
+        )
         attended, query, key_value = (line.place(name) for name in ("heavy_attended", "query", "key_value"))
         self.weight_gradients(heavy_grad, attended, Weight.HEAVY_O, 1)
         size = program.heavy_size
@@ -277,10 +273,9 @@ class Backward:
         key_value_grad = line.temporary(program.dtype, *key_value.shape)
         partials = self.partials(own.heavy_partials, heavy_table)
         seed, probability = line.dropout(Drop.HEAVY_ATTENTION)
-        run(
-            attention_backward_into,
+        attention_backward_into(
             heads(attended_grad, size), heads(query, size), *(heads(part, size) for part in key_value.chunk(2, 1)),
-            line.tables[1], 0, query_slots[0], *key_slots[:2], probability, seed,
+            line.tables[1], 0, queries[0], *keys[:2], probability, seed,
             heads(attended, size), places[program.heavy_sums],
             heads(query_grad, size), *(heads(part, size) for part in key_value_grad.chunk(2, 1)), heavy_table,
             room[own.heavy_delta], partials,
@@ -303,8 +298,7 @@ class Backward:
         query_key_value_grad = line.temporary(program.dtype, *query_key_value.shape)
         partials = self.partials(own.light_partials, light_table)
         seed, probability = line.dropout(Drop.LIGHT_ATTENTION)
-        run(
-            attention_backward_into,
+        attention_backward_into(
             heads(attended_grad, size), *(heads(part, size) for part in query_key_value.chunk(3, 1)),
             line.tables[0], program.radius, None, None, line.common.mask, probability, seed,
             heads(attended, size), places[program.light_sums],
@@ -316,18 +310,13 @@ class Backward:
         normed_grad = self.states_gradient(query_key_value_grad, Weight.LIGHT_Q, 3)
         del query_key_value_grad
 
-        run(
-            gather_dot_into,
-            rows(normed), rows(key_states_grad), *key_slots[:2], None, None, room[gradient.weights[1]],
-        )  # fmt: skip
-        for router, (launch, launch_back) in enumerate(zip(slots.launches, gradient.launches, strict=True)):
-            back = [part if part is None else room[part] for part in launch_back]
-            self.route(router, [places[part] for part in launch], back)
+        gather_dot_into(rows(normed), rows(key_states_grad), *keys[:2], None, None, room[gradient.weights[1]])
+        for router in range(len(slots.launches)):
+            self.route(router, slots, gradient, places, room)
         total = line.temporary(program.dtype, *normed.shape)
-        run(
-            combine_into,
-            rows(normed_grad), None, rows(query_states_grad), *query_slots[:2], None,
-            rows(key_states_grad), *key_slots, program.n, rows(total),
+        combine_into(
+            rows(normed_grad), None, rows(query_states_grad), *queries[:2], None,
+            rows(key_states_grad), *keys, program.n, rows(total),
         )  # fmt: skip
         del normed_grad, query_states_grad, key_states_grad
         self.norm(

@@ -29,27 +29,23 @@ from .layer_decoder import (
     shapes_of_cross,
 )
 from .layer_plain import parts_of_dense
-from .op_gates import hand_thresholds_into, token_gate_into
-from .op_pools import hand_pool_into
-from .op_step_attention import local_step_attention_into, pool_step_attention_into
 from .run_causal_cache import CoLT5DynamicRoutedLayer
 from .run_causal_plan import CausalSettings
 
 if triton_is_available():
-    from .op_gates_triton import LONGEST_WINDOW
-    from .op_pools_triton import LONGEST_UNION
+    from .op_gates_triton import LONGEST_WINDOW, hand_thresholds_into, token_gate_into
+    from .op_pools_triton import LONGEST_UNION, hand_pool_into
     from .op_rows_triton import MOST_JOINS, MOST_PARTS, combine_into, join_into
-    from .run_launch_list_triton import LaunchList, Recorder, may_repeat, repeated_or_recorder
+    from .op_step_attention_triton import local_step_attention_into, pool_step_attention_into
+    from .run_launch_list_triton import Lists, Recorder, may_repeat, repeated_or_recorder
 
 _SHAPE, _DTYPE = attrgetter("shape"), attrgetter("dtype")
 # attributes of modules that are numbers of a line
 _NUMBERS = ("eps", "d_kv", "groups", "routing", "is_gated_act", "training", "dropout", "p")
 # what a layer's cache holds that a token reads or writes: first rings, then what is carried
+_POOL = ("pool_key", "pool_value", "pool_rank", "pool_weight", "pool_valid")
 _LIGHT = (("light_key", "light_value"), ())
-_HEAVY = (
-    ("heavy_key", "heavy_value", "query", "key_value_scores"),
-    ("query", "pool_score", "pool_key", "pool_value", "pool_rank", "pool_weight", "pool_valid"),
-)
+_HEAVY = (("heavy_key", "heavy_value", "query", "key_value_scores"), ("query", "pool_score", *_POOL))
 _FEED_FORWARD = (("feed_forward",), ("feed_forward",))
 
 
@@ -131,7 +127,7 @@ class RoutedStepLayer(NamedTuple):
     weights: tuple[Tensor, ...]
     state: tuple[Tensor, ...]
     memory: tuple[Tensor, ...]
-    lists: "dict[tuple[bool, bool], LaunchList | None]"
+    lists: "Lists"
 
 
 class RoutedStep:
@@ -269,8 +265,8 @@ class RoutedStep:
         memories += [*layer.memory, *[part for part in (incoming, self.memory_mask) if part is not None]]
         recorder = repeated_or_recorder(layer.lists, kind, memories, self.repeats)
         if recorder is not None:
-            _RoutedLine(self, layer, recorder).run(incoming, hidden, branches)
-            recorder.keep(layer.lists, kind, memories)
+            with recorder:
+                _RoutedLine(self, layer, recorder).run(incoming, hidden, branches)
 
 
 class _RoutedLine(TokenLine):
@@ -324,17 +320,20 @@ class _RoutedLine(TokenLine):
         settings, ranks = self.step.settings, (self.step.past, self.step.total)
         targets = {"query": settings.num_queries, "feed_forward": settings.num_feed_forward}
         epsilon, ratio = float(settings.epsilon), float(settings.soft_topk_ratio)
-        assert hand_thresholds_into is not None and hand_pool_into is not None
         for name, target in targets.items():
             if name in self.carried:
-                state = (self.rings[name], self.carried[name], settings.window, target)
-                self.recorder.run(hand_thresholds_into, *ranks, *state, ratio * target, epsilon)
+                state = (self.rings[name], self.carried[name])
+                hand_thresholds_into(*ranks, *state, settings.window, target, ratio * target, epsilon)
         if self.is_routed:
-            rings = [self.rings[name] for name in ("key_value_scores", "heavy_key", "heavy_value")]
-            parts = ("score", "key", "value", "rank", "weight", "valid")
-            pool = [self.carried[f"pool_{name}"] for name in parts]
-            sources = self.recorder.temporary(torch.int32, *pool[0][:, 0].shape)
-            self.recorder.run(hand_pool_into, *ranks, *rings, *pool, settings.window, ratio, epsilon, sources)
+            rings = (self.rings["key_value_scores"], self.rings["heavy_key"], self.rings["heavy_value"])
+            score = self.carried["pool_score"]
+            sources = self.recorder.temporary(torch.int32, *score[:, 0].shape)
+            hand_pool_into(*ranks, *rings, score, *self.pool(), settings.window, ratio, epsilon, sources)
+
+    def pool(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Keys, values, ranks, weights and valid of the pools that the cache carries."""
+        key, value, rank, weight, valid = (self.carried[name] for name in _POOL)
+        return key, value, rank, weight, valid
 
     def attention(self, states: Tensor, added: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
         """States, or their sum with branches; and the branches that the self-attention adds to it."""
@@ -348,8 +347,7 @@ class _RoutedLine(TokenLine):
         attended = self.empty(query.shape[1])
         rings = (self.rings["light_key"], self.rings["light_value"])
         states_of_light = (query, key, value, step.tables[0], *ranks, *rings)
-        assert local_step_attention_into is not None and pool_step_attention_into is not None
-        self.recorder.run(local_step_attention_into, *states_of_light, step.settings.radius, attended[:, 0])
+        local_step_attention_into(*states_of_light, step.settings.radius, attended[:, 0])
         (light,) = self.products(attended, ["light.o"])
         if scores is None:
             return states, (light,)
@@ -359,9 +357,8 @@ class _RoutedLine(TokenLine):
         query, key, value = (part[:, 0] for part in self.products(normed, [f"heavy.{name}" for name in "qkv"]))
         attended = self.empty(query.shape[1])
         rings = (self.rings["heavy_key"], self.rings["heavy_value"])
-        pool = [self.carried[f"pool_{name}"] for name in ("key", "value", "rank", "weight", "valid")]
-        states_of_heavy = (query, key, value, step.tables[1], *ranks, slots[1], *rings, *pool)
-        self.recorder.run(pool_step_attention_into, *states_of_heavy, attended[:, 0])
+        states_of_heavy = (query, key, value, step.tables[1], *ranks, slots[1], *rings)
+        pool_step_attention_into(*states_of_heavy, *self.pool(), attended[:, 0])
         return states, (light, *self.products(attended, ["heavy.o"]), *slots)
 
     def routers(self) -> Tensor:
@@ -371,19 +368,17 @@ class _RoutedLine(TokenLine):
         starts = range(0, len(vectors), MOST_PARTS)
         joins = [(result[start : start + MOST_PARTS], *vectors[start : start + MOST_PARTS]) for start in starts]
         for start in range(0, len(joins), MOST_JOINS):
-            self.recorder.run(join_into, *joins[start : start + MOST_JOINS])
+            join_into(*joins[start : start + MOST_JOINS])
         return result
 
     def gate(
         self, name: str, scores: Tensor, target: int, fill_first: bool, indices: Tensor, valid: Tensor, weights: Tensor
     ) -> None:
-        """Route the token, as `token_gate_reference` of op_gates.py does, with the state of a name."""
+        """Route the token, as `token_gate_into` does, with the state of a name."""
         settings = self.step.settings
         ranks = (self.step.past, self.step.total)
         other_ring = self.rings["key_value_scores"] if name == "query" else None
-        assert token_gate_into is not None
-        self.recorder.run(
-            token_gate_into,
+        token_gate_into(
             scores[:, :, 0], *ranks, self.carried[name], self.rings[name], other_ring,
             settings.window, target, settings.capacity(target), float(settings.epsilon), fill_first,
             weights, indices, valid,

@@ -21,14 +21,13 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderD
 
 from .kernel_backend import Mode, triton_is_available
 from .layer_plain import PlainLayer, parts_of_dense
-from .op_step_attention import step_attention_into
-from .op_step_products import step_products_into
 from .run_growing_cache import CoLT5GrowingLayer
 
 if triton_is_available():
     from .op_norm_triton import norm_into
-    from .op_step_attention_triton import number_of_parts
-    from .run_launch_list_triton import LaunchList, Recorder, may_repeat, repeated_or_recorder
+    from .op_step_attention_triton import number_of_parts, step_attention_into
+    from .op_step_products_triton import step_products_into
+    from .run_launch_list_triton import Lists, Recorder, may_repeat, repeated_or_recorder
 
 # False lets every block run as modules, for a comparison
 enabled = True
@@ -160,7 +159,7 @@ class StepLayer(NamedTuple):
     weights: tuple[Tensor, ...]
     cache: CoLT5GrowingLayer
     memory: tuple[Tensor, ...]
-    lists: "dict[tuple[bool, int], LaunchList | None]"
+    lists: "Lists"
 
 
 class StraightStep:
@@ -229,7 +228,7 @@ class StraightStep:
         )  # fmt: skip
         layers: list[StepLayer] = []
         kind: Any = None
-        lists: Lists | None = None
+        lists: Any = None
         for layer_idx, (plain, weights) in enumerate(read):
             parts = _layer_caches(plain, layer_idx, own_cache, memory_cache, is_updated)
             if parts is None:
@@ -280,8 +279,8 @@ class StraightStep:
         memories += [part for part in (incoming, *self.masks) if part is not None]
         recorder = repeated_or_recorder(layer.lists, kind, memories, self.repeats)
         if recorder is not None:
-            _Line(self, layer, recorder).run(incoming, hidden, update, length, room)
-            recorder.keep(layer.lists, kind, memories)
+            with recorder:
+                _Line(self, layer, recorder).run(incoming, hidden, update, length, room)
 
 
 class TokenLine:
@@ -291,7 +290,7 @@ class TokenLine:
         weights: by their names.
         layer: the block's numbers.
         dtype, rows: of the states.
-        recorder: runs all launches.
+        recorder: notes all launches, and makes temporary tensors.
     """
 
     def __init__(
@@ -330,8 +329,7 @@ class TokenLine:
             gain, eps = self.weights[f"{norm}.layer_norm"], self.plain.number(f"{norm}.layer_norm", "eps")
         added, summed = (None if part is None else part[:, 0] for part in (branch, total))
         inputs = (states[:, 0], added, gain, eps, *weights, *[None] * (3 - len(weights)))
-        assert step_products_into is not None
-        self.recorder.run(step_products_into, *inputs, summed, *[out[:, 0] for out in outs], *[None] * (3 - len(outs)))
+        step_products_into(*inputs, summed, *[out[:, 0] for out in outs], *[None] * (3 - len(outs)))
         return tuple(outs)
 
     def norm(
@@ -360,10 +358,11 @@ class TokenLine:
         scores = rstd if scores is None else scores
         inputs = (states, self.weights[f"{name}.layer_norm"], routers, eps, None, normed, scores, rstd)
         if not branches:
-            self.recorder.run(norm_into, *inputs)
+            norm_into(*inputs)
             return states, normed
         total = self.empty(states.shape[2]) if total is None else total
-        self.recorder.run(norm_into, *inputs, *branches, *[None] * (5 - len(branches)), total)
+        light, heavy, indices, valid, factors = (*branches, None, None, None, None)[:5]
+        norm_into(*inputs, light, heavy, indices, valid, factors, total)
         return total, normed
 
     def attend(
@@ -385,8 +384,7 @@ class TokenLine:
         if parts > 1:
             room = tuple(self.recorder.temporary(torch.float32, rows, heads, parts, width) for width in (d_kv, 2))
         inputs = (query[:, 0], new_key, new_value, table, mask, length, key, value, output[:, 0], *room)
-        assert step_attention_into is not None
-        self.recorder.run(step_attention_into, *inputs)
+        step_attention_into(*inputs)
         return output
 
     def cross_attention(self, query: Tensor, mask: Tensor | None, memory: tuple[Tensor, ...]) -> Tensor:
@@ -450,8 +448,6 @@ class _Line(TokenLine):
 
 # features of a head, and heads that share a key/value head, which the kernels are compiled for on all cards
 MOST_FEATURES, MOST_HEADS = 128, 32
-
-Lists = dict[tuple[bool, int], "LaunchList | None"]
 
 # Lists by all that they depend on but the room of the cache; None where a straight line is not written for it. A
 # length that never comes back leaves one behind.

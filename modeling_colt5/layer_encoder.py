@@ -167,8 +167,8 @@ class StraightLayer:
         kind = "sum" if states is None else "states"
         line = self.line(kind, memories, program.outgoing, memory)
         if line is not None:
-            feed_forward(line, [*attention(line, states)])
-            line.recorder.keep(program.lists, kind, memories)
+            with line.recorder:
+                feed_forward(line, [*attention(line, states)])
         return Sum(None, self)
 
     def total(self) -> Tensor:
@@ -179,8 +179,8 @@ class StraightLayer:
         memories = [memory, total]
         line = self.line("total", memories, program.outgoing, memory)
         if line is not None:
-            combined(line, parts_of(line), total)
-            line.recorder.keep(program.lists, "total", memories)
+            with line.recorder:
+                combined(line, parts_of(line), total)
         return total
 
 
@@ -197,8 +197,8 @@ class _Straight(torch.autograd.Function):
         memories = [states, *inputs, *layer.common.read, kept, result, *seeds]
         line = layer.line("training", memories, program.kept, kept, *seeds)
         if line is not None:
-            sum_of_all(line, feed_forward(line, [*attention(line, states)]), result)
-            line.recorder.keep(program.lists, "training", memories)
+            with line.recorder:
+                sum_of_all(line, feed_forward(line, [*attention(line, states)]), result)
         ctx.set_materialize_grads(False)
         ctx.layer = (program, layer.plan)
         ctx.save_for_backward(states, *inputs, kept, *seeds)
@@ -227,8 +227,8 @@ class _Straight(torch.autograd.Function):
         kind = needs[2:]
         line = layer.line(kind, memories, program.kept, kept, *seeds)
         if line is not None:
-            Backward(line, gradients, (light, heavy)).run(grad, states, out)
-            line.recorder.keep(program.lists, kind, memories)
+            with line.recorder:
+                Backward(line, gradients, (light, heavy)).run(grad, states, out)
         return None, out, light, heavy, *gradients.wanted()
 
 

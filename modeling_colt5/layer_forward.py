@@ -33,7 +33,7 @@ class Line:
     Args:
         program: sizes and places of the layer's tensors.
         plan: of the pass.
-        recorder: runs all launches and products.
+        recorder: notes launches, makes temporary tensors and products.
         weights: in the order of `WEIGHTS`.
         tables: light and heavy bias tables [heads, 2 * max_distance + 1] in fp32.
         layout, memory: of what outlives the call.
@@ -56,7 +56,7 @@ class Line:
         self.weights, self.tables, self.layout, self.memory = list(weights), tables, layout, memory
         self.seeds = seeds
         self.joined: dict[int, Tensor] = {}
-        self.run, self.temporary = recorder.run, recorder.temporary
+        self.temporary = recorder.temporary
 
     def place(self, name: str) -> Tensor:
         """The tensor of a name, in the memory of what outlives the call or as a temporary one."""
@@ -87,7 +87,7 @@ class Line:
                 self.weights[place] = memory.narrow(0, first, size).view(matrix.shape)
                 first += size
         if copies:
-            self.run(join_into, *joins)
+            join_into(*joins)
 
     def join_weights(self, *others: tuple[Tensor, ...]) -> None:
         """Put weights side by side whose products with the same states are one; other joins in the same launch."""
@@ -102,7 +102,7 @@ class Line:
                     self.joined[first] = self.temporary(weights[0].dtype, count * width, d)
                     joins.append((self.joined[first], *weights))
         for number in range(0, len(joins), MOST_JOINS):
-            self.run(join_into, *joins[number : number + MOST_JOINS])
+            join_into(*joins[number : number + MOST_JOINS])
 
     def products(self, states: Tensor, first: int, count: int, out: Tensor) -> None:
         """Write the products of states with weights from a place on to `out`, side by side."""
@@ -125,7 +125,7 @@ class Line:
         if seed is None:
             return self.rounded(states, self.program.dtype)
         result = self.temporary(self.program.dtype, *states.shape)
-        self.run(dropout_into, states, seed, probability, result)
+        dropout_into(states, seed, probability, result)
         return result
 
     def rounded(self, states: Tensor, dtype: torch.dtype) -> Tensor:
@@ -133,43 +133,49 @@ class Line:
         if states.dtype == dtype:
             return states
         result = self.temporary(dtype, *states.shape)
-        self.run(join_into, (result, states))
+        join_into((result, states))
         return result
 
 
-def combined(line: Line, parts: tuple[Tensor, ...], out: Tensor) -> None:
-    """Write the sum of `parts_of`, [batch, n, d_model]."""
-    residual, light, heavy, indices, valid, weights = parts
-    line.run(combine_into, residual, light, heavy, indices, valid, weights, *[None] * 4, line.program.n, out)
+# What a sublayer's branches add to what: residual and light branch [batch, n, d_model], heavy branch [batch, slots,
+# d_model], and its indices, valid and weights.
+Branches = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def combined(line: Line, parts: Branches, out: Tensor) -> None:
+    """Write the sum of branches without dropout, [batch, n, d_model]."""
+    combine_into(*parts, None, None, None, None, line.program.n, out)
     if out.dtype == torch.float16:
         # `clamp_half` of model_layers.py
-        line.run(clamp_into, out, torch.finfo(torch.float16).max - 1000)
+        clamp_into(out, torch.finfo(torch.float16).max - 1000)
 
 
-def parts_of(line: Line) -> tuple[Tensor, ...]:
-    """What a layer without gradients leaves in its memory: residual and light branch [batch, n, d_model], heavy branch
-    [batch, slots, d_model], its indices, valid and weights."""
+def parts_of(line: Line) -> Branches:
+    """What a layer without gradients leaves in its memory."""
     hidden, light, heavy = (line.layout.view(line.memory, name) for name in ("hidden", "light", "heavy"))
     room, second = line.layout.view(line.memory, "second"), line.program.second
-    slots = [second.view(room, part) for part in line.program.second_slots.routers[0]]
-    return hidden, line.rows(light), line.rows(heavy), *slots
+    indices, valid, weights = (second.view(room, part) for part in line.program.second_slots.routers[0])
+    return hidden, line.rows(light), line.rows(heavy), indices, valid, weights
 
 
-def _route(line: Line, router: int, scores: Tensor, results: list[Tensor]) -> None:
-    """One launch of the routing: `results` are weights, indices, valid and state."""
+def _route(line: Line, router: int, tensors: list[Tensor], launch: tuple[int, int, int, int, int]) -> None:
+    """One launch of the routing, whose scores and results have these numbers among the tensors, see `Slots`."""
     budget, mask = line.common.routers[router]
     numbers = arrived = None
     if (shapes := sharing_shapes(budget.shape[0], line.program.n, line.program.device)) is not None:
         numbers, arrived = (line.temporary(torch.int32, *shape) for shape in shapes)
         line.recorder.zeros(arrived)
-    rows = (scores, budget, None, mask, None, results[0].shape[1])
-    line.run(route_into, *rows, *line.program.settings, *results, numbers, arrived)
+    scores, weights, indices, valid, state = (tensors[number] for number in launch)
+    route_into(
+        scores, budget, None, mask, None, weights.shape[1], *line.program.settings,
+        weights, indices, valid, state, numbers, arrived,
+    )  # fmt: skip
 
 
-def attention(line: Line, incoming: Tensor | None) -> tuple[Tensor, ...]:
+def attention(line: Line, incoming: Tensor | None) -> Branches:
     """The conditional attention of states [batch, n, d_model], or of the sum that the layer before has left in the
     line's memory: what its branches add to what."""
-    program, run = line.program, line.run
+    program = line.program
     if program.casts:
         line.cast_matrices(copies=True)
     weights, routers = line.weights, line.place("routers")
@@ -183,30 +189,26 @@ def attention(line: Line, incoming: Tensor | None) -> tuple[Tensor, ...]:
         combined(line, parts_of(line), incoming)
     if incoming is None:
         incoming = line.place("summed")
-        residual, *branches = parts_of(line)
-        run(norm_into, residual, *of_norm, *branches, incoming)
+        parts = parts_of(line)
+        norm_into(parts[0], *of_norm, *parts[1:], incoming)
     else:
-        run(norm_into, incoming, *of_norm)
+        norm_into(incoming, *of_norm)
     with line.plan.heavy():
         slots = program.first_slots
-        for router, (scores, *results) in enumerate(slots.launches):
-            _route(line, router, places[scores], [places[result] for result in results])
-        query_slots, key_slots = ([places[part] for part in router] for router in slots.routers)
+        for router, launch in enumerate(slots.launches):
+            _route(line, router, places, launch)
+        queries, keys = slots.tokens(places)
         query_states, key_states = line.place("query_states"), line.place("key_states")
-        run(
-            gather_into,
-            line.rows(normed), *query_slots[:2], None, *key_slots, line.rows(query_states), line.rows(key_states),
-        )  # fmt: skip
+        gather_into(line.rows(normed), *queries[:2], None, *keys, line.rows(query_states), line.rows(key_states))
         query, key_value = line.place("query"), line.place("key_value")
         line.recorder.product(query_states, weights[Weight.HEAVY_Q].t(), query)
         line.products(key_states, Weight.HEAVY_K, 2, key_value)
         size = program.heavy_size
         attended = line.place("heavy_attended")
         seed, probability = line.dropout(Drop.HEAVY_ATTENTION)
-        run(
-            attention_into,
+        attention_into(
             line.heads(query, size), *(line.heads(part, size) for part in key_value.chunk(2, 1)),
-            line.tables[1], 0, query_slots[0], *key_slots[:2], probability, seed,
+            line.tables[1], 0, queries[0], *keys[:2], probability, seed,
             line.heads(attended, size), places[program.heavy_sums],
         )  # fmt: skip
         heavy = line.place("heavy_update")
@@ -218,8 +220,7 @@ def attention(line: Line, incoming: Tensor | None) -> tuple[Tensor, ...]:
     size = program.light_size
     attended = line.place("light_attended")
     seed, probability = line.dropout(Drop.LIGHT_ATTENTION)
-    run(
-        attention_into,
+    attention_into(
         *(line.heads(part, size) for part in query_key_value.chunk(3, 1)),
         line.tables[0], program.radius, None, None, line.common.mask, probability, seed,
         line.heads(attended, size), places[program.light_sums],
@@ -228,7 +229,7 @@ def attention(line: Line, incoming: Tensor | None) -> tuple[Tensor, ...]:
     light = line.place("light_update")
     line.recorder.product(attended, weights[Weight.LIGHT_O].t(), light)
     line.plan.join()
-    return incoming, line.rows(light), line.rows(heavy), *query_slots
+    return incoming, line.rows(light), line.rows(heavy), *queries
 
 
 def _dense(line: Line, name: str, states: Tensor, first: int, drop: int) -> Tensor:
@@ -238,40 +239,42 @@ def _dense(line: Line, name: str, states: Tensor, first: int, drop: int) -> Tens
     products = line.place(f"{name}_products")
     line.products(states, first, 2, products)
     activated = line.temporary(states.dtype, states.shape[0], products.shape[1] // 2)
-    line.run(gated_gelu_into, *map(line.rows, products.chunk(2, 1)), line.rows(activated), *line.dropout(drop))
-    del products
+    gate, up = products.chunk(2, 1)
+    gated_gelu_into(line.rows(gate), line.rows(up), line.rows(activated), *line.dropout(drop))
+    del products, gate, up
     line.recorder.product(line.rounded(activated, weight.dtype), weight.t(), out)
     return out
 
 
-def feed_forward(line: Line, parts: list[Tensor]) -> tuple[Tensor, ...]:
+def feed_forward(line: Line, parts: list[Tensor]) -> Branches:
     """The conditional feed-forward of the sum that `attention` gave, which it takes: what its branches add to what."""
-    program, run = line.program, line.run
+    program = line.program
     norm_weight, router = line.weights[Weight.FEED_FORWARD_NORM], line.weights[Weight.ROUTER].view(1, -1)
-    residual, light, heavy, *routed = parts
+    residual, light, heavy, indices, valid, weights = parts
     parts.clear()
     places = program.second.views(line.place("second"))
     normed = line.place("second_normed")
     of_norm = (norm_weight, router, program.eps[1], None, line.rows(normed), places[SCORES], places[RSTD])
     hidden_states = line.place("hidden")
     if program.hidden_dtype == torch.float16:
-        combined(line, (residual, light, heavy, *routed), hidden_states)
-        run(norm_into, hidden_states, *of_norm)
+        combined(line, (residual, light, heavy, indices, valid, weights), hidden_states)
+        norm_into(hidden_states, *of_norm)
     else:
-        run(norm_into, residual, *of_norm, light, heavy, *routed, hidden_states, *line.dropout(Drop.ATTENTION))
-    del residual, light, heavy, routed
+        branches = (light, heavy, indices, valid, weights)
+        norm_into(residual, *of_norm, *branches, hidden_states, *line.dropout(Drop.ATTENTION))
+        del branches
+    del residual, light, heavy
     with line.plan.heavy():
-        ((scores, *of_slots),) = program.second_slots.launches
-        _route(line, -1, places[scores], [places[part] for part in of_slots])
-        indices, valid, weights = (places[part] for part in program.second_slots.routers[0])
+        _route(line, -1, places, program.second_slots.launches[0])
+        ((indices, valid, weights),) = program.second_slots.tokens(places)
         states = line.place("states")
-        run(gather_into, line.rows(normed), indices, valid, *[None] * 4, line.rows(states), None)
+        gather_into(line.rows(normed), indices, valid, None, None, None, None, line.rows(states), None)
         heavy = _dense(line, "heavy", states, Weight.HEAVY_WI_0, Drop.HEAVY_FF)
     light = _dense(line, "light", normed, Weight.LIGHT_WI_0, Drop.LIGHT_FF)
     line.plan.join()
     return hidden_states, line.rows(light), line.rows(heavy), indices, valid, weights
 
 
-def sum_of_all(line: Line, parts: tuple[Tensor, ...], out: Tensor) -> None:
+def sum_of_all(line: Line, parts: Branches, out: Tensor) -> None:
     """Write the sum of what `feed_forward` gave, with the sublayer's dropout."""
-    line.run(combine_into, *parts, *[None] * 4, line.program.n, out, *line.dropout(Drop.FEED_FORWARD))
+    combine_into(*parts, None, None, None, None, line.program.n, out, *line.dropout(Drop.FEED_FORWARD))

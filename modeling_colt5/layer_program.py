@@ -247,6 +247,10 @@ class Slots:
             self.width.append(own)
             self.routers.append((indices, valid, weights))
 
+    def tokens(self, tensors: list[Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Each router's indices, valid and weights, of all tensors of the room."""
+        return [(tensors[indices], tensors[valid], tensors[weights]) for indices, valid, weights in self.routers]
+
 
 # Both sublayers' rooms begin with these: the norm's reciprocal root mean squares, and the router scores.
 RSTD, SCORES = range(2)

@@ -14,12 +14,8 @@ from .run_operator import Gradient, Launch, Operator
 
 causal_gates_into: Launch = None
 causal_gates_backward_into: Launch = None
-token_gate_into: Launch = None
-hand_thresholds_into: Launch = None
 if triton_is_available():
     from .op_gates_triton import LONGEST_WINDOW, causal_gates_backward_into, causal_gates_into
-    from .op_gates_triton import hand_thresholds_into as hand_thresholds_into
-    from .op_gates_triton import token_gate_into as token_gate_into
 
 
 @dataclass
@@ -216,76 +212,3 @@ def dense_gates(scores: Tensor, total: Tensor, soft_target: Tensor, epsilon: flo
     weights = weights.masked_fill(~routed, 0)
     slots = fill_slots(routed.flatten(0, 1), weights.flatten(0, 1), window)
     return Gates(weights, routed, thresholds, RoutedTokens(*slots))
-
-
-def token_gate_reference(
-    scores: Tensor,
-    past: Tensor,
-    total: Tensor,
-    carried: Tensor,
-    ring: Tensor,
-    other_ring: Tensor | None,
-    window: int,
-    target: int,
-    capacity: int,
-    epsilon: float,
-    fill_first: bool,
-    weights: Tensor,
-    indices: Tensor,
-    valid: Tensor,
-) -> None:
-    """Route one new token in each row as `causal_gates` does, and let the rings of a cache go on to it.
-
-    Args:
-        scores: fp32 [rows, routers], of the new token, those of the gates first.
-        past: int64 [rows], real tokens before it.
-        total: int64 [rows], these and the new one where it is real. No token that is not real is routed.
-        carried: fp32 [rows, 2, 2], what the token's window was handed, and the one before.
-        ring: fp32 [rows, R], scores of the last tokens, of rank `rank` in slot `rank % R`; R is at least a window.
-        other_ring: fp32 [rows, R, routers - 1], likewise of the other routers; None where there are none.
-        window, target, capacity, epsilon, fill_first: as of `causal_gates`.
-        weights, indices, valid: fp32, int64 and bool [rows, 1], results: the token as `RoutedTokens` of a row alone.
-    """
-    rows, size = ring.shape
-    every, is_real = torch.arange(rows, device=ring.device), total > past
-    slot = torch.arange(window, device=ring.device)
-    offset = (past % window)[:, None]
-    slots = (past[:, None] - offset + slot) % size
-    known = torch.where(slot == offset, scores[:, :1], ring[every[:, None], slots])
-    least, soft = carried[:, 0].unbind(-1)
-    evenly = (slot + 1) * target // window > slot * target // window
-    is_first = past < window
-    reach = torch.where(is_first[:, None], evenly & fill_first, known >= least[:, None]) & (slot <= offset)
-    routed = reach.gather(1, offset)[:, 0] & (reach.sum(-1) <= capacity) & is_real
-    weight = torch.where(is_first, 1.0, ((scores[:, 0] - soft) / epsilon).clamp(max=0).exp())
-    weights[:, 0], valid[:, 0] = weight.masked_fill(~routed, 0), routed
-    indices.zero_()
-    places = past % size
-    ring[every, places] = torch.where(is_real, scores[:, 0], ring[every, places])
-    if other_ring is not None:
-        other_ring[every, places] = torch.where(is_real[:, None], scores[:, 1:], other_ring[every, places])
-
-
-def hand_thresholds_reference(
-    past: Tensor,
-    total: Tensor,
-    ring: Tensor,
-    carried: Tensor,
-    window: int,
-    target: int,
-    soft_target: float,
-    epsilon: float,
-) -> None:
-    """Let each row whose new token completed a window go on to what that hands on, `window_thresholds` of it.
-
-    Args:
-        past, total, ring: as of `token_gate_reference`, after the new token.
-        carried: fp32 [rows, 2, 2]; what the window was handed itself comes to the second place.
-        window: tokens of a window, at most `LONGEST_WINDOW`.
-        target, soft_target, epsilon: as of `window_thresholds`.
-    """
-    every = torch.arange(len(ring), device=ring.device)[:, None]
-    ranks = total[:, None] - window + torch.arange(window, device=ring.device)
-    handed = window_thresholds(ring[every, ranks % ring.shape[1]], target, soft_target, epsilon)
-    ends = ((total > past) & (total % window == 0))[:, None, None]
-    carried.copy_(torch.where(ends, torch.stack([handed, carried[:, 0]], 1), carried))

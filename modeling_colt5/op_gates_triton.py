@@ -298,7 +298,18 @@ def token_gate_into(
     indices: Tensor,
     valid: Tensor,
 ) -> None:
-    """What `token_gate_reference` of op_gates.py does, with tensors that are contiguous."""
+    """Route one new token in each row as `causal_gates` of op_gates.py does, and let the rings of a cache go on to it.
+
+    Args, of which tensors are contiguous:
+        scores: fp32 [rows, routers], of the new token, those of the gates first.
+        past: int64 [rows], real tokens before it.
+        total: int64 [rows], these and the new one where it is real. No token that is not real is routed.
+        carried: fp32 [rows, 2, 2], what the token's window was handed, and the one before.
+        ring: fp32 [rows, R], scores of the last tokens, of rank `rank` in slot `rank % R`; R is at least a window.
+        other_ring: fp32 [rows, R, routers - 1], likewise of the other routers; None where there are none.
+        window, target, capacity, epsilon, fill_first: as of `causal_gates`.
+        weights, indices, valid: fp32, int64 and bool [rows, 1], results: the token as `RoutedTokens` of a row alone.
+    """
     rows, routers = scores.shape
     launch(
         token_gate_kernel, (rows,),
@@ -319,7 +330,15 @@ def hand_thresholds_into(
     soft_target: float,
     epsilon: float,
 ) -> None:
-    """What `hand_thresholds_reference` of op_gates.py does, with tensors that are contiguous."""
+    """Let each row whose new token completed a window go on to what that hands on, `window_thresholds` of
+    op_gates.py.
+
+    Args, of which tensors are contiguous:
+        past, total, ring: as of `token_gate_into`, after the new token.
+        carried: fp32 [rows, 2, 2]; what the window was handed itself comes to the second place.
+        window: tokens of a window, at most `LONGEST_WINDOW`.
+        target, soft_target, epsilon: as of `window_thresholds`.
+    """
     block = max(16, next_power_of_2(window))
     launch(
         hand_thresholds_kernel, (len(ring),),

@@ -16,7 +16,6 @@ pool_candidates_into: Launch = None
 pool_candidates_backward_into: Launch = None
 pool_gather_into: Launch = None
 pool_gather_backward_into: Launch = None
-hand_pool_into: Launch = None
 if triton_is_available():
     from .op_pools_triton import (
         LONGEST_LIST,
@@ -25,7 +24,6 @@ if triton_is_available():
         pool_gather_backward_into,
         pool_gather_into,
     )
-    from .op_pools_triton import hand_pool_into as hand_pool_into
 
 # Candidates that stand for no token have this number, which sorts behind all others.
 NO_TOKEN = 2**31 - 1
@@ -272,60 +270,3 @@ def gather_pools(
     tokens = pools.tokens
     chosen = (tokens.indices, tokens.weights, tokens.valid, pools.following)
     return _pool_gather.call(kernel_backend, key, value, *chosen, base)
-
-
-def hand_pool_reference(
-    past: Tensor,
-    total: Tensor,
-    ring: Tensor,
-    key_ring: Tensor,
-    value_ring: Tensor,
-    pool_score: Tensor,
-    pool_key: Tensor,
-    pool_value: Tensor,
-    pool_rank: Tensor,
-    pool_weight: Tensor,
-    pool_valid: Tensor,
-    window: int,
-    soft_topk_ratio: float,
-    epsilon: float,
-) -> None:
-    """Let each row whose new token completed a window go on to the pools that follow from it, as `routed_pools` makes
-    them; the pools before come to the second place.
-
-    Args:
-        past: int64 [rows], real tokens before the new one.
-        total: int64 [rows], these and the new one where it is real.
-        ring: fp32 [rows, R, groups], the routers' scores of the last tokens, of rank `rank` in slot `rank % R`.
-        key_ring, value_ring: [rows, R, heads, d_kv], of the same tokens.
-        pool_score: fp32 [rows, 2, groups, size], of the current window's pools and of those before.
-        pool_key, pool_value: [rows, 2, groups, size, heads / groups, d_kv], likewise, not scaled.
-        pool_rank, pool_weight, pool_valid: int64, fp32 and bool [rows, 2, groups, size], likewise; what is used comes
-            first.
-        window: tokens of a window.
-        soft_topk_ratio, epsilon: of the soft top-k.
-    """
-    rows, _, groups, size = pool_score.shape
-    ends = (total > past) & (total % window == 0)
-    every = torch.arange(rows, device=ring.device)[:, None]
-    ranks = total[:, None] - window + torch.arange(window, device=ring.device)
-    places = ranks % ring.shape[1]
-    keys, values = (part[every, places].unflatten(2, (groups, -1)) for part in (key_ring, value_ring))
-    new = {
-        "score": ring[every, places],
-        "rank": ranks[:, :, None].expand(-1, -1, groups),
-        "key": keys,
-        "value": values,
-    }
-    pools = {"score": pool_score, "rank": pool_rank, "key": pool_key, "value": pool_value}
-    union = {name: torch.cat([pools[name][:, 0], part.transpose(1, 2)], 2).flatten(0, 1) for name, part in new.items()}
-    valid = F.pad(pool_valid[:, 0], (0, window), value=True).flatten(0, 1)
-    budget = torch.full((rows * groups,), size, device=ring.device)
-    settings: dict[str, Any] = {"soft_topk_ratio": soft_topk_ratio, "epsilon": epsilon, "kernel_backend": "torch"}
-    chosen = route(union["score"], budget, size, mask=valid, **settings)
-    row = torch.arange(rows * groups, device=ring.device)[:, None]
-    results = {name: (pools[name], part[row, chosen.indices]) for name, part in union.items()}
-    results |= {"weight": (pool_weight, chosen.weights), "valid": (pool_valid, chosen.valid)}
-    for pool, handed in results.values():
-        both = torch.stack([handed.view_as(pool[:, 0]), pool[:, 0]], 1)
-        pool.copy_(torch.where(ends.view(-1, *[1] * (pool.dim() - 1)), both, pool))

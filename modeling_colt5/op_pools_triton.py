@@ -544,9 +544,21 @@ def hand_pool_into(
     epsilon: float,
     sources: Tensor,
 ) -> None:
-    """What `hand_pool_reference` of op_pools.py does, with tensors that are contiguous.
+    """Let each row whose new token completed a window go on to the pools that follow from it, as `routed_pools` of
+    op_pools.py makes them; the pools before come to the second place.
 
-    `sources` is room for int32 [rows, groups, size].
+    Args, of which tensors are contiguous:
+        past: int64 [rows], real tokens before the new one.
+        total: int64 [rows], these and the new one where it is real.
+        ring: fp32 [rows, R, groups], the routers' scores of the last tokens, of rank `rank` in slot `rank % R`.
+        key_ring, value_ring: [rows, R, heads, d_kv], of the same tokens.
+        pool_score: fp32 [rows, 2, groups, size], of the current window's pools and of those before.
+        pool_key, pool_value: [rows, 2, groups, size, heads / groups, d_kv], likewise, not scaled.
+        pool_rank, pool_weight, pool_valid: int64, fp32 and bool [rows, 2, groups, size], likewise; what is used comes
+            first.
+        window: tokens of a window.
+        soft_topk_ratio, epsilon: of the soft top-k.
+        sources: room for int32 [rows, groups, size].
     """
     rows, _, groups, size, heads, d_kv = pool_key.shape
     ring_size, width = ring.shape[1], heads * d_kv

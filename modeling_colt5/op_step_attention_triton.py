@@ -270,10 +270,21 @@ def step_attention_into(
     values: Tensor | None = None,
     sums: Tensor | None = None,
 ) -> None:
-    """What `step_attention_reference` of op_step_attention.py does, with tensors that are contiguous.
+    """Write the attention of one query in each row to `output`, and what is new to `key` and `value`; T5's scale of 1.
 
-    `values`, fp32 [rows, heads, parts, d_kv], and `sums`, fp32 [rows, heads, parts, 2], are room for the parts of
-    `number_of_parts`; None where there is one.
+    Args, of which tensors are contiguous:
+        query: [rows, heads * d_kv].
+        new_key, new_value: [rows, key/value heads * d_kv], of the token itself, which are written behind the others;
+            None where the token is none of those that it reads.
+        bias_table: fp32 [heads, 2 * max_distance + 1], as of `bias_by_position` of op_attention.py, for a query at the
+            last key's position; None for no bias.
+        mask: bool [rows, keys], True for keys to read; None for all. A row without any reads the mean of all values.
+        length: int32 [1], the number of keys, the new one included; None where keys fill their tensor.
+        key, value: [rows, key/value heads, room, d_kv], of which the first keys are read; the number of heads is a
+            multiple of theirs.
+        output: [rows, heads * d_kv].
+        values, sums: fp32 [rows, heads, parts, d_kv] and [rows, heads, parts, 2], room for the parts of
+            `number_of_parts`; None where there is one.
     """
     rows, groups, room, d_kv = key.shape
     group = query.shape[1] // (groups * d_kv)
@@ -314,7 +325,18 @@ def local_step_attention_into(
     radius: int,
     output: Tensor,
 ) -> None:
-    """What `local_step_attention_reference` of op_step_attention.py does, with tensors that are contiguous."""
+    """Write the light attention of one new token in each row to `output`: to itself and to the `radius` tokens before
+    it. Its key and value go into the rings in rows where it is real.
+
+    Args, of which tensors are contiguous:
+        query, new_key, new_value: [rows, heads * d_kv].
+        bias_table: fp32 [heads, 2 * max_distance + 1], as of `bias_by_position`.
+        past: int64 [rows], real tokens before the new one.
+        total: int64 [rows], these and the new one where it is real.
+        key_ring, value_ring: [rows, R, heads, d_kv] with R above the radius; token `rank` is in slot `rank % R`.
+        radius: how far it looks back.
+        output: [rows, heads * d_kv].
+    """
     rows, size, heads, d_kv = key_ring.shape
     launch(
         local_step_attention_kernel, (rows, heads),
@@ -340,7 +362,21 @@ def pool_step_attention_into(
     pool_valid: Tensor,
     output: Tensor,
 ) -> None:
-    """What `pool_step_attention_reference` of op_step_attention.py does, with tensors that are contiguous."""
+    """Write the heavy attention of one new token in each row, where it is routed, to `output`: to the pool that its
+    window was handed. Its key and value go into the rings in rows where it is real, for later pools.
+
+    Args, of which tensors are contiguous:
+        query, new_key, new_value: [rows, heads * d_kv].
+        bias_table: fp32 [heads, 2 * max_distance + 1], as of `bias_by_position`.
+        past, total: int64 [rows], as above.
+        valid: bool [rows, 1], which rows' tokens are routed. The output of the others stays as it is.
+        key_ring, value_ring: [rows, R, heads, d_kv], as above.
+        pool_key, pool_value: [rows, 2, groups, size, heads / groups, d_kv], of the token's window and of the one
+            before: what routing weights then scale.
+        pool_rank, pool_weight, pool_valid: int64, fp32 and bool [rows, 2, groups, size], of these tokens; of a routed
+            token's window some are valid, and those come first.
+        output: [rows, heads * d_kv].
+    """
     rows, _, groups, size, group, d_kv = pool_key.shape
     launch(
         pool_step_attention_kernel, (rows, groups * group),

@@ -106,8 +106,19 @@ def step_products_into(
     second_out: Tensor | None,
     third_out: Tensor | None,
 ) -> None:
-    """What `step_products_reference` of op_step_products.py does, with tensors that are contiguous; `total` is none of
-    those that are read."""
+    """Write `norm(states + branch) @ weight.T` of each weight to its output; or, of two weights with one output, the
+    gated activation `gelu(first product) * second product`.
+
+    Args, of which tensors are contiguous:
+        states: [rows, d].
+        branch: [rows, d], added to the states; None for nothing.
+        norm_weight: [d], of T5's norm; None for no norm.
+        eps: of the norm.
+        first, second, third: weights, [width, d] each; None for fewer.
+        total: [rows, d], for `states + branch`, and none of those that are read; None where nobody wants it.
+        first_out, second_out, third_out: [rows, width] each; None where there is no weight, and for the second weight
+            of an activation, whose output is the first.
+    """
     rows, d = states.shape
     is_gated = second is not None and second_out is None
     is_tf32 = states.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"

@@ -11,14 +11,13 @@ import struct
 import subprocess
 import warnings
 from bisect import bisect_right
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .kernel_backend import INTERPRETED
-from .run_launch_triton import Compiled, has_listeners, noted
+from .run_launch_triton import Compiled, has_listeners, note_launches
 
 try:
     from triton.runtime.build import compile_module_from_src
@@ -242,19 +241,34 @@ class LaunchList:
         return status == DONE
 
 
+# Of one function of memories: the list of each kind of call, None where it cannot be repeated.
+Lists = dict[Any, LaunchList | None]
+
+
 class Recorder:
-    """Runs a function of tensors, which computes by the methods here alone, and notes what it launches.
+    """Notes what a block under `with` computes: launches of kernels, and what the methods here do; nothing else may be
+    in such a block. At its end the list is kept, where it has a place.
 
     Args:
         device: where.
         records: whether notes are taken. All temporary tensors stay until the end then.
+        place: where the list is kept, by lists, kind and memories of `repeated_or_recorder`; None for nowhere.
     """
 
-    def __init__(self, device: torch.device, records: bool):
-        self.device = device
+    def __init__(self, device: torch.device, records: bool, place: tuple[Lists, Any, list[Tensor]] | None = None):
+        self.device, self.place = device, place
         # what was compiled, grid and arguments; or a word and tensors
         self.notes: list[tuple[Any, ...]] | None = [] if records else None
         self.temporaries: list[Tensor] = []
+
+    def __enter__(self) -> None:
+        self.before = note_launches(self.notes)
+
+    def __exit__(self, error: type[BaseException] | None, *_: Any) -> None:
+        note_launches(self.before)
+        if error is None and self.notes is not None and self.place is not None:
+            lists, kind, memories = self.place
+            lists[kind] = self.finish(memories)
 
     def temporary(self, dtype: torch.dtype, *shape: int) -> Tensor:
         """Memory for the time of the function."""
@@ -262,11 +276,6 @@ class Recorder:
         if self.notes is not None:
             self.temporaries.append(memory)
         return memory
-
-    def run(self, function: Callable[..., None], *arguments: Any) -> None:
-        """`function(*arguments)`, which does nothing but launch kernels."""
-        with noted(self.notes):
-            function(*arguments)
 
     def product(self, first: Tensor, second: Tensor, out: Tensor) -> None:
         """Write the product of two matrices, of which each or its transpose has rows of adjacent numbers, to a
@@ -288,11 +297,6 @@ class Recorder:
         if self.notes is not None:
             self.notes.append(note)
 
-    def keep(self, lists: dict[Any, LaunchList | None], kind: Any, memories: list[Tensor]) -> None:
-        """Keep the list of what was noted, if notes were taken; arguments as of `repeated_or_recorder`."""
-        if self.notes is not None:
-            lists[kind] = self.finish(memories)
-
     def finish(self, memories: list[Tensor]) -> LaunchList | None:
         """What was noted, for other memories like these; None where something cannot be repeated, or nothing can.
 
@@ -313,11 +317,9 @@ class Recorder:
             return None
 
 
-def repeated_or_recorder(
-    lists: dict[Any, LaunchList | None], kind: Any, memories: list[Tensor], repeats: bool
-) -> Recorder | None:
-    """Repeat the list of launches of a kind of call, and give None; where there is none yet, what computes the call,
-    whose `keep` then makes the list.
+def repeated_or_recorder(lists: Lists, kind: Any, memories: list[Tensor], repeats: bool) -> Recorder | None:
+    """Repeat the list of launches of a kind of call, and give None; where there is none yet, give what notes the call,
+    under `with`, for the next ones.
 
     Args:
         lists: of earlier calls, by their kinds; None of a kind that cannot be repeated.
@@ -329,7 +331,7 @@ def repeated_or_recorder(
     launches = lists.get(kind) if repeats else None
     if launches is not None and launches(memories, first.device, first.get_device()):
         return None
-    return Recorder(first.device, repeats and kind not in lists)
+    return Recorder(first.device, repeats and kind not in lists, (lists, kind, memories))
 
 
 class _Elsewhere(Exception):

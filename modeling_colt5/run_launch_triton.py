@@ -1,8 +1,7 @@
 """Launching Triton kernels with little host time: a kernel compiled once is called past Triton's own inspection."""
 
-import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -37,7 +36,7 @@ class Compiled(NamedTuple):
     metadata: Any
 
 
-# The launches of a thread are noted here within `noted`.
+# Where the launches of a thread are noted.
 _notes = threading.local()
 
 
@@ -47,16 +46,13 @@ def _note(compiled: Any, grid: tuple[int, ...], arguments: tuple[Any, ...]) -> N
         notes.append((compiled, grid, arguments))
 
 
-@contextlib.contextmanager
-def noted(notes: list[Any] | None) -> Iterator[None]:
-    """Inside, each launch of this thread is added to the notes as what was compiled, its grid and its arguments; as
-    None, its grid and its arguments where it went to Triton itself, as those do that are not aligned to 16 bytes."""
+def note_launches(notes: list[Any] | None) -> list[Any] | None:
+    """From now on add each launch of this thread to the notes, None for no notes: as what was compiled, its grid and
+    its arguments; as None, its grid and its arguments where it went to Triton itself, as those do that are not aligned
+    to 16 bytes. Returns where they were added before."""
     before = getattr(_notes, "launches", None)
     _notes.launches = notes
-    try:
-        yield
-    finally:
-        _notes.launches = before
+    return before
 
 
 def has_listeners() -> bool:

@@ -29,16 +29,17 @@ def repeated(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def computed(recorder: Recorder, first: torch.Tensor, second: torch.Tensor, out: torch.Tensor) -> None:
     """out = joined(first, second) @ first + second @ first, by way of several temporary tensors."""
-    joined = recorder.temporary(torch.float32, 8, 4)
-    recorder.run(join_into, (joined, first, second))
-    product = recorder.temporary(torch.float32, 8, 4)
-    recorder.product(joined, first, product)
-    upper = recorder.temporary(torch.float32, 4, 4)
-    recorder.run(join_into, (upper, product[:4]))
-    recorder.add_product(second.t(), first, upper)
-    recorder.zeros(out)
-    recorder.run(join_into, (out[4:], product[4:]))
-    recorder.run(join_into, (out[:4], upper))
+    with recorder:
+        joined = recorder.temporary(torch.float32, 8, 4)
+        join_into((joined, first, second))
+        product = recorder.temporary(torch.float32, 8, 4)
+        recorder.product(joined, first, product)
+        upper = recorder.temporary(torch.float32, 4, 4)
+        join_into((upper, product[:4]))
+        recorder.add_product(second.t(), first, upper)
+        recorder.zeros(out)
+        join_into((out[4:], product[4:]))
+        join_into((out[:4], upper))
 
 
 def expected(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
@@ -78,7 +79,8 @@ def test_what_is_not_aligned_launches_nothing(repeated: list[str]) -> None:
 def test_a_thread_without_a_context_gets_one(repeated: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     recorder = Recorder(CPU, records=True)
     memories = [torch.ones(4), torch.empty(4)]
-    recorder.run(join_into, (memories[1], memories[0]))
+    with recorder:
+        join_into((memories[1], memories[0]))
     launches = recorder.finish(memories)
     devices, run = [], run_launch_list_triton.launcher().run
     without = [run_launch_list_triton.WITHOUT_CONTEXT]
@@ -99,7 +101,8 @@ def test_what_cannot_be_repeated_gives_no_list(case: str, repeated: list[str], m
     if case == "strided":
         second = torch.zeros(8)[::2]
     recorder = Recorder(CPU, records=True)
-    recorder.run(join_into, (out, first, first if case == "tied" else second.contiguous()))
+    with recorder:
+        join_into((out, first, first if case == "tied" else second.contiguous()))
     if case == "Triton's own":
         monkeypatch.setattr(run_launch_list_triton, "launch_command", lambda *note: None)
     if case == "no launcher":
@@ -183,10 +186,11 @@ def test_launches_are_noted_as_what_was_compiled(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 7, raising=False)
     kernel, x, unaligned = Kernel(), torch.zeros(8), torch.zeros(9)[1:]
     notes: list[Any] = []
-    with run_launch_triton.noted(notes):
-        run_launch_triton.launch(kernel, (2, 3), x, None, 48)
-        run_launch_triton.launch(kernel, (2, 3), x, None, 48)
-        run_launch_triton.launch(kernel, (1,), x, unaligned, 48)
+    before = run_launch_triton.note_launches(notes)
+    run_launch_triton.launch(kernel, (2, 3), x, None, 48)
+    run_launch_triton.launch(kernel, (2, 3), x, None, 48)
+    run_launch_triton.launch(kernel, (1,), x, unaligned, 48)
+    assert run_launch_triton.note_launches(before) is notes
     run_launch_triton.launch(kernel, (1,), x, None, 48)
     assert [(made and made.function, grid) for made, grid, _ in notes] == [(11, (2, 3)), (11, (2, 3)), (None, (1,))]
     assert notes[0][2][0] is x

@@ -6,19 +6,21 @@ from rounding import assert_same_but_for_rounding
 
 pytest.importorskip("triton")
 
-from modeling_colt5.op_gates import (  # noqa: E402
-    causal_gates,
-    hand_thresholds_into,
+from step_references import (  # noqa: E402
+    hand_pool_reference,
     hand_thresholds_reference,
-    token_gate_into,
+    local_step_attention_reference,
+    pool_step_attention_reference,
     token_gate_reference,
 )
-from modeling_colt5.op_pools import hand_pool_into, hand_pool_reference, routed_pools  # noqa: E402
-from modeling_colt5.op_step_attention import (  # noqa: E402
+
+from modeling_colt5.op_gates import causal_gates  # noqa: E402
+from modeling_colt5.op_gates_triton import hand_thresholds_into, token_gate_into  # noqa: E402
+from modeling_colt5.op_pools import routed_pools  # noqa: E402
+from modeling_colt5.op_pools_triton import hand_pool_into  # noqa: E402
+from modeling_colt5.op_step_attention_triton import (  # noqa: E402
     local_step_attention_into,
-    local_step_attention_reference,
     pool_step_attention_into,
-    pool_step_attention_reference,
 )
 
 GATES = [token_gate_reference, token_gate_into]

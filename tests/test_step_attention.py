@@ -6,8 +6,9 @@ from rounding import assert_same_but_for_rounding
 
 pytest.importorskip("triton")
 
+from step_references import step_attention_reference  # noqa: E402
+
 from modeling_colt5 import op_step_attention_triton  # noqa: E402
-from modeling_colt5.op_step_attention import step_attention_reference  # noqa: E402
 from modeling_colt5.op_step_attention_triton import number_of_parts, step_attention_into  # noqa: E402
 
 

@@ -7,7 +7,8 @@ from torch import nn
 
 pytest.importorskip("triton")
 
-from modeling_colt5.op_step_products import step_products_reference  # noqa: E402
+from step_references import step_products_reference  # noqa: E402
+
 from modeling_colt5.op_step_products_triton import BLOCK_ROWS, step_products_into  # noqa: E402
 
 EPS = 1e-6

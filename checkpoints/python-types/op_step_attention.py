@@ -1,1 +1,0 @@
-../../modeling_colt5/op_step_attention.py
