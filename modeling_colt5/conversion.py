@@ -168,7 +168,7 @@ def convert(
         ),
         pad_token_id=old.pad_token_id,
         eos_token_id=old.eos_token_id,
-        decoder_start_token_id=old.pad_token_id if old.decoder_start_token_id is None else old.decoder_start_token_id,
+        decoder_start_token_id=_start_token(source),
         **({"dropout_rate": old.dropout_rate} | config_kwargs),
     )
     model = CoLT5ForConditionalGeneration(config).to(source.dtype)
@@ -287,6 +287,16 @@ def _check_places(source: PreTrainedModel) -> None:
                 f"source has a {name}.embed_tokens that is not equal to its shared embedding; encoder and decoder of "
                 "a CoLT5 have one embedding"
             )
+
+
+def _start_token(source: PreTrainedModel) -> int | None:
+    """The token that decoding begins with: a source's own, or padding, as in T5, where it names none."""
+    for settings in (source.config, source.generation_config):
+        # a configuration that was made without one has no such field at all
+        start = getattr(settings, "decoder_start_token_id", None)
+        if start is not None:
+            return start
+    return source.config.pad_token_id
 
 
 def _feed_forward_proj(old: Any) -> str:

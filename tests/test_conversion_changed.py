@@ -14,6 +14,7 @@ from torch.nn.utils import parametrizations, prune
 from transformers import (
     AutoTokenizer,
     ByT5Tokenizer,
+    LongT5ForConditionalGeneration,
     MT5Config,
     MT5ForConditionalGeneration,
     PreTrainedModel,
@@ -145,6 +146,21 @@ def test_settings_of_generate_go_along(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     assert CoLT5ForConditionalGeneration.from_pretrained(tmp_path).generation_config.eos_token_id == [1, 9]
     assert source.generation_config is not model.generation_config
+
+
+@pytest.mark.parametrize("named", [None, 5], ids=["nowhere", "in the settings of generate"])
+@pytest.mark.parametrize("kind", [T5ForConditionalGeneration, LongT5ForConditionalGeneration])
+def test_a_source_whose_configuration_names_no_start(kind: type[PreTrainedModel], named: int | None) -> None:
+    """As one is that was made in code: decoding begins with padding, as in T5, unless its settings say otherwise."""
+    fields = {name: value for name, value in TINY.items() if name != "decoder_start_token_id"}
+    source = kind(kind.config_class(**fields, pad_token_id=2))
+    source.generation_config.decoder_start_token_id = named
+    model = convert(source)
+    start = 2 if named is None else named
+    assert model.config.decoder_start_token_id == model.generation_config.decoder_start_token_id == start
+    ids = torch.randint(3, 64, (1, 9))
+    assert model.generate(ids, max_new_tokens=1)[0, 0] == start
+    assert model(input_ids=ids, labels=ids).loss.isfinite()
 
 
 def words_tokenizer() -> PreTrainedTokenizerFast:
