@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 
 from huggingface_hub.errors import StrictDataclassError
 from model_arguments import ModelArguments, load_tokenizer
-from sources import check_source
+from sources import check_source, one_line
 
 from modeling_colt5 import CoLT5Config
 from modeling_colt5.conversion import convert, differences, load_source
@@ -57,13 +57,11 @@ def main(argv: list[str] | None = None) -> None:
         check_source(options.source, "source")
         source, unused = load_source(options.source)
         tokenizer = load_tokenizer(ModelArguments(model_name_or_path=options.source))
-    except (OSError, TypeError, ValueError, StrictDataclassError) as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
-    samples = None
-    if options.sample is not None:
-        ids = tokenizer(options.sample.read_text(encoding="utf-8"), return_tensors="pt", verbose=False)["input_ids"]
-        samples = [{"input_ids": piece} for piece in ids.split(options.sample_length, dim=1)]
-    try:
+        samples = None
+        if options.sample is not None:
+            text = options.sample.read_text(encoding="utf-8")
+            ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"]
+            samples = [{"input_ids": piece} for piece in ids.split(options.sample_length, dim=1)]
         model = convert(
             source,
             num_light_heads=options.light_heads,
@@ -74,8 +72,8 @@ def main(argv: list[str] | None = None) -> None:
             samples=samples,
             **given,
         )
-    except (TypeError, ValueError, StrictDataclassError) as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    except (ImportError, OSError, TypeError, ValueError, StrictDataclassError) as error:
+        parser.exit(2, f"{parser.prog}: error: {one_line(error)}\n")
     options.target.parent.mkdir(parents=True, exist_ok=True)
     # the folder gets its name when everything is in it
     with TemporaryDirectory(dir=options.target.parent, prefix=f"{options.target.name}-") as folder:

@@ -1,4 +1,4 @@
-"""Where a model or tokenizer is loaded from: a folder, or a repository of the Hub."""
+"""Where a model or tokenizer is loaded from, a folder or a repository of the Hub, and what is said of errors."""
 
 from pathlib import Path
 
@@ -22,3 +22,8 @@ def check_source(name: str, option: str) -> None:
         validate_repo_id(name)
     except HFValidationError:
         raise ValueError(f"{option} is {name!r}, where no folder is, and which is no Hub id (owner/name)") from None
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, in one line: other libraries wrap their messages."""
+    return " ".join(str(error).split())

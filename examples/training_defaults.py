@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from accelerate.utils import parse_flag_from_env
 from huggingface_hub.errors import StrictDataclassError
+from sources import one_line
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
@@ -216,5 +217,5 @@ def run_script(prepare: Callable[[list[str] | None], Callable[[], Any]]) -> None
         start = prepare(sys.argv[1:])
     except (ValueError, TypeError, OSError, ImportError, StrictDataclassError) as error:
         logger.debug("The error in full:", exc_info=True)
-        sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {one_line(error)}")
     start()

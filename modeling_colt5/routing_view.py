@@ -380,4 +380,5 @@ def main(argv: list[str] | None = None) -> None:
         view = show_routing(model, processor, document, options.title)
         print(f"wrote {view.save(options.out)}: {view.title}")
     except (OSError, TypeError, ValueError) as error:
-        parser.error(str(error))
+        # other libraries wrap their messages
+        parser.error(" ".join(str(error).split()))

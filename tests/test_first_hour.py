@@ -519,7 +519,8 @@ def test_errors_of_the_input_are_one_line(tmp_path, monkeypatch, capsys, options
     monkeypatch.setattr(sys, "argv", ["finetune_classification.py", *model, *options])
     with pytest.raises(SystemExit) as stop:
         training_defaults.run_script(finetune_classification.prepare)
-    assert message in str(stop.value.code) and str(stop.value.code).startswith("finetune_classification.py: error: ")
+    said = str(stop.value.code)
+    assert message in said and said.startswith("finetune_classification.py: error: ") and "\n" not in said
     assert not (tmp_path / "out").exists()
 
 
