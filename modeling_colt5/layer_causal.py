@@ -25,10 +25,9 @@ from .layer_decoder import (
     caches_of,
     lists_of,
     memory_of,
-    norm_and_dropout,
     shapes_of_cross,
 )
-from .layer_plain import parts_of_dense
+from .layer_plain import Parts, parts_of_attention, parts_of_dense, parts_of_sublayer
 from .run_causal_cache import CoLT5DynamicRoutedLayer
 from .run_causal_plan import CausalSettings
 
@@ -40,8 +39,6 @@ if triton_is_available():
     from .run_launch_list_triton import Lists, Recorder, may_repeat, repeated_or_recorder
 
 _SHAPE, _DTYPE = attrgetter("shape"), attrgetter("dtype")
-# attributes of modules that are numbers of a line
-_NUMBERS = ("eps", "d_kv", "groups", "routing", "is_gated_act", "training", "dropout", "p")
 # what a layer's cache holds that a token reads or writes: first rings, then what is carried
 _POOL = ("pool_key", "pool_value", "pool_rank", "pool_weight", "pool_valid")
 _LIGHT = (("light_key", "light_value"), ())
@@ -60,54 +57,32 @@ class PlainRoutedLayer(PlainDecoderLayer):
         rings, carried: names of what the layer's cache holds for it.
     """
 
-    # what they are depends on the block
-    weighted: tuple[str, ...] = ()
-    numbered: tuple[tuple[str, str], ...] = ()
+    __slots__ = ("carried", "denses", "groups", "has_heavy_attention", "has_heavy_ff", "rings")
 
     def __init__(self, block: Any, parts: dict[str, nn.Module]):
-        self.weighted = tuple(name for name, part in parts.items() if part._parameters.get("weight") is not None)
-        self.numbered = tuple(
-            (name, attribute) for name, part in parts.items() for attribute in _NUMBERS if attribute in part.__dict__
-        )
         super().__init__(block, parts)
         self.has_heavy_attention, self.has_heavy_ff = "heavy" in parts, "router" in parts
         self.denses = ("light_ff", "heavy_ff") if self.has_heavy_ff else ("dense",)
-        self.groups = self.number("heavy", "groups") if self.has_heavy_attention else 0
+        self.groups = self.named["heavy", "groups"] if self.has_heavy_attention else 0
         kept = [_LIGHT, *[_HEAVY] * self.has_heavy_attention, *[_FEED_FORWARD] * self.has_heavy_ff]
         self.rings, self.carried = (tuple(name for names in kept for name in names[place]) for place in range(2))
 
-    @property
-    def is_supported(self) -> bool:
-        rates = [
-            self.number(name, rate)
-            for name, rate in self.numbered
-            if rate in ("dropout", "p") and self.number(name, "training")
-        ]
-        routings = [number for (_, name), number in zip(self.numbered, self.numbers, strict=True) if name == "routing"]
-        is_gated = all(self.number(name, "is_gated_act") for name in self.denses)
-        return is_gated and not any(rates) and set(routings) <= {"learned"}
-
     @classmethod
-    def parts(cls, block: Any) -> dict[str, tuple[str, nn.Module]]:
-        attention, *cross, feed_forward = block.layer
-        branches = {"light": ("local_attention", attention.light_attention)}
+    def parts(cls, block: Any) -> Parts:
+        attention, feed_forward = block.layer[0], block.layer[-1]
+        parts: Parts = {"self_layer": ("causal_attention", attention)}
+        parts |= parts_of_sublayer("self", attention, "residual_dropout")
+        parts |= parts_of_attention("light", "local_attention", attention.light_attention)
         if hasattr(attention, "heavy_attention"):
-            branches |= {"heavy": ("routed_attention", attention.heavy_attention)}
-        parts = {"self_layer": ("causal_attention", attention), **branches}
-        for name, (_, branch) in branches.items():
-            parts |= {f"{name}.{part}": ("linear", getattr(branch, part)) for part in "qkvo"}
-        if "heavy" in branches:
+            parts |= parts_of_attention("heavy", "routed_attention", attention.heavy_attention)
             routers = attention.key_value_routers
             parts |= {"query_router": ("router", attention.query_router), "key_value_routers": ("list", routers)}
             parts |= {f"key_value_router.{number}": ("router", router) for number, router in enumerate(routers)}
-        parts |= norm_and_dropout("self", attention)
-        for layer in cross:
-            parts |= cls.parts_of_cross(layer)
-        parts |= norm_and_dropout("ff", feed_forward)
+        parts |= cls.parts_of_cross(block)
         if not hasattr(feed_forward, "router"):
-            parts |= {"ff": ("feed_forward", feed_forward)}
-            return parts | parts_of_dense("dense", feed_forward.DenseReluDense)
+            return parts | cls.parts_of_feed_forward(feed_forward)
         parts |= {"ff": ("causal_feed_forward", feed_forward), "router": ("router", feed_forward.router)}
+        parts |= parts_of_sublayer("ff", feed_forward, "residual_dropout")
         for name in ("light", "heavy"):
             parts |= parts_of_dense(f"{name}_ff", getattr(feed_forward, f"{name}_feed_forward"))
         return parts
@@ -402,14 +377,14 @@ def _fits(
     """
     dtype, _, (rows, _, d), settings, (light_heads, _), *rest = of_pass
     by_name = dict(zip(plain.weighted, map(tuple, map(_SHAPE, weights)), strict=True))
-    ring, d_kv = 2 * settings.window + settings.radius, plain.number("light", "d_kv")
+    ring, d_kv = 2 * settings.window + settings.radius, plain.named["light", "d_kv"]
     shapes: dict[str, tuple[int, ...]] = {"self.layer_norm": (d,), "ff.layer_norm": (d,)}
     sizes: dict[str, Any] = {}
     kept: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     branches = {"light": light_heads}
     if plain.has_heavy_attention:
         heads, groups, size = rest[0][0], plain.groups, settings.pool_size
-        if heads % groups or plain.number("heavy", "d_kv") != d_kv or size + settings.window > LONGEST_UNION:
+        if heads % groups or plain.named["heavy", "d_kv"] != d_kv or size + settings.window > LONGEST_UNION:
             return False
         branches |= {"heavy": heads}
         shapes |= {name: (d,) for name in ("query_router", *[f"key_value_router.{group}" for group in range(groups)])}
@@ -429,7 +404,7 @@ def _fits(
         width = by_name.get(f"{name}.wi_0", (0,))[0]
         shapes |= {f"{name}.wi_{part}": (width, d) for part in range(2)} | {f"{name}.wo": (d, width)}
     if memory:
-        cross = shapes_of_cross(by_name, plain.number("cross", "d_kv"), (rows, d), memory)
+        cross = shapes_of_cross(by_name, plain.named["cross", "d_kv"], (rows, d), memory)
         if cross is None:
             return False
         shapes |= cross

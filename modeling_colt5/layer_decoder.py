@@ -20,7 +20,7 @@ from torch.autograd import forward_ad
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
 
 from .kernel_backend import Mode, triton_is_available
-from .layer_plain import PlainLayer, parts_of_dense
+from .layer_plain import Parts, PlainLayer, parts_of_attention, parts_of_dense, parts_of_sublayer
 from .run_growing_cache import CoLT5GrowingLayer
 
 if triton_is_available():
@@ -33,26 +33,11 @@ if triton_is_available():
 enabled = True
 
 _SHAPE, _DTYPE = attrgetter("shape"), attrgetter("dtype")
-_SELF = ("self.layer_norm", "self.q", "self.k", "self.v", "self.o")
-_CROSS = ("cross.layer_norm", "cross.q", "cross.o")
-_DENSE = ("ff.layer_norm", "dense.wi_0", "dense.wi_1", "dense.wo")
-
-
-def _numbers_of_attention(name: str) -> tuple[tuple[str, str], ...]:
-    return (
-        (f"{name}.layer_norm", "eps"), (name, "d_kv"),
-        (name, "training"), (name, "dropout"), (f"{name}.dropout", "training"), (f"{name}.dropout", "p"),
-    )  # fmt: skip
-
-
-_NUMBERS_OF_DENSE = (
-    ("ff.layer_norm", "eps"), ("dense", "is_gated_act"),
-    ("dense.dropout", "training"), ("dense.dropout", "p"), ("ff.dropout", "training"), ("ff.dropout", "p"),
-)  # fmt: skip
 
 
 class PlainDecoderLayer(PlainLayer):
-    """A plain block of a decoder with an encoder. Keys and values of the memory are made before, by modules.
+    """A plain block of a decoder, with an encoder or without. Keys and values of the memory are made before, by
+    modules.
 
     Attributes:
         eps, d_kv: of the norms and of the attentions, in their order.
@@ -60,71 +45,45 @@ class PlainDecoderLayer(PlainLayer):
 
     __slots__ = ("d_kv", "eps")
 
-    weighted: tuple[str, ...] = _SELF + _CROSS + _DENSE
-    numbered = _numbers_of_attention("self") + _numbers_of_attention("cross") + _NUMBERS_OF_DENSE
-
     def __init__(self, block: Any, parts: dict[str, nn.Module]):
         super().__init__(block, parts)
-        named = dict(zip(self.numbered, self.numbers, strict=True))
-        self.eps, self.d_kv = (
-            tuple(number for (_, attribute), number in named.items() if attribute == kind) for kind in ("eps", "d_kv")
-        )
-
-    def number(self, name: str, attribute: str) -> Any:
-        """A number of `numbered`."""
-        return self.numbers[self.numbered.index((name, attribute))]
+        self.eps, self.d_kv = self.values("eps"), self.values("d_kv")
 
     @property
     def is_supported(self) -> bool:
-        rates = [
-            self.number(name, rate)
-            for name, rate in self.numbered
-            if rate in ("dropout", "p") and self.number(name, "training")
-        ]
-        return bool(self.number("dense", "is_gated_act")) and not any(rates)
+        return super().is_supported and not self.drops_something
 
     @classmethod
-    def parts(cls, block: Any) -> dict[str, tuple[str, nn.Module]]:
-        attention, cross, feed_forward = block.layer
-        return cls.parts_of_own(attention, feed_forward) | cls.parts_of_cross(cross)
+    def parts(cls, block: Any) -> Parts:
+        attention = block.layer[0]
+        return {
+            "self_layer": ("self_layer", attention),
+            **parts_of_sublayer("self", attention, "residual_dropout"),
+            **parts_of_attention("self", "self_attention", attention.SelfAttention),
+            **cls.parts_of_cross(block),
+            **cls.parts_of_feed_forward(block.layer[-1]),
+        }
 
     @staticmethod
-    def parts_of_cross(cross: Any) -> dict[str, tuple[str, nn.Module]]:
-        """The modules of the attention to a memory, but for those that make its keys and values."""
-        parts = {"cross_layer": ("cross_layer", cross), "cross": ("cross_attention", cross.EncDecAttention)}
-        parts |= {f"cross.{part}": ("linear", getattr(cross.EncDecAttention, part)) for part in "qo"}
-        return parts | norm_and_dropout("cross", cross)
+    def parts_of_cross(block: Any) -> Parts:
+        """The attention to a memory, but for what makes keys and values; nothing without an encoder."""
+        if not block.has_cross_attention:
+            return {}
+        _, cross, _ = block.layer
+        return {
+            "cross_layer": ("cross_layer", cross),
+            **parts_of_sublayer("cross", cross, "residual_dropout"),
+            **parts_of_attention("cross", "cross_attention", cross.EncDecAttention, "qo"),
+        }
 
     @staticmethod
-    def parts_of_own(attention: Any, feed_forward: Any) -> dict[str, tuple[str, nn.Module]]:
-        """The modules of the sublayers that read no memory."""
-        own = attention.SelfAttention
-        parts = {"self_layer": ("self_layer", attention), "self": ("self_attention", own)}
-        parts |= {f"self.{part}": ("linear", getattr(own, part)) for part in "qkvo"}
-        parts |= norm_and_dropout("self", attention) | {"ff": ("feed_forward", feed_forward)}
-        return parts | norm_and_dropout("ff", feed_forward) | parts_of_dense("dense", feed_forward.DenseReluDense)
-
-
-class PlainCausalLayer(PlainDecoderLayer):
-    """A plain block of a decoder without an encoder."""
-
-    __slots__ = ()
-
-    weighted = _SELF + _DENSE
-    numbered = _numbers_of_attention("self") + _NUMBERS_OF_DENSE
-
-    @classmethod
-    def parts(cls, block: Any) -> dict[str, tuple[str, nn.Module]]:
-        attention, feed_forward = block.layer
-        return cls.parts_of_own(attention, feed_forward)
-
-
-def norm_and_dropout(name: str, sublayer: Any) -> dict[str, tuple[str, nn.Module]]:
-    """The norm before a sublayer, and the dropout of what it adds."""
-    return {
-        f"{name}.layer_norm": ("norm", sublayer.layer_norm),
-        f"{name}.dropout": ("residual_dropout", sublayer.dropout),
-    }
+    def parts_of_feed_forward(feed_forward: Any) -> Parts:
+        """T5's feed-forward."""
+        return {
+            "ff": ("feed_forward", feed_forward),
+            **parts_of_sublayer("ff", feed_forward, "residual_dropout"),
+            **parts_of_dense("dense", feed_forward.DenseReluDense),
+        }
 
 
 def may_run_straight(hidden_states: Tensor, mode: Mode) -> bool:
@@ -326,7 +285,7 @@ class TokenLine:
         outs = outs or [self.empty(len(weight)) for weight in weights]
         gain, eps = None, 0.0
         if norm is not None:
-            gain, eps = self.weights[f"{norm}.layer_norm"], self.plain.number(f"{norm}.layer_norm", "eps")
+            gain, eps = self.weights[f"{norm}.layer_norm"], self.plain.named[f"{norm}.layer_norm", "eps"]
         added, summed = (None if part is None else part[:, 0] for part in (branch, total))
         inputs = (states[:, 0], added, gain, eps, *weights, *[None] * (3 - len(weights)))
         step_products_into(*inputs, summed, *[out[:, 0] for out in outs], *[None] * (3 - len(outs)))
@@ -354,7 +313,7 @@ class TokenLine:
         """
         normed = self.empty(states.shape[2])
         rstd = self.recorder.temporary(torch.float32, self.rows, 1)
-        eps = self.plain.number(f"{name}.layer_norm", "eps")
+        eps = self.plain.named[f"{name}.layer_norm", "eps"]
         scores = rstd if scores is None else scores
         inputs = (states, self.weights[f"{name}.layer_norm"], routers, eps, None, normed, scores, rstd)
         if not branches:
@@ -526,7 +485,7 @@ def _fits(of_pass: tuple[Any, ...], plain: PlainDecoderLayer, tensors: tuple[Ten
     """
     dtype, _, (rows, _, d), table_dtype, (heads, _), *_ = of_pass
     by_name = dict(zip(plain.weighted, map(tuple, map(_SHAPE, tensors)), strict=False))
-    inner, d_ff = heads * plain.d_kv[0], by_name["dense.wi_0"][0]
+    inner, (d_ff, *_) = heads * plain.d_kv[0], by_name.get("dense.wi_0", (0,))
     shapes = {
         "self.layer_norm": (d,), "ff.layer_norm": (d,),
         "self.q": (inner, d), "self.k": (inner, d), "self.v": (inner, d), "self.o": (d, inner),
@@ -558,7 +517,7 @@ def shapes_of_cross(
         memory: its keys and values.
     """
     rows, d = sizes
-    cross, *_ = by_name["cross.q"]
+    cross, *_ = by_name.get("cross.q", (0,))
     key, value = memory
     if key.dim() != 4 or key.shape != value.shape or key.numel() == 0:
         return None

@@ -59,26 +59,25 @@ def straight_pass(hidden_states: Tensor, settings: EncoderSettings, plan: Encode
     return StraightPass(hidden_states, plan) if may_run else None
 
 
-class Sum:
-    """States between two layers without gradients: as such, or as a layer's branches and what they are to be added to,
-    which the next layer's first norm sums.
+def encoder_plan(
+    settings: EncoderSettings,
+    hidden_states: Tensor,
+    mask: Tensor | None,
+    dense_start: Tensor | None = None,
+    records_blocks: bool = False,
+) -> EncoderPlan:
+    """The plan of a pass, with straight lines where blocks may run as such.
 
     Args:
-        states: [batch, n, d_model]; None for a sum.
-        line: the layer that left the sum in its memory.
+        settings: of all layers.
+        hidden_states: [batch, n, d_model].
+        mask: bool [batch, n], True for real tokens; None for all.
+        dense_start: fp32 [], how far a dense start has come; None for the paper's routing.
+        records_blocks: whether somebody reads what the blocks return beside the hidden states.
     """
-
-    __slots__ = ("line", "states")
-
-    def __init__(self, states: Tensor | None, line: "StraightLayer | None" = None):
-        self.states, self.line = states, line
-
-    def total(self) -> Tensor:
-        """The states [batch, n, d_model]."""
-        if self.states is not None:
-            return self.states
-        assert self.line is not None
-        return self.line.total()
+    plan = EncoderPlan.make(settings, hidden_states, mask, dense_start)
+    plan.straight = None if records_blocks else straight_pass(hidden_states, settings, plan)
+    return plan
 
 
 class StraightLayer:
@@ -149,19 +148,20 @@ class StraightLayer:
     def __call__(self, hidden_states: Tensor) -> Tensor:
         """From states to states [batch, n, d_model], for a backward pass where autograd records."""
         if not self.records:
-            return self.run(Sum(hidden_states)).total()
+            return self.run(hidden_states).total()
         # `Function.apply` would look through the arguments for what torch.func left behind.
         return _apply(self, hidden_states, *self.tables, *self.weights)
 
-    def run(self, incoming: Sum) -> Sum:
-        """Without gradients, from a sum to a sum, in whose memory it may be written."""
-        states, before, program = incoming.states, incoming.line, self.program
-        if before is not None and before.program is not program:
-            states, before = incoming.total(), None
-        if states is not None and not states.is_contiguous():
-            states = states.contiguous()
-        self.memory = memory = program.outgoing.take(program.device) if before is None else before.memory
+    def run(self, incoming: "Tensor | StraightLayer") -> "StraightLayer":
+        """Without gradients, from states [batch, n, d_model], or from another layer's sum, in whose memory it may be
+        written. Returns this layer, which has left a sum: its branches, and what they are to be added to."""
+        program = self.program
+        if isinstance(incoming, StraightLayer) and incoming.program is program:
+            states, memory = None, incoming.memory
+        else:
+            states, memory = total_of(incoming).contiguous(), program.outgoing.take(program.device)
         assert memory is not None
+        self.memory = memory
         memories = [memory, *self.tables, *self.weights, *self.common.read]
         memories += [] if states is None else [states]
         kind = "sum" if states is None else "states"
@@ -169,10 +169,10 @@ class StraightLayer:
         if line is not None:
             with line.recorder:
                 feed_forward(line, [*attention(line, states)])
-        return Sum(None, self)
+        return self
 
     def total(self) -> Tensor:
-        """The states [batch, n, d_model] that the sum is which the layer left."""
+        """The states [batch, n, d_model] that the layer's sum is."""
         program, memory = self.program, self.memory
         assert memory is not None
         total = torch.empty((program.batch, program.n, program.d), dtype=program.hidden_dtype, device=program.device)
@@ -182,6 +182,11 @@ class StraightLayer:
             with line.recorder:
                 combined(line, parts_of(line), total)
         return total
+
+
+def total_of(states: Tensor | StraightLayer) -> Tensor:
+    """States [batch, n, d_model] as they are, or the sum that a layer has left."""
+    return states.total() if isinstance(states, StraightLayer) else states
 
 
 class _Straight(torch.autograd.Function):

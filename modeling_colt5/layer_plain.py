@@ -7,9 +7,31 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .kernel_backend import is_hooked
+
+# attributes of modules that are numbers of a line; whether a module trains is one where it drops
+_NUMBERS = ("eps", "d_kv", "radius", "groups", "routing", "is_gated_act", "dropout", "p")
+_NONE = type(None)
 _HOOKS = itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _FORWARD = attrgetter("forward")
 _PARAMETERS, _MODULES = itemgetter("_parameters"), itemgetter("_modules")
+
+# For each kind of module in a block its class, and the `forward` that the class was written with; the block itself is
+# the kind "block".
+Kinds = Mapping[str, tuple[type[nn.Module], Any]]
+# Modules of a block by name, each with its kind.
+Parts = dict[str, tuple[str, nn.Module]]
+
+
+def kinds_of(**classes: type[nn.Module]) -> Kinds:
+    """The kinds that classes are, as they are now."""
+    return {kind: (module_class, module_class.forward) for kind, module_class in classes.items()}
+
+
+def is_called_as_written(block: nn.Module, kinds: Kinds) -> bool:
+    """Whether a call of the block is no more than its class was written with: no hook, no other class."""
+    known, forward = kinds["block"]
+    return type(block) is known and known.forward is forward and not is_hooked(block)
 
 
 class PlainBlock:
@@ -33,14 +55,9 @@ class PlainBlock:
     def __reduce__(self) -> Any:
         return PlainBlock, (self._kind,)
 
-    def read(self, block: nn.Module, kinds: Mapping[str, tuple[type, Any]]) -> "tuple[Any, tuple[Tensor, ...]] | None":
+    def read(self, block: nn.Module, kinds: Kinds) -> "tuple[Any, tuple[Tensor, ...]] | None":
         """The layer, of the kind that this object was made for, and its weights in the order of `weighted`; None where
-        the block is not plain.
-
-        Args:
-            block: that holds this object.
-            kinds: for each kind of module in a block its class, and the `forward` that the class was written with.
-        """
+        the block, which holds this object, is not plain."""
         layer = self._layer
         weights = None if layer is None else layer.weights(block)
         if weights is None:
@@ -56,17 +73,14 @@ class PlainLayer:
 
     Attributes:
         weighted: names of the modules with a weight, in the order in which the weights are read.
-        numbered: names of modules and their attributes that are numbers, in the order in which they are read.
-        numbers: all of them.
+        numbers: all numbers that modules hold.
+        named: the same by the names of modules and attributes.
     """
 
     __slots__ = (
         "_attributes", "_children", "_classes", "_dicts", "_forwards", "_kinds", "_kinds_of_values", "_lengths",
-        "_modules", "_parents", "_with_numbers", "_with_parameters", "numbers",
+        "_modules", "_parents", "_with_numbers", "_with_parameters", "named", "numbers", "weighted",
     )  # fmt: skip
-
-    weighted: tuple[str, ...]
-    numbered: tuple[tuple[str, str], ...]
 
     def __init__(self, block: Any, parts: dict[str, nn.Module]):
         self._modules = list(parts.values())
@@ -77,21 +91,35 @@ class PlainLayer:
         self._lengths = list(map(len, self._dicts))
         self._parents = [part.__dict__ for part in (block.layer, *self._modules) if part._modules]
         self._children = list(chain.from_iterable(map(dict.values, map(_MODULES, self._parents))))
+        self.weighted = tuple(name for name, part in parts.items() if part._parameters.get("weight") is not None)
         self._with_parameters = [parts[name].__dict__ for name in self.weighted]
         values = chain.from_iterable(map(dict.values, map(_PARAMETERS, self._with_parameters)))
-        self._kinds_of_values = [type(None) if value is None else nn.Parameter for value in values]
-        self._with_numbers = [parts[name].__dict__ for name, _ in self.numbered]
-        self._attributes = [attribute for _, attribute in self.numbered]
+        self._kinds_of_values = [_NONE if value is None else nn.Parameter for value in values]
+        numbered = [(name, key) for name, part in parts.items() for key in _NUMBERS if key in part.__dict__]
+        numbered += [(name, "training") for name, key in numbered if key in ("dropout", "p")]
+        self._with_numbers = [parts[name].__dict__ for name, _ in numbered]
+        self._attributes = [attribute for _, attribute in numbered]
         self.numbers: list[Any] = list(map(dict.get, self._with_numbers, self._attributes))
+        self.named: dict[tuple[str, str], Any] = dict(zip(numbered, self.numbers, strict=True))
+
+    def values(self, attribute: str) -> tuple[Any, ...]:
+        """The numbers of an attribute, in the modules' order."""
+        return tuple(number for (_, own), number in self.named.items() if own == attribute)
+
+    @property
+    def drops_something(self) -> bool:
+        """Whether a module drops something now."""
+        rates = ((name, rate) for (name, key), rate in self.named.items() if key in ("dropout", "p"))
+        return any(rate and self.named[name, "training"] for name, rate in rates)
 
     @property
     def is_supported(self) -> bool:
         """Whether there is a straight line for these numbers."""
-        raise NotImplementedError
+        return all(self.values("is_gated_act")) and set(self.values("routing")) <= {"learned"}
 
     @classmethod
-    def parts(cls, block: Any) -> dict[str, tuple[str, nn.Module]]:
-        """The modules of a block whose calls its forward comes to, by name, each with its kind.
+    def parts(cls, block: Any) -> Parts:
+        """The modules of a block whose calls its forward comes to.
 
         Raises:
             AttributeError, ValueError: where one lacks.
@@ -99,21 +127,19 @@ class PlainLayer:
         raise NotImplementedError
 
     @classmethod
-    def of(cls, block: nn.Module, kinds: Mapping[str, tuple[type, Any]]) -> "PlainLayer | None":
+    def of(cls, block: nn.Module, kinds: Kinds) -> "PlainLayer | None":
         """The layer that a block is; None where it is not plain."""
         try:
             parts = cls.parts(block)
         except (AttributeError, ValueError):
             return None
-        for name, (kind, part) in parts.items():
+        for kind, part in parts.values():
             known, forward = kinds[kind]
             if type(part) is not known or known.forward is not forward or "forward" in part.__dict__:
                 return None
-            parameters = part.__dict__["_parameters"]
-            if name in cls.weighted and type(parameters.get("weight")) is not nn.Parameter:
-                return None
-            if any(value is not None for key, value in parameters.items() if key != "weight"):
-                return None
+            for key, value in part.__dict__["_parameters"].items():
+                if type(value) is not (nn.Parameter if key == "weight" else _NONE):
+                    return None
         layer = cls(block, {name: part for name, (_, part) in parts.items()})
         return layer if layer.is_supported else None
 
@@ -136,8 +162,19 @@ class PlainLayer:
         return tuple([value for value in values if value is not None])
 
 
-def parts_of_dense(name: str, dense: Any) -> dict[str, tuple[str, nn.Module]]:
-    """The modules of a gated feed-forward, as `PlainLayer.parts` has them, under this name."""
-    parts = {name: ("dense", dense)}
-    parts |= {f"{name}.{part}": ("linear", getattr(dense, part)) for part in ("wi_0", "wi_1", "wo")}
-    return parts | {f"{name}.dropout": ("dropout", dense.dropout), f"{name}.act": ("activation", dense.act)}
+def parts_of_sublayer(name: str, sublayer: Any, dropout: str) -> Parts:
+    """The norm before a sublayer, and the dropout of what it adds, which is of a kind."""
+    return {f"{name}.layer_norm": ("norm", sublayer.layer_norm), f"{name}.dropout": (dropout, sublayer.dropout)}
+
+
+def parts_of_attention(name: str, kind: str, attention: Any, projections: str = "qkvo") -> Parts:
+    """An attention of a kind, and its projections."""
+    own = {f"{name}.{part}": ("linear", getattr(attention, part)) for part in projections}
+    return {name: (kind, attention), **own}
+
+
+def parts_of_dense(name: str, dense: Any) -> Parts:
+    """A gated feed-forward and its modules."""
+    own = {f"{name}.{part}": ("linear", getattr(dense, part)) for part in ("wi_0", "wi_1", "wo")}
+    others = {f"{name}.dropout": ("dropout", dense.dropout), f"{name}.act": ("activation", dense.act)}
+    return {name: ("dense", dense), **own, **others}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .kernel_backend import normed_dtype, triton_is_available
-from .layer_plain import PlainLayer, parts_of_dense
+from .layer_plain import Parts, PlainLayer, parts_of_attention, parts_of_dense, parts_of_sublayer
 from .run_plan import is_one_product
 
 if triton_is_available():
@@ -42,20 +42,6 @@ class Drop:
     LIGHT_ATTENTION, HEAVY_ATTENTION, ATTENTION, LIGHT_FF, HEAVY_FF, FEED_FORWARD = range(6)
 
 
-# the numbers that modules hold, in the order in which they are read
-_NUMBERS = (
-    ("attention.layer_norm", "eps"), ("feed_forward.layer_norm", "eps"),
-    ("light", "d_kv"), ("light", "radius"), ("heavy", "d_kv"),
-    ("light", "training"), ("light", "dropout"), ("heavy", "training"), ("heavy", "dropout"),
-    ("attention.dropout", "training"), ("attention.dropout", "p"),
-    ("feed_forward.dropout", "training"), ("feed_forward.dropout", "p"),
-    ("light_ff.dropout", "training"), ("light_ff.dropout", "p"),
-    ("heavy_ff.dropout", "training"), ("heavy_ff.dropout", "p"),
-    ("light_ff", "is_gated_act"), ("heavy_ff", "is_gated_act"),
-    ("query_router", "routing"), ("key_value_router", "routing"), ("router", "routing"),
-)  # fmt: skip
-
-
 class PlainEncoderLayer(PlainLayer):
     """A plain block of the encoder.
 
@@ -68,43 +54,35 @@ class PlainEncoderLayer(PlainLayer):
 
     __slots__ = ("drops", "eps", "head_sizes", "radius")
 
-    weighted = WEIGHTS
-    numbered = _NUMBERS
-
     def __init__(self, block: Any, parts: dict[str, nn.Module]):
         super().__init__(block, parts)
-        numbers = self.numbers
-        self.eps = tuple(numbers[:2])
-        self.head_sizes, self.radius = (numbers[2], numbers[4]), numbers[3]
+        self.eps, self.head_sizes = self.values("eps"), self.values("d_kv")
+        self.radius = self.named["light", "radius"]
         self.drops: tuple[float, ...] = block.drop_rates()
 
     @property
     def is_supported(self) -> bool:
-        *_, light_is_gated, heavy_is_gated, first, second, third = self.numbers
-        return bool(light_is_gated and heavy_is_gated and first == second == third == "learned")
+        return self.weighted == WEIGHTS and super().is_supported
 
     @classmethod
-    def parts(cls, block: Any) -> dict[str, tuple[str, nn.Module]]:
-        parts: dict[str, tuple[str, nn.Module]] = {}
+    def parts(cls, block: Any) -> Parts:
+        def parts_of_router(name: str, router: Any) -> Parts:
+            return {name: ("router", router), f"{name}.select": ("select", router.select)}
+
         attention, feed_forward = block.layer
-        for name, sublayer in (("attention", attention), ("feed_forward", feed_forward)):
-            parts[name] = (name, sublayer)
-            parts[f"{name}.layer_norm"] = ("norm", sublayer.layer_norm)
-            parts[f"{name}.dropout"] = ("dropout", sublayer.dropout)
-        for name, branch in (("light", attention.light_attention), ("heavy", attention.heavy_attention)):
-            parts[name] = (f"{name}_attention", branch)
-            parts |= {f"{name}.{part}": ("linear", getattr(branch, part)) for part in "qkvo"}
-        for name, branch in (("light", feed_forward.light_feed_forward), ("heavy", feed_forward.heavy_feed_forward)):
-            parts |= parts_of_dense(f"{name}_ff", branch)
-        routers = {
-            "query_router": attention.query_router,
-            "key_value_router": attention.key_value_router,
-            "router": feed_forward.router,
+        return {
+            "attention": ("attention", attention),
+            **parts_of_sublayer("attention", attention, "dropout"),
+            **parts_of_attention("light", "light_attention", attention.light_attention),
+            **parts_of_router("query_router", attention.query_router),
+            **parts_of_router("key_value_router", attention.key_value_router),
+            **parts_of_attention("heavy", "heavy_attention", attention.heavy_attention),
+            "feed_forward": ("feed_forward", feed_forward),
+            **parts_of_sublayer("feed_forward", feed_forward, "dropout"),
+            **parts_of_dense("light_ff", feed_forward.light_feed_forward),
+            **parts_of_router("router", feed_forward.router),
+            **parts_of_dense("heavy_ff", feed_forward.heavy_feed_forward),
         }
-        for name, router in routers.items():
-            parts[name] = ("router", router)
-            parts[f"{name}.select"] = ("select", router.select)
-        return parts
 
 
 # The vectors among the weights. All others are matrices.

@@ -7,8 +7,9 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from .configuration_colt5 import CoLT5BaseConfig, CoLT5Config
+from .layer_encoder import encoder_plan
 from .model_cross_routing import CoLT5CrossRouting
-from .model_encoder_layer import branch_biases, encoder_plan
+from .model_encoder_layer import branch_biases
 from .model_from_config import (
     add_branch_biases,
     causal_settings,

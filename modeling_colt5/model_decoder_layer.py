@@ -7,10 +7,10 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.generic import maybe_autocast
 
-from .kernel_backend import accumulation_dtype, is_hooked
+from .kernel_backend import accumulation_dtype
 from .layer_causal import PlainRoutedLayer
-from .layer_decoder import PlainCausalLayer, PlainDecoderLayer
-from .layer_plain import PlainBlock
+from .layer_decoder import PlainDecoderLayer
+from .layer_plain import PlainBlock, is_called_as_written, kinds_of
 from .model_causal import (
     CoLT5CausalLocalAttention,
     CoLT5CausalRoutedAttention,
@@ -337,29 +337,6 @@ class CoLT5LayerFF(nn.Module):
         return clamp_half(hidden_states + self.dropout(self.DenseReluDense(normed, backend)))
 
 
-# A plain block has modules of these classes, with these forwards.
-_PLAIN_CLASSES: dict[str, type[nn.Module]] = {
-    "self_layer": CoLT5LayerSelfAttention,
-    "self_attention": CoLT5SelfAttention,
-    "cross_layer": CoLT5LayerCrossAttention,
-    "cross_attention": CoLT5CrossAttention,
-    "feed_forward": CoLT5LayerFF,
-    "dense": CoLT5DenseActDense,
-    "norm": CoLT5LayerNorm,
-    "linear": nn.Linear,
-    "dropout": CoLT5Dropout,
-    "residual_dropout": nn.Dropout,
-    "activation": GELU,
-    "causal_attention": CoLT5LayerCausalAttention,
-    "local_attention": CoLT5CausalLocalAttention,
-    "routed_attention": CoLT5CausalRoutedAttention,
-    "causal_feed_forward": CoLT5LayerCausalFF,
-    "router": CoLT5Router,
-    "list": nn.ModuleList,
-}
-PLAIN = {kind: (module_class, module_class.forward) for kind, module_class in _PLAIN_CLASSES.items()}
-
-
 class CoLT5DecoderBlock(GradientCheckpointingLayer):
     """One decoder layer: self-attention, cross-attention where there is an encoder, feed-forward; of the first and the
     last either T5's or the causally routed one."""
@@ -373,8 +350,8 @@ class CoLT5DecoderBlock(GradientCheckpointingLayer):
         super().__init__()
         self.has_cross_attention = cross_attention is not None
         self.layer = nn.ModuleList(filter(None, (attention, cross_attention, feed_forward)))
-        kind = PlainDecoderLayer if self.has_cross_attention else PlainCausalLayer
-        self.plain = PlainBlock(PlainRoutedLayer if isinstance(attention, CoLT5LayerCausalAttention) else kind)
+        is_routed = isinstance(attention, CoLT5LayerCausalAttention)
+        self.plain = PlainBlock(PlainRoutedLayer if is_routed else PlainDecoderLayer)
 
     def forward(
         self,
@@ -441,12 +418,30 @@ class CoLT5DecoderBlock(GradientCheckpointingLayer):
         return hidden_states, weights, cross_weights, routing, asked
 
 
-BLOCK_FORWARD = CoLT5DecoderBlock.forward
+# What a plain block is made of.
+PLAIN = kinds_of(
+    block=CoLT5DecoderBlock,
+    self_layer=CoLT5LayerSelfAttention,
+    self_attention=CoLT5SelfAttention,
+    cross_layer=CoLT5LayerCrossAttention,
+    cross_attention=CoLT5CrossAttention,
+    feed_forward=CoLT5LayerFF,
+    dense=CoLT5DenseActDense,
+    norm=CoLT5LayerNorm,
+    linear=nn.Linear,
+    dropout=CoLT5Dropout,
+    residual_dropout=nn.Dropout,
+    activation=GELU,
+    causal_attention=CoLT5LayerCausalAttention,
+    local_attention=CoLT5CausalLocalAttention,
+    routed_attention=CoLT5CausalRoutedAttention,
+    causal_feed_forward=CoLT5LayerCausalFF,
+    router=CoLT5Router,
+    list=nn.ModuleList,
+)
 
 
 def read_plain(block: nn.Module) -> tuple[PlainDecoderLayer, tuple[torch.Tensor, ...]] | None:
     """What a straight line reads of a decoder's block; None where the block is to be called: it is not plain, has a
     hook, or is of another class."""
-    if type(block) is not CoLT5DecoderBlock or CoLT5DecoderBlock.forward is not BLOCK_FORWARD or is_hooked(block):
-        return None
-    return block.plain.read(block, PLAIN)
+    return block.plain.read(block, PLAIN) if is_called_as_written(block, PLAIN) else None  # type: ignore[union-attr,operator]

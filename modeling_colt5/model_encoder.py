@@ -12,9 +12,10 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_colt5 import CoLT5Config
 from .kernel_backend import Mode, uses_triton
-from .layer_encoder import Sum
+from .layer_encoder import StraightLayer, encoder_plan, total_of
+from .layer_plain import is_called_as_written
 from .model_base import CoLT5Stack
-from .model_encoder_layer import CoLT5EncoderBlock, branch_biases, encoder_plan, is_as_written
+from .model_encoder_layer import PLAIN, CoLT5EncoderBlock, branch_biases
 from .model_from_config import add_branch_biases, encoder_block, encoder_settings, layer_norm
 from .model_outputs import CoLT5EncoderOutput
 from .run_graphs import replayed
@@ -26,7 +27,6 @@ from .run_inputs import (
     refuse_jit_trace,
     warn_of_missing_attentions,
 )
-from .run_plan import EncoderPlan
 
 
 def heavy_attentions_too(forward: Callable) -> Callable:
@@ -129,24 +129,18 @@ class CoLT5Encoder(CoLT5Stack):
         dense_start = self.dense_start if self.training else None
         plan = encoder_plan(encoder_settings(self.config), hidden_states, mask, dense_start, records_blocks)
         tables = branch_biases(self)
+        # Without gradients, and where nobody sees what goes from block to block, a straight line leaves its last sum
+        # to the norm of the next one.
+        leaves_sums = plan.straight is not None and not plan.mode.keeps_gradients
+        leaves_sums = leaves_sums and all(is_called_as_written(block, PLAIN) for block in self.block)
+        states: torch.Tensor | StraightLayer = hidden_states
         try:
-            if plan.straight is not None and not plan.mode.keeps_gradients and all(map(is_as_written, self.block)):
-                hidden_states = self.run_straight(hidden_states, tables, plan)
-            else:
-                for block in self.block:
-                    hidden_states = block(hidden_states, *tables, plan)[0]
+            block: Any
+            for block in self.block:
+                line = block.straight_line(tables, plan) if leaves_sums else None
+                states = block(total_of(states), *tables, plan)[0] if line is None else line.run(states)
+            hidden_states = total_of(states)
         finally:
             # The recording of a CUDA graph that an error breaks off can end only with all of its streams joined.
             plan.join()
         return self.final_layer_norm(hidden_states, None, plan.kernel_backend)[0]
-
-    def run_straight(
-        self, hidden_states: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor | None], plan: EncoderPlan
-    ) -> torch.Tensor:
-        """All layers without gradients, where nobody sees what goes from block to block: a straight line leaves its
-        last sum to the norm of the next one. A block that is not plain is called as it is."""
-        states = Sum(hidden_states)
-        for block in self.block:
-            line = block.straight_line(tables, plan)  # type: ignore[operator]
-            states = Sum(block(states.total(), *tables, plan)[0]) if line is None else line.run(states)
-        return states.total()

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .kernel_backend import is_hooked, shows_results
-from .layer_encoder import StraightLayer, straight_pass
-from .layer_plain import PlainBlock
+from .kernel_backend import shows_results
+from .layer_encoder import StraightLayer
+from .layer_plain import PlainBlock, kinds_of
 from .layer_program import PlainEncoderLayer
 from .model_layers import (
     GELU,
@@ -33,7 +33,7 @@ from .op_attention import local_attention, local_attention_reference, routed_att
 from .op_dropout import draw_seeds
 from .op_routing import RoutedTokens
 from .op_rows import combine_branches, scatter_add_tokens, share_and_gather
-from .run_plan import EncoderPlan, EncoderSettings
+from .run_plan import EncoderPlan
 
 
 def seeds_of(seeds: torch.Tensor | None) -> Sequence[torch.Tensor | None]:
@@ -275,25 +275,6 @@ class CoLT5LayerConditionalFF(nn.Module):
         return add_branches(hidden_states, light, heavy, tokens, self.dropout, backend, seed), tokens
 
 
-# A plain block has modules of these classes, with these forwards.
-PLAIN: dict[str, tuple[type[nn.Module], Any]] = {
-    kind: (module_class, vars(module_class)["forward"])
-    for kind, module_class in {
-        "attention": CoLT5LayerConditionalAttention,
-        "feed_forward": CoLT5LayerConditionalFF,
-        "norm": CoLT5LayerNorm,
-        "light_attention": CoLT5LocalAttention,
-        "heavy_attention": CoLT5RoutedAttention,
-        "dense": CoLT5DenseActDense,
-        "router": CoLT5Router,
-        "select": CoLT5Routing,
-        "linear": nn.Linear,
-        "dropout": CoLT5Dropout,
-        "activation": GELU,
-    }.items()
-}
-
-
 class CoLT5EncoderBlock(GradientCheckpointingLayer):
     """One encoder layer: conditional attention, conditional feed-forward."""
 
@@ -348,31 +329,18 @@ class CoLT5EncoderBlock(GradientCheckpointingLayer):
         return StraightLayer.of(*found, (light_bias_table, heavy_bias_table), plan)
 
 
-BLOCK_FORWARD = CoLT5EncoderBlock.forward
-
-
-def encoder_plan(
-    settings: EncoderSettings,
-    hidden_states: torch.Tensor,
-    mask: torch.Tensor | None,
-    dense_start: torch.Tensor | None = None,
-    records_blocks: bool = False,
-) -> EncoderPlan:
-    """The plan of a pass, with straight lines where blocks may run as such.
-
-    Args:
-        settings: of all layers.
-        hidden_states: [batch, n, d_model].
-        mask: bool [batch, n], True for real tokens; None for all.
-        dense_start: fp32 [], how far a dense start has come; None for the paper's routing.
-        records_blocks: whether somebody reads what the blocks return beside the hidden states.
-    """
-    plan = EncoderPlan.make(settings, hidden_states, mask, dense_start)
-    plan.straight = None if records_blocks else straight_pass(hidden_states, settings, plan)
-    return plan
-
-
-def is_as_written(block: nn.Module) -> bool:
-    """Whether a call of an encoder's block is no more than what is written here: no hook, no other class."""
-    is_own = type(block) is CoLT5EncoderBlock and CoLT5EncoderBlock.forward is BLOCK_FORWARD
-    return is_own and not is_hooked(block)
+# What a plain block is made of.
+PLAIN = kinds_of(
+    block=CoLT5EncoderBlock,
+    attention=CoLT5LayerConditionalAttention,
+    feed_forward=CoLT5LayerConditionalFF,
+    norm=CoLT5LayerNorm,
+    light_attention=CoLT5LocalAttention,
+    heavy_attention=CoLT5RoutedAttention,
+    dense=CoLT5DenseActDense,
+    router=CoLT5Router,
+    select=CoLT5Routing,
+    linear=nn.Linear,
+    dropout=CoLT5Dropout,
+    activation=GELU,
+)
