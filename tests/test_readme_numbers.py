@@ -18,7 +18,7 @@ from modeling_colt5 import CoLT5Config, CoLT5ForConditionalGeneration
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 RESULTS = REPOSITORY / "benchmarks" / "results"
-NUMBERS_OF_WORDS = {"three": 3, "five": 5}
+NUMBERS_OF_WORDS = {"three": 3, "four": 4, "five": 5, "six": 6}
 
 
 def table(first_heading: str, text: str = README) -> list[list[str]]:
@@ -99,7 +99,7 @@ def test_the_table_of_learning():
     for run in map(json.loads, lines):
         if run["length"] == 2048 and round(1 / run["query_fraction"]) == 16:
             accuracies.setdefault((run["task"], run["arm"]), []).append(run["accuracy"])
-    _, *rows = table("one query among 16")
+    _, *rows = table("accuracy, 2,048 tokens, one query among 16")
     for (label, learned, without, others), task in zip(rows, ("facts", "marked", "cross"), strict=True):
         assert len(accuracies[task, "learned"]) == NUMBERS_OF_WORDS[re.search(r"(\w+) seeds", label)[1]]
         assert learned == span(accuracies[task, "learned"])
@@ -145,12 +145,27 @@ def demo(folder: Path, *arguments: str) -> str:
     return done.stdout
 
 
+def test_the_end_of_make_test(request):
+    """It is pytest's closing line, and of about as many tests as there are."""
+    _, shown = (block.text for block in blocks("README.md") if block.language == "text")
+    line = r"=+ (\d+) passed, (\d+) skipped(?:, \d+ warnings?)? in (\d+)\.\d\ds \((\d+):(\d\d):(\d\d)\) =+\n"
+    passed, skipped, seconds, *clock = map(int, re.fullmatch(line, shown).groups())
+    # pytest cuts its clock down to whole seconds
+    assert clock[0] * 3600 + clock[1] * 60 + clock[2] == seconds
+    items, option = request.session.items, request.config.option
+    files = len({item.path for item in items}), len(list((REPOSITORY / "tests").glob("test_*.py")))
+    if option.markexpr != "not slow" or option.keyword or files[0] < 0.9 * files[1]:
+        pytest.skip("a part of the tests is run")
+    # files that skip as a whole count as one, and tests are added between two readings of the line
+    assert passed + skipped == pytest.approx(len(items), rel=0.1)
+
+
 # reads the module once, and 33 short pieces of others, to train on or to score: half a minute
 @pytest.mark.slow
 def test_the_demos_output(tmp_path):
     """As the README shows it, but for the time; the training that follows gives losses, and a model."""
     printed = demo(tmp_path, "--steps", "1")
-    (shown,) = (block.text for block in blocks("README.md") if block.language == "text")
+    shown, _ = (block.text for block in blocks("README.md") if block.language == "text")
     pinned = re.search(r"(?m)^huggingface_hub==(.+)$", (REPOSITORY / "constraints.txt").read_text(encoding="utf-8"))[1]
     if version("huggingface_hub") == pinned:
         for line in shown.splitlines():
@@ -162,5 +177,9 @@ def test_the_demos_output(tmp_path):
         )
         # a near tie between two types may fall the other way on another processor
         assert total == shown_all and abs(right - shown_right) <= 1
+        # the sentinels' share among the queries, of each layer
+        asked = [int(share) for share in re.findall(r"(?m)^ +\d+ +\d+% / +(\d+)% ", printed)]
+        every, layers = re.search(r"in (\w+) of its (\w+) layers every place", README).groups()
+        assert (NUMBERS_OF_WORDS[every], NUMBERS_OF_WORDS[layers]) == (asked.count(100), len(asked))
     assert re.search(r"loss on what was kept back: [\d.]+ before, [\d.]+ after 1 steps", printed)
     assert (tmp_path / "checkpoint" / "config.json").is_file()
