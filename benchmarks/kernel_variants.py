@@ -5,7 +5,8 @@
 The kernels are launched as models launch them, on tensors of the CPU, with a launch that only notes what Triton would
 compile: kernels, dtypes, what it specialises integers on, constants and options. Then every variant is compiled for
 every generation, and the table results/kernel_variants.md says which takes the most shared memory, beside what the
-generation's cards have. `--quick` compiles of each kernel the variant that should need most.
+generation's cards have. `--quick` compiles of each kernel the variant that should need most, and once for generations
+of one major number: Triton plans memory by that number.
 """
 
 import argparse
@@ -353,6 +354,11 @@ def compile_variant(variant: Variant, capability: int) -> Cost:
     return Cost(compiled.metadata.shared)
 
 
+def stands_for(capability: int) -> int:
+    """The first generation whose major number the capability has."""
+    return min(other for other in GENERATIONS if other // 10 == capability // 10)
+
+
 def fits(variant: Variant, cost: Cost, capability: int) -> bool:
     """Whether a program fits, and where programs wait for each other, as many of them as have to be there at once.
 
@@ -381,8 +387,12 @@ def main() -> int:
     options = parser.parse_args()
     work = [(variant, capability) for capability in GENERATIONS for variant in record(capability, options.quick)]
     work.sort(key=str)
+    # what is compiled for each: (variant, capability)
+    compiled = [(variant, stands_for(capability) if options.quick else capability) for variant, capability in work]
+    once = list(dict.fromkeys(compiled))
     with ProcessPoolExecutor(options.jobs) as pool:
-        costs = list(pool.map(compile_variant, *zip(*work, strict=True)))
+        cost_of = dict(zip(once, pool.map(compile_variant, *zip(*once, strict=True)), strict=True))
+    costs = [cost_of[key] for key in compiled]
     lines = []
     failures = 0
     for kernel in sorted({variant.kernel for variant, _ in work}):

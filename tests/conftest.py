@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -39,7 +40,31 @@ else:
     torch.set_num_threads(min(torch.get_num_threads(), max(1, (os.cpu_count() or 1) // WORKERS)))
 
 
+def find_code_once() -> None:
+    """Have each save copy every file of the package's code once, and look for these files once in a process.
+
+    Transformers reads all files again at every save, and copies one as often as others import it, which takes a
+    quarter of a second.
+    """
+    # not before the settings above are made
+    from transformers import dynamic_module_utils
+
+    find = dynamic_module_utils.get_relative_import_files
+    package = Path(__file__).parents[1] / "modeling_colt5"
+    found: dict[Path, list[str]] = {}
+
+    def find_once(file: str | os.PathLike) -> list[str]:
+        if Path(file).parent != package:
+            return find(file)
+        if Path(file) not in found:
+            found[Path(file)] = list(dict.fromkeys(find(file)))
+        return found[Path(file)]
+
+    dynamic_module_utils.get_relative_import_files = find_once
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    find_code_once()
     # PEFT asks by the name that Transformers has since deprecated, wherever a model gets an adapter; no code here does
     message = "`is_gradient_checkpointing` is deprecated"
     config.addinivalue_line("filterwarnings", f"ignore:{message}:FutureWarning:transformers.modeling_utils")

@@ -24,6 +24,7 @@ def make_interpreter_fast() -> None:
     from triton.runtime import interpreter
 
     make_types_fast()
+    make_operands_fast()
     make_random_numbers_fast()
 
     is_builtin = language.core.is_builtin
@@ -47,6 +48,17 @@ def make_interpreter_fast() -> None:
             return replace(kernel)
         return types.SimpleNamespace(restore=lambda: None)
 
+    def put_in_place(owner: Any, name: str, member: Callable, builder: Any, scope: Any) -> None:
+        # without the wrapper that only looks whether it is called in a kernel
+        inner = getattr(member, "__wrapped__", member)
+
+        def call(*arguments: Any, **named: Any) -> Any:
+            named["_semantic"] = interpreter.interpreter_semantic
+            return inner(*arguments, **named)
+
+        scope.set_attr(owner, name, call)
+
+    interpreter._patch_attr = put_in_place
     interpreter.inspect = types.SimpleNamespace(**(vars(inspect) | {"getmembers": getmembers}))
     interpreter._patch_lang = replace_once
     builder = interpreter.interpreter_builder
@@ -89,6 +101,42 @@ def make_types_fast() -> None:
     interpreter._get_np_dtype = numpy_type_once
     language.block_type.__init__ = make_block_type_once
     language.tensor.__init__ = make_tensor
+
+
+def make_operands_fast() -> None:
+    """Leave alone what needs no change: plain values among constants, and two operands of one type and shape."""
+    from triton import language
+    from triton.language import core
+    from triton.runtime import interpreter
+
+    semantic = type(interpreter.interpreter_semantic)
+    unwrap, broadcast = core._unwrap_if_constexpr, semantic.broadcast_impl_value
+    check = semantic.binary_op_type_checking_impl
+    plain = {language.tensor, int, float, bool, str, type(None)}
+    # two of a kind give their own kind, whatever is computed
+    kinds = {"fp32", "fp64", "int1", "int32", "int64", "uint32", "uint64"}
+
+    def unwrap_quickly(value: Any) -> Any:
+        if type(value) is core.constexpr:
+            return value.value
+        return value if type(value) in plain else unwrap(value)
+
+    def broadcast_quickly(self: Any, one: Any, other: Any) -> tuple[Any, Any]:
+        same = one.handle.data.shape == other.handle.data.shape and one.type.is_block() == other.type.is_block()
+        return (one, other) if same else broadcast(self, one, other)
+
+    def check_quickly(self: Any, one: Any, other: Any, *options: Any, **named: Any) -> tuple[Any, Any]:
+        if (
+            type(one) is type(other) is language.tensor
+            and one.dtype.name == other.dtype.name
+            and one.dtype.name in kinds
+        ):
+            return broadcast_quickly(self, one, other)
+        return check(self, one, other, *options, **named)
+
+    core._unwrap_if_constexpr = unwrap_quickly
+    semantic.broadcast_impl_value = broadcast_quickly
+    semantic.binary_op_type_checking_impl = check_quickly
 
 
 def make_random_numbers_fast() -> None:

@@ -278,6 +278,7 @@ def operator_inputs(device, routed):
     return (*leaves, *rest, 0.0, None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("routed", [False, True])
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 def test_the_operator_passes_opcheck(routed, backend, device, monkeypatch):
@@ -285,6 +286,7 @@ def test_the_operator_passes_opcheck(routed, backend, device, monkeypatch):
     torch.library.opcheck(torch.ops.colt5.attention.default, operator_inputs(device, routed))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("routed", [False, True])
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 def test_compiled_without_graph_break_it_gives_the_same(routed, backend, device, monkeypatch):

@@ -67,6 +67,7 @@ def test_configuration_saved_alone_makes_every_model(checkpoints):
         auto_steps.check_configuration_alone(str(checkpoints / kind / "model"))
 
 
+@pytest.mark.slow
 def test_users_classes_load_as_what_they_are(checkpoints):
     auto_steps.check_users(str(checkpoints))
 

@@ -105,18 +105,19 @@ def test_every_branch_takes_part() -> None:
             heavy.weight.copy_(kept)
 
 
-QUICK = {(1, "static"), (WINDOW, "dynamic"), (3 * WINDOW, "static")}
-
-
-# half a second each, and the slow ones' windows begin and end in the others' continuations too
+# half a second each: every kind of model meets every prompt, and both kinds of caches
 @pytest.mark.parametrize(
-    ("prompt", "cache"),
+    ("model", "prompt", "cache"),
     [
-        pytest.param(prompt, cache, marks=[] if (prompt, cache) in QUICK else pytest.mark.slow)
-        for prompt in (1, WINDOW - 1, WINDOW, WINDOW + 1, 3 * WINDOW)
-        for cache in ("dynamic", "static")
+        pytest.param(
+            fields, prompt, ("dynamic", "static")[(row + column) % 2], id=f"{kind}-{prompt}",
+            marks=pytest.mark.slow if (row + column) % 3 else (),
+        )
+        for row, (kind, fields) in enumerate(KINDS.items())
+        for column, prompt in enumerate((1, WINDOW - 1, WINDOW, WINDOW + 1, 3 * WINDOW))
     ],
-)
+    indirect=["model"],
+)  # fmt: skip
 def test_token_by_token_is_the_parallel_forward(model: CoLT5ForCausalLM, prompt: int, cache: str) -> None:
     ids = random_ids(2, 5 * WINDOW + 3)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -127,9 +128,7 @@ def test_token_by_token_is_the_parallel_forward(model: CoLT5ForCausalLM, prompt:
 
 @pytest.mark.parametrize("side", ["left", "right"])
 # token by token has a test of its own
-@pytest.mark.parametrize(
-    "chunks", [[44], pytest.param([1] * 44, marks=pytest.mark.slow), [7, 1, 9, 1, 1, 20, 5], [30, 14]]
-)
+@pytest.mark.parametrize("chunks", [[44], [7, 1, 9, 1, 1, 20, 5], pytest.param([30, 14], marks=pytest.mark.slow)])
 def test_padded_rows_are_the_rows_alone(model: CoLT5ForCausalLM, side: str, chunks: list[int]) -> None:
     rows = [random_ids(n) for n in (44, 31, 3)]
     batch = pad(rows, side)
@@ -173,23 +172,14 @@ def recomputed(
     return torch.stack(rows)
 
 
-# each two of the settings meet in `make test`, all three in the slow tests
+# half a second each: a kind of model meets both caches, both sides and both choices; the other two pairs are slow
 @pytest.mark.parametrize(
     ("cache", "side", "choice"),
     [
         ("dynamic", "left", "greedy"),
-        ("dynamic", "right", "sample"),
-        ("static", "left", "sample"),
-        ("static", "right", "greedy"),
-        *(
-            pytest.param(*settings, marks=pytest.mark.slow)
-            for settings in (
-                ("dynamic", "left", "sample"),
-                ("dynamic", "right", "greedy"),
-                ("static", "left", "greedy"),
-                ("static", "right", "sample"),
-            )
-        ),
+        ("static", "right", "sample"),
+        pytest.param("dynamic", "right", "sample", marks=pytest.mark.slow),
+        pytest.param("static", "left", "greedy", marks=pytest.mark.slow),
     ],
 )
 def test_generation(model: CoLT5ForCausalLM, cache: str, side: str, choice: str) -> None:
@@ -257,7 +247,7 @@ def test_generate_compiles_one_step_for_all_tokens(fields: dict[str, int], lengt
     assert [getattr(part, "shape", part) for part in new] == [(len(lengths), 1), mask]
 
 
-@pytest.mark.parametrize(("window", "candidates"), [(3, 8), (WINDOW, 5)])
+@pytest.mark.parametrize(("window", "candidates"), [(3, 8), pytest.param(WINDOW, 5, marks=pytest.mark.slow)])
 def test_prompt_lookup_and_assisted_decoding_are_greedy_decoding(window: int, candidates: int) -> None:
     """Wrong candidates are taken back, by the model and by the assistant that proposed them, also where there are more
     than a cache can take back."""
@@ -492,6 +482,7 @@ def test_inside_the_encoder_decoder(cache: str, num_beams: int, cross: int | Non
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
+@pytest.mark.slow
 def test_kernels_are_the_reference(device: torch.device) -> None:
     """The same gradients through the Triton kernels, interpreted on the CPU, as through PyTorch."""
     results = []

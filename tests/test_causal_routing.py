@@ -137,7 +137,7 @@ def make_model(config: CoLT5Config) -> CoLT5ForCausalLM:
     return model
 
 
-@pytest.mark.parametrize("length", [1, 5, 8, 9, 16, 50])
+@pytest.mark.parametrize("length", [1, 8, 9, 50])
 @pytest.mark.parametrize(
     "fields",
     [

@@ -64,9 +64,8 @@ ROUTED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "fields", [pytest.param({}, id="plain decoder"), pytest.param(ROUTED, id="routed", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("fields", [pytest.param({}, id="plain decoder"), pytest.param(ROUTED, id="routed")])
 def test_training_step_compiles_without_a_break(fields):
     model = tiny_model(num_layers=1, num_decoder_layers=1, **fields).train()
     batch = {**pad([random_ids(60), random_ids(35)]), "labels": random_ids(2, 7)}

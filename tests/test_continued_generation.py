@@ -29,9 +29,18 @@ def filled_cache(model, ids, decoder_ids, is_static):
         return model(input_ids=ids, decoder_input_ids=decoder_ids, use_cache=True, **given)[CACHE]
 
 
-@pytest.mark.parametrize("given", ["whole", "whole and mask", "padded and mask", "encoder_outputs"])
-@pytest.mark.parametrize("is_static", [False, True], ids=["dynamic", "static"])
-@pytest.mark.parametrize("kind", KINDS)
+GIVEN = ["whole", "whole and mask", "padded and mask", "encoder_outputs"]
+
+
+# each two of the settings meet
+@pytest.mark.parametrize(
+    ("kind", "is_static", "given"),
+    [
+        pytest.param(kind, (row + column) % 2 == 1, given, id=f"{kind}-{given}")
+        for row, kind in enumerate(KINDS)
+        for column, given in enumerate(GIVEN)
+    ],
+)
 def test_tokens_that_the_cache_has_are_not_read_again(kind, is_static, given):
     torch.manual_seed(0)
     model, ids = tiny_model(**KINDS[kind]), random_ids(2, 12)

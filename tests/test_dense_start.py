@@ -464,6 +464,7 @@ def test_resumed_run_ends_as_the_whole_one(tmp_path: Path) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_accumulated_steps_are_those_of_larger_batches(tmp_path: Path) -> None:
     models = []
     for batch_size, parts in ((2, 1), (1, 2)):

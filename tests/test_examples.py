@@ -179,6 +179,7 @@ def test_batches_are_grouped_by_length_and_padded_to_multiples(tmp_path, monkeyp
     assert shapes.count((2, 64)) >= 7
 
 
+@pytest.mark.slow
 def test_metrics_reach_the_usual_integrations(tmp_path, monkeypatch):
     """An integration of Trainer's gets losses while it trains, and the metrics of the evaluation."""
     logged: dict[str, float] = {}
@@ -193,6 +194,7 @@ def test_metrics_reach_the_usual_integrations(tmp_path, monkeypatch):
     assert {"loss", "eval_loss", "eval_rougeLsum", "eval_exact_match", "eval_f1"} <= logged.keys()
 
 
+@pytest.mark.slow
 def test_new_models_get_a_dense_start_unless_told_otherwise(tmp_path):
     arguments = task_arguments(finetune_classification, tmp_path)
     arguments += ["--max_steps", "3", "--save_strategy", "no", "--dense_start_closed", "0.3"]
@@ -292,6 +294,7 @@ def test_labels_are_numbered_in_their_own_order():
         data.number_labels(splits(validation=["b"]), "tags", None)
 
 
+@pytest.mark.slow
 def test_classification_of_words(tmp_path):
     arguments = task_arguments(finetune_token_classification, tmp_path)
     more = ["--validation_file", str(tmp_path / "rows.jsonl"), "--save_strategy", "no", "--max_steps", "30"]
@@ -354,6 +357,7 @@ def test_pretraining_reads_the_same_from_texts_and_from_rows(tmp_path):
         assert_same_weights(tmp_path / kind, tmp_path / "text")
 
 
+@pytest.mark.slow
 def test_datasets_are_taken_by_name(tmp_path):
     """A folder has the Hub's form of a dataset: the same call loads both."""
     folder = tmp_path / "dataset"

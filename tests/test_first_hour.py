@@ -94,6 +94,7 @@ def test_the_best_is_kept_where_every_save_is_evaluated():
     assert training.eval_strategy == "no" and not training.load_best_model_at_end
 
 
+@pytest.mark.slow
 def test_a_run_is_logged_evaluated_and_says_how_long_it_takes(tmp_path):
     """24 documents, two epochs: an evaluation four times an epoch, whatever the number of steps."""
     lines: list[dict[str, Any]] = []
@@ -401,7 +402,8 @@ def test_what_a_short_run_without_evaluation_says(tmp_path, monkeypatch):
     assert said == []
 
 
-@pytest.mark.parametrize("limit", [pytest.param(None, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("limit", [None, 3])
 def test_generated_texts_are_as_long_as_the_targets_may_be(tmp_path, limit):
     """Whatever limit the model came with; the limit is saved with the model."""
     model = tiny_model(CoLT5ForConditionalGeneration, vocab_size=8192)
@@ -458,6 +460,7 @@ def test_labels_of_a_wanted_kind():
             data.label_kind(splits(*labels), "label", wanted)
 
 
+@pytest.mark.slow
 def test_several_labels_are_learned(tmp_path):
     """Four documents by heart, of which one has no label and one has both; evaluation alone gives the same."""
     texts = ["import os\n", "x = 1\n", "def f(): pass\n", "class A: pass\n"]
@@ -473,7 +476,8 @@ def test_several_labels_are_learned(tmp_path):
     assert finetune_classification.main([*again, "--output_dir", str(tmp_path / "evaluated")])["eval_accuracy"] == 1
 
 
-@pytest.mark.parametrize("numbers", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("numbers", [1, 2])
 def test_regression_is_learned(tmp_path, numbers):
     texts = ["import os\n", "x = 1\n", "def f(): pass\n", "class A: pass\n"]
     rows = [{"text": text * 5, "label": i / 2 if numbers == 1 else [i / 2, 1 - i / 2]} for i, text in enumerate(texts)]

@@ -157,7 +157,8 @@ def test_sampling_of_several_sequences(kind: str, device: torch.device, steps: l
     torch.testing.assert_close(logits, recomputed(model, inputs, output.sequences), rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("kind", ["encoder-decoder", pytest.param("language model", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["encoder-decoder", "language model"])
 def test_beams_change_places(kind: str, device: torch.device, steps: list) -> None:
     model_class, make_inputs, fields = KINDS[kind]
     model, inputs = make_model(device, model_class, **fields), make_inputs(device)

@@ -89,11 +89,9 @@ def test_without_routing_the_encoder_costs_as_much():
     assert ARMS["none"].model(Size(**SIZE), CPU).config.light_d_ff > SIZE["light_d_ff"]
 
 
-# the quickest; the others differ in their models, of which each has tests of its own
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=() if name == "t5-window" else pytest.mark.slow) for name in ARMS],
-)
+# one of each kind of model and of inputs; the others are these with another number
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["learned", "none", "longt5-global", "t5-window", "learned-cross", "own-weights"])
 def test_an_arm_trains_and_answers(name, corpus, tmp_path, monkeypatch):
     monkeypatch.setattr("python_types.predict.LONGEST_ANSWER", 2)
     monkeypatch.setattr("python_types.predict.MEAN_ANSWER", 2)
@@ -118,7 +116,8 @@ def test_an_arm_trains_and_answers(name, corpus, tmp_path, monkeypatch):
     assert f"| {name} |" in tables and "equal time" in tables
 
 
-@pytest.mark.parametrize("name", ["learned", pytest.param("longt5-local", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["learned", "longt5-local"])
 def test_a_run_learns_and_knows_what_it_knew_before(name, corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(study, "WARMUP", 1)
     monkeypatch.setattr("python_types.predict.LONGEST_ANSWER", 2)
@@ -313,6 +312,7 @@ def test_other_routers_choose_otherwise_and_weigh_as_they_should():
         ablation.replace_routers(model, "none")
 
 
+@pytest.mark.slow
 def test_the_ablation_asks_each_model_for_the_same_types(corpus, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("python_types.predict.LONGEST_ANSWER", 2)
     monkeypatch.setattr("python_types.predict.MEAN_ANSWER", 2)

@@ -443,6 +443,7 @@ def test_a_resumed_run_goes_on_where_it_was(corpus, tmp_path):
         torch.testing.assert_close(again.model.get_parameter(name), parameter, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_trains_saves_and_evaluates(corpus, tmp_path, monkeypatch):
     # an untrained model's answers are as long as they may be
     monkeypatch.setattr("python_types.predict.LONGEST_ANSWER", 2)

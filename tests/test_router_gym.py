@@ -164,6 +164,7 @@ def test_runs_are_kept_and_not_repeated(tmp_path: Path, capsys: pytest.CaptureFi
     json.dumps(lines, allow_nan=False)
 
 
+@pytest.mark.slow
 def test_cross_attentions_routers_are_described(tmp_path: Path) -> None:
     settings = dataclasses.replace(router_gym.Settings(), batch=2, eval_rows=2, eval_every=2)
     arguments = ["--tasks", "cross", "--lengths", "128", "--budgets", "16", "--steps", "3", "--seeds", "0"]
@@ -200,6 +201,7 @@ def test_routed_facts_are_counted_by_hand() -> None:
         assert share == sum(hits) / (4 * task.facts)
 
 
+@pytest.mark.slow
 def test_pull_is_the_losss_derivative() -> None:
     """A needed token's score is pulled up where raising it alone lowers the loss."""
     run = router_gym.Run("facts", "as_shipped", 64, 1 / 4, 0)

@@ -423,6 +423,7 @@ def test_same_bits_every_time(kernels, device):
         assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("runs_kernel", (True, False))
 @pytest.mark.parametrize("solver", ("exact", "coordinate_descent"))
 def test_operator_passes_opcheck(device, solver, runs_kernel, monkeypatch):

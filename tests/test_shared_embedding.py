@@ -23,8 +23,6 @@ from modeling_colt5 import (
 pytestmark = pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
 
 ALL = [CoLT5ForConditionalGeneration, CoLT5ForCausalLM, CoLT5ForSequenceClassification, CoLT5EncoderModel]
-# some second each; they have one stack and no other embedding than the rest
-SLOW = [CoLT5ForCausalLM, CoLT5EncoderModel]
 
 
 def run(model, ids):
@@ -56,17 +54,24 @@ WAYS = {
 }
 
 
-# encoders have no head to be tied
-@pytest.mark.parametrize(
-    ("model_class", "way", "tied"),
-    [
-        pytest.param(cls, way, tied, marks=pytest.mark.slow if cls in SLOW else ())
-        for cls, has_head in {cls: hasattr(cls(tiny_config()), "lm_head") for cls in ALL}.items()
-        for way in WAYS
-        for tied in ([False, True] if has_head else [False])
-        if has_head or "lm_head" not in way
-    ],
-)
+def adapter_cases():
+    """Each way with a head that is tied or is not in turn; the other half, and models of one stack, are slow.
+
+    An encoder has no head to be tied, and a way that names none is the same for both kinds of encoders.
+    """
+    for number, way in enumerate(WAYS):
+        for tied in (False, True):
+            slow = pytest.mark.slow if tied == bool(number % 2) else ()
+            yield pytest.param(CoLT5ForConditionalGeneration, way, tied, marks=slow)
+        yield pytest.param(CoLT5ForCausalLM, way, bool(number % 2), marks=pytest.mark.slow)
+        if "lm_head" not in way:
+            cls = (CoLT5ForSequenceClassification, CoLT5EncoderModel)[number % 2]
+            yield pytest.param(
+                cls, way, False, marks=() if way in ("shared", "products for embed_tokens") else pytest.mark.slow
+            )
+
+
+@pytest.mark.parametrize(("model_class", "way", "tied"), adapter_cases())
 @pytest.mark.filterwarnings("ignore:Input and output embeddings are no longer tied:UserWarning:peft")
 @pytest.mark.filterwarnings("ignore:Model (has|with) `tie_word_embeddings=True`:UserWarning:peft")
 def test_what_adapters_train_of_it_is_kept(model_class, way, tied, tmp_path):

@@ -376,6 +376,7 @@ def test_exports_with_a_dynamic_length(device: torch.device) -> None:
     torch.testing.assert_close(program.module()(*longer, *where), chain(*longer, *where))
 
 
+@pytest.mark.slow
 def test_operators_are_registered_well(device: torch.device) -> None:
     (residual, heavy, norm_weight, routers, factors), (indices, valid) = chain_inputs(device)
     light = residual.detach().clone().requires_grad_()

@@ -197,6 +197,7 @@ class StopAfter(TrainerCallback):
         control.should_training_stop = state.global_step >= self.step
 
 
+@pytest.mark.slow
 def test_resume_gives_the_weights_of_an_uninterrupted_run(tmp_path: Path) -> None:
     """With dropout and AdamW, so that the state of optimiser and generator matters."""
     initial = tiny_model(dropout_rate=0.1)

@@ -71,9 +71,8 @@ def test_an_unfinished_run_is_not_uploaded(file, message, finished_run, tmp_path
 
 
 # each of them loads and saves a model several times
-@pytest.mark.parametrize(
-    "labels", [pytest.param(None, id="summaries"), pytest.param(3, id="classes", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("labels", [pytest.param(None, id="summaries"), pytest.param(3, id="classes")])
 def test_an_adapters_card_loads_it_with_peft(labels, tmp_path, capsys):
     """A classifier's labels too, which its base model does not know."""
     CoLT5ForConditionalGeneration(tiny_config(vocab_size=8192)).save_pretrained(tmp_path / "base")
