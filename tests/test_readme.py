@@ -1,20 +1,32 @@
 """The pages keep their word: their Python runs, and the commands they show exist with the arguments they show."""
 
+import contextlib
+import io
 import os
 import re
 import runpy
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
 import tomllib
 
+from modeling_colt5 import routing_view
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ["README.md", "docs/training.md"]
+# pages outside of the documentation's own, whose commands are looked up
+MORE_PAGES = [
+    "CONTRIBUTING.md",
+    *(f"{folder}/README.md" for folder in ("benchmarks", "checkpoints/python-types", "configuration")),
+    *(f"{folder}/README.md" for folder in ("spaces/python-types", "tests", "tokenization")),
+]
 SCRIPTS = sorted(path for path in ROOT.glob("examples/*.py") if "__main__" in path.read_text(encoding="utf-8"))
 # in a block of these there is nothing to run
 INERT = {"bibtex", "text"}
@@ -43,34 +55,59 @@ def commands(text: str) -> list[str]:
 
 
 def shown_commands(page: str) -> list[str]:
-    """The commands of the page's shell blocks, and those that its sentences quote."""
+    """The commands of the page's shell blocks, fenced or indented, those that stand among other text, and those that
+    its sentences quote."""
     text = (ROOT / page).read_text(encoding="utf-8")
     prose = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
-    quoted = re.findall(r"`((?:make|python) [^`\n]+)`", prose)
-    return [command for block in blocks(page) if block.language == "bash" for command in commands(block.text)] + quoted
+    ours = re.compile(r"(?:make|python|torchrun|accelerate launch|pip install|colt5-show-routing) ")
+    found = re.findall(r"`((?:make|python|pip install) [^`\n]+)`", prose)
+    indented = re.findall(r"(?m)^ {4}((?:.*\\\n)*.*)$", prose)
+    found += [command for lines in indented for command in commands(lines) if ours.match(command)]
+    for block in blocks(page):
+        inside = commands(block.text) if block.language in {"bash", "text"} else []
+        found += [command for command in inside if block.language == "bash" or ours.match(command)]
+    return found
 
 
-def help_of(script: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> str:
-    """What a script answers to `--help`."""
-    capsys.readouterr()
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as exit_:
-        patch.syspath_prepend(str(script.parent))
-        patch.setattr(sys, "argv", [str(script), "--help"])
-        runpy.run_path(str(script), run_name="__main__")
-    assert exit_.value.code == 0, script
-    return capsys.readouterr().out
+# a script's answer to `--help`, asked once for all pages
+HELPS: dict[str, str] = {}
 
 
-def check_script(words: list[str], helps: dict[Path, str], help_of_script) -> None:
+def help_of(script: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> str:
+    """What a script answers to `--help`.
+
+    Args:
+        script: its path from the repository's root, or the name of a module in `examples/`.
+    """
+    if script not in HELPS:
+        capsys.readouterr()
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as exit_:
+            patch.setattr(sys, "argv", [script, "--help"])
+            if script.endswith(".py"):
+                patch.syspath_prepend(str((ROOT / script).parent))
+                runpy.run_path(str(ROOT / script), run_name="__main__")
+            else:
+                runpy.run_module(script, run_name="__main__")
+        assert exit_.value.code == 0, script
+        HELPS[script] = capsys.readouterr().out
+    return HELPS[script]
+
+
+def check_script(words: list[str], help_of_script: Callable[[str], str]) -> None:
     """The script exists, and its help knows every option that the command gives it."""
-    script = ROOT / words[0]
-    assert script.is_file(), f"{words[0]} does not exist"
+    script = words[0]
+    if script == "-m":
+        script = words[1]
+        # read before it is run, as a module that another one has imported
+        sys.modules.pop(script, None)
+        file = Path("examples", *script.split(".")).with_suffix(".py")
+    else:
+        file = Path(script)
+    assert (ROOT / file).is_file(), f"{script} does not exist"
     options = [word.split("=")[0] for word in words[1:] if word.startswith("--")]
-    if options:
-        if script not in helps:
-            helps[script] = help_of_script(script)
-        for option in options:
-            assert re.search(rf"(?<![\w-]){option}(?![\w-])", helps[script]), f"{words[0]} has no option {option}"
+    for option in options:
+        known = rf"(?<![\w-]){option}(?![\w-])"
+        assert option == "--help" or re.search(known, help_of_script(script)), f"{script} has no option {option}"
 
 
 def check_launcher(words: list[str]) -> list[str]:
@@ -84,10 +121,10 @@ def check_launcher(words: list[str]) -> list[str]:
     options = make_parser().parse_args(words[1:])
     if getattr(options, "config_file", None):
         assert (ROOT / options.config_file).is_file(), f"{options.config_file} does not exist"
-    return [options.training_script, *options.training_script_args]
+    return [*(["-m"] if options.module else []), options.training_script, *options.training_script_args]
 
 
-def check_command(command: str, helps: dict[Path, str], help_of_script) -> None:
+def check_command(command: str, help_of_script: Callable[[str], str]) -> None:
     """A command of a page could be given as it stands."""
     words = shlex.split(command)
     while "=" in words[0]:
@@ -97,10 +134,19 @@ def check_command(command: str, helps: dict[Path, str], help_of_script) -> None:
         done = subprocess.run(dry, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     elif words[0] == "python":
-        check_script(words[1:], helps, help_of_script)
+        check_script(words[1:], help_of_script)
+    elif words[0] == "cd":
+        assert (ROOT / words[1]).is_dir(), words[1]
+    elif words[0] == "colt5-show-routing":
+        with contextlib.redirect_stdout(io.StringIO()) as shown, contextlib.suppress(SystemExit):
+            routing_view.main(["--help"])
+        unknown = [word for word in words if word.startswith("--") and f"{word} " not in shown.getvalue()]
+        assert not unknown, f"{words[0]} has no option {unknown}"
     elif words[0] in ("accelerate", "torchrun"):
-        check_script(check_launcher(words), helps, help_of_script)
+        check_script(check_launcher(words), help_of_script)
     elif words[:2] == ["pip", "install"]:
+        lists = [word for flag, word in pairwise(words) if flag == "-r"]
+        assert all((ROOT / name).is_file() for name in lists), f"{lists} do not exist"
         extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
         asked = {name for word in words for names in re.findall(r"^\.\[(.*)\]$", word) for name in names.split(",")}
         assert asked <= extras.keys(), f"extras {asked - extras.keys()} do not exist"
@@ -161,18 +207,17 @@ def test_the_pages_python_runs(page, tmp_path):
             assert shown in done.stdout.splitlines()
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", [*PAGES, *MORE_PAGES])
 def test_the_pages_commands_exist(page, capsys, monkeypatch):
-    helps: dict[Path, str] = {}
     found = shown_commands(page)
     assert found, f"{page} shows no command"
     for command in found:
-        check_command(command, helps, lambda script: help_of(script, capsys, monkeypatch))
+        check_command(command, lambda script: help_of(script, capsys, monkeypatch))
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_every_script_says_what_it_does(script, capsys, monkeypatch):
-    shown = help_of(script, capsys, monkeypatch)
+    shown = help_of(str(script.relative_to(ROOT)), capsys, monkeypatch)
     first_line = script.read_text(encoding="utf-8").split('"""')[1].splitlines()[0]
     # argparse may wrap it
     assert " ".join(first_line.split()) in " ".join(shown.split())
@@ -187,9 +232,13 @@ def test_every_script_says_what_it_does(script, capsys, monkeypatch):
         ("pip install .[everything]", "extras"),
         ("accelerate launch --config_file configuration/launch/tpu.yaml examples/pretrain.py", "does not exist"),
         ("torchrun --nproc_per_node 2 examples/nowhere.py", "does not exist"),
+        ("python -m python_types.nowhere", "does not exist"),
+        ("python -m python_types.train --publicly", "no option --publicly"),
+        ("pip install -r nowhere.txt", "do not exist"),
+        ("colt5-show-routing model text.txt --publicly", "no option"),
     ],
 )
 def test_a_command_that_does_not_exist_is_found(command, message, capsys, monkeypatch):
     """The check can fail."""
     with pytest.raises(AssertionError, match=message):
-        check_command(command, {}, lambda script: help_of(script, capsys, monkeypatch))
+        check_command(command, lambda script: help_of(script, capsys, monkeypatch))
