@@ -9,9 +9,8 @@ What layer_decoder.py says of blocks, of lists of launches and of memories holds
 """
 
 from collections.abc import Sequence
-from functools import partial
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +20,10 @@ from .kernel_backend import triton_is_available
 from .layer_decoder import (
     MOST_FEATURES,
     PlainDecoderLayer,
+    StepLayer,
     TokenLine,
+    TokenStep,
     caches_of,
-    lists_of,
-    memory_of,
     shapes_of_cross,
 )
 from .layer_plain import Parts, parts_of_attention, parts_of_dense, parts_of_sublayer
@@ -36,7 +35,7 @@ if triton_is_available():
     from .op_pools_triton import LONGEST_UNION, hand_pool_into
     from .op_rows_triton import MOST_JOINS, MOST_PARTS, combine_into, join_into
     from .op_step_attention_triton import local_step_attention_into, pool_step_attention_into
-    from .run_launch_list_triton import Lists, Recorder, may_repeat, repeated_or_recorder
+    from .run_launch_list_triton import Recorder, repeated_or_recorder
 
 _SHAPE, _DTYPE = attrgetter("shape"), attrgetter("dtype")
 # what a layer's cache holds that a token reads or writes: first rings, then what is carried
@@ -88,30 +87,11 @@ class PlainRoutedLayer(PlainDecoderLayer):
         return parts
 
 
-class RoutedStepLayer(NamedTuple):
-    """A layer that is about to run as a straight line.
+class RoutedStep(TokenStep):
+    """One new token in each row of a causally routed decoder.
 
     Args:
-        plain, weights: what `PlainBlock.read` gave.
-        state: of the cache, in the order of `rings` and `carried`.
-        memory: keys and values of the memory, [rows, key/value heads, n, d_kv] each; nothing without an encoder.
-        lists: of launches, by whether states come in and whether a window may end; None where they cannot be repeated.
-    """
-
-    plain: PlainRoutedLayer
-    weights: tuple[Tensor, ...]
-    state: tuple[Tensor, ...]
-    memory: tuple[Tensor, ...]
-    lists: "Lists"
-
-
-class RoutedStep:
-    """One new token in each row, through all layers.
-
-    Args:
-        hidden_states: [rows, 1, d_model], what goes into the first layer.
-        layers: in their order.
-        caches: of the layers, which count alike.
+        hidden_states, layers: as of `TokenStep`; the layers' caches count alike.
         tables: fp32 [heads, 2 * max_distance + 1], of the light and of the heavy attention, the last where there is
             one.
         settings: of all layers.
@@ -120,24 +100,23 @@ class RoutedStep:
         may_end: whether a token may complete a window of its row.
     """
 
+    memory_class = CoLT5DynamicRoutedLayer
+
     def __init__(
         self,
         hidden_states: Tensor,
-        layers: list[RoutedStepLayer],
-        caches: list[CoLT5DynamicRoutedLayer],
+        layers: list[StepLayer],
         tables: tuple[Tensor, ...],
         settings: CausalSettings,
         real: Tensor | None,
         memory_mask: Tensor | None,
         may_end: bool,
     ):
-        self.rows, _, self.d = hidden_states.shape
-        self.hidden_states, self.layers, self.caches = hidden_states.contiguous(), layers, caches
+        super().__init__(hidden_states, layers)
         self.tables, self.settings, self.real, self.memory_mask = tables, settings, real, memory_mask
         self.may_end = may_end
-        self.past = caches[0].counters["lengths"]
+        self.past = layers[0].cache.counters["lengths"]
         self.total = self.past + (1 if real is None else real)
-        self.repeats = may_repeat(hidden_states)
 
     @classmethod
     def of(
@@ -158,13 +137,12 @@ class RoutedStep:
             attention_mask: [rows, keys], 1 for real tokens; None for all.
             cache: of the decoder.
         """
-        parts = caches_of(cache)
-        if parts is None or len(parts[0].layers) < len(read):
+        caches = caches_of(cache)
+        if caches is None or len(caches[0].layers) < len(read):
             return None
-        own_cache, memory_cache, is_updated = parts
-        caches: Any = own_cache.layers[: len(read)]
-        rows, first = len(hidden_states), caches[0]
-        if any(type(layer) is not CoLT5DynamicRoutedLayer or layer.seen != first.seen for layer in caches):
+        own: Any = caches[0].layers[: len(read)]
+        rows, first = len(hidden_states), own[0]
+        if any(type(layer) is not CoLT5DynamicRoutedLayer or layer.seen != first.seen for layer in own):
             return None
         if not first.has_state or len(first.counters["lengths"]) != rows or first.window != settings.window:
             return None
@@ -183,31 +161,16 @@ class RoutedStep:
             hidden_states.dtype, hidden_states.device, hidden_states.shape, settings, *map(_SHAPE, tables),
             memory_mask is None, torch.backends.cuda.matmul.fp32_precision,
         )  # fmt: skip
-        layers: list[RoutedStepLayer] = []
-        kind: Any = None
-        lists: Any = None
-        for layer_idx, ((plain, weights), layer) in enumerate(zip(read, caches, strict=True)):
-            assert isinstance(plain, PlainRoutedLayer)
-            memory = memory_of(plain, layer_idx, memory_cache, is_updated, CoLT5DynamicRoutedLayer)
-            state = layer.contiguous(plain.rings, plain.carried)
-            if memory is None or state is None:
-                return None
-            tensors = (*weights, *state, *memory)
-            of_layer = (plain.weighted, plain.eps, plain.d_kv)
-            before, kind = kind, (*of_layer, *map(_SHAPE, tensors), *map(_DTYPE, tensors))
-            if kind != before:
-                lists = lists_of((of_pass, kind), partial(_fits, of_pass, plain, weights, state, memory))
-            if (
-                lists is None
-                or not all(map(Tensor.is_contiguous, tensors))
-                or set(map(Tensor.get_device, tensors)) != {index}
-                or not (memory_mask is None or not memory or memory_mask.shape[1] == memory[0].shape[2])
-            ):
-                return None
-            layers.append(RoutedStepLayer(plain, weights, state, memory, lists))
+
+        def state_of(plain: PlainRoutedLayer, layer: CoLT5DynamicRoutedLayer) -> tuple[Tensor, ...] | None:
+            return layer.contiguous(plain.rings, plain.carried)
+
+        layers = cls.read_layers(of_pass, read, caches, state_of, memory_mask, index)
+        if layers is None:
+            return None
         # Asked last, as the answer may be waited for.
         may_end = first.tokens_before_end() == 0
-        return cls(hidden_states, layers, caches, tables, settings, real, memory_mask, may_end)
+        return cls(hidden_states, layers, tables, settings, real, memory_mask, may_end)
 
     def run(self) -> Tensor:
         """The states [rows, 1, d_model] behind the last layer; the caches count the token from then on."""
@@ -220,11 +183,17 @@ class RoutedStep:
             branches = (*branches, torch.empty_like(hidden), *slots)
         incoming: Tensor | None = self.hidden_states
         for layer in self.layers:
-            self._run_layer(layer, incoming, hidden, branches)
+            memories = [hidden, *branches, self.past, self.total, *self.tables, *layer.weights, *layer.state]
+            memories += [*layer.memory, *[part for part in (incoming, self.memory_mask) if part is not None]]
+            kind = (incoming is not None, self.may_end)
+            recorder = repeated_or_recorder(layer.lists, kind, memories, self.repeats)
+            if recorder is not None:
+                with recorder:
+                    _RoutedLine(self, layer, recorder).run(incoming, hidden, branches)
             incoming = None
-        counters = self.caches[0].counters_after_token(self.total, self.real, self.may_end)
-        for cache in self.caches:
-            cache.count_token(counters)
+        counters = self.layers[0].cache.counters_after_token(self.total, self.real, self.may_end)
+        for layer in self.layers:
+            layer.cache.count_token(counters)
         if len(branches) == 1:
             return hidden + branches[0]
         output = torch.empty_like(hidden)
@@ -232,29 +201,66 @@ class RoutedStep:
         combine_into(hidden, light, heavy, indices, valid, weights, None, None, None, None, 1, output)
         return output
 
-    def _run_layer(
-        self, layer: RoutedStepLayer, incoming: Tensor | None, hidden: Tensor, branches: tuple[Tensor, ...]
-    ) -> None:
-        kind = (incoming is not None, self.may_end)
-        memories = [hidden, *branches, self.past, self.total, *self.tables, *layer.weights, *layer.state]
-        memories += [*layer.memory, *[part for part in (incoming, self.memory_mask) if part is not None]]
-        recorder = repeated_or_recorder(layer.lists, kind, memories, self.repeats)
-        if recorder is not None:
-            with recorder:
-                _RoutedLine(self, layer, recorder).run(incoming, hidden, branches)
+    @staticmethod
+    def fits(of_pass: tuple[Any, ...], layer: StepLayer) -> bool:
+        plain, weights, _, state, memory, _ = layer
+        dtype, _, (rows, _, d), settings, (light_heads, _), *rest = of_pass
+        by_name = dict(zip(plain.weighted, map(tuple, map(_SHAPE, weights)), strict=True))
+        ring, d_kv = 2 * settings.window + settings.radius, plain.named["light", "d_kv"]
+        shapes: dict[str, tuple[int, ...]] = {"self.layer_norm": (d,), "ff.layer_norm": (d,)}
+        sizes: dict[str, Any] = {}
+        kept: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+        branches = {"light": light_heads}
+        if plain.has_heavy_attention:
+            heads, groups, size = rest[0][0], plain.groups, settings.pool_size
+            if heads % groups or plain.named["heavy", "d_kv"] != d_kv or size + settings.window > LONGEST_UNION:
+                return False
+            branches |= {"heavy": heads}
+            shapes |= {
+                name: (d,) for name in ("query_router", *[f"key_value_router.{group}" for group in range(groups)])
+            }
+            kept |= {"key_value_scores": ((rows, ring, groups), torch.float32), "query": ((rows, ring), torch.float32)}
+            sizes |= {f"pool_{name}": (rows, 2, groups, size) for name in ("score", "rank", "weight", "valid")}
+            sizes |= {f"pool_{name}": (rows, 2, groups, size, heads // groups, d_kv) for name in ("key", "value")}
+            sizes |= {"query": (rows, 2, 2)}
+        for name, heads in branches.items():
+            inner = heads * d_kv
+            shapes |= {f"{name}.{part}": (inner, d) for part in "qkv"} | {f"{name}.o": (d, inner)}
+            kept |= {f"{name}_{part}": ((rows, ring, heads, d_kv), dtype) for part in ("key", "value")}
+        if plain.has_heavy_ff:
+            shapes |= {"router": (d,)}
+            kept |= {"feed_forward": ((rows, ring), torch.float32)}
+            sizes |= {"feed_forward": (rows, 2, 2)}
+        for name in plain.denses:
+            width = by_name.get(f"{name}.wi_0", (0,))[0]
+            shapes |= {f"{name}.wi_{part}": (width, d) for part in range(2)} | {f"{name}.wo": (d, width)}
+        if memory:
+            cross = shapes_of_cross(by_name, plain.named["cross", "d_kv"], (rows, d), memory)
+            if cross is None:
+                return False
+            shapes |= cross
+        dtypes = {"pool_rank": torch.int64, "pool_valid": torch.bool, "pool_key": dtype, "pool_value": dtype}
+        expected = [kept[name] for name in plain.rings]
+        expected += [(sizes[name], dtypes.get(name, torch.float32)) for name in plain.carried]
+        return (
+            by_name == shapes
+            and [(tuple(part.shape), part.dtype) for part in state] == expected
+            and max(plain.d_kv) <= MOST_FEATURES
+            and (not plain.carried or settings.window <= LONGEST_WINDOW)
+            and all(part.dtype == dtype for part in (*weights, *memory))
+        )
 
 
 class _RoutedLine(TokenLine):
     """A causally routed layer's launches."""
 
-    def __init__(self, step: RoutedStep, layer: RoutedStepLayer, recorder: "Recorder"):
-        plain = layer.plain
-        weights = dict(zip(plain.weighted, layer.weights, strict=True))
-        super().__init__(weights, plain, step.hidden_states.dtype, step.rows, recorder)
-        self.step, self.memory, self.is_routed = step, layer.memory, plain.has_heavy_attention
-        count = len(plain.rings)
-        self.rings = dict(zip(plain.rings, layer.state, strict=False))
-        self.carried = dict(zip(plain.carried, layer.state[count:], strict=True))
+    step: RoutedStep
+
+    def __init__(self, step: RoutedStep, layer: StepLayer, recorder: "Recorder"):
+        super().__init__(step, layer, recorder)
+        rings, carried = self.plain.rings, self.plain.carried
+        self.rings: dict[str, Tensor] = dict(zip(rings, layer.state, strict=False))
+        self.carried: dict[str, Tensor] = dict(zip(carried, layer.state[len(rings) :], strict=True))
 
     def run(self, incoming: Tensor | None, hidden: Tensor, branches: tuple[Tensor, ...]) -> None:
         """From states, or from the sum of `hidden` and branches, to such a sum.
@@ -267,10 +273,10 @@ class _RoutedLine(TokenLine):
         """
         states, added = (hidden, branches) if incoming is None else (incoming, ())
         states, added = self.attention(states, added)
-        if self.memory:
+        if self.layer.memory:
             states, normed = self.norm("cross", states, added)
             (query,) = self.products(normed, ["cross.q"])
-            added = (self.cross_attention(query, self.step.memory_mask, self.memory),)
+            added = (self.cross_attention(query, self.step.memory_mask, self.layer.memory),)
         self.feed_forwards(states, added, hidden, *branches)
         if self.step.may_end:
             self.hand_on()
@@ -299,7 +305,7 @@ class _RoutedLine(TokenLine):
             if name in self.carried:
                 state = (self.rings[name], self.carried[name])
                 hand_thresholds_into(*ranks, *state, settings.window, target, ratio * target, epsilon)
-        if self.is_routed:
+        if self.plain.has_heavy_attention:
             rings = (self.rings["key_value_scores"], self.rings["heavy_key"], self.rings["heavy_value"])
             score = self.carried["pool_score"]
             sources = self.recorder.temporary(torch.int32, *score[:, 0].shape)
@@ -313,7 +319,7 @@ class _RoutedLine(TokenLine):
     def attention(self, states: Tensor, added: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
         """States, or their sum with branches; and the branches that the self-attention adds to it."""
         step, routers, scores = self.step, None, None
-        if self.is_routed:
+        if self.plain.has_heavy_attention:
             routers = self.routers()
             scores = self.recorder.temporary(torch.float32, self.rows, len(routers), 1)
         states, normed = self.norm("self", states, added, None, routers, scores)
@@ -358,63 +364,3 @@ class _RoutedLine(TokenLine):
             settings.window, target, settings.capacity(target), float(settings.epsilon), fill_first,
             weights, indices, valid,
         )  # fmt: skip
-
-
-def _fits(
-    of_pass: tuple[Any, ...],
-    plain: PlainRoutedLayer,
-    weights: tuple[Tensor, ...],
-    state: tuple[Tensor, ...],
-    memory: tuple[Tensor, ...],
-) -> bool:
-    """Whether weights, state and memory have the shapes and dtypes that the straight lines are written for.
-
-    Args:
-        of_pass: dtype, device and shape of the states, the settings and the shapes of the tables, and what does not
-            matter here.
-        plain: the layer.
-        weights, state, memory: as of `RoutedStepLayer`.
-    """
-    dtype, _, (rows, _, d), settings, (light_heads, _), *rest = of_pass
-    by_name = dict(zip(plain.weighted, map(tuple, map(_SHAPE, weights)), strict=True))
-    ring, d_kv = 2 * settings.window + settings.radius, plain.named["light", "d_kv"]
-    shapes: dict[str, tuple[int, ...]] = {"self.layer_norm": (d,), "ff.layer_norm": (d,)}
-    sizes: dict[str, Any] = {}
-    kept: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-    branches = {"light": light_heads}
-    if plain.has_heavy_attention:
-        heads, groups, size = rest[0][0], plain.groups, settings.pool_size
-        if heads % groups or plain.named["heavy", "d_kv"] != d_kv or size + settings.window > LONGEST_UNION:
-            return False
-        branches |= {"heavy": heads}
-        shapes |= {name: (d,) for name in ("query_router", *[f"key_value_router.{group}" for group in range(groups)])}
-        kept |= {"key_value_scores": ((rows, ring, groups), torch.float32), "query": ((rows, ring), torch.float32)}
-        sizes |= {f"pool_{name}": (rows, 2, groups, size) for name in ("score", "rank", "weight", "valid")}
-        sizes |= {f"pool_{name}": (rows, 2, groups, size, heads // groups, d_kv) for name in ("key", "value")}
-        sizes |= {"query": (rows, 2, 2)}
-    for name, heads in branches.items():
-        inner = heads * d_kv
-        shapes |= {f"{name}.{part}": (inner, d) for part in "qkv"} | {f"{name}.o": (d, inner)}
-        kept |= {f"{name}_{part}": ((rows, ring, heads, d_kv), dtype) for part in ("key", "value")}
-    if plain.has_heavy_ff:
-        shapes |= {"router": (d,)}
-        kept |= {"feed_forward": ((rows, ring), torch.float32)}
-        sizes |= {"feed_forward": (rows, 2, 2)}
-    for name in plain.denses:
-        width = by_name.get(f"{name}.wi_0", (0,))[0]
-        shapes |= {f"{name}.wi_{part}": (width, d) for part in range(2)} | {f"{name}.wo": (d, width)}
-    if memory:
-        cross = shapes_of_cross(by_name, plain.named["cross", "d_kv"], (rows, d), memory)
-        if cross is None:
-            return False
-        shapes |= cross
-    dtypes = {"pool_rank": torch.int64, "pool_valid": torch.bool, "pool_key": dtype, "pool_value": dtype}
-    expected = [kept[name] for name in plain.rings]
-    expected += [(sizes[name], dtypes.get(name, torch.float32)) for name in plain.carried]
-    return (
-        by_name == shapes
-        and [(tuple(part.shape), part.dtype) for part in state] == expected
-        and max(plain.d_kv) <= MOST_FEATURES
-        and (not plain.carried or settings.window <= LONGEST_WINDOW)
-        and all(part.dtype == dtype for part in (*weights, *memory))
-    )

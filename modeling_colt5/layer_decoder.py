@@ -110,23 +110,95 @@ class StepLayer(NamedTuple):
     Args:
         plain, weights: what `PlainBlock.read` gave.
         cache: of its own keys and values.
+        state: tensors of the cache that the line reads, and writes in place.
         memory: keys and values of the memory, [rows, key/value heads, n, d_kv] each; nothing without an encoder.
-        lists: of launches, by whether states come in and by the room of the cache; None where they cannot be repeated.
+        lists: of launches, by all that changes them from token to token.
     """
 
-    plain: PlainDecoderLayer
+    plain: Any
     weights: tuple[Tensor, ...]
-    cache: CoLT5GrowingLayer
+    cache: Any
+    state: tuple[Tensor, ...]
     memory: tuple[Tensor, ...]
     lists: "Lists"
 
 
-class StraightStep:
-    """One new token in each row, through all layers.
+class TokenStep:
+    """One new token in each row, through all layers: what the steps of both kinds of decoders share.
 
     Args:
         hidden_states: [rows, 1, d_model], what goes into the first layer.
         layers: in their order.
+    """
+
+    # of the layers of the memory's cache
+    memory_class: type[DynamicLayer] = DynamicLayer
+
+    def __init__(self, hidden_states: Tensor, layers: list[StepLayer]):
+        self.rows, _, self.d = hidden_states.shape
+        self.dtype, self.device = hidden_states.dtype, hidden_states.device
+        self.hidden_states, self.layers = hidden_states.contiguous(), layers
+        self.repeats = may_repeat(hidden_states)
+
+    @staticmethod
+    def fits(of_pass: tuple[Any, ...], layer: StepLayer) -> bool:
+        """Whether a layer's tensors have the shapes and dtypes that straight lines are written for; `of_pass`, as of
+        `read_layers`, begins with dtype, device and shape of the states."""
+        raise NotImplementedError
+
+    @classmethod
+    def read_layers(
+        cls,
+        of_pass: tuple[Any, ...],
+        read: Sequence[tuple[Any, tuple[Tensor, ...]]],
+        caches: tuple[DynamicCache, DynamicCache | None, dict[int, bool]],
+        state_of: Callable[[Any, Any], tuple[Tensor, ...] | None],
+        memory_mask: Tensor | None,
+        index: int,
+    ) -> list[StepLayer] | None:
+        """The layers; None where modules have to run.
+
+        Args:
+            of_pass: all that lists of launches depend on beside the layers.
+            read: what `PlainBlock.read` gave of each block.
+            caches: what `caches_of` gave.
+            state_of: from a plain layer and its cache to the `state` of a `StepLayer`; None where these do not fit.
+            memory_mask: bool [rows, n]; None for all.
+            index: of the device.
+        """
+        own_cache, memory_cache, is_updated = caches
+        if len(own_cache.layers) < len(read):
+            return None
+        layers: list[StepLayer] = []
+        kind: Any = None
+        lists: Any = None
+        for layer_idx, ((plain, weights), cache) in enumerate(zip(read, own_cache.layers, strict=False)):
+            memory = memory_of(plain, layer_idx, memory_cache, is_updated, cls.memory_class)
+            state = state_of(plain, cache)
+            if memory is None or state is None:
+                return None
+            tensors = (*weights, *state, *memory)
+            of_layer = (plain.weighted, plain.eps, plain.d_kv)
+            before, kind = kind, (*of_layer, *map(_SHAPE, tensors), *map(_DTYPE, tensors))
+            if kind != before:
+                layer = StepLayer(plain, weights, cache, state, memory, {})
+                lists = lists_of((of_pass, kind), partial(cls.fits, of_pass, layer))
+            if (
+                lists is None
+                or not all(map(Tensor.is_contiguous, tensors))
+                or set(map(Tensor.get_device, tensors)) != {index}
+                or not (memory_mask is None or not memory or memory_mask.shape[1] == memory[0].shape[2])
+            ):
+                return None
+            layers.append(StepLayer(plain, weights, cache, state, memory, lists))
+        return layers
+
+
+class StraightStep(TokenStep):
+    """One new token in each row of a plain decoder.
+
+    Args:
+        hidden_states, layers: as of `TokenStep`.
         table: bias table of the self-attention, fp32 [heads, 2 * max_distance + 1].
         mask: bool [rows, keys], of all keys with the new one; None for all.
         memory_mask: bool [rows, n]; None for all.
@@ -142,11 +214,8 @@ class StraightStep:
         memory_mask: Tensor | None,
         length: int,
     ):
-        self.rows, _, self.d = hidden_states.shape
-        self.dtype, self.device = hidden_states.dtype, hidden_states.device
-        self.hidden_states, self.layers, self.table, self.length = hidden_states.contiguous(), layers, table, length
-        self.masks = (mask, memory_mask)
-        self.repeats = may_repeat(hidden_states)
+        super().__init__(hidden_states, layers)
+        self.table, self.masks, self.length = table, (mask, memory_mask), length
 
     @classmethod
     def of(
@@ -169,9 +238,8 @@ class StraightStep:
         caches = caches_of(cache)
         if caches is None:
             return None
-        own_cache, memory_cache, is_updated = caches
-        rows = hidden_states.shape[0]
-        length = own_cache.get_seq_length()
+        rows, heads = hidden_states.shape[0], table.shape[0]
+        length = caches[0].get_seq_length()
         mask = None
         if attention_mask is not None:
             if type(attention_mask) is not Tensor or tuple(attention_mask.shape) != (rows, length + 1):
@@ -181,35 +249,21 @@ class StraightStep:
             memory_mask = memory_mask.contiguous()
         others = [part for part in (table, mask, memory_mask) if part is not None]
         index = hidden_states.get_device()
+        if set(map(Tensor.get_device, others)) != {index} or not table.is_contiguous():
+            return None
         of_pass = (
             hidden_states.dtype, hidden_states.device, hidden_states.shape, table.dtype, table.shape,
             mask is None, memory_mask is None, torch.backends.cuda.matmul.fp32_precision,
         )  # fmt: skip
-        layers: list[StepLayer] = []
-        kind: Any = None
-        lists: Any = None
-        for layer_idx, (plain, weights) in enumerate(read):
-            parts = _layer_caches(plain, layer_idx, own_cache, memory_cache, is_updated)
-            if parts is None:
-                return None
-            own, memory = parts
-            tensors = (*weights, *memory)
-            before, kind = kind, (type(plain), plain.eps, plain.d_kv, *map(_SHAPE, tensors), *map(_DTYPE, tensors))
-            if kind != before:
-                lists = lists_of((of_pass, kind), partial(_fits, of_pass, plain, tensors))
-            heads, d_kv = table.shape[0], plain.d_kv[0]
-            if (
-                lists is None
-                or not all(map(Tensor.is_contiguous, tensors))
-                or set(map(Tensor.get_device, (*tensors, *others))) != {index}
-                or not (memory_mask is None or not memory or memory_mask.shape[1] == memory[0].shape[2])
-                or not own.takes_token(length, (rows, heads, 1, d_kv), hidden_states)
-            ):
-                return None
-            layers.append(StepLayer(plain, weights, own, memory, lists))
-        if not table.is_contiguous():
-            return None
-        return cls(hidden_states, layers, table, mask, memory_mask, length + 1)
+
+        def state_of(plain: PlainDecoderLayer, layer: Any) -> tuple[Tensor, ...] | None:
+            # `count_token` gives its tensors
+            takes = type(layer) is CoLT5GrowingLayer
+            takes = takes and layer.takes_token(length, (rows, heads, 1, plain.d_kv[0]), hidden_states)
+            return () if takes else None
+
+        layers = cls.read_layers(of_pass, read, caches, state_of, memory_mask, index)
+        return None if layers is None else cls(hidden_states, layers, table, mask, memory_mask, length + 1)
 
     def run(self) -> Tensor:
         """The states [rows, 1, d_model] behind the last layer; the caches count the token from then on."""
@@ -220,42 +274,55 @@ class StraightStep:
         incoming: Tensor | None = self.hidden_states
         for layer in self.layers:
             room = layer.cache.count_token()
-            self._run_layer(layer, incoming, hidden, update, length, room)
+            memories = [hidden, update, length, self.table, *layer.weights, *room, *layer.memory]
+            memories += [part for part in (incoming, *self.masks) if part is not None]
+            kind = (incoming is not None, room[0].shape[2])
+            recorder = repeated_or_recorder(layer.lists, kind, memories, self.repeats)
+            if recorder is not None:
+                with recorder:
+                    _Line(self, layer, recorder).run(incoming, hidden, update, length, room)
             incoming = None
         return hidden + update
 
-    def _run_layer(
-        self,
-        layer: StepLayer,
-        incoming: Tensor | None,
-        hidden: Tensor,
-        update: Tensor,
-        length: Tensor,
-        room: tuple[Tensor, Tensor],
-    ) -> None:
-        kind = (incoming is not None, room[0].shape[2])
-        memories = [hidden, update, length, self.table, *layer.weights, *room, *layer.memory]
-        memories += [part for part in (incoming, *self.masks) if part is not None]
-        recorder = repeated_or_recorder(layer.lists, kind, memories, self.repeats)
-        if recorder is not None:
-            with recorder:
-                _Line(self, layer, recorder).run(incoming, hidden, update, length, room)
+    @staticmethod
+    def fits(of_pass: tuple[Any, ...], layer: StepLayer) -> bool:
+        plain, weights, _, _, memory, _ = layer
+        dtype, _, (rows, _, d), table_dtype, (heads, _), *_ = of_pass
+        by_name = dict(zip(plain.weighted, map(tuple, map(_SHAPE, weights)), strict=True))
+        inner, (d_ff, *_) = heads * plain.d_kv[0], by_name.get("dense.wi_0", (0,))
+        shapes = {
+            "self.layer_norm": (d,), "ff.layer_norm": (d,),
+            "self.q": (inner, d), "self.k": (inner, d), "self.v": (inner, d), "self.o": (d, inner),
+            "dense.wi_0": (d_ff, d), "dense.wi_1": (d_ff, d), "dense.wo": (d, d_ff),
+        }  # fmt: skip
+        if memory:
+            cross = shapes_of_cross(by_name, plain.d_kv[1], (rows, d), memory)
+            if cross is None:
+                return False
+            shapes |= cross
+        return (
+            by_name == shapes
+            and max(plain.d_kv) <= MOST_FEATURES
+            and table_dtype == torch.float32
+            and all(part.dtype == dtype for part in (*weights, *memory))
+        )
 
 
 class TokenLine:
     """What lines of one new token have in common: the launches of a layer, of states [rows, 1, width].
 
     Args:
-        weights: by their names.
-        layer: the block's numbers.
-        dtype, rows: of the states.
+        step: of all layers.
+        layer: whose launches these are.
         recorder: notes all launches, and makes temporary tensors.
     """
 
-    def __init__(
-        self, weights: dict[str, Tensor], layer: PlainDecoderLayer, dtype: torch.dtype, rows: int, recorder: "Recorder"
-    ):
-        self.weights, self.plain, self.dtype, self.rows, self.recorder = weights, layer, dtype, rows, recorder
+    step: Any
+
+    def __init__(self, step: TokenStep, layer: StepLayer, recorder: "Recorder"):
+        self.step, self.layer, self.plain, self.recorder = step, layer, layer.plain, recorder
+        self.dtype, self.rows = step.dtype, step.rows
+        self.weights: dict[str, Tensor] = dict(zip(layer.plain.weighted, layer.weights, strict=True))
 
     def empty(self, width: int) -> Tensor:
         """Room for states."""
@@ -369,10 +436,7 @@ class TokenLine:
 class _Line(TokenLine):
     """A plain layer's launches."""
 
-    def __init__(self, step: StraightStep, layer: StepLayer, recorder: "Recorder"):
-        weights = dict(zip(layer.plain.weighted, layer.weights, strict=True))
-        super().__init__(weights, layer.plain, step.dtype, step.rows, recorder)
-        self.step, self.layer = step, layer
+    step: StraightStep
 
     def run(
         self,
@@ -440,22 +504,6 @@ def caches_of(cache: Cache | None) -> tuple[DynamicCache, DynamicCache | None, d
     return None if type(own) is not DynamicCache or own.offloading else (own, memory, is_updated)
 
 
-def _layer_caches(
-    plain: PlainDecoderLayer,
-    layer_idx: int,
-    own_cache: DynamicCache,
-    memory_cache: DynamicCache | None,
-    is_updated: dict[int, bool],
-) -> tuple[CoLT5GrowingLayer, tuple[Tensor, ...]] | None:
-    """The layer's own cache, and keys and values of the memory; None where these are others than a straight line
-    reads."""
-    own = own_cache.layers[layer_idx] if layer_idx < len(own_cache.layers) else None
-    if type(own) is not CoLT5GrowingLayer:
-        return None
-    memory = memory_of(plain, layer_idx, memory_cache, is_updated, DynamicLayer)
-    return None if memory is None else (own, memory)
-
-
 def memory_of(
     plain: PlainDecoderLayer,
     layer_idx: int,
@@ -473,36 +521,6 @@ def memory_of(
     if type(memory) is not layer_class or type(memory.keys) is not Tensor or type(memory.values) is not Tensor:
         return None
     return memory.keys, memory.values
-
-
-def _fits(of_pass: tuple[Any, ...], plain: PlainDecoderLayer, tensors: tuple[Tensor, ...]) -> bool:
-    """Whether weights and the memory have the shapes and dtypes that the straight lines are written for.
-
-    Args:
-        of_pass: dtype, device and shape of the states, dtype and shape of the table, and what does not matter here.
-        plain: the layer.
-        tensors: its weights, then keys and values of the memory.
-    """
-    dtype, _, (rows, _, d), table_dtype, (heads, _), *_ = of_pass
-    by_name = dict(zip(plain.weighted, map(tuple, map(_SHAPE, tensors)), strict=False))
-    inner, (d_ff, *_) = heads * plain.d_kv[0], by_name.get("dense.wi_0", (0,))
-    shapes = {
-        "self.layer_norm": (d,), "ff.layer_norm": (d,),
-        "self.q": (inner, d), "self.k": (inner, d), "self.v": (inner, d), "self.o": (d, inner),
-        "dense.wi_0": (d_ff, d), "dense.wi_1": (d_ff, d), "dense.wo": (d, d_ff),
-    }  # fmt: skip
-    memory = tensors[len(plain.weighted) :]
-    if memory:
-        cross = shapes_of_cross(by_name, plain.d_kv[1], (rows, d), memory)
-        if cross is None:
-            return False
-        shapes |= cross
-    return (
-        by_name == shapes
-        and max(plain.d_kv) <= MOST_FEATURES
-        and table_dtype == torch.float32
-        and all(part.dtype == dtype for part in tensors)
-    )
 
 
 def shapes_of_cross(

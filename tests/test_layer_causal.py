@@ -19,7 +19,6 @@ pytest.importorskip("triton")
 from modeling_colt5 import (  # noqa: E402
     CoLT5ForCausalLM,
     CoLT5ForConditionalGeneration,
-    layer_causal,
     layer_decoder,
     run_launch_list_triton,
 )
@@ -411,7 +410,7 @@ def test_lists_are_repeated_for_all_layers_and_tokens(kind: str, monkeypatch: py
     repeated: list[str] = []
     monkeypatch.setattr(run_launch_list_triton, "launcher", interpreting_launcher(monkeypatch, repeated))
     monkeypatch.setattr(layer_decoder, "lists_by_kind", {})
-    monkeypatch.setattr(layer_causal, "may_repeat", lambda states: True)
+    monkeypatch.setattr(layer_decoder, "may_repeat", lambda states: True)
     model = make_model(torch.device("cpu"), num_decoder_layers=3, **KINDS[kind])
     ids = random_ids(2, 3 * WINDOW + 2)
     logits, _ = go_on(model, {"input_ids": ids}, [2 * WINDOW, *[1] * (WINDOW + 2)])
