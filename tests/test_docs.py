@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(path.name for path in DOCS.glob("*.md"))
 # test_recipes.py, test_readme.py and the pages' own tests run the others
-RUN_HERE = ["index.md", "concepts.md", "deploy.md", "images.md", "see_routing.md"]
+RUN_HERE = ["index.md", "concepts.md", "deploy.md", "generate.md", "images.md", "see_routing.md"]
 # test_readme.py has the one on training
 COMMANDS_HERE = [page for page in PAGES if page != "training.md" and shown_commands(f"docs/{page}")]
 
@@ -57,22 +57,28 @@ def test_links_lead_to_files_and_headings(page):
             assert anchor in slugs, f"{page} links to {target}"
 
 
-# each page in a process of its own, as a reader would type it; a few seconds to import everything
+# one process for all pages, since it takes some seconds to import everything; each page has names of its own
 @pytest.mark.slow
-@pytest.mark.parametrize("page", RUN_HERE)
-def test_the_pages_examples_run(page, tmp_path):
-    (tmp_path / "tokenization").symlink_to(ROOT / "tokenization")
-    found = [block for block in blocks(f"docs/{page}") if block.language == "python"]
-    assert found, page
-    program = "namespace = {'__name__': '__main__'}\n"
-    for block in found:
-        # blank lines before it, so that an error names the page's line
-        program += f"exec(compile({chr(10) * (block.line - 1) + block.text!r}, {page!r}, 'exec'), namespace)\n"
+def test_the_pages_examples_run(tmp_path):
+    """As a reader would type them, in a folder that has the trained model and the vocabulary alone; a comment after a
+    line that prints says what it prints."""
+    for folder in ("checkpoints", "tokenization"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
+    program, shown = "", []
+    for page in RUN_HERE:
+        found = [block for block in blocks(f"docs/{page}") if block.language == "python"]
+        assert found, page
+        program += "namespace = {'__name__': '__main__'}\n"
+        for block in found:
+            # blank lines before it, so that an error names the page's line
+            program += f"exec(compile({chr(10) * (block.line - 1) + block.text!r}, {page!r}, 'exec'), namespace)\n"
+            shown += re.findall(r"^print\(.*\)\n# (.*)$", block.text, re.MULTILINE)
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    assert shown and set(shown) <= set(done.stdout.splitlines())
 
 
 @pytest.mark.parametrize("page", [*RUN_HERE, *COMMANDS_HERE, "sizes.md", "faq.md"])

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from example_runs import FAST, NEW_MODEL, write_rows
+from test_readme import blocks
 
 embeddings = pytest.importorskip("embeddings", reason="sentence-transformers is not installed", exc_type=ImportError)
 
@@ -105,12 +106,18 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, float],
 
 # a run of forty steps
 @pytest.mark.slow
-def test_a_run_learns_to_find_documents(trained):
+def test_a_run_learns_to_find_documents(trained, monkeypatch):
     metrics, folder = trained
     assert metrics["queries"] == 32
     assert metrics["after_mrr@10"] > metrics["before_mrr@10"] + 0.2
     model = embeddings.SentenceTransformer(str(folder / "out"), device="cpu")
     assert model.encode(["def f(): pass", "x"]).shape == (2, 32)
+    (page,) = (block.text for block in blocks("docs/embeddings.md") if block.language == "python")
+    # the page calls the folder so
+    (folder / "embeddings").symlink_to(folder / "out")
+    monkeypatch.chdir(folder)
+    exec(page, namespace := {})
+    assert namespace["vectors"].shape == (2, 32)
     assert type(model[0].auto_model).__name__ == "CoLT5EncoderModel" and model[0].auto_model.config.routers_trained
 
 

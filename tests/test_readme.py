@@ -27,6 +27,18 @@ MORE_PAGES = [
     *(f"{folder}/README.md" for folder in ("benchmarks", "checkpoints/python-types", "configuration")),
     *(f"{folder}/README.md" for folder in ("spaces/python-types", "tests", "tokenization")),
 ]
+# what a page says that its reader has
+BEFORE = {
+    "docs/training.md": """
+import torch
+from transformers import TrainingArguments
+from modeling_colt5 import CoLT5Config, CoLT5ForConditionalGeneration
+sizes = dict(vocab_size=64, d_model=32, d_kv=8, d_ff=64, light_d_ff=32, heavy_d_ff=128, num_heads=4, num_light_heads=1)
+model = CoLT5ForConditionalGeneration(CoLT5Config(**sizes, num_heavy_heads=3, num_layers=1, num_decoder_layers=1))
+arguments = TrainingArguments("out", max_steps=4, use_cpu=True, report_to="none", save_strategy="no")
+dataset = [dict(input_ids=torch.arange(2, 34), labels=torch.arange(2, 6))] * 8
+"""
+}
 SCRIPTS = sorted(path for path in ROOT.glob("examples/*.py") if "__main__" in path.read_text(encoding="utf-8"))
 # in a block of these there is nothing to run
 INERT = {"bibtex", "text"}
@@ -188,7 +200,7 @@ def test_the_pages_python_runs(page, tmp_path):
     """All blocks in order in one namespace, as a reader would type them, in a folder that has the checkpoint alone; a
     comment after a line that prints says what it prints."""
     (tmp_path / "checkpoints").symlink_to(ROOT / "checkpoints")
-    program = "namespace = {'__name__': '__main__'}\n"
+    program = f"namespace = {{'__name__': '__main__'}}\nexec({BEFORE.get(page, '')!r}, namespace)\n"
     for block in blocks(page):
         if block.language == "python":
             # blank lines before it, so that an error names the page's line
