@@ -452,7 +452,7 @@ def _attend(
     if seed is None and dropout > 0:
         seed = torch.randint(2**63 - 1, (1,), device=query.device)
     rest = (bias_table, width, radius, *(positions or (None, None)), mask, dropout, seed)
-    return _attention.call("triton" if INTERPRETED else "auto", query, key, value, *rest)[0]
+    return _attention(query, key, value, *rest, kernel_backend="triton" if INTERPRETED else "auto")[0]
 
 
 def local_attention(

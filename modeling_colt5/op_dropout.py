@@ -93,4 +93,4 @@ def dropout(states: Tensor, seed: Tensor, probability: float, kernel_backend: st
     Returns:
         The states, of which some elements are 0 and the others divided by `1 - probability`.
     """
-    return _dropout.call(kernel_backend, states, seed, probability)
+    return _dropout(states, seed, probability, kernel_backend=kernel_backend)

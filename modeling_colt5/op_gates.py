@@ -179,8 +179,8 @@ def causal_gates(
     """
     # The product is made a float, because a kernel would take a configuration's whole number for an integer.
     soft_target = float(soft_topk_ratio * target)
-    weights, routed, thresholds, indices, slot_weights, valid = _gates.call(
-        kernel_backend, scores, past, total, carried, target, capacity, soft_target, epsilon, fill_first
+    weights, routed, thresholds, indices, slot_weights, valid = _gates(
+        scores, past, total, carried, target, capacity, soft_target, epsilon, fill_first, kernel_backend=kernel_backend
     )
     return Gates(weights, routed, thresholds, RoutedTokens(indices, slot_weights, valid))
 

@@ -38,4 +38,4 @@ def gated_gelu(gate: Tensor, up: Tensor, kernel_backend: str = "auto") -> Tensor
     Returns:
         `[..., d_ff]` in their dtype.
     """
-    return _gated_gelu.call(kernel_backend, gate, up)
+    return _gated_gelu(gate, up, kernel_backend=kernel_backend)

@@ -162,7 +162,7 @@ def rms_norm_scores(
         The normalised states `[batch, n, d]` and the scores `[batch, routers, n]` in fp32 (float64 for float64),
         contiguous, or None.
     """
-    normed, scores, _ = _norm.call(kernel_backend, hidden_states, weight, router_weights, eps, wanted_dtype)
+    normed, scores, _ = _norm(hidden_states, weight, router_weights, eps, wanted_dtype, kernel_backend=kernel_backend)
     return normed, None if router_weights is None else scores
 
 
@@ -176,4 +176,4 @@ def router_scores(hidden_states: Tensor, router_weights: Tensor, kernel_backend:
     Returns:
         `[batch, routers, n]` in fp32 (float64 for float64), contiguous.
     """
-    return _router_scores.call(kernel_backend, hidden_states, router_weights)
+    return _router_scores(hidden_states, router_weights, kernel_backend=kernel_backend)

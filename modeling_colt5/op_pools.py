@@ -187,7 +187,9 @@ def routed_pools(
     known: tuple[Tensor | None, Tensor | None] = (None, None)
     if initial is not None:
         known = (initial[0].to(scores.dtype), initial[1].valid)
-    candidate_scores, candidates, present, following = _candidates.call(kernel_backend, scores, *known, window, size)
+    candidate_scores, candidates, present, following = _candidates(
+        scores, *known, window, size, kernel_backend=kernel_backend
+    )
     budget = torch.full((rows * candidates.shape[1],), size, device=scores.device)
     known_scores, settings["mask"] = candidate_scores.flatten(0, 1), present.flatten(0, 1)
     if dense_start is None:
@@ -269,4 +271,4 @@ def gather_pools(
     """
     tokens = pools.tokens
     chosen = (tokens.indices, tokens.weights, tokens.valid, pools.following)
-    return _pool_gather.call(kernel_backend, key, value, *chosen, base)
+    return _pool_gather(key, value, *chosen, base, kernel_backend=kernel_backend)

@@ -213,9 +213,9 @@ def route(
     _check_rows("soft_budget", soft_budget, rows)
     if isinstance(capacity, int) and capacity < 1:
         raise ValueError(f"capacity is {capacity}; it must be at least 1")
-    weights, indices, valid, _ = _route.call(
-        kernel_backend, scores, budget, soft_budget, mask, lengths, capacity, soft_topk_ratio, solver,
-        epsilon, num_iterations, epsilon_init, epsilon_decay,
+    weights, indices, valid, _ = _route(
+        scores, budget, soft_budget, mask, lengths, capacity, soft_topk_ratio, solver,
+        epsilon, num_iterations, epsilon_init, epsilon_decay, kernel_backend=kernel_backend,
     )  # fmt: skip
     return RoutedTokens(indices, weights, valid)
 

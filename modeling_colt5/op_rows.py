@@ -275,7 +275,7 @@ def combine_branches(
         `[batch, n, d]` in the residual's dtype, a new tensor.
     """
     first, second = (heavy, indices, valid, weights), (None, None, None, None)
-    return _combine.call(kernel_backend, residual, light, *first, *second, residual.shape[1])
+    return _combine(residual, light, *first, *second, residual.shape[1], kernel_backend=kernel_backend)
 
 
 def scatter_add_tokens(
@@ -297,7 +297,7 @@ def scatter_add_tokens(
         `[batch, n, d]` in the base's dtype, a new tensor.
     """
     first, second = (updates, indices, valid, weights), (None, None, None, None)
-    return _combine.call(kernel_backend, base, None, *first, *second, base.shape[1])
+    return _combine(base, None, *first, *second, base.shape[1], kernel_backend=kernel_backend)
 
 
 def share_and_gather(
@@ -325,5 +325,5 @@ def share_and_gather(
     if records_now() and uses_triton(hidden_states, kernel_backend):
         hidden_states, *tokens = _ShareAndGather.apply(hidden_states, *first, *second)
     else:
-        tokens = _gather.call(kernel_backend, hidden_states, *first, *second)
+        tokens = _gather(hidden_states, *first, *second, kernel_backend=kernel_backend)
     return hidden_states, *tokens[: len(routings)]

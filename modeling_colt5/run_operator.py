@@ -147,18 +147,16 @@ class Operator:
         if self.function is not None:
             self.library.impl(name, self.function.apply, "Autograd")
 
-    def call(self, kernel_backend: str, *inputs: Any) -> Any:
-        """The result on the backend that the caller names; on "torch" the reference, with derivatives of any order.
+    def __call__(self, *inputs: Any, kernel_backend: str | None = None) -> Any:
+        """The result; on the backend "torch" that of the reference, with derivatives of any order.
 
         Args:
-            kernel_backend: as in `uses_triton` of kernel_backend.py.
             inputs: the reference's arguments.
+            kernel_backend: as in `uses_triton` of kernel_backend.py; None in a gradient, where the operation itself
+                has said that Triton is used.
         """
-        if not uses_triton(inputs[self.operand], kernel_backend):
+        if kernel_backend is not None and not uses_triton(inputs[self.operand], kernel_backend):
             return self.reference(*inputs)
-        return self(*inputs)
-
-    def __call__(self, *inputs: Any) -> Any:
         if not runs_eagerly():
             refuse_transforms_of_kernels(self.name)
             return self.overload(*inputs)
