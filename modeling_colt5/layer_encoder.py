@@ -141,9 +141,7 @@ class StraightLayer:
             seeds: of what the layer drops; None where it drops nothing.
         """
         recorder = repeated_or_recorder(self.program.lists, kind, memories, self.common.repeats)
-        if recorder is None:
-            return None
-        return Line(self.program, self.plan, recorder, self.weights, self.tables, layout, memory, seeds)
+        return None if recorder is None else Line(self, recorder, layout, memory, seeds)
 
     def __call__(self, hidden_states: Tensor) -> Tensor:
         """From states to states [batch, n, d_model], for a backward pass where autograd records."""

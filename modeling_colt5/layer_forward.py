@@ -1,5 +1,7 @@
 """The forward pass of an encoder layer as a straight line of kernel launches and products."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -31,30 +33,19 @@ class Line:
     """A call of a layer: its weights, its memory, and what computes.
 
     Args:
-        program: sizes and places of the layer's tensors.
-        plan: of the pass.
+        layer: the `StraightLayer` of layer_encoder.py, with program, plan, weights and tables.
         recorder: notes launches, makes temporary tensors and products.
-        weights: in the order of `WEIGHTS`.
-        tables: light and heavy bias tables [heads, 2 * max_distance + 1] in fp32.
         layout, memory: of what outlives the call.
         seeds: of what the layer drops, int64 [6, 2] by the places of `Drop`; None where it drops nothing.
     """
 
-    def __init__(
-        self,
-        program: Program,
-        plan: EncoderPlan,
-        recorder: "Recorder",
-        weights: tuple[Tensor, ...],
-        tables: tuple[Tensor, Tensor],
-        layout: Room,
-        memory: Tensor,
-        seeds: Tensor | None = None,
-    ):
-        self.program, self.plan, self.recorder = program, plan, recorder
-        self.common: StraightPass = plan.straight
-        self.weights, self.tables, self.layout, self.memory = list(weights), tables, layout, memory
-        self.seeds = seeds
+    def __init__(self, layer: Any, recorder: "Recorder", layout: Room, memory: Tensor, seeds: Tensor | None = None):
+        self.program: Program = layer.program
+        self.plan: EncoderPlan = layer.plan
+        self.common: StraightPass = layer.common
+        self.tables: tuple[Tensor, Tensor] = layer.tables
+        self.weights: list[Tensor] = list(layer.weights)
+        self.recorder, self.layout, self.memory, self.seeds = recorder, layout, memory, seeds
         self.joined: dict[int, Tensor] = {}
         self.temporary = recorder.temporary
 

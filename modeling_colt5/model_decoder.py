@@ -12,7 +12,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_colt5 import CoLT5Config
-from .kernel_backend import Mode, uses_triton
+from .kernel_backend import Mode
 from .layer_causal import RoutedStep
 from .layer_decoder import StraightStep, may_run_straight
 from .model_base import CoLT5Stack
@@ -173,8 +173,7 @@ class CoLT5Decoder(CoLT5Stack):
             cache is not None
             and hidden_states.shape[1] == 1
             and not self.asks
-            and uses_triton(hidden_states, config.kernel_backend)
-            and implementation(config).attention == "sdpa"
+            and implementation(config).for_states(hidden_states).fuses_attention
             # The number 0 asks for something, as it is the first of the hidden states.
             and not any(flag is not None and flag is not False for flag in asked)
             and may_run_straight(hidden_states, Mode.of_now(hidden_states))

@@ -101,8 +101,10 @@ class CoLT5Encoder(CoLT5Stack):
 
         To look is to wait for the device: on CUDA the first such call does, and none whose kernels are captured."""
         if input_ids.is_cuda:
+            if self.has_looked_for_padding:
+                return
             mode = Mode.of_now(input_ids)
-            if self.has_looked_for_padding or not mode.is_eager or mode.is_captured:
+            if not mode.is_eager or mode.is_captured:
                 return
             self.has_looked_for_padding = True
         self.warn_if_padding_and_no_attention_mask(input_ids, None)
