@@ -60,7 +60,7 @@ format: $(READY)
 
 docs: $(DOCS_VENV)/ready
 	@NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/python -m mkdocs build --strict --quiet
-	@echo "docs: site/index.html"
+	@echo "docs: site/index.html; for its search: python3 -m http.server --directory site"
 
 environment: $(READY)
 	@:

@@ -73,15 +73,17 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def median_ms(call: Call, tiny: bool = False) -> float:
+def median_ms(call: Call, tiny: bool = False, least: int = 3, most: int = 15, seconds: float = 2.0) -> float:
     """The median wall time of a call in milliseconds, the device waited for before and after each.
 
     `torch.utils.benchmark` and `triton.testing.do_bench` measure something else where a GPU waits for its host, as in
     most calls here: the one times blocks of calls, the other calls by events, and in both the host runs ahead.
+    `Timer.timeit(1)` would time single calls, each after two that are not counted, which takes three times as long.
 
     Args:
         call: what to time; its first calls warm up and are not counted.
-        tiny: two calls instead of 15, or as many as fit in two seconds, but three.
+        tiny: two calls instead of the numbers that follow.
+        least, most, seconds: at least and at most so many calls, and between the two as many as fit in the time.
     """
     start = time.perf_counter()
     for _ in range(1 if tiny else 3):
@@ -90,7 +92,7 @@ def median_ms(call: Call, tiny: bool = False) -> float:
         if time.perf_counter() - start > 1:
             break
     times: list[float] = []
-    while len(times) < 2 or not tiny and (len(times) < 3 or len(times) < 15 and sum(times) < 2000):
+    while len(times) < 2 or not tiny and (len(times) < least or len(times) < most and sum(times) < 1e3 * seconds):
         start = time.perf_counter()
         call()
         synchronize()

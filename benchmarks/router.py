@@ -9,7 +9,6 @@ not be installed). Without it only our numbers are taken.
 
 import argparse
 import importlib
-import statistics
 import sys
 import time
 import types
@@ -17,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from measure import captured, gpu_ms, make_parser, parse, peak_mib, synchronize
+from measure import captured, gpu_ms, make_parser, median_ms, parse, peak_mib
 from peers import DEVICE
 from results import Row, Table, render
 
@@ -56,20 +55,8 @@ def load_peer(folder: Path) -> Callable[..., torch.Tensor]:
 
 
 def wall_us(call: Callable[[], object], tiny: bool) -> float:
-    """Median microseconds of a call as host and device see it, the device waited for before and after each.
-
-    More repeats than `measure.median_ms`, because a call is short and the host uneven: 300, or a quarter of a second.
-    """
-    for _ in range(1 if tiny else 3):
-        call()
-    synchronize()
-    times: list[float] = []
-    while len(times) < 2 or not tiny and (len(times) < 5 or len(times) < 300 and sum(times) < 250_000):
-        start = time.perf_counter()
-        call()
-        synchronize()
-        times.append((time.perf_counter() - start) * 1e6)
-    return statistics.median(times)
+    """`measure.median_ms` in microseconds, of more calls, because one is short and the host uneven."""
+    return 1e3 * median_ms(call, tiny, least=5, most=300, seconds=0.25)
 
 
 def one_thread_us(call: Callable[[], object], tiny: bool) -> float:

@@ -14,6 +14,7 @@ from measure import gpu_ms, make_parser, parse, synchronize
 from peers import DEVICE
 from results import Table
 from torch import Tensor
+from torch.utils import benchmark
 
 from modeling_colt5.op_gelu import gated_gelu
 from modeling_colt5.op_norm import rms_norm_scores
@@ -139,16 +140,11 @@ def verify(case: Case) -> None:
 
 def host_microseconds(call: Callable[[], object], tiny: bool) -> float:
     """The median host time of a call whose GPU work is too small to be waited for."""
-    for _ in range(1 if tiny else 10):
-        call()
+    # a clock that waits for no device; 200 calls in all, so that the GPU's queue never fills up
+    timer = benchmark.Timer("call()", globals={"call": call}, timer=time.perf_counter)
+    blocks = [timer.timeit(1 if tiny else 20) for _ in range(2 if tiny else 10)]
     synchronize()
-    times = []
-    for _ in range(2 if tiny else 200):
-        start = time.perf_counter()
-        call()
-        times.append(1e6 * (time.perf_counter() - start))
-    synchronize()
-    return statistics.median(times)
+    return 1e6 * statistics.median(block.mean for block in blocks)
 
 
 def copy_bandwidth(tiny: bool) -> float:
