@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import get_inverse_sqrt_schedule
 
+from modeling_colt5 import kernel_backend
 from modeling_colt5.parameter_groups import size_scaled_groups
 
 ROOT = Path(__file__).parent.parent
@@ -32,10 +33,11 @@ import warm_start  # noqa: E402
 from captured_step import TrainingStep  # noqa: E402
 
 
-# each is a program that measures: a minute in all, and none is part of the package
+# what is timed is PyTorch here: kernels have tests of their own, and interpreted ones would take minutes
 @pytest.mark.slow
 @pytest.mark.parametrize("name", run.SHARES)
-def test_every_benchmark_runs_by_the_one_command(name: str, tmp_path: Path) -> None:
+def test_every_benchmark_runs_by_the_one_command(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel_backend, "FORCED_BACKEND", "torch")
     run.main([name, "--tiny", "--out", str(tmp_path)])
     assert (tmp_path / "targets.md").exists() and (tmp_path / f"{name}.md").exists()
     (line,) = results.read_runs(name, tmp_path)
