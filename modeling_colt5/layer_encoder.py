@@ -16,8 +16,8 @@ from torch.autograd import forward_ad
 
 from .kernel_backend import triton_is_available
 from .layer_backward import Backward, Gradients
-from .layer_forward import Line, attention, combined, feed_forward, parts_of, sum_of_all
-from .layer_program import WEIGHTS, PlainEncoderLayer, Program, Room, StraightPass
+from .layer_forward import Line, attention, combined, feed_forward, parts_of
+from .layer_program import WEIGHTS, Drop, PlainEncoderLayer, Program, Room, StraightPass
 from .op_dropout import draw_seeds
 from .run_operator import refuse_derivatives_of_kernels
 from .run_plan import EncoderPlan, EncoderSettings
@@ -178,7 +178,7 @@ class StraightLayer:
         line = self.line("total", memories, program.outgoing, memory)
         if line is not None:
             with line.recorder:
-                combined(line, parts_of(line), total)
+                combined(line, parts_of(line), total, Drop.FEED_FORWARD)
         return total
 
 
@@ -201,7 +201,7 @@ class _Straight(torch.autograd.Function):
         line = layer.line("training", memories, program.kept, kept, *seeds)
         if line is not None:
             with line.recorder:
-                sum_of_all(line, feed_forward(line, [*attention(line, states)]), result)
+                combined(line, feed_forward(line, [*attention(line, states)]), result, Drop.FEED_FORWARD)
         ctx.set_materialize_grads(False)
         ctx.layer = (program, layer.plan)
         ctx.save_for_backward(states, *inputs, kept, *seeds)

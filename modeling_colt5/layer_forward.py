@@ -133,9 +133,9 @@ class Line:
 Branches = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def combined(line: Line, parts: Branches, out: Tensor) -> None:
-    """Write the sum of branches without dropout, [batch, n, d_model]."""
-    combine_into(*parts, None, None, None, None, line.program.n, out)
+def combined(line: Line, parts: Branches, out: Tensor, drop: int) -> None:
+    """Write the sum of branches, [batch, n, d_model], with dropout as at a place of `Drop`."""
+    combine_into(*parts, None, None, None, None, line.program.n, out, *line.dropout(drop))
     if out.dtype == torch.float16:
         # `clamp_half` of model_layers.py
         clamp_into(out, torch.finfo(torch.float16).max - 1000)
@@ -177,7 +177,7 @@ def attention(line: Line, incoming: Tensor | None) -> Branches:
     of_norm = (norm_weight, routers, program.eps[0], None, line.rows(normed), places[SCORES], places[RSTD])
     if incoming is None and program.hidden_dtype == torch.float16:
         incoming = line.place("summed")
-        combined(line, parts_of(line), incoming)
+        combined(line, parts_of(line), incoming, Drop.FEED_FORWARD)
     if incoming is None:
         incoming = line.place("summed")
         parts = parts_of(line)
@@ -248,7 +248,7 @@ def feed_forward(line: Line, parts: list[Tensor]) -> Branches:
     of_norm = (norm_weight, router, program.eps[1], None, line.rows(normed), places[SCORES], places[RSTD])
     hidden_states = line.place("hidden")
     if program.hidden_dtype == torch.float16:
-        combined(line, (residual, light, heavy, indices, valid, weights), hidden_states)
+        combined(line, (residual, light, heavy, indices, valid, weights), hidden_states, Drop.ATTENTION)
         norm_into(hidden_states, *of_norm)
     else:
         branches = (light, heavy, indices, valid, weights)
@@ -264,8 +264,3 @@ def feed_forward(line: Line, parts: list[Tensor]) -> Branches:
     light = _dense(line, "light", normed, Weight.LIGHT_WI_0, Drop.LIGHT_FF)
     line.plan.join()
     return hidden_states, line.rows(light), line.rows(heavy), indices, valid, weights
-
-
-def sum_of_all(line: Line, parts: Branches, out: Tensor) -> None:
-    """Write the sum of what `feed_forward` gave, with the sublayer's dropout."""
-    combine_into(*parts, None, None, None, None, line.program.n, out, *line.dropout(Drop.FEED_FORWARD))

@@ -14,14 +14,6 @@ if triton_is_available():
     from .op_norm_triton import norm_backward_into, norm_into
 
 
-def norm(hidden_states: Tensor, rstd: Tensor, weight: Tensor) -> Tensor:
-    """T5LayerNorm's product and roundings, given the reciprocal root mean squares `[batch, n]`."""
-    normed = hidden_states.to(rstd.dtype) * rstd[..., None]
-    if weight.dtype in HALF_DTYPES:
-        normed = normed.to(weight.dtype)
-    return (weight * normed).to(normed_dtype(hidden_states.dtype, weight.dtype, None))
-
-
 def mean_square(hidden_states: Tensor) -> Tensor:
     """The norm's statistic `[batch, n]` of `[batch, n, d]`, in fp32 even for float64.
 
@@ -45,7 +37,10 @@ def norm_reference(
     """
     dtype = accumulation_dtype(hidden_states.dtype)
     rstd = torch.rsqrt(mean_square(hidden_states) + eps).to(dtype)
-    normed = norm(hidden_states, rstd, norm_weight)
+    normed = hidden_states.to(dtype) * rstd[..., None]
+    if norm_weight.dtype in HALF_DTYPES:
+        normed = normed.to(norm_weight.dtype)
+    normed = (norm_weight * normed).to(normed_dtype(hidden_states.dtype, norm_weight.dtype, None))
     returned = normed if wanted_dtype is None else normed.to(wanted_dtype)
     if router_weights is None:
         return returned, rstd.new_empty(0), rstd

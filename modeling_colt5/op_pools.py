@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .kernel_backend import triton_is_available
 from .op_routing import RoutedTokens, dense_start_weights, route
+from .op_rows import flat_rows
 from .op_soft_topk import mask_scores
 from .run_operator import Gradient, Launch, Operator
 
@@ -212,10 +213,6 @@ def routed_pools(
     return Pools(RoutedTokens(indices, weights, valid), following)
 
 
-def _flat(index: Tensor, length: int) -> Tensor:
-    return (index + torch.arange(index.shape[0], device=index.device)[:, None] * length).flatten()
-
-
 def pool_gather_reference(
     key: Tensor, value: Tensor, indices: Tensor, weights: Tensor, valid: Tensor, following: Tensor, base: int
 ) -> tuple[Tensor, Tensor]:
@@ -227,7 +224,9 @@ def pool_gather_reference(
     def gather(states: Tensor) -> Tensor:
         # A token is in many pools, and its gradient is summed in fp32, whatever the states' dtype.
         wide = states.to(torch.promote_types(states.dtype, torch.float32))
-        rows = wide.flatten(0, 1).index_select(0, _flat(index, states.shape[1])).view(*index.shape, *states.shape[2:])
+        rows = (
+            wide.flatten(0, 1).index_select(0, flat_rows(index, states.shape[1])).view(*index.shape, *states.shape[2:])
+        )
         rows = rows.masked_fill(~used[..., None, None], 0) * factors
         return rows.to(states.dtype).unflatten(1, (-1, indices.shape[2]))
 
