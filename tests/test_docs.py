@@ -19,7 +19,16 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(path.name for path in DOCS.glob("*.md"))
 # test_recipes.py, test_readme.py and the pages' own tests run the others
-RUN_HERE = ["index.md", "concepts.md", "deploy.md", "generate.md", "images.md", "see_routing.md"]
+RUN_HERE = [
+    "index.md",
+    "concepts.md",
+    "causal_routing.md",
+    "cross_routing.md",
+    "deploy.md",
+    "generate.md",
+    "images.md",
+]
+RUN_HERE += ["see_routing.md"]
 # test_readme.py has the one on training
 COMMANDS_HERE = [page for page in PAGES if page != "training.md" and shown_commands(f"docs/{page}")]
 
@@ -72,7 +81,7 @@ def test_the_pages_examples_run(tmp_path):
         for block in found:
             # blank lines before it, so that an error names the page's line
             program += f"exec(compile({chr(10) * (block.line - 1) + block.text!r}, {page!r}, 'exec'), namespace)\n"
-            shown += re.findall(r"^print\(.*\)\n# (.*)$", block.text, re.MULTILINE)
+            shown += re.findall(r"^ *print\(.*\)\n# (.*)$", block.text, re.MULTILINE)
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
