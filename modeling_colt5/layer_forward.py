@@ -1,14 +1,15 @@
 """The forward pass of an encoder layer as a straight line of kernel launches and products."""
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .kernel_backend import triton_is_available
-from .layer_program import RSTD, SCORES, Drop, Program, Room, StraightPass, Weight
-from .run_plan import EncoderPlan
+from .layer_program import RSTD, SCORES, Drop, Room, Weight
 
+if TYPE_CHECKING:
+    from .layer_encoder import StraightLayer
 if triton_is_available():
     from .op_attention_triton import attention_into
     from .op_dropout_triton import dropout_into
@@ -33,18 +34,17 @@ class Line:
     """A call of a layer: its weights, its memory, and what computes.
 
     Args:
-        layer: the `StraightLayer` of layer_encoder.py, with program, plan, weights and tables.
+        layer: whose call it is, with program, plan, weights and tables.
         recorder: notes launches, makes temporary tensors and products.
         layout, memory: of what outlives the call.
         seeds: of what the layer drops, int64 [6, 2] by the places of `Drop`; None where it drops nothing.
     """
 
-    def __init__(self, layer: Any, recorder: "Recorder", layout: Room, memory: Tensor, seeds: Tensor | None = None):
-        self.program: Program = layer.program
-        self.plan: EncoderPlan = layer.plan
-        self.common: StraightPass = layer.common
-        self.tables: tuple[Tensor, Tensor] = layer.tables
-        self.weights: list[Tensor] = list(layer.weights)
+    def __init__(
+        self, layer: "StraightLayer", recorder: "Recorder", layout: Room, memory: Tensor, seeds: Tensor | None = None
+    ):
+        self.program, self.plan, self.common = layer.program, layer.plan, layer.common
+        self.weights, self.tables = list(layer.weights), layer.tables
         self.recorder, self.layout, self.memory, self.seeds = recorder, layout, memory, seeds
         self.joined: dict[int, Tensor] = {}
         self.temporary = recorder.temporary

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .kernel_backend import normed_dtype, triton_is_available
 from .layer_plain import Parts, PlainLayer, parts_of_attention, parts_of_dense, parts_of_sublayer
-from .run_plan import is_one_product
+from .run_plan import EncoderPlan, is_one_product
 
 if triton_is_available():
     from .run_launch_list_triton import LaunchList, may_repeat
@@ -101,11 +101,12 @@ class StraightPass:
 
     Args:
         hidden_states: [batch, n, d_model], what goes into the first layer.
-        plan: the pass's `EncoderPlan`.
+        plan: of the pass.
     """
 
-    def __init__(self, hidden_states: Tensor, plan: Any):
+    def __init__(self, hidden_states: Tensor, plan: EncoderPlan):
         attention, feed_forward, settings = plan.attention, plan.feed_forward, plan.settings
+        assert attention is not None and feed_forward is not None
         self.batch, self.n, _ = hidden_states.shape
         # of the states, and of products
         self.hidden_dtype, self.device = hidden_states.dtype, hidden_states.device
