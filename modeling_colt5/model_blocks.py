@@ -31,7 +31,7 @@ from .op_routing import RoutedTokens
 from .run_causal_cache import CoLT5DynamicRoutedLayer, check_routed_layer
 from .run_causal_plan import CausalPlan
 from .run_inputs import check_no_dense_start, check_states, padding_mask, refuse_jit_trace
-from .run_plan import EncoderPlan, SoftTopK
+from .run_plan import DecoderPlan, EncoderPlan, SoftTopK
 
 ATTENTIONS = ("sdpa", "eager")
 SOFT_TOPK = SoftTopK()
@@ -592,6 +592,7 @@ class CoLT5ConditionalCrossAttention(_StandAlone):
         if self.layer.EncDecAttention.is_routed and not self.asks:
             memories, mask, routing = self.cross_routing.read(memory, mask, cache, self.settings, self.implementation)
             (memory,) = memories
-        output, _, asked = self.layer(hidden_states, memory, mask, cache, 0, self.implementation, self.settings)
+        plan = DecoderPlan(self.implementation, memory_mask=mask, asking=self.settings if self.asks else None)
+        output, _, asked = self.layer(hidden_states, memory, plan, cache, 0)
         tokens = (asked,) if asked is not None else None if routing is None else routing[0]
         return (output, tokens) if output_routing else output

@@ -45,6 +45,7 @@ from .run_inputs import (
     refuse_jit_trace,
     warn_of_missing_attentions,
 )
+from .run_plan import DecoderPlan
 from .run_release import CACHE, cache_of_forward
 
 
@@ -215,12 +216,14 @@ class CoLT5Decoder(CoLT5Stack):
             memories, encoder_mask: what `route_memory` gave.
             cache: of the decoder.
         """
-        settings = cross_settings(self.config) if self.asks else None
-        who, asked = implementation(self.config), []
+        position_bias, heavy_bias_table, mask, windows = own
+        asking = cross_settings(self.config) if self.asks else None
+        plan = DecoderPlan(implementation(self.config), mask, windows, encoder_mask, asking)
+        asked = []
         for layer_idx, (block, memory) in enumerate(zip(self.block, memories, strict=True)):
             # Gradient checkpointing hands gradients through arguments by position alone, and looks for the cache by
             # the release's name for it.
-            inputs = (*own, memory, encoder_mask, who, layer_idx, settings)
+            inputs = (position_bias, heavy_bias_table, memory, plan, layer_idx)
             hidden_states, *_, tokens = block(hidden_states, *inputs, **{CACHE: cache})
             asked.append((tokens,))
         return hidden_states, tuple(asked)
@@ -228,7 +231,7 @@ class CoLT5Decoder(CoLT5Stack):
     def inputs_of_self_attention(
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, cache: Cache | None, prefix: str
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, CausalPlan | None]:
-        """Position bias, heavy bias table, mask and plan, as the blocks take them."""
+        """Position bias and heavy bias table, as the blocks take them; mask and windows, as their plan does."""
         if self.config.causal_attention == "full":
             bias, mask = self.attention_to_all(hidden_states, attention_mask, cache, prefix)
             return bias, None, mask, None
@@ -241,7 +244,7 @@ class CoLT5Decoder(CoLT5Stack):
     def attention_to_all(
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, cache: Cache | None, prefix: str
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Position bias and mask of T5's self-attention, as the blocks take them."""
+        """Position bias and mask of T5's self-attention."""
         length = hidden_states.shape[1]
         past = cache.get_seq_length() if cache is not None else 0
         key_length = cache.get_mask_sizes(length, 0)[0] if cache is not None else length

@@ -32,8 +32,7 @@ from .model_router import CoLT5Router, CoLT5Routing, run_routers
 from .op_routing import RoutedTokens
 from .run_budgets import RoutingBudget
 from .run_causal_cache import routed_layer
-from .run_causal_plan import CausalPlan
-from .run_plan import CrossSettings, Implementation, RouterPlan
+from .run_plan import DecoderPlan, RouterPlan
 from .run_release import one_cache
 
 
@@ -49,10 +48,9 @@ class CoLT5SelfAttention(CoLT5Attention):
         self,
         hidden_states: torch.Tensor,
         position_bias: torch.Tensor,
-        mask: torch.Tensor | None,
+        plan: DecoderPlan,
         cache: Cache | None,
         layer_idx: int,
-        implementation: Implementation,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[batch, n, d_model] → the same shape, and the weights where the implementation gives them; `layer_idx` is
         where the cache has this layer."""
@@ -60,7 +58,7 @@ class CoLT5SelfAttention(CoLT5Attention):
         query, key, value = (part.transpose(1, 2) for part in states)
         if cache is not None:
             key, value = cache.update(key, value, layer_idx)
-        output, weights = self.attend(query, key, value, position_bias, mask, implementation.attention)
+        output, weights = self.attend(query, key, value, position_bias, plan.mask, plan.implementation.attention)
         return self.o(output.flatten(-2)), weights
 
 
@@ -102,7 +100,7 @@ class CoLT5CrossAttention(CoLT5Attention):
     def keys_and_values(
         self,
         encoder_hidden_states: torch.Tensor,
-        encoder_mask: torch.Tensor | None,
+        plan: DecoderPlan,
         cache: Cache | None,
         layer_idx: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -117,36 +115,33 @@ class CoLT5CrossAttention(CoLT5Attention):
             if cache is not None:
                 key, value = cache.cross_attention_cache.update(key, value, layer_idx)
                 cache.is_updated[layer_idx] = True
-        if self.is_routed and encoder_mask is not None:
+        if self.is_routed and plan.memory_mask is not None:
             # A static cache of the caller's may be longer than the mask.
-            key, value = (states[:, :, : encoder_mask.shape[1]] for states in (key, value))
+            key, value = (states[:, :, : plan.memory_mask.shape[1]] for states in (key, value))
         return key, value
 
     def forward(
         self,
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor,
-        encoder_mask: torch.Tensor | None,
+        plan: DecoderPlan,
         cache: Cache | None,
         layer_idx: int,
-        implementation: Implementation,
-        settings: CrossSettings | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, RoutedTokens | None]:
         """[batch, n, d_model] → the same shape, the weights where the implementation gives them, and what each token
         chose, which is None here.
 
         `encoder_hidden_states` is [batch, encoder length, d_model], or the routed rows [batch, routers * slots,
-        d_model], and not read where the cache has its keys and values. `encoder_mask` is bool [batch, encoder length
-        or slots], True for real tokens. `layer_idx` is where the cache has this layer.
+        d_model], and not read where the cache has its keys and values. `layer_idx` is where the cache has this layer.
         """
-        key, value = self.keys_and_values(encoder_hidden_states, encoder_mask, cache, layer_idx)
+        key, value = self.keys_and_values(encoder_hidden_states, plan, cache, layer_idx)
         query = self.split_heads(self.q(hidden_states)).transpose(1, 2)
-        mask = None if encoder_mask is None else encoder_mask[:, None, None, :]
-        if hidden_states.shape[1] == 1 and implementation.attention == "sdpa" and not self.training:
+        mask = None if plan.memory_mask is None else plan.memory_mask[:, None, None, :]
+        if hidden_states.shape[1] == 1 and plan.implementation.attention == "sdpa" and not self.training:
             # One token has few queries: the kernels behind "sdpa" would walk along all keys with one processor a row.
             output, weights = eager_attention_forward(self, query, key, value, mask)[0], None
         else:
-            output, weights = self.attend(query, key, value, None, mask, implementation.attention)
+            output, weights = self.attend(query, key, value, None, mask, plan.implementation.attention)
         return self.o(output.flatten(-2)), weights, None
 
 
@@ -165,54 +160,44 @@ class CoLT5AskingCrossAttention(CoLT5CrossAttention):
         self.select = CoLT5Routing()
         self.dense_start: torch.Tensor | None = None
 
-    def choose(
-        self,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        mask: torch.Tensor | None,
-        settings: CrossSettings,
-        implementation: Implementation,
-    ) -> RoutedTokens:
+    def choose(self, query: torch.Tensor, keys: torch.Tensor, plan: DecoderPlan) -> RoutedTokens:
         """Choose what each token reads: the largest ⟨mean of its heads' queries, key⟩, unscaled as T5's attention.
 
         Args:
             query: [batch, m, num_heads, d_kv].
             keys: [batch, n, d_kv], of the memory.
-            mask: bool [batch, n], True for real tokens of the memory; None for all.
-            settings: of all layers.
-            implementation: who computes.
+            plan: of the pass; its `asking` has to be given.
 
         Returns:
             The tokens in rows [batch * m].
         """
+        assert plan.asking is not None
+        mask, soft_topk = plan.memory_mask, plan.asking.soft_topk
         progress = self.dense_start if self.training else None
         # Autocast would take the scores' product in half precision.
         with maybe_autocast(query.device.type, enabled=False):
             dtype = accumulation_dtype(query.dtype)
             scores = query.to(dtype).mean(-2) @ keys.to(dtype).transpose(1, 2)
-        plan = RouterPlan.of(settings.soft_topk, implementation, keys, mask, progress)
-        budget = RoutingBudget.of_memory(keys, mask, settings.num_tokens, 1, settings.soft_topk.ratio, progress)
+        routers = RouterPlan.of(soft_topk, plan.implementation, keys, mask, progress)
+        budget = RoutingBudget.of_memory(keys, mask, plan.asking.num_tokens, 1, soft_topk.ratio, progress)
         rows = scores.flatten(0, 1)[:, None]
-        (routed,) = run_routers((self,), rows, rows, plan, budget.for_each(query.shape[1]))
+        (routed,) = run_routers((self,), rows, rows, routers, budget.for_each(query.shape[1]))
         return routed
 
     def forward(
         self,
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor,
-        encoder_mask: torch.Tensor | None,
+        plan: DecoderPlan,
         cache: Cache | None,
         layer_idx: int,
-        implementation: Implementation,
-        settings: CrossSettings | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, RoutedTokens | None]:
         """As of `CoLT5CrossAttention`, with all of the encoder's output, and what each token chose, [batch, n,
-        slots]; `settings` has to be given."""
-        assert settings is not None
-        key, value = self.keys_and_values(encoder_hidden_states, encoder_mask, cache, layer_idx)
+        slots]; `plan.asking` has to be given."""
+        key, value = self.keys_and_values(encoder_hidden_states, plan, cache, layer_idx)
         keys, values = key[:, 0], value[:, 0]
         query = self.split_heads(self.q(hidden_states))
-        routed = self.choose(query, keys, encoder_mask, settings, implementation)
+        routed = self.choose(query, keys, plan)
         batch, length, n = *hidden_states.shape[:2], keys.shape[1]
         first = torch.arange(batch, device=keys.device).repeat_interleave(length) * n
         places = routed.indices + first[:, None]
@@ -228,7 +213,7 @@ class CoLT5AskingCrossAttention(CoLT5CrossAttention):
             own_values[:, None],
             None,
             routed.valid[:, None, None],
-            implementation.attention,
+            plan.implementation.attention,
         )
         if weights is not None:
             weights = weights[:, :, 0].unflatten(0, (batch, length)).transpose(1, 2)
@@ -257,14 +242,13 @@ class CoLT5LayerSelfAttention(nn.Module):
         self,
         hidden_states: torch.Tensor,
         position_bias: torch.Tensor,
-        mask: torch.Tensor | None,
+        plan: DecoderPlan,
         cache: Cache | None,
         layer_idx: int,
-        implementation: Implementation,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[batch, n, d_model] → the same shape, and the attention weights."""
-        normed, _ = self.layer_norm(hidden_states, None, implementation.kernel_backend, for_products=True)
-        output, weights = self.SelfAttention(normed, position_bias, mask, cache, layer_idx, implementation)
+        normed, _ = self.layer_norm(hidden_states, None, plan.kernel_backend, for_products=True)
+        output, weights = self.SelfAttention(normed, position_bias, plan, cache, layer_idx)
         return clamp_half(hidden_states + self.dropout(output)), weights
 
 
@@ -299,17 +283,13 @@ class CoLT5LayerCrossAttention(nn.Module):
         self,
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor,
-        encoder_mask: torch.Tensor | None,
+        plan: DecoderPlan,
         cache: Cache | None,
         layer_idx: int,
-        implementation: Implementation,
-        settings: CrossSettings | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, RoutedTokens | None]:
         """[batch, n, d_model] → the same shape, the attention weights, and what each token chose where it does."""
-        normed, _ = self.layer_norm(hidden_states, None, implementation.kernel_backend, for_products=True)
-        output, weights, tokens = self.EncDecAttention(
-            normed, encoder_hidden_states, encoder_mask, cache, layer_idx, implementation, settings
-        )
+        normed, _ = self.layer_norm(hidden_states, None, plan.kernel_backend, for_products=True)
+        output, weights, tokens = self.EncDecAttention(normed, encoder_hidden_states, plan, cache, layer_idx)
         return clamp_half(hidden_states + self.dropout(output)), weights, tokens
 
 
@@ -330,11 +310,10 @@ class CoLT5LayerFF(nn.Module):
         self.layer_norm = CoLT5LayerNorm(d_model, layer_norm_epsilon)
         self.dropout = nn.Dropout(dropout_rate)
 
-    def forward(self, hidden_states: torch.Tensor, implementation: Implementation) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, plan: DecoderPlan) -> torch.Tensor:
         """[batch, n, d_model] → the same shape."""
-        backend = implementation.kernel_backend
-        normed, _ = self.layer_norm(hidden_states, None, backend, for_products=True)
-        return clamp_half(hidden_states + self.dropout(self.DenseReluDense(normed, backend)))
+        normed, _ = self.layer_norm(hidden_states, None, plan.kernel_backend, for_products=True)
+        return clamp_half(hidden_states + self.dropout(self.DenseReluDense(normed, plan.kernel_backend)))
 
 
 class CoLT5DecoderBlock(GradientCheckpointingLayer):
@@ -358,13 +337,9 @@ class CoLT5DecoderBlock(GradientCheckpointingLayer):
         hidden_states: torch.Tensor,
         position_bias: torch.Tensor,
         heavy_bias_table: torch.Tensor | None,
-        attention_mask: torch.Tensor | None,
-        plan: CausalPlan | None,
         encoder_hidden_states: torch.Tensor | None,
-        encoder_mask: torch.Tensor | None,
-        implementation: Implementation,
+        plan: DecoderPlan,
         layer_idx: int,
-        cross_settings: CrossSettings | None = None,
         past_key_values: Cache | None = None,
         cache: Cache | None = None,
     ) -> tuple[
@@ -381,12 +356,9 @@ class CoLT5DecoderBlock(GradientCheckpointingLayer):
             position_bias: of T5's self-attention, [1, heads, n, keys]; of a causally routed layer's light branch, what
                 `CausalPlan.light_bias` gives.
             heavy_bias_table: of a routed layer's heavy branch; None where there is none.
-            attention_mask: of T5's self-attention.
-            plan: the windows of a causally routed layer; None for T5's.
-            encoder_hidden_states, encoder_mask: for the cross-attention; None without an encoder.
-            implementation: who computes T5's parts.
+            encoder_hidden_states: for the cross-attention; None without an encoder.
+            plan: of the pass.
             layer_idx: the layer's place in the stack, which is where the cache has it.
-            cross_settings: of routed cross-attention; None where there is none.
             past_key_values, cache: the cache, by either name: gradient checkpointing looks for that of its release.
 
         Returns:
@@ -396,25 +368,23 @@ class CoLT5DecoderBlock(GradientCheckpointingLayer):
         cache = one_cache(cache, past_key_values)
         self_cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
         weights = cross_weights = routing = asked = None
-        if plan is None:
-            hidden_states, weights = self.layer[0](
-                hidden_states, position_bias, attention_mask, self_cache, layer_idx, implementation
-            )
+        if plan.windows is None:
+            hidden_states, weights = self.layer[0](hidden_states, position_bias, plan, self_cache, layer_idx)
         else:
             routing = CoLT5CausalLayerRouting()
             self_cache = routed_layer(self_cache, layer_idx)
             hidden_states, routing.query, routing.key_value = self.layer[0](
-                hidden_states, position_bias, heavy_bias_table, plan, self_cache
+                hidden_states, position_bias, heavy_bias_table, plan.windows, self_cache
             )
         if self.has_cross_attention:
             hidden_states, cross_weights, asked = self.layer[1](
-                hidden_states, encoder_hidden_states, encoder_mask, cache, layer_idx, implementation, cross_settings
+                hidden_states, encoder_hidden_states, plan, cache, layer_idx
             )
         if isinstance(self.layer[-1], CoLT5LayerCausalFF):
             assert routing is not None
-            hidden_states, routing.feed_forward = self.layer[-1](hidden_states, plan, self_cache)
+            hidden_states, routing.feed_forward = self.layer[-1](hidden_states, plan.windows, self_cache)
         else:
-            hidden_states = self.layer[-1](hidden_states, implementation)
+            hidden_states = self.layer[-1](hidden_states, plan)
         return hidden_states, weights, cross_weights, routing, asked
 
 

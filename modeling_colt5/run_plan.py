@@ -114,6 +114,36 @@ class EncoderSettings:
 
 
 @dataclass
+class DecoderPlan:
+    """What all decoder layers share in one forward pass.
+
+    Args:
+        implementation: who computes.
+        mask: of T5's self-attention, as Transformers makes it; None for all earlier tokens, and in routed layers.
+        windows: of causally routed layers (`CausalPlan` of run_causal_plan.py); None in T5's.
+        memory_mask: bool [batch, encoder length or slots], True for real tokens; None for all, and without an encoder.
+        asking: for tokens that choose themselves what they read of the memory; None where they do not.
+    """
+
+    implementation: Implementation
+    mask: torch.Tensor | None = None
+    windows: Any = None
+    memory_mask: torch.Tensor | None = None
+    asking: CrossSettings | None = None
+
+    @property
+    def kernel_backend(self) -> str:
+        """Of T5's layers: "auto", "triton" or "torch"."""
+        return self.implementation.kernel_backend
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "DecoderPlan":
+        """The same on another device; Accelerate calls it where a device map spreads the blocks."""
+        parts = {name: getattr(self, name) for name in ("mask", "windows", "memory_mask")}
+        moved = {name: part.to(device, non_blocking=non_blocking) for name, part in parts.items() if part is not None}
+        return replace(self, **moved)
+
+
+@dataclass
 class RouterPlan:
     """What routers need to know of a pass.
 

@@ -16,6 +16,7 @@ from modeling_colt5 import (
     set_dense_start,
     soft_topk,
 )
+from modeling_colt5.run_plan import DecoderPlan
 
 ASKING: dict[str, Any] = {"routed_cross_key_values": 7, "asking_cross_routing": True}
 
@@ -248,7 +249,7 @@ def test_scores_are_never_of_half_precision(dtype: torch.dtype) -> None:
     attention = module(1).to(dtype).layer.EncDecAttention
     keys = torch.ones(1, 3, 8, dtype=dtype)
     keys[0, 1] += 2**-12
-    query, settings = torch.ones(1, 2, 4, 8, dtype=dtype), module(1).settings
+    query, plan = torch.ones(1, 2, 4, 8, dtype=dtype), DecoderPlan(module(1).implementation, asking=module(1).settings)
     with torch.autocast("cpu", torch.bfloat16):
-        tokens = attention.choose(query, keys, None, settings, module(1).implementation)
+        tokens = attention.choose(query, keys, plan)
     assert tokens.indices.tolist() == [[1], [1]] and tokens.weights.dtype == dtype

@@ -19,7 +19,7 @@ from modeling_colt5.model_encoder_layer import CoLT5LayerConditionalFF, CoLT5Loc
 from modeling_colt5.model_layers import CoLT5Attention, CoLT5DenseActDense, CoLT5LayerNorm, clamp_half
 from modeling_colt5.model_router import CoLT5Router
 from modeling_colt5.run_budgets import routed_budget, routed_capacity
-from modeling_colt5.run_plan import EncoderPlan, Implementation
+from modeling_colt5.run_plan import DecoderPlan, EncoderPlan, Implementation
 
 
 def brute_budget(n: int, fraction: float, minimum: int = 1) -> int:
@@ -392,7 +392,7 @@ def test_multi_query_attention_is_t5s_with_one_key_and_value_repeated():
     t5.k.weight.copy_(attention.k.weight.repeat(4, 1))
     t5.v.weight.copy_(attention.v.weight.repeat(4, 1))
     x, y = torch.randn(2, 5, 32).double(), torch.randn(2, 9, 32).double()
-    output, weights, _ = attention(x, y, None, None, 0, Implementation(attention="eager"))
+    output, weights, _ = attention(x, y, DecoderPlan(Implementation(attention="eager")), None, 0)
     expected, *_ = t5(x, key_value_states=y)
     torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12)
     assert weights.shape == (2, 4, 5, 9)
