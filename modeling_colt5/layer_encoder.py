@@ -54,7 +54,7 @@ def straight_pass(hidden_states: Tensor, settings: EncoderSettings, plan: Encode
         and not mode.is_deterministic
         and forward_ad._current_level < 0
         and kernels_take(hidden_states.shape[1], settings.soft_topk.solver, hidden_states.device)
-        and not (mode.keeps_gradients and hidden_states.dtype == torch.float16)
+        and not (mode.keeps_gradients and (hidden_states.dtype == torch.float16 or plan.width is not None))
     )
     return StraightPass(hidden_states, plan) if may_run else None
 
@@ -65,6 +65,7 @@ def encoder_plan(
     mask: Tensor | None,
     dense_start: Tensor | None = None,
     records_blocks: bool = False,
+    width: int | None = None,
 ) -> EncoderPlan:
     """The plan of a pass, with straight lines where blocks may run as such.
 
@@ -74,8 +75,9 @@ def encoder_plan(
         mask: bool [batch, n], True for real tokens; None for all.
         dense_start: fp32 [], how far a dense start has come; None for the paper's routing.
         records_blocks: whether somebody reads what the blocks return beside the hidden states.
+        width: of the grid whose places the tokens are; None for a text.
     """
-    plan = EncoderPlan.make(settings, hidden_states, mask, dense_start)
+    plan = EncoderPlan.make(settings, hidden_states, mask, dense_start, width)
     plan.straight = None if records_blocks else straight_pass(hidden_states, settings, plan)
     return plan
 

@@ -14,6 +14,7 @@ if triton_is_available():
     from .op_attention_triton import attention_into
     from .op_dropout_triton import dropout_into
     from .op_gelu_triton import gated_gelu_into
+    from .op_grid_attention_triton import grid_attention_into
     from .op_norm_triton import norm_into
     from .op_routing_triton import route_into, sharing_shapes
     from .op_rows_triton import MOST_JOINS, clamp_into, combine_into, gather_into, join_into
@@ -104,6 +105,22 @@ class Line:
         width = out.shape[1] // count
         for part, weight in zip(out.split(width, 1), self.weights[first:], strict=False):
             product(states, weight.t(), part)
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, table: Tensor, radius: int, queries: Tensor | None,
+        keys: Tensor | None, mask: Tensor | None, drop: int, out: Tensor, sums: Tensor,
+    ) -> None:  # fmt: skip
+        """Launch the attention of a text, or of a picture where the tokens are a grid's places.
+
+        The arguments are those of `attention_into`, `queries` and `keys` being the places of routed tokens, with a
+        place of `Drop` for what is dropped.
+        """
+        seed, probability = self.dropout(drop)
+        rest = (radius, queries, keys, mask, probability, seed, out, sums)
+        if self.common.width is None:
+            attention_into(query, key, value, table, *rest)
+        else:
+            grid_attention_into(query, key, value, table, self.common.width, *rest)
 
     def dropout(self, place: int) -> tuple[Tensor | None, float]:
         """The seed of a place of `Drop`, None where it drops nothing, and with which probability it drops."""
@@ -196,10 +213,9 @@ def attention(line: Line, incoming: Tensor | None) -> Branches:
         line.products(key_states, Weight.HEAVY_K, 2, key_value)
         size = program.heavy_size
         attended = line.place("heavy_attended")
-        seed, probability = line.dropout(Drop.HEAVY_ATTENTION)
-        attention_into(
+        line.attend(
             line.heads(query, size), *(line.heads(part, size) for part in key_value.chunk(2, 1)),
-            line.tables[1], 0, queries[0], *keys[:2], probability, seed,
+            line.tables[1], 0, queries[0], *keys[:2], Drop.HEAVY_ATTENTION,
             line.heads(attended, size), places[program.heavy_sums],
         )  # fmt: skip
         heavy = line.place("heavy_update")
@@ -210,10 +226,9 @@ def attention(line: Line, incoming: Tensor | None) -> Branches:
     line.products(normed, Weight.LIGHT_Q, 3, query_key_value)
     size = program.light_size
     attended = line.place("light_attended")
-    seed, probability = line.dropout(Drop.LIGHT_ATTENTION)
-    attention_into(
+    line.attend(
         *(line.heads(part, size) for part in query_key_value.chunk(3, 1)),
-        line.tables[0], program.radius, None, None, line.common.mask, probability, seed,
+        line.tables[0], program.radius, None, None, line.common.mask, Drop.LIGHT_ATTENTION,
         line.heads(attended, size), places[program.light_sums],
     )  # fmt: skip
     del query_key_value

@@ -112,7 +112,7 @@ class StraightPass:
         self.hidden_dtype, self.device = hidden_states.dtype, hidden_states.device
         self.dtype = plan.mode.dtype_of_products(self.hidden_dtype) or self.hidden_dtype
         self.device_index = hidden_states.get_device()
-        self.mask = plan.mask
+        self.mask, self.width = plan.mask, plan.width
         self.capacities = (*attention.capacities, *feed_forward.capacities)
         # as the routing kernels take them
         self.settings = (
@@ -131,8 +131,8 @@ class StraightPass:
         self.is_readable = all(map(Tensor.is_contiguous, self.read))
         precision = torch.backends.cuda.matmul.fp32_precision if self.dtype == torch.float32 else ""
         self.key = (
-            self.batch, self.n, self.hidden_dtype, self.dtype, self.device, self.mask is None, self.capacities,
-            self.settings, precision,
+            self.batch, self.n, self.width, self.hidden_dtype, self.dtype, self.device, self.mask is None,
+            self.capacities, self.settings, precision,
         )  # fmt: skip
         self.repeats = plan.side is None and self.batch * self.n <= MOST_TOKENS_OF_A_LIST and may_repeat(hidden_states)
         self.program: Program | None = None

@@ -230,6 +230,13 @@ class CoLT5PreTrainedModel(PreTrainedModel):
             )
         set_dense_start(self, progress)
 
+    def records_blocks(self, flags: dict[str, Any]) -> bool:
+        """Whether something of the layers is to be returned, by a call's flags or by the configuration."""
+        names = (f"output_{name}" for name in self._can_record_outputs)
+        asked = (flags.get(name, getattr(self.config, name, None)) for name in names)
+        # The number 0 asks for something, as it is the first of the hidden states.
+        return any(flag is not None and flag is not False for flag in asked)
+
     @property
     def dummy_inputs(self) -> dict[str, torch.Tensor]:
         """A batch of two short rows."""

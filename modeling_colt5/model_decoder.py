@@ -167,16 +167,12 @@ class CoLT5Decoder(CoLT5Stack):
 
     def may_step_straight(self, hidden_states: torch.Tensor, cache: Cache | None, flags: dict[str, Any]) -> bool:
         """Whether this call may be one new token in each row as straight lines, but for blocks and cache."""
-        config = self.config
-        names = (f"output_{name}" for name in self._can_record_outputs)
-        asked = (flags.get(name, getattr(config, name, None)) for name in names)
         return (
             cache is not None
             and hidden_states.shape[1] == 1
             and not self.asks
-            and implementation(config).for_states(hidden_states).fuses_attention
-            # The number 0 asks for something, as it is the first of the hidden states.
-            and not any(flag is not None and flag is not False for flag in asked)
+            and implementation(self.config).for_states(hidden_states).fuses_attention
+            and not self.records_blocks(flags)
             and may_run_straight(hidden_states, Mode.of_now(hidden_states))
         )
 

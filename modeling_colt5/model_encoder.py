@@ -27,6 +27,7 @@ from .run_inputs import (
     refuse_jit_trace,
     warn_of_missing_attentions,
 )
+from .run_plan import EncoderPlan
 
 
 def heavy_attentions_too(forward: Callable) -> Callable:
@@ -38,6 +39,36 @@ def heavy_attentions_too(forward: Callable) -> Callable:
         return forward(self, *args, **kwargs)
 
     return wrapper
+
+
+def run_layers(
+    blocks: nn.ModuleList,
+    hidden_states: torch.Tensor,
+    tables: tuple[torch.Tensor, torch.Tensor | None],
+    plan: EncoderPlan,
+) -> torch.Tensor:
+    """All layers, [batch, n, d_model] → the same shape.
+
+    Args:
+        blocks: the layers.
+        hidden_states: what goes into the first.
+        tables: what `branch_biases` gives.
+        plan: of the pass.
+    """
+    # Without gradients, and where nobody sees what goes from block to block, a straight line leaves its last sum
+    # to the norm of the next one.
+    leaves_sums = plan.straight is not None and not plan.mode.keeps_gradients
+    leaves_sums = leaves_sums and all(is_called_as_written(block, PLAIN) for block in blocks)
+    states: torch.Tensor | StraightLayer = hidden_states
+    try:
+        block: Any
+        for block in blocks:
+            line = block.straight_line(tables, plan) if leaves_sums else None
+            states = block(total_of(states), *tables, plan)[0] if line is None else line.run(states)
+        return total_of(states)
+    finally:
+        # The recording of a CUDA graph that an error breaks off can end only with all of its streams joined.
+        plan.join()
 
 
 class CoLT5Encoder(CoLT5Stack):
@@ -109,11 +140,6 @@ class CoLT5Encoder(CoLT5Stack):
             self.has_looked_for_padding = True
         self.warn_if_padding_and_no_attention_mask(input_ids, None)
 
-    def records_blocks(self, flags: dict[str, Any]) -> bool:
-        """Whether something of the layers is to be returned."""
-        names = (f"output_{name}" for name in self._can_record_outputs)
-        return any(flags.get(name, getattr(self.config, name, False)) for name in names)
-
     def replays(self, hidden_states: torch.Tensor) -> bool:
         """Whether this call may be a replayed graph: wanted, and fused."""
         config = self.config
@@ -130,19 +156,5 @@ class CoLT5Encoder(CoLT5Stack):
         """
         dense_start = self.dense_start if self.training else None
         plan = encoder_plan(encoder_settings(self.config), hidden_states, mask, dense_start, records_blocks)
-        tables = branch_biases(self)
-        # Without gradients, and where nobody sees what goes from block to block, a straight line leaves its last sum
-        # to the norm of the next one.
-        leaves_sums = plan.straight is not None and not plan.mode.keeps_gradients
-        leaves_sums = leaves_sums and all(is_called_as_written(block, PLAIN) for block in self.block)
-        states: torch.Tensor | StraightLayer = hidden_states
-        try:
-            block: Any
-            for block in self.block:
-                line = block.straight_line(tables, plan) if leaves_sums else None
-                states = block(total_of(states), *tables, plan)[0] if line is None else line.run(states)
-            hidden_states = total_of(states)
-        finally:
-            # The recording of a CUDA graph that an error breaks off can end only with all of its streams joined.
-            plan.join()
+        hidden_states = run_layers(self.block, hidden_states, branch_biases(self), plan)
         return self.final_layer_norm(hidden_states, None, plan.kernel_backend)[0]

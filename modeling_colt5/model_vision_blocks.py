@@ -9,8 +9,7 @@ from .model_blocks import SOFT_TOPK, EncoderStandAlone, config_of
 from .model_encoder_layer import branch_biases
 from .model_from_config import add_branch_biases, encoder_attention
 from .model_outputs import CoLT5LayerRouting
-from .model_vision_layer import VisionPlan
-from .run_plan import SoftTopK
+from .run_plan import EncoderPlan, SoftTopK
 
 
 class CoLT5ConditionalImageAttention(EncoderStandAlone):
@@ -82,7 +81,8 @@ class CoLT5ConditionalImageAttention(EncoderStandAlone):
             ValueError: for another shape of states or mask.
         """
         bool_mask, progress = self.read(hidden_states, mask)
-        plan = VisionPlan.of_grid(self.settings, hidden_states, bool_mask, progress)
-        output, _, _, queries, keys = self.layer(hidden_states.flatten(1, 2), *branch_biases(self), plan)
-        output = output.unflatten(1, plan.grid)
+        states, bool_mask = hidden_states.flatten(1, 2), None if bool_mask is None else bool_mask.flatten(1)
+        plan = EncoderPlan.make(self.settings, states, bool_mask, progress, width=hidden_states.shape[2])
+        output, _, _, queries, keys = self.layer(states, *branch_biases(self), plan)
+        output = output.unflatten(1, hidden_states.shape[1:3])
         return (output, CoLT5LayerRouting(query=queries, key_value=keys)) if output_routing else output

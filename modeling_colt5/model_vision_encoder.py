@@ -7,13 +7,14 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_colt5_vision import CoLT5VisionConfig
+from .layer_encoder import encoder_plan
 from .model_base import CoLT5PreTrainedModel
-from .model_encoder import CoLT5Encoder, heavy_attentions_too
+from .model_encoder import CoLT5Encoder, heavy_attentions_too, run_layers
 from .model_encoder_layer import branch_biases
 from .model_from_config import add_branch_biases, encoder_block, encoder_settings, layer_norm
 from .model_initialisation import init_normal
 from .model_outputs import CoLT5VisionOutput
-from .model_vision_layer import CoLT5PatchEmbedding, VisionPlan
+from .model_vision_layer import CoLT5PatchEmbedding
 from .run_inputs import (
     ForwardFlags,
     check_pixels,
@@ -91,18 +92,21 @@ class CoLT5VisionEncoder(CoLT5VisionPreTrainedModel):
         check_pixels(pixel_values, self.config.num_channels)
         pixels = pixel_mask_of(pixel_mask, pixel_values)
         patches, mask = self.patch_embedding(pixel_values.to(self.dtype), pixels)
-        hidden_states = self.run_blocks(self.dropout(patches), mask)
+        hidden_states = self.run_blocks(self.dropout(patches), mask, self.records_blocks(flags))
         if mask is None:
             mask = torch.ones(patches.shape[:3], dtype=torch.bool, device=patches.device)
         return CoLT5VisionOutput(last_hidden_state=self.dropout(hidden_states), patch_mask=mask)
 
-    def run_blocks(self, patches: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    def run_blocks(
+        self, patches: torch.Tensor, mask: torch.Tensor | None, records_blocks: bool = False
+    ) -> torch.Tensor:
         """All layers and the last norm: [batch, rows, columns, d_model] and a bool mask [batch, rows, columns] →
-        [batch, rows * columns, d_model]."""
-        dense_start = self.dense_start if self.training else None
-        plan = VisionPlan.of_grid(encoder_settings(self.config), patches, mask, dense_start)
-        hidden_states = patches.flatten(1, 2)
-        tables = branch_biases(self)
-        for block in self.block:
-            hidden_states = block(hidden_states, *tables, plan)[0]
+        [batch, rows * columns, d_model].
+
+        `records_blocks` says that somebody reads what the blocks return.
+        """
+        settings, dense_start = encoder_settings(self.config), self.dense_start if self.training else None
+        hidden_states, mask = patches.flatten(1, 2), None if mask is None else mask.flatten(1)
+        plan = encoder_plan(settings, hidden_states, mask, dense_start, records_blocks, patches.shape[2])
+        hidden_states = run_layers(self.block, hidden_states, branch_biases(self), plan)
         return self.final_layer_norm(hidden_states, None, plan.kernel_backend)[0]

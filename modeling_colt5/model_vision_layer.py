@@ -1,43 +1,9 @@
-"""What layers over pictures have beside those of text: patches, and a plan that knows the grid that these make."""
-
-from dataclasses import dataclass
+"""The patches that pictures are cut into, which are the tokens of the layers over pictures."""
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
-
-from .run_plan import EncoderPlan, EncoderSettings
-
-
-@dataclass
-class VisionPlan(EncoderPlan):
-    """What all layers share in one pass over pictures, whose patches are tokens that are counted row by row.
-
-    Args:
-        grid: rows and columns of patches, of the padded pictures.
-    """
-
-    grid: tuple[int, int] = (1, 1)
-
-    @property
-    def width(self) -> int:
-        """Of the grid."""
-        return self.grid[1]
-
-    @classmethod
-    def of_grid(
-        cls,
-        settings: EncoderSettings,
-        states: torch.Tensor,
-        mask: torch.Tensor | None,
-        dense_start: torch.Tensor | None,
-    ) -> "VisionPlan":
-        """The plan for states [batch, rows, columns, d_model] and a bool mask [batch, rows, columns]; the other
-        arguments are those of `EncoderPlan.make`."""
-        mask = None if mask is None else mask.flatten(1)
-        plan = EncoderPlan.make(settings, states.flatten(1, 2), mask, dense_start)
-        return cls(**vars(plan), grid=(states.shape[1], states.shape[2]))
 
 
 class CoLT5PatchEmbedding(nn.Module):

@@ -191,6 +191,7 @@ class EncoderPlan(RouterPlan):
         side: the stream that heavy branches run on next to the light ones, while a CUDA graph is captured; None
             elsewhere, where switching streams would cost the host more than it saves.
         has_parted: whether something runs on `side` that `join` has not waited for.
+        width: of the grid whose places the tokens are, counted row by row; None for a text.
     """
 
     mode: Mode
@@ -199,11 +200,7 @@ class EncoderPlan(RouterPlan):
     straight: Any = None
     side: torch.cuda.Stream | None = None
     has_parted: bool = False
-
-    @property
-    def width(self) -> int | None:
-        """Of the grid whose places the tokens are; None for a text."""
-        return None
+    width: int | None = None
 
     @classmethod
     def make(
@@ -212,14 +209,15 @@ class EncoderPlan(RouterPlan):
         hidden_states: torch.Tensor,
         mask: torch.Tensor | None,
         dense_start: torch.Tensor | None = None,
+        width: int | None = None,
     ) -> "EncoderPlan":
         """The plan for a batch [batch, n, d_model]: a row's budgets depend on its own number of real tokens.
 
-        `dense_start` is fp32 [], how far a dense start has come; None for the paper's routing.
+        `dense_start` is fp32 [], how far a dense start has come; None for the paper's routing. `width` is as above.
         """
         dense_start = dense_start if settings.routing == "learned" else None
         shared = RouterPlan.of(settings.soft_topk, settings.implementation, hidden_states, mask, dense_start)
-        plan = cls(**vars(shared), mode=Mode.of_now(hidden_states))
+        plan = cls(**vars(shared), mode=Mode.of_now(hidden_states), width=width)
         if settings.routing == "none":
             return plan
         routers: dict[str, tuple[Any, ...]] = {

@@ -12,10 +12,11 @@ from launch_lists import interpreting_launcher
 from models import checkpoint_activations, pad, random_ids, tiny_config, tiny_model
 from rounding import ROUNDING, assert_same_but_for_rounding
 from torch import nn
+from vision import pad_pictures, tiny_vision_model
 
 pytest.importorskip("triton")
 
-from modeling_colt5 import CoLT5EncoderModel, layer_encoder, layer_program, run_launch_list_triton  # noqa: E402
+from modeling_colt5 import CoLT5EncoderModel, CoLT5VisionModel, layer_encoder, layer_program, run_launch_list_triton  # noqa: E402
 from modeling_colt5.layer_encoder import StraightLayer  # noqa: E402
 from modeling_colt5.model_encoder_layer import PLAIN, CoLT5EncoderBlock  # noqa: E402
 from modeling_colt5.model_from_config import encoder_settings  # noqa: E402
@@ -625,3 +626,88 @@ def test_distributed_data_parallel_averages_the_same_gradients(trained: tuple, l
         assert not is_plain(block)
     finally:
         torch.distributed.destroy_process_group()
+
+
+# ------------------------------------------------------------------ pictures, whose tokens are places of a grid
+
+
+PICTURES = {
+    "padded": (torch.float32, [(10, 39), (17, 22)], {"num_layers": 2}),
+    "one picture": (torch.float32, [(9, 21)], {"num_layers": 1}),
+    "one patch": (torch.float32, [(4, 3)], {"num_layers": 1}),
+    "window wider than the table": (
+        torch.float32, [(13, 12)], {"num_layers": 1, "local_radius": 4, "relative_attention_max_distance": 3},
+    ),
+    "bf16": (torch.bfloat16, [(17, 22)], {"num_layers": 1}),
+    "fp16": (torch.float16, [(11, 18)], {"num_layers": 2}),
+}  # fmt: skip
+
+
+def picture_call(case: str, device: torch.device) -> tuple[Any, Callable[[], torch.Tensor]]:
+    """A model over pictures, and its pass over new ones of the case's sizes without gradients."""
+    dtype, sizes, fields = PICTURES[case]
+    torch.manual_seed(0)
+    model = tiny_vision_model(CoLT5VisionModel, dtype, kernel_backend="triton", **fields).to(device)
+
+    def call() -> torch.Tensor:
+        height, width = (max(lengths) for lengths in zip(*sizes, strict=True))
+        batch = pad_pictures([torch.randn(3, *size, dtype=dtype) for size in sizes], height, width)
+        with torch.no_grad():
+            return model(**{name: part.to(device) for name, part in batch.items()}).last_hidden_state
+
+    return model, call
+
+
+def seeded(call: Callable[[], torch.Tensor], seed: int) -> Callable[[], torch.Tensor]:
+    """The call with a generator of its own."""
+
+    def run() -> torch.Tensor:
+        torch.manual_seed(seed)
+        return call()
+
+    return run
+
+
+@pytest.mark.parametrize("case", PICTURES)
+def test_pictures_are_those_of_the_modules(case: str, device: torch.device, layers: list) -> None:
+    model, call = picture_call(case, device)
+    expected = as_modules(seeded(call, 1))
+    assert not layers
+    for _ in range(1 if device.type == "cpu" else 3):
+        assert_same_but_for_rounding(seeded(call, 1)(), expected)
+    assert len(layers) >= model.config.num_layers
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there the calls above are repeated from lists themselves")
+@pytest.mark.parametrize("case", ["padded", "one picture"])
+def test_lists_of_pictures_read_and_write_what_they_should(case: str, lists: list[str]) -> None:
+    _, call = picture_call(case, torch.device("cpu"))
+    seeded(call, 1)()
+    expected = as_modules(seeded(call, 2))
+    lists.clear()
+    assert_same_but_for_rounding(seeded(call, 2)(), expected)
+    assert {"grid_attention_forward_kernel", "route_kernel", "combine_norm_kernel"} <= set(lists)
+
+
+def test_a_grid_of_another_width_is_another_line(device: torch.device, layers: list) -> None:
+    """As many patches in rows of another length: what is noted for one grid does not stand for the other."""
+    torch.manual_seed(0)
+    model = tiny_vision_model(CoLT5VisionModel, kernel_backend="triton", num_layers=1).to(device)
+    pictures = [torch.randn(1, 3, 8, 24, device=device), torch.randn(1, 3, 16, 12, device=device)]
+    with torch.no_grad():
+        expected = as_modules(lambda: [model(picture).last_hidden_state for picture in pictures])
+        assert not layers
+        for picture, states in zip(pictures, expected, strict=True):
+            assert_same_but_for_rounding(model(picture).last_hidden_state, states)
+    assert len(layers) == 2 and layers[0].program is not layers[1].program
+
+
+def test_pictures_with_gradients_or_results_are_modules(device: torch.device, layers: list) -> None:
+    model, _ = picture_call("one picture", device)
+    picture = torch.randn(1, 3, 9, 21, device=device)
+    model(picture).last_hidden_state.sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    with torch.no_grad():
+        assert model(picture, output_routing=True).routing[0].query.indices.shape[0] == 1
+        assert len(model(picture, output_hidden_states=True).hidden_states) == 2
+    assert not layers
