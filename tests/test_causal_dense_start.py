@@ -139,6 +139,7 @@ def test_padding_changes_nothing(side: str) -> None:
         torch.testing.assert_close(logits[mask.bool()], alone, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_kernels_agree_with_pytorch() -> None:
     model, found = training_model(num_decoder_layers=1), []
     model.set_dense_start(0.4)

@@ -410,6 +410,7 @@ def test_loss_is_the_next_tokens_and_keeps_what_is_asked() -> None:
     assert_same_but_for_rounding(model(inputs_embeds=embeds).logits, output.logits)
 
 
+@pytest.mark.slow
 def test_trainer_learns_a_text_by_heart(tmp_path) -> None:
     torch.manual_seed(0)
     model = CoLT5ForCausalLM(causal_config(num_decoder_layers=2))
@@ -502,6 +503,7 @@ def test_kernels_are_the_reference(device: torch.device) -> None:
         torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_gradients_of_a_chunk_behind_a_static_cache(backend: str, device: torch.device) -> None:
     """The cache is written in place in the call whose gradients are asked for; a dynamic one makes new tensors."""

@@ -259,6 +259,7 @@ def assert_same_epochs(dataset, collator):
     return alone
 
 
+@pytest.mark.slow
 def test_batches_do_not_depend_on_the_number_of_workers(tokenizer):
     collator = DataCollatorForDenoising(tokenizer, 128, denoiser=MixtureOfDenoisers())
     assert_same_epochs(ChunkedDocuments(documents(), collator, batch_size=4), collator)

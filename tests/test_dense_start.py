@@ -208,6 +208,7 @@ def test_costs_are_said_before_the_run(tmp_path: Path, caplog: pytest.LogCapture
     assert f"input_share={costs.largest_share} keeps it at 1.5" in said
 
 
+@pytest.mark.slow
 def test_frozen_routers_get_no_dense_start(tmp_path: Path) -> None:
     model, seen = token_model(), Seen()
     for name, parameter in model.named_parameters():
@@ -484,6 +485,7 @@ def test_model_without_routers_is_refused(tmp_path: Path) -> None:
         trainer(tmp_path, model, DenseStartCallback()).train()
 
 
+@pytest.mark.slow
 def test_encoder_decoder_reads_short_documents_and_whole_targets(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = CoLT5ForConditionalGeneration(tiny_config())

@@ -77,6 +77,7 @@ def test_memory_of_a_dense_start_is_what_autograd_keeps(n: int, fields: dict[str
 
 
 # more routers are the same kernel, which the interpreter takes seconds for
+@pytest.mark.slow
 @pytest.mark.parametrize(("backend", "routers"), [("torch", 1), ("torch", 2), ("triton", 1)])
 def test_memory_of_routed_cross_attention_is_what_autograd_keeps(backend: str, routers: int) -> None:
     """The difference between one decoder layer and two: of a target of one token, a layer's own tensors are small."""

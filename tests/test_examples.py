@@ -58,7 +58,9 @@ def assert_same_weights(left: Path, right: Path, name: str = "model.safetensors"
     assert_trained_alike(load_file(left / name), load_file(right / name), LEARNING_RATE)
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    "lora", [pytest.param(False, id="full"), pytest.param(True, id="lora", marks=pytest.mark.slow)]
+)
 def test_summarisation_and_questions(tmp_path, lora):
     arguments = [*seq2seq_arguments(tmp_path, ROWS), "--max_steps", "2", "--max_target_length", "8"]
     arguments += ["--save_strategy", "no"]
@@ -151,6 +153,7 @@ def test_an_adapter_is_evaluated_and_trained_further(tmp_path):
         finetune_seq2seq.main([*again, str(further), *training, "--lora", "true"])
 
 
+@pytest.mark.slow
 def test_batches_are_grouped_by_length_and_padded_to_multiples(tmp_path, monkeypatch):
     shapes = []
 

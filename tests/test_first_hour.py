@@ -317,6 +317,7 @@ def test_folders_that_cannot_be_are_refused(tmp_path):
         pretrain.load_documents(pretrain.CorpusArguments(train_files=[str(tmp_path / "none")]))
 
 
+@pytest.mark.slow
 def test_scripts_read_folders(tmp_path):
     texts = {f"{'ab'[i % 2]}/{i}.txt": row["document"] for i, row in enumerate(ROWS)}
     folder = str(make_folder(tmp_path / "texts", texts))

@@ -266,6 +266,7 @@ def operator_inputs(device: str, routed: bool) -> tuple[Any, ...]:
     return (*leaves, *rest, 0.0, None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("routed", [False, True])
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 def test_the_operator_passes_opcheck(routed, backend, device, monkeypatch):

@@ -404,8 +404,9 @@ def test_settings_that_change_between_tokens_are_obeyed(device: torch.device, st
 # lists of launches
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there the calls above are repeated from lists themselves")
-@pytest.mark.parametrize("kind", ["routed", pytest.param("dense", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["routed", "dense"])
 def test_lists_are_repeated_for_all_layers_and_tokens(kind: str, monkeypatch: pytest.MonkeyPatch, steps: list) -> None:
     repeated: list[str] = []
     monkeypatch.setattr(run_launch_list_triton, "launcher", interpreting_launcher(monkeypatch, repeated))

@@ -131,7 +131,7 @@ def generate(model: Any, inputs: dict[str, torch.Tensor], **options: Any) -> Any
 
 
 # interpreted kernels, some seconds a kind
-SLOW = ("routed memory", "routers of heads")
+SLOW = ("decoder prompt", "routed memory", "routers of heads")
 
 
 @pytest.mark.parametrize(
@@ -185,6 +185,7 @@ def test_guessed_tokens_are_written_over(device: torch.device, steps: list) -> N
     assert torch.equal(output.sequences, expected.sequences)
 
 
+@pytest.mark.slow
 def test_rows_that_end_at_different_times(device: torch.device, steps: list) -> None:
     model, inputs = make_model(device), documents(device)
     free = as_torch(model, lambda: generate(model, inputs).sequences)
@@ -485,8 +486,9 @@ def test_modes_that_take_the_modules() -> None:
 # lists of launches
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there the calls above are repeated from lists themselves")
-@pytest.mark.parametrize("kind", ["decoder prompt", pytest.param("language model", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["decoder prompt", "language model"])
 def test_lists_are_repeated_for_all_layers_and_tokens(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     repeated: list[str] = []
     monkeypatch.setattr(run_launch_list_triton, "launcher", interpreting_launcher(monkeypatch, repeated))

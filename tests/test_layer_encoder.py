@@ -392,8 +392,8 @@ TRAINED = {name: CASES[name] for name in ("one row", "bf16", "coordinate descent
 TRAINED["dropout"] = (torch.float32, (11, 6), True, {"dropout_rate": 0.3})
 
 
-# interpreted kernels, some seconds a case; half precision runs forward above, and the solver's kernels have tests
-SLOW = ("bf16", "coordinate descent")
+# interpreted kernels, some seconds a case; the others are those of operations that have tests of their own
+SLOW = ("bf16", "coordinate descent", "dropout")
 
 
 @pytest.mark.parametrize(
@@ -460,6 +460,7 @@ def test_lists_read_and_write_what_they_should(lengths: tuple[int, ...], rate: f
     assert len(lists) - count >= 2 * 20
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there the calls above are repeated from lists themselves")
 def test_lists_of_frozen_weights_and_of_autocast(lists: list[str]) -> None:
     device = torch.device("cpu")
@@ -479,7 +480,7 @@ def test_lists_of_frozen_weights_and_of_autocast(lists: list[str]) -> None:
     assert len(lists) - count > 50
 
 
-@pytest.mark.parametrize("rate", [0.0, 0.3])
+@pytest.mark.parametrize("rate", [0.0, pytest.param(0.3, marks=pytest.mark.slow)])
 def test_autocast_is_that_of_the_modules(rate: float, device: torch.device, layers: list) -> None:
     model = encoder(device, num_layers=1, dropout_rate=rate)
     model.train(rate > 0)

@@ -224,6 +224,7 @@ def test_causal_layers_are_measured(side: str, routers: int) -> None:
             check(own, f"{number}/attention", router, chosen, np.concatenate(read))
 
 
+@pytest.mark.slow
 def test_causal_layers_numbers_reach_the_logs(tmp_path: Path) -> None:
     """Of a language model, and of a decoder behind a routed encoder, whose routers are measured beside its own."""
     torch.manual_seed(0)
@@ -251,6 +252,7 @@ def test_routers_whose_budget_holds_all_tokens_are_not_dead(tmp_path: Path, capl
     assert not [message for message in caplog.messages if message.startswith("Routers")]
 
 
+@pytest.mark.slow
 def test_gradient_norms_are_those_of_all_accumulated_batches(tmp_path: Path) -> None:
     norms = []
     for batch, parts in ((2, 1), (1, 2)):

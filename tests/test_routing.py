@@ -459,6 +459,7 @@ def test_compiles_in_one_graph_at_any_length(device):
         assert_same_but_for_rounding(*grads)
 
 
+@pytest.mark.slow
 def test_exports_for_any_batch_and_length(device):
     auto = torch.export.Dim.AUTO
     example = (torch.randn(2, 300, device=device), torch.ones(2, 300, dtype=torch.bool, device=device))

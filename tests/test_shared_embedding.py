@@ -71,7 +71,7 @@ def adapter_cases():
             )
 
 
-@pytest.mark.parametrize(("model_class", "way", "tied"), adapter_cases())
+@pytest.mark.parametrize(("model_class", "way", "tied"), list(adapter_cases()))
 @pytest.mark.filterwarnings("ignore:Input and output embeddings are no longer tied:UserWarning:peft")
 @pytest.mark.filterwarnings("ignore:Model (has|with) `tie_word_embeddings=True`:UserWarning:peft")
 def test_what_adapters_train_of_it_is_kept(model_class, way, tied, tmp_path):

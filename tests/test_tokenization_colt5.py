@@ -299,6 +299,7 @@ def test_training_gives_t5s_form_and_the_same_file_twice(script, keep_whitespace
     assert all(tokenizer(text)["input_ids"] == theirs(text)["input_ids"] for text in TEXTS)
 
 
+@pytest.mark.slow
 def test_the_standard_library_is_found(script):
     files = script.standard_library()
     root = Path(textwrap.__file__).parent
