@@ -69,16 +69,17 @@ $(DOCS_VENV)/ready: docs/requirements.txt
 	@echo "docs: installing into $(DOCS_VENV)"
 	@test -x $(DOCS_VENV)/bin/python || python3 -m venv $(DOCS_VENV)
 	@# without what the packages ask for: the list is whole, and nothing large comes in by the way
-	@$(DOCS_VENV)/bin/python -m pip install -qq --disable-pip-version-check --no-deps -r docs/requirements.txt
+	@$(DOCS_VENV)/bin/python -m pip install -qq --disable-pip-version-check --no-compile --no-deps -r docs/requirements.txt
 	@touch $@
 
 # the version is read from __init__.py, which changes far more often than what is installed: it is no prerequisite
 $(VENV)/ready: constraints.txt pyproject.toml setup.py
 	@echo "environment: installing into $(VENV) (some minutes the first time)"
 	@test -x $(VENV)/bin/python || python3 -m venv $(VENV)
-	@# -qq: pip's errors only. What builds the package comes first, pinned too, so that no build environment is fetched
-	@$(VENV)/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt setuptools
-	@$(VENV)/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt \
+	@# -qq: pip's errors only. Modules are compiled when they are imported, which most never are. What builds the package
+	@# comes first, pinned too, so that no build environment is fetched
+	@$(VENV)/bin/python -m pip install -qq --disable-pip-version-check --no-compile -c constraints.txt setuptools
+	@$(VENV)/bin/python -m pip install -qq --disable-pip-version-check --no-compile -c constraints.txt \
 		--no-build-isolation -e ".[dev]"
 	@touch $@
 	@echo "environment: ready"
@@ -90,7 +91,8 @@ $(VENV)-%/ready: $(VENV)/ready
 	@$(VENV)/bin/python -m venv --without-pip $(VENV)-$*
 	@$(VENV)/bin/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
 		>"$$($(VENV)-$*/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/shared.pth"
-	@$(VENV)/bin/python -m pip --python $(VENV)-$*/bin/python install -qq --disable-pip-version-check transformers==$*
+	@$(VENV)/bin/python -m pip --python $(VENV)-$*/bin/python install -qq --disable-pip-version-check --no-compile \
+		transformers==$*
 	@touch $@
 
 clean:

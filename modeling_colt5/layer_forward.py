@@ -107,16 +107,22 @@ class Line:
             product(states, weight.t(), part)
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, table: Tensor, radius: int, queries: Tensor | None,
-        keys: Tensor | None, mask: Tensor | None, drop: int, out: Tensor, sums: Tensor,
+        self, states: tuple[Tensor, ...], size: int, table: Tensor, radius: int, queries: Tensor | None,
+        keys: Tensor | None, mask: Tensor | None, drop: int, attended: Tensor, sums: Tensor,
     ) -> None:  # fmt: skip
         """Launch the attention of a text, or of a picture where the tokens are a grid's places.
 
-        The arguments are those of `attention_into`, `queries` and `keys` being the places of routed tokens, with a
-        place of `Drop` for what is dropped.
+        Args:
+            states: of query, key and value, [batch * tokens, heads * size] each.
+            size: of a head.
+            table, radius, mask: as of `attention_into`.
+            queries, keys: the places of routed tokens; None for all.
+            drop: the place of `Drop` for what is dropped.
+            attended, sums: its results, the first one like the query.
         """
         seed, probability = self.dropout(drop)
-        rest = (radius, queries, keys, mask, probability, seed, out, sums)
+        query, key, value = (self.heads(part, size) for part in states)
+        rest = (radius, queries, keys, mask, probability, seed, self.heads(attended, size), sums)
         if self.common.width is None:
             attention_into(query, key, value, table, *rest)
         else:
@@ -211,12 +217,10 @@ def attention(line: Line, incoming: Tensor | None) -> Branches:
         query, key_value = line.place("query"), line.place("key_value")
         line.recorder.product(query_states, weights[Weight.HEAVY_Q].t(), query)
         line.products(key_states, Weight.HEAVY_K, 2, key_value)
-        size = program.heavy_size
         attended = line.place("heavy_attended")
         line.attend(
-            line.heads(query, size), *(line.heads(part, size) for part in key_value.chunk(2, 1)),
-            line.tables[1], 0, queries[0], *keys[:2], Drop.HEAVY_ATTENTION,
-            line.heads(attended, size), places[program.heavy_sums],
+            (query, *key_value.chunk(2, 1)), program.heavy_size, line.tables[1], 0, queries[0], *keys[:2],
+            Drop.HEAVY_ATTENTION, attended, places[program.heavy_sums],
         )  # fmt: skip
         heavy = line.place("heavy_update")
         line.recorder.product(attended, weights[Weight.HEAVY_O].t(), heavy)
@@ -224,12 +228,10 @@ def attention(line: Line, incoming: Tensor | None) -> Branches:
     query_key_value = line.place("query_key_value")
     # the heavy branch may still read `normed`, which therefore stays until both branches are done
     line.products(normed, Weight.LIGHT_Q, 3, query_key_value)
-    size = program.light_size
     attended = line.place("light_attended")
     line.attend(
-        *(line.heads(part, size) for part in query_key_value.chunk(3, 1)),
-        line.tables[0], program.radius, None, None, line.common.mask, Drop.LIGHT_ATTENTION,
-        line.heads(attended, size), places[program.light_sums],
+        query_key_value.chunk(3, 1), program.light_size, line.tables[0], program.radius, None, None, line.common.mask,
+        Drop.LIGHT_ATTENTION, attended, places[program.light_sums],
     )  # fmt: skip
     del query_key_value
     light = line.place("light_update")

@@ -637,7 +637,11 @@ PICTURES = {
     "one picture": (torch.float32, [(9, 21)], {"num_layers": 1}),
     "one patch": (torch.float32, [(4, 3)], {"num_layers": 1}),
     "window wider than the table": (
-        torch.float32, [(13, 12)], {"num_layers": 1, "local_radius": 4, "relative_attention_max_distance": 3},
+        torch.float32, [(29, 28)],
+        {
+            "num_layers": 1, "local_radius": 6, "relative_attention_num_buckets": 8,
+            "relative_attention_max_distance": 5,
+        },
     ),
     "bf16": (torch.bfloat16, [(17, 22)], {"num_layers": 1}),
     "fp16": (torch.float16, [(11, 18)], {"num_layers": 2}),

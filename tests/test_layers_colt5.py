@@ -347,14 +347,10 @@ def test_eager_and_sdpa_agree_in_every_attention(dtype, groups):
     kinds = {CoLT5LocalAttention: 2, CoLT5RoutedAttention: 2, CoLT5SelfAttention: 3, CoLT5CrossAttention: 3}
     assert {kind: sum(type(module) is kind for module, _, _ in calls) for kind in kinds} == kinds
     for module, args, (eager, weights, *_) in calls:
-        # the encoder's attention takes it in the plan, the decoder's by itself
         by_sdpa = Implementation("torch", "sdpa")
         args = [
-            replace(arg, implementation=by_sdpa) if isinstance(arg, EncoderPlan)
-            else by_sdpa if isinstance(arg, Implementation)
-            else arg
-            for arg in args
-        ]  # fmt: skip
+            replace(arg, implementation=by_sdpa) if isinstance(arg, EncoderPlan | DecoderPlan) else arg for arg in args
+        ]
         sdpa, no_weights, *_ = module(*args)
         assert weights is not None and no_weights is None
         if isinstance(module, CoLT5LocalAttention):
