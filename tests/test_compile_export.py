@@ -1,7 +1,6 @@
 """torch.compile without a graph break, and torch.export of one program for every length, batch and padding.
 
-Tracing in symbols takes ten to thirty seconds a model: `make test` traces and exports the encoder, and one training
-step of the whole model; the rest is slow.
+Tracing in symbols takes ten to ninety seconds a model, so all of it is slow.
 """
 
 import pytest
@@ -14,15 +13,13 @@ from modeling_colt5 import CoLT5EncoderModel, CoLT5ForConditionalGeneration
 SHORTEST = 256
 
 
-# a training step of the whole model is compiled in each run of the tests
 @pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("kernel_backend", "backend", "lengths"),
     [
         ("torch", "eager", (133, 300)),
-        # one block of 128 in the light attention; several are in test_gradients_compile_for_every_length
-        ("torch", "aot_eager", (70, 100)),
+        # PyTorch's own operations in "aot_eager" are in test_gradients_compile_for_every_length
         ("triton", "aot_eager", (70, 133)),
     ],
 )
@@ -40,7 +37,7 @@ def test_encoder_compiles_without_a_break(kernel_backend, backend, lengths):
 
 @pytest.mark.slow
 def test_gradients_compile_for_every_length():
-    """Some 20 seconds: PyTorch traces forward and backward in symbols, once for both lengths. A length of a single
+    """PyTorch traces forward and backward in symbols, once for both lengths. A length of a single
     block, whose gradient is laid out differently in memory, is in test_local_attention.py."""
     encoder = tiny_model(CoLT5EncoderModel, num_layers=1).encoder.train()
     compiled = torch.compile(encoder, fullgraph=True, dynamic=True, backend="aot_eager")
