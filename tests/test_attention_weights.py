@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from modeling_colt5 import CoLT5ForCausalLM, CoLT5ForConditionalGeneration
 from modeling_colt5.model_decoder_layer import CoLT5CrossAttention
 from modeling_colt5.model_encoder_layer import CoLT5LocalAttention
-from modeling_colt5.run_plan import Implementation
+from modeling_colt5.run_plan import DecoderPlan, Implementation
 
 CROSS = {
     "multi-query": {"num_cross_key_value_heads": 1},
@@ -57,7 +57,7 @@ def test_the_weights_derivatives_add_up_to_the_output(fields: dict[str, int]) ->
     eager, _ = models(**fields)
     attention = eager.decoder.block[0].layer[1].EncDecAttention
     states, memory = torch.randn(2, 7, 32).double(), torch.randn(2, 16, 32).double()
-    output, weights, _ = attention(states, memory, None, None, 0, Implementation(attention="eager"))
+    output, weights, _ = attention(states, memory, DecoderPlan(Implementation(attention="eager")), None, 0)
     heads, keys = 4, 16 // attention.num_routers
     assert weights.shape == (2, heads, 7, keys)
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, heads, 7).double())
@@ -74,8 +74,8 @@ def test_cross_attention_takes_two_products(name: str) -> None:
     for queries in (7, 1):
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             attention(
-                torch.randn(rows, queries, width), torch.randn(rows, keys, width), None, None, 0,
-                Implementation(attention="eager"),
+                torch.randn(rows, queries, width), torch.randn(rows, keys, width),
+                DecoderPlan(Implementation(attention="eager")), None, 0,
             )  # fmt: skip
         projections = 2 * width * size * rows * (2 * heads * queries + 2 * attention.num_key_value_heads * keys)
         products = 2 * 2 * rows * heads * queries * (keys // attention.num_routers) * size
