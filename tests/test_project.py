@@ -6,6 +6,7 @@ import sys
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
+import conftest
 import pytest
 import tomllib
 import yaml
@@ -98,3 +99,17 @@ def test_links_lead_to_files(page):
 
 def test_readme_is_short():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 900
+
+
+@pytest.mark.parametrize(
+    ("until", "is_slow", "is_left_out"), [(0, True, True), (0, False, False), (2**40, True, False)]
+)
+def test_slow_tests_that_no_time_is_left_for_are_left_out(until, is_slow, is_left_out, request, monkeypatch):
+    monkeypatch.setenv("COLT5_SLOW_TESTS_BEGIN_UNTIL", str(until))
+    if is_slow:
+        request.node.add_marker(pytest.mark.slow)
+    if is_left_out:
+        with pytest.raises(pytest.skip.Exception, match="no time left"):
+            conftest.pytest_runtest_setup(request.node)
+    else:
+        conftest.pytest_runtest_setup(request.node)
