@@ -1,7 +1,7 @@
 """Does routing find small things in pictures: scikit-learn's digits in a grid, of which two carry a frame.
 
 python benchmarks/digits.py --tiny --out FOLDER
-python benchmarks/digits.py --side 256 --patch 16 --seeds 3
+python benchmarks/digits.py --side 256 --patch 16 --seeds 0 1 2
 
 The label is which digits are framed, two of ten. All other digits are distractors. Arms are learned routing with a
 dense start, evenly spaced patches with the same budgets, and Transformers' ViT of the same width and depth; all have
@@ -190,7 +190,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rate", type=float, default=3e-3, help="AdamW's learning rate")
     parser.add_argument("--vit_rate", type=float, default=1e-3, help="the ViT's")
-    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="all arms with each in turn")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
     options = parse(parser, argv, needs_gpu=False)
     if options.cell < STAMP:
@@ -206,7 +206,7 @@ def main(argv: list[str] | None = None) -> None:
         f"{options.fraction:.3g}, {options.steps} steps of {options.batch} pictures; held-out pictures",
         options,
     )
-    for seed, arm in itertools.product(range(options.seeds), options.arms):
+    for seed, arm in itertools.product(options.seeds, options.arms):
         table.add(train(arm, seed, options))
     table.finish()
 
