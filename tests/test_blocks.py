@@ -223,32 +223,37 @@ def test_gradients_in_fp32_are_those_of_float64(kind: str, kernel_backend: str) 
 # ------------------------------------------------------------------ what holds
 
 
+@pytest.mark.parametrize("kernel_backend", ["torch", "triton"])
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("kind", MAKERS)
 @torch.no_grad()
-def test_padding_changes_nothing(kind: str, side: str) -> None:
-    module = make(kind)
-    if kind == "cross-attention":
-        states, memory = torch.randn(1, 3, 32), torch.randn(1, 17, 32)
-        padded, mask = torch.full((1, 30, 32), 1e4), torch.zeros(1, 30)
-        place = slice(0, 17) if side == "right" else slice(13, 30)
-        padded[:, place], mask[:, place] = memory, 1
-        assert_same_but_for_rounding(module(states, padded, mask), module(states, memory))
-        return
-    states, padded, mask = torch.randn(1, 17, 32), torch.full((1, 30, 32), 1e4), torch.zeros(1, 30)
+def test_padding_changes_nothing(kind: str, side: str, kernel_backend: str, device: torch.device) -> None:
+    if kernel_backend == "triton":
+        pytest.importorskip("triton")
+    module = make(kind, kernel_backend=kernel_backend).to(device)
     place = slice(0, 17) if side == "right" else slice(13, 30)
+    states = torch.randn(1, 17, 32, device=device)
+    padded, mask = torch.full((1, 30, 32), 1e4, device=device), torch.zeros(1, 30, device=device)
     padded[:, place], mask[:, place] = states, 1
+    if kind == "cross-attention":
+        queries = torch.randn(1, 3, 32, device=device)
+        assert_same_but_for_rounding(module(queries, padded, mask), module(queries, states))
+        return
     assert_same_but_for_rounding(module(padded, mask)[:, place], module(states))
 
 
+@pytest.mark.parametrize("kernel_backend", ["torch", "triton"])
 @pytest.mark.parametrize("kind", CAUSAL_KINDS)
 @torch.no_grad()
-def test_no_output_depends_on_a_later_token(kind: str) -> None:
-    module, states = make(kind), torch.randn(2, 40, 32)
+def test_no_output_depends_on_a_later_token(kind: str, kernel_backend: str, device: torch.device) -> None:
+    if kernel_backend == "triton":
+        pytest.importorskip("triton")
+    module, states = make(kind, kernel_backend=kernel_backend).to(device), torch.randn(2, 40, 32, device=device)
     before = module(states)
-    for end in (1, 8, 23, 39):
+    # Triton's interpreter takes seconds a call
+    for end in (1, 8, 23, 39) if kernel_backend == "torch" else (23,):
         changed = states.clone()
-        changed[:, end:] = 10 * torch.randn(2, 40 - end, 32)
+        changed[:, end:] = 10 * torch.randn(2, 40 - end, 32, device=device)
         assert_same_but_for_rounding(module(changed)[:, :end], before[:, :end])
 
 
