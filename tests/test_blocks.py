@@ -362,17 +362,21 @@ def test_jit_trace_names_what_works(kind: str) -> None:
         torch.jit.trace(make(kind), inputs)
 
 
-@pytest.mark.parametrize("kind", ["feed-forward", "block", "cross-attention"])
+@pytest.mark.parametrize("kind", MAKERS)
 def test_a_dense_start_gives_every_token_a_weight(kind: str) -> None:
     module = nn.Sequential(make(kind)).train()
     states = torch.randn(1, 30, 32)
     set_dense_start(module, 0.5)
     _, routing = call(kind, module[0], states, output_routing=True)
-    tokens = {"feed-forward": lambda: routing, "block": lambda: routing.query, "cross-attention": lambda: routing[0]}
-    assert tokens[kind]().valid.sum() == 30
+    tokens = {
+        "feed-forward": lambda: routing.valid, "attention": lambda: routing.query.valid,
+        "block": lambda: routing.query.valid, "causal attention": lambda: routing.query > 0,
+        "causal feed-forward": lambda: routing > 0, "cross-attention": lambda: routing[0].valid,
+    }  # fmt: skip
+    assert tokens[kind]().sum() == 30
     set_dense_start(module, None)
     _, routing = call(kind, module[0], states, output_routing=True)
-    assert tokens[kind]().valid.sum() < 30
+    assert tokens[kind]().sum() < 30
     with pytest.raises(ValueError, match="progress is 2"):
         set_dense_start(module, 2)
     with pytest.raises(ValueError, match="Linear has no routers"):
