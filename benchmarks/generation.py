@@ -40,6 +40,7 @@ CASES = (
     (GLOBAL, 1, DYNAMIC, 1),
     (COLT5, 8, DYNAMIC, 1),
     (COLT5, 1, DYNAMIC, 8),
+    (COLT5, 1, NOTHING, 8),
     (COLT5, 8, NOTHING, 1),
     (GLOBAL, 8, DYNAMIC, 1),
     (GLOBAL, 1, DYNAMIC, 8),

@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache
 from .kernel_backend import triton_is_available
 from .layer_decoder import (
     MOST_FEATURES,
+    LikeLayers,
     PlainDecoderLayer,
     StepLayer,
     TokenLine,
@@ -35,7 +36,7 @@ if triton_is_available():
     from .op_pools_triton import LONGEST_UNION, hand_pool_into
     from .op_rows_triton import MOST_JOINS, MOST_PARTS, combine_into, join_into
     from .op_step_attention_triton import local_step_attention_into, pool_step_attention_into
-    from .run_launch_list_triton import Recorder, repeated_or_recorder
+    from .run_launch_list_triton import Recorder, repeat_or_note
 
 _SHAPE, _DTYPE = attrgetter("shape"), attrgetter("dtype")
 # what a layer's cache holds that a token reads or writes: first rings, then what is carried
@@ -105,7 +106,7 @@ class RoutedStep(TokenStep):
     def __init__(
         self,
         hidden_states: Tensor,
-        layers: list[StepLayer],
+        layers: list[LikeLayers],
         tables: tuple[Tensor, ...],
         settings: CausalSettings,
         real: Tensor | None,
@@ -115,7 +116,8 @@ class RoutedStep(TokenStep):
         super().__init__(hidden_states, layers)
         self.tables, self.settings, self.real, self.memory_mask = tables, settings, real, memory_mask
         self.may_end = may_end
-        self.past = layers[0].cache.counters["lengths"]
+        _, (first, *_) = layers[0]
+        self.past = first.cache.counters["lengths"]
         self.total = self.past + (1 if real is None else real)
 
     @classmethod
@@ -133,7 +135,7 @@ class RoutedStep(TokenStep):
 
         Args:
             hidden_states, tables, settings, memory_mask: as above.
-            read: what `PlainBlock.read` gave of each block.
+            read: what `PlainStack.read` gave.
             attention_mask: [rows, keys], 1 for real tokens; None for all.
             cache: of the decoder.
         """
@@ -158,14 +160,15 @@ class RoutedStep(TokenStep):
         if set(map(Tensor.get_device, others)) != {index} or not all(map(Tensor.is_contiguous, tables)):
             return None
         of_pass = (
-            hidden_states.dtype, hidden_states.device, hidden_states.shape, settings, *map(_SHAPE, tables),
-            memory_mask is None, torch.backends.cuda.matmul.fp32_precision,
+            hidden_states.dtype, hidden_states.device, hidden_states.shape,
+            None if memory_mask is None else memory_mask.shape, settings, *map(_SHAPE, tables),
+            torch.backends.cuda.matmul.fp32_precision,
         )  # fmt: skip
 
         def state_of(plain: PlainRoutedLayer, layer: CoLT5DynamicRoutedLayer) -> tuple[Tensor, ...] | None:
             return layer.contiguous(plain.rings, plain.carried)
 
-        layers = cls.read_layers(of_pass, read, caches, state_of, memory_mask, index)
+        layers = cls.read_layers(of_pass, read, caches, state_of, index)
         if layers is None:
             return None
         # Asked last, as the answer may be waited for.
@@ -174,26 +177,28 @@ class RoutedStep(TokenStep):
 
     def run(self) -> Tensor:
         """The states [rows, 1, d_model] behind the last layer; the caches count the token from then on."""
-        hidden = torch.empty_like(self.hidden_states)
+        # Each layer begins with a sum. What goes into the first one is such a sum with nothing, and not to be written.
+        hidden = self.hidden_states.clone(memory_format=torch.contiguous_format)
         # what the last sublayer adds: by a light branch, and where there is one by a heavy one
-        branches: tuple[Tensor, ...] = (torch.empty_like(hidden),)
-        if self.layers[0].plain.has_heavy_ff:
+        branches: tuple[Tensor, ...] = (torch.zeros_like(hidden),)
+        _, (first, *_) = self.layers[0]
+        if first.plain.has_heavy_ff:
             kinds = (torch.int64, torch.bool, torch.float32)
-            slots = [torch.empty((self.rows, 1), dtype=dtype, device=hidden.device) for dtype in kinds]
-            branches = (*branches, torch.empty_like(hidden), *slots)
-        incoming: Tensor | None = self.hidden_states
-        for layer in self.layers:
-            memories = [hidden, *branches, self.past, self.total, *self.tables, *layer.weights, *layer.state]
-            memories += [*layer.memory, *[part for part in (incoming, self.memory_mask) if part is not None]]
-            kind = (incoming is not None, self.may_end)
-            recorder = repeated_or_recorder(layer.lists, kind, memories, self.repeats)
-            if recorder is not None:
-                with recorder:
-                    _RoutedLine(self, layer, recorder).run(incoming, hidden, branches)
-            incoming = None
-        counters = self.layers[0].cache.counters_after_token(self.total, self.real, self.may_end)
-        for layer in self.layers:
-            layer.cache.count_token(counters)
+            slots = [torch.zeros((self.rows, 1), dtype=dtype, device=hidden.device) for dtype in kinds]
+            branches = (*branches, torch.zeros_like(hidden), *slots)
+        shared = [hidden, *branches, self.past, self.total, *self.tables]
+        shared += [] if self.memory_mask is None else [self.memory_mask]
+        for lists, layers in self.layers:
+
+            def compute(number: int, recorder: "Recorder", layers: list[StepLayer] = layers) -> None:
+                _RoutedLine(self, layers[number], recorder).run(hidden, branches)
+
+            calls = [[*shared, *layer.tensors] for layer in layers]
+            repeat_or_note(lists, self.may_end, calls, self.repeats, compute)
+        counters = first.cache.counters_after_token(self.total, self.real, self.may_end)
+        for _, layers in self.layers:
+            for layer in layers:
+                layer.cache.count_token(counters)
         if len(branches) == 1:
             return hidden + branches[0]
         output = torch.empty_like(hidden)
@@ -203,8 +208,8 @@ class RoutedStep(TokenStep):
 
     @staticmethod
     def fits(of_pass: tuple[Any, ...], layer: StepLayer) -> bool:
-        plain, weights, _, state, memory, _ = layer
-        dtype, _, (rows, _, d), settings, (light_heads, _), *rest = of_pass
+        plain, weights, _, state, memory = layer
+        dtype, _, (rows, _, d), mask_shape, settings, (light_heads, _), *rest = of_pass
         by_name = dict(zip(plain.weighted, map(tuple, map(_SHAPE, weights)), strict=True))
         ring, d_kv = 2 * settings.window + settings.radius, plain.named["light", "d_kv"]
         shapes: dict[str, tuple[int, ...]] = {"self.layer_norm": (d,), "ff.layer_norm": (d,)}
@@ -235,7 +240,7 @@ class RoutedStep(TokenStep):
             width = by_name.get(f"{name}.wi_0", (0,))[0]
             shapes |= {f"{name}.wi_{part}": (width, d) for part in range(2)} | {f"{name}.wo": (d, width)}
         if memory:
-            cross = shapes_of_cross(by_name, plain.named["cross", "d_kv"], (rows, d), memory)
+            cross = shapes_of_cross(by_name, plain.named["cross", "d_kv"], (rows, d), memory, mask_shape)
             if cross is None:
                 return False
             shapes |= cross
@@ -262,17 +267,15 @@ class _RoutedLine(TokenLine):
         self.rings: dict[str, Tensor] = dict(zip(rings, layer.state, strict=False))
         self.carried: dict[str, Tensor] = dict(zip(carried, layer.state[len(rings) :], strict=True))
 
-    def run(self, incoming: Tensor | None, hidden: Tensor, branches: tuple[Tensor, ...]) -> None:
-        """From states, or from the sum of `hidden` and branches, to such a sum.
+    def run(self, hidden: Tensor, branches: tuple[Tensor, ...]) -> None:
+        """From the sum of `hidden` and branches to such a sum.
 
         Args:
-            incoming: [rows, 1, d_model]; None for the sum.
             hidden: [rows, 1, d_model].
             branches: a light branch [rows, 1, d_model], and where the feed-forward is routed a heavy one with the
                 indices, valid and weights [rows, 1] of its tokens.
         """
-        states, added = (hidden, branches) if incoming is None else (incoming, ())
-        states, added = self.attention(states, added)
+        states, added = self.attention(hidden, branches)
         if self.layer.memory:
             states, normed = self.norm("cross", states, added)
             (query,) = self.products(normed, ["cross.q"])
@@ -317,7 +320,7 @@ class _RoutedLine(TokenLine):
         return key, value, rank, weight, valid
 
     def attention(self, states: Tensor, added: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """States, or their sum with branches; and the branches that the self-attention adds to it."""
+        """The sum of states with branches, and the branches that the self-attention adds to it."""
         step, routers, scores = self.step, None, None
         if self.plain.has_heavy_attention:
             routers = self.routers()

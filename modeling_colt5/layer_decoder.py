@@ -1,7 +1,7 @@
 """One new token of a plain decoder as straight lines of kernel launches, one line a layer.
 
 The modules of model_decoder_layer.py say what a layer computes. For one token their Python takes the host ten times as
-long as the kernels take a GPU. So blocks that nobody looks into (`PlainBlock` of layer_plain.py) run here, where a
+long as the kernels take a GPU. So blocks that nobody looks into (`PlainStack` of layer_plain.py) run here, where a
 growing cache holds the earlier tokens and the keys and values of the memory.
 
 The launches of a layer are noted once, and then repeated by one call of C (run_launch_list_triton.py) for all layers
@@ -27,7 +27,7 @@ if triton_is_available():
     from .op_norm_triton import norm_into
     from .op_step_attention_triton import number_of_parts, step_attention_into
     from .op_step_products_triton import step_products_into
-    from .run_launch_list_triton import Lists, Recorder, may_repeat, repeated_or_recorder
+    from .run_launch_list_triton import Lists, Recorder, may_repeat, repeat_or_note
 
 # False lets every block run as modules, for a comparison
 enabled = True
@@ -41,13 +41,15 @@ class PlainDecoderLayer(PlainLayer):
 
     Attributes:
         eps, d_kv: of the norms and of the attentions, in their order.
+        kind: all of it that a line depends on beside the shapes of weights.
     """
 
-    __slots__ = ("d_kv", "eps")
+    __slots__ = ("d_kv", "eps", "kind")
 
     def __init__(self, block: Any, parts: dict[str, nn.Module]):
         super().__init__(block, parts)
         self.eps, self.d_kv = self.values("eps"), self.values("d_kv")
+        self.kind = (self.weighted, self.eps, self.d_kv)
 
     @property
     def is_supported(self) -> bool:
@@ -108,11 +110,10 @@ class StepLayer(NamedTuple):
     """A layer that is about to run as a straight line.
 
     Args:
-        plain, weights: what `PlainBlock.read` gave.
+        plain, weights: what `PlainStack.read` gave.
         cache: of its own keys and values.
         state: tensors of the cache that the line reads, and writes in place.
         memory: keys and values of the memory, [rows, key/value heads, n, d_kv] each; nothing without an encoder.
-        lists: of launches, by all that changes them from token to token.
     """
 
     plain: Any
@@ -120,7 +121,15 @@ class StepLayer(NamedTuple):
     cache: Any
     state: tuple[Tensor, ...]
     memory: tuple[Tensor, ...]
-    lists: "Lists"
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Weights, state and memory."""
+        return (*self.weights, *self.state, *self.memory)
+
+
+# Like layers one after another, and the lists of their launches, by all that changes them from token to token.
+LikeLayers = tuple["Lists", list[StepLayer]]
 
 
 class TokenStep:
@@ -134,16 +143,16 @@ class TokenStep:
     # of the layers of the memory's cache
     memory_class: type[DynamicLayer] = DynamicLayer
 
-    def __init__(self, hidden_states: Tensor, layers: list[StepLayer]):
+    def __init__(self, hidden_states: Tensor, layers: list[LikeLayers]):
         self.rows, _, self.d = hidden_states.shape
         self.dtype, self.device = hidden_states.dtype, hidden_states.device
-        self.hidden_states, self.layers = hidden_states.contiguous(), layers
+        self.hidden_states, self.layers = hidden_states, layers
         self.repeats = may_repeat(hidden_states)
 
     @staticmethod
     def fits(of_pass: tuple[Any, ...], layer: StepLayer) -> bool:
         """Whether a layer's tensors have the shapes and dtypes that straight lines are written for; `of_pass`, as of
-        `read_layers`, begins with dtype, device and shape of the states."""
+        `read_layers`, begins with dtype, device, shape of the states, and shape of the memory's mask."""
         raise NotImplementedError
 
     @classmethod
@@ -153,45 +162,51 @@ class TokenStep:
         read: Sequence[tuple[Any, tuple[Tensor, ...]]],
         caches: tuple[DynamicCache, DynamicCache | None, dict[int, bool]],
         state_of: Callable[[Any, Any], tuple[Tensor, ...] | None],
-        memory_mask: Tensor | None,
         index: int,
-    ) -> list[StepLayer] | None:
+    ) -> list[LikeLayers] | None:
         """The layers; None where modules have to run.
 
         Args:
             of_pass: all that lists of launches depend on beside the layers.
-            read: what `PlainBlock.read` gave of each block.
+            read: what `PlainStack.read` gave.
             caches: what `caches_of` gave.
             state_of: from a plain layer and its cache to the `state` of a `StepLayer`; None where these do not fit.
-            memory_mask: bool [rows, n]; None for all.
             index: of the device.
         """
         own_cache, memory_cache, is_updated = caches
         if len(own_cache.layers) < len(read):
             return None
         layers: list[StepLayer] = []
-        kind: Any = None
-        lists: Any = None
         for layer_idx, ((plain, weights), cache) in enumerate(zip(read, own_cache.layers, strict=False)):
             memory = memory_of(plain, layer_idx, memory_cache, is_updated, cls.memory_class)
             state = state_of(plain, cache)
             if memory is None or state is None:
                 return None
-            tensors = (*weights, *state, *memory)
-            of_layer = (plain.weighted, plain.eps, plain.d_kv)
-            before, kind = kind, (*of_layer, *map(_SHAPE, tensors), *map(_DTYPE, tensors))
-            if kind != before:
-                layer = StepLayer(plain, weights, cache, state, memory, {})
-                lists = lists_of((of_pass, kind), partial(cls.fits, of_pass, layer))
-            if (
-                lists is None
-                or not all(map(Tensor.is_contiguous, tensors))
-                or set(map(Tensor.get_device, tensors)) != {index}
-                or not (memory_mask is None or not memory or memory_mask.shape[1] == memory[0].shape[2])
-            ):
+            layers.append(StepLayer(plain, weights, cache, state, memory))
+        # all layers' tensors are looked at together: one by one it takes the host several times as long
+        tensors = [tensor for layer in layers for tensor in layer.tensors]
+        if not all(map(Tensor.is_contiguous, tensors)) or set(map(Tensor.get_device, tensors)) != {index}:
+            return None
+        kind = (of_pass, *[layer.plain.kind for layer in layers], *map(_SHAPE, tensors), *map(_DTYPE, tensors))
+        lists = lists_of(kind, partial(cls.make_lists, of_pass, layers))
+        return None if lists is None else [(own, layers[first:end]) for own, first, end in lists]
+
+    @classmethod
+    def make_lists(cls, of_pass: tuple[Any, ...], layers: list[StepLayer]) -> "list[tuple[Lists, int, int]] | None":
+        """Lists, without a launch yet, for each run of like layers, and where it begins and ends; None where modules
+        have to run."""
+        runs: list[tuple[Lists, int, int]] = []
+        kind: Any = None
+        for number, layer in enumerate(layers):
+            before, kind = kind, (layer.plain.kind, [(tensor.shape, tensor.dtype) for tensor in layer.tensors])
+            if kind == before:
+                lists, first, _ = runs.pop()
+                runs.append((lists, first, number + 1))
+            elif cls.fits(of_pass, layer):
+                runs.append(({}, number, number + 1))
+            else:
                 return None
-            layers.append(StepLayer(plain, weights, cache, state, memory, lists))
-        return layers
+        return runs
 
 
 class StraightStep(TokenStep):
@@ -208,7 +223,7 @@ class StraightStep(TokenStep):
     def __init__(
         self,
         hidden_states: Tensor,
-        layers: list[StepLayer],
+        layers: list[LikeLayers],
         table: Tensor,
         mask: Tensor | None,
         memory_mask: Tensor | None,
@@ -231,15 +246,14 @@ class StraightStep(TokenStep):
 
         Args:
             hidden_states, table, memory_mask: as above.
-            read: what `PlainBlock.read` gave of each block.
+            read: what `PlainStack.read` gave.
             attention_mask: [rows, keys], 1 for real tokens; None for all.
             cache: of the decoder.
         """
         caches = caches_of(cache)
         if caches is None:
             return None
-        rows, heads = hidden_states.shape[0], table.shape[0]
-        length = caches[0].get_seq_length()
+        rows, length = hidden_states.shape[0], caches[0].get_seq_length()
         mask = None
         if attention_mask is not None:
             if type(attention_mask) is not Tensor or tuple(attention_mask.shape) != (rows, length + 1):
@@ -252,42 +266,39 @@ class StraightStep(TokenStep):
         if set(map(Tensor.get_device, others)) != {index} or not table.is_contiguous():
             return None
         of_pass = (
-            hidden_states.dtype, hidden_states.device, hidden_states.shape, table.dtype, table.shape,
-            mask is None, memory_mask is None, torch.backends.cuda.matmul.fp32_precision,
+            hidden_states.dtype, hidden_states.device, hidden_states.shape,
+            None if memory_mask is None else memory_mask.shape, table.dtype, table.shape, mask is None,
+            torch.backends.cuda.matmul.fp32_precision,
         )  # fmt: skip
 
         def state_of(plain: PlainDecoderLayer, layer: Any) -> tuple[Tensor, ...] | None:
-            # `count_token` gives its tensors
-            takes = type(layer) is CoLT5GrowingLayer
-            takes = takes and layer.takes_token(length, (rows, heads, 1, plain.d_kv[0]), hidden_states)
-            return () if takes else None
+            return layer.room_for_token(length) if type(layer) is CoLT5GrowingLayer else None
 
-        layers = cls.read_layers(of_pass, read, caches, state_of, memory_mask, index)
+        layers = cls.read_layers(of_pass, read, caches, state_of, index)
         return None if layers is None else cls(hidden_states, layers, table, mask, memory_mask, length + 1)
 
     def run(self) -> Tensor:
         """The states [rows, 1, d_model] behind the last layer; the caches count the token from then on."""
-        shape = (self.rows, 1, self.d)
-        hidden, update = (torch.empty(shape, dtype=self.dtype, device=self.device) for _ in range(2))
+        # Each layer begins with a sum. What goes into the first one is such a sum with nothing, and not to be written.
+        hidden = self.hidden_states.clone(memory_format=torch.contiguous_format)
+        update = torch.zeros_like(hidden)
         # read by kernels, so that one list serves all lengths
         length = torch.full((1,), self.length, dtype=torch.int32, device=self.device)
-        incoming: Tensor | None = self.hidden_states
-        for layer in self.layers:
-            room = layer.cache.count_token()
-            memories = [hidden, update, length, self.table, *layer.weights, *room, *layer.memory]
-            memories += [part for part in (incoming, *self.masks) if part is not None]
-            kind = (incoming is not None, room[0].shape[2])
-            recorder = repeated_or_recorder(layer.lists, kind, memories, self.repeats)
-            if recorder is not None:
-                with recorder:
-                    _Line(self, layer, recorder).run(incoming, hidden, update, length, room)
-            incoming = None
+        shared = [hidden, update, length, self.table, *[mask for mask in self.masks if mask is not None]]
+        for lists, layers in self.layers:
+
+            def compute(number: int, recorder: "Recorder", layers: list[StepLayer] = layers) -> None:
+                _Line(self, layers[number], recorder).run(hidden, update, length)
+
+            repeat_or_note(lists, None, [[*shared, *layer.tensors] for layer in layers], self.repeats, compute)
+            for layer in layers:
+                layer.cache.count_token()
         return hidden + update
 
     @staticmethod
     def fits(of_pass: tuple[Any, ...], layer: StepLayer) -> bool:
-        plain, weights, _, _, memory, _ = layer
-        dtype, _, (rows, _, d), table_dtype, (heads, _), *_ = of_pass
+        plain, weights, _, state, memory = layer
+        dtype, _, (rows, _, d), mask_shape, table_dtype, (heads, _), *_ = of_pass
         by_name = dict(zip(plain.weighted, map(tuple, map(_SHAPE, weights)), strict=True))
         inner, (d_ff, *_) = heads * plain.d_kv[0], by_name.get("dense.wi_0", (0,))
         shapes = {
@@ -296,15 +307,17 @@ class StraightStep(TokenStep):
             "dense.wi_0": (d_ff, d), "dense.wi_1": (d_ff, d), "dense.wo": (d, d_ff),
         }  # fmt: skip
         if memory:
-            cross = shapes_of_cross(by_name, plain.d_kv[1], (rows, d), memory)
+            cross = shapes_of_cross(by_name, plain.d_kv[1], (rows, d), memory, mask_shape)
             if cross is None:
                 return False
             shapes |= cross
+        key, value = state
         return (
             by_name == shapes
             and max(plain.d_kv) <= MOST_FEATURES
+            and key.shape == value.shape == (rows, heads, key.shape[2], plain.d_kv[0])
             and table_dtype == torch.float32
-            and all(part.dtype == dtype for part in (*weights, *memory))
+            and all(part.dtype == dtype for part in layer.tensors)
         )
 
 
@@ -367,13 +380,12 @@ class TokenLine:
         routers: Tensor | None = None,
         scores: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """States, or their sum with branches, which is written to `total` where that is given; and the norm of these.
+        """The sum of states with branches, which is written to `total` where that is given; and the norm of it.
 
         Args:
             name: of the sublayer.
             states: [rows, 1, d_model].
-            branches: nothing, a light branch, or that and a heavy one with the indices, valid and weights of its
-                tokens.
+            branches: a light one, or that and a heavy one with the indices, valid and weights of its tokens.
             total: room for the sum.
             routers: vectors [routers, d_model]; None for none.
             scores: fp32 [rows, routers, 1], room for the products of the norm with these.
@@ -383,9 +395,6 @@ class TokenLine:
         eps = self.plain.named[f"{name}.layer_norm", "eps"]
         scores = rstd if scores is None else scores
         inputs = (states, self.weights[f"{name}.layer_norm"], routers, eps, None, normed, scores, rstd)
-        if not branches:
-            norm_into(*inputs)
-            return states, normed
         total = self.empty(states.shape[2]) if total is None else total
         light, heavy, indices, valid, factors = (*branches, None, None, None, None)[:5]
         norm_into(*inputs, light, heavy, indices, valid, factors, total)
@@ -438,28 +447,17 @@ class _Line(TokenLine):
 
     step: StraightStep
 
-    def run(
-        self,
-        incoming: Tensor | None,
-        hidden: Tensor,
-        update: Tensor,
-        length: Tensor,
-        room: tuple[Tensor, Tensor],
-    ) -> None:
-        """From states, or from the sum of `hidden` and `update`, to such a sum.
+    def run(self, hidden: Tensor, update: Tensor, length: Tensor) -> None:
+        """From the sum of `hidden` and `update` to such a sum.
 
         Args:
-            incoming: [rows, 1, d_model]; None for the sum.
             hidden, update: [rows, 1, d_model].
             length: int32 [1], number of keys.
-            room: for keys and values, [rows, heads, room, d_kv].
         """
-        states, branch = (hidden, update) if incoming is None else (incoming, None)
-        total = None if branch is None else self.empty(states.shape[2])
-        query, key, value = self.products(states, [f"self.{name}" for name in "qkv"], "self", branch, total)
+        states, (key_room, value_room) = self.empty(hidden.shape[2]), self.layer.state
+        query, key, value = self.products(hidden, [f"self.{name}" for name in "qkv"], "self", update, states)
         new = (key[:, 0], value[:, 0])
-        attended = self.attend(query, *new, self.step.table, self.step.masks[0], length, *room)
-        states = states if total is None else total
+        attended = self.attend(query, *new, self.step.table, self.step.masks[0], length, key_room, value_room)
         (branch,) = self.products(attended, ["self.o"])
         if self.layer.memory:
             total = self.empty(states.shape[2])
@@ -472,24 +470,24 @@ class _Line(TokenLine):
 # features of a head, and heads that share a key/value head, which the kernels are compiled for on all cards
 MOST_FEATURES, MOST_HEADS = 128, 32
 
-# Lists by all that they depend on but the room of the cache; None where a straight line is not written for it. A
-# length that never comes back leaves one behind.
+# Lists of a decoder's layers by all that they depend on; None where a straight line is not written for it. A length
+# that never comes back leaves one behind.
 lists_by_kind: dict[Any, Any] = {}
 MOST_KINDS = 256
 
 
-def lists_of(key: Any, fits: Callable[[], bool]) -> Any:
+def lists_of(kind: Any, make: Callable[[], Any]) -> Any:
     """The lists of the layers of a kind in a pass; None where modules have to run.
 
     Args:
-        key: all that the lists depend on but what they are kept by.
-        fits: whether a straight line is written for these layers, asked once.
+        kind: all that the lists depend on but what they are kept by.
+        make: makes them, once.
     """
-    if key not in lists_by_kind:
+    if kind not in lists_by_kind:
         if len(lists_by_kind) >= MOST_KINDS:
             lists_by_kind.clear()
-        lists_by_kind[key] = {} if fits() else None
-    return lists_by_kind[key]
+        lists_by_kind[kind] = make()
+    return lists_by_kind[kind]
 
 
 def caches_of(cache: Cache | None) -> tuple[DynamicCache, DynamicCache | None, dict[int, bool]] | None:
@@ -524,7 +522,11 @@ def memory_of(
 
 
 def shapes_of_cross(
-    by_name: dict[str, tuple[int, ...]], d_kv: int, sizes: tuple[int, int], memory: tuple[Tensor, ...]
+    by_name: dict[str, tuple[int, ...]],
+    d_kv: int,
+    sizes: tuple[int, int],
+    memory: tuple[Tensor, ...],
+    mask_shape: tuple[int, ...] | None,
 ) -> dict[str, tuple[int, ...]] | None:
     """The shapes that the weights of the attention to a memory must have; None where no weights fit the memory.
 
@@ -533,11 +535,14 @@ def shapes_of_cross(
         d_kv: features of a head.
         sizes: rows and d_model.
         memory: its keys and values.
+        mask_shape: of the memory's mask; None where there is none.
     """
     rows, d = sizes
     cross, *_ = by_name.get("cross.q", (0,))
     key, value = memory
     if key.dim() != 4 or key.shape != value.shape or key.numel() == 0:
+        return None
+    if mask_shape not in (None, (rows, key.shape[2])):
         return None
     width = key.shape[1] * d_kv
     if (key.shape[0], key.shape[3]) != (rows, d_kv) or cross % width or cross // width > MOST_HEADS:

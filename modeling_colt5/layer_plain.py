@@ -1,7 +1,7 @@
 """Whether a block is plain, so that a straight line of launches may stand for the calls of its modules."""
 
 from collections.abc import Mapping
-from itertools import chain
+from itertools import chain, islice
 from operator import attrgetter, itemgetter
 from typing import Any
 
@@ -66,6 +66,107 @@ class PlainBlock:
         return None if layer is None or weights is None else (layer, weights)
 
 
+class _Seen:
+    """All about modules that makes them plain, as it was when somebody looked.
+
+    Args:
+        modules: all of them.
+        parents: those whose children are none but these.
+        with_parameters: those that have parameters.
+        numbered: pairs of a module and the name of a number that it holds.
+    """
+
+    __slots__ = (
+        "attributes", "children", "classes", "dicts", "forwards", "kinds", "kinds_of_values", "lengths", "modules",
+        "numbers", "parents", "with_numbers", "with_parameters",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        modules: list[nn.Module],
+        parents: list[nn.Module],
+        with_parameters: list[nn.Module],
+        numbered: list[tuple[nn.Module, str]],
+    ):
+        self.modules = modules
+        self.classes = list(map(type, modules))
+        self.kinds = list(dict.fromkeys(self.classes))
+        self.forwards = list(map(_FORWARD, self.kinds))
+        self.dicts = [part.__dict__ for part in modules]
+        self.lengths = list(map(len, self.dicts))
+        self.parents = [part.__dict__ for part in parents]
+        self.children = list(chain.from_iterable(map(dict.values, map(_MODULES, self.parents))))
+        self.with_parameters = [part.__dict__ for part in with_parameters]
+        values = chain.from_iterable(map(dict.values, map(_PARAMETERS, self.with_parameters)))
+        self.kinds_of_values = [_NONE if value is None else nn.Parameter for value in values]
+        self.with_numbers = [part.__dict__ for part, _ in numbered]
+        self.attributes = [attribute for _, attribute in numbered]
+        self.numbers: list[Any] = list(map(dict.get, self.with_numbers, self.attributes))
+
+    @classmethod
+    def together(cls, parts: "list[_Seen]") -> "_Seen":
+        """What was seen of several blocks, as one: to look at everything at once takes less than block by block."""
+        whole = cls.__new__(cls)
+        for name in cls.__slots__:
+            setattr(whole, name, list(chain.from_iterable(getattr(part, name) for part in parts)))
+        whole.kinds = list(dict.fromkeys(whole.kinds))
+        whole.forwards = list(map(_FORWARD, whole.kinds))
+        return whole
+
+    def weights(self) -> list[Tensor] | None:
+        """The parameters that there are, in their order; None where anything is not as it was seen."""
+        values = list(chain.from_iterable(map(dict.values, map(_PARAMETERS, self.with_parameters))))
+        if (
+            any(chain.from_iterable(map(_HOOKS, self.dicts)))
+            or list(map(type, self.modules)) != self.classes
+            or list(map(len, self.dicts)) != self.lengths
+            or list(chain.from_iterable(map(dict.values, map(_MODULES, self.parents)))) != self.children
+            or list(map(type, values)) != self.kinds_of_values
+            or list(map(dict.get, self.with_numbers, self.attributes)) != self.numbers
+            or list(map(_FORWARD, self.kinds)) != self.forwards
+        ):
+            return None
+        return [value for value in values if value is not None]
+
+
+class PlainStack:
+    """What straight lines read of all blocks of a stack, as long as all are plain.
+
+    It is what `PlainBlock` reads, of all blocks together: one new token is so quick that it counts.
+
+    A copy begins with nothing, and so does one that comes out of a file.
+    """
+
+    def __init__(self) -> None:
+        self._blocks: list[nn.Module] = []
+        self._layers: list[PlainLayer] = []
+        self._seen: _Seen | None = None
+        self._holders: list[Any] = []
+
+    def __reduce__(self) -> Any:
+        return PlainStack, ()
+
+    def read(self, blocks: nn.ModuleList, kinds: Kinds) -> "list[tuple[Any, tuple[Tensor, ...]]] | None":
+        """Of each block its layer, of the kind that its `plain` was made for, and its weights in the order of
+        `weighted`; None where a block is not plain, or its call is more than it was written with."""
+        own: list[Any] = list(blocks._modules.values())
+        if not all(is_called_as_written(block, kinds) for block in own):
+            return None
+        holders = [block.__dict__["_modules"].get("layer") for block in own]
+        weights = self._seen.weights() if self._seen is not None and own == self._blocks else None
+        if weights is None or holders != self._holders:
+            read = [block.plain.read(block, kinds) for block in own]
+            self._seen = None
+            if any(found is None for found in read):
+                return None
+            self._blocks, self._holders = own, holders
+            self._layers = [layer for layer, _ in read]
+            self._seen = _Seen.together([layer.seen for layer in self._layers])
+            return read
+        numbers = iter(weights)
+        return [(layer, tuple(islice(numbers, len(layer.weighted)))) for layer in self._layers]
+
+
 class PlainLayer:
     """The modules of a plain block, all about them that makes it one, and the numbers that they hold.
 
@@ -73,34 +174,29 @@ class PlainLayer:
 
     Attributes:
         weighted: names of the modules with a weight, in the order in which the weights are read.
-        numbers: all numbers that modules hold.
-        named: the same by the names of modules and attributes.
+        named: numbers that modules hold, by the names of modules and attributes.
+        seen: the modules as they are.
     """
 
-    __slots__ = (
-        "_attributes", "_children", "_classes", "_dicts", "_forwards", "_kinds", "_kinds_of_values", "_lengths",
-        "_modules", "_parents", "_with_numbers", "_with_parameters", "named", "numbers", "weighted",
-    )  # fmt: skip
+    __slots__ = ("named", "seen", "weighted")
 
     def __init__(self, block: Any, parts: dict[str, nn.Module]):
-        self._modules = list(parts.values())
-        self._classes = list(map(type, self._modules))
-        self._kinds = list(dict.fromkeys(self._classes))
-        self._forwards = list(map(_FORWARD, self._kinds))
-        self._dicts = [part.__dict__ for part in self._modules]
-        self._lengths = list(map(len, self._dicts))
-        self._parents = [part.__dict__ for part in (block.layer, *self._modules) if part._modules]
-        self._children = list(chain.from_iterable(map(dict.values, map(_MODULES, self._parents))))
         self.weighted = tuple(name for name, part in parts.items() if part._parameters.get("weight") is not None)
-        self._with_parameters = [parts[name].__dict__ for name in self.weighted]
-        values = chain.from_iterable(map(dict.values, map(_PARAMETERS, self._with_parameters)))
-        self._kinds_of_values = [_NONE if value is None else nn.Parameter for value in values]
         numbered = [(name, key) for name, part in parts.items() for key in _NUMBERS if key in part.__dict__]
         numbered += [(name, "training") for name, key in numbered if key in ("dropout", "p")]
-        self._with_numbers = [parts[name].__dict__ for name, _ in numbered]
-        self._attributes = [attribute for _, attribute in numbered]
-        self.numbers: list[Any] = list(map(dict.get, self._with_numbers, self._attributes))
-        self.named: dict[tuple[str, str], Any] = dict(zip(numbered, self.numbers, strict=True))
+        modules = list(parts.values())
+        self.seen = _Seen(
+            modules,
+            [part for part in (block.layer, *modules) if part._modules],
+            [parts[name] for name in self.weighted],
+            [(parts[name], key) for name, key in numbered],
+        )
+        self.named: dict[tuple[str, str], Any] = dict(zip(numbered, self.seen.numbers, strict=True))
+
+    @property
+    def numbers(self) -> list[Any]:
+        """All numbers that modules hold."""
+        return self.seen.numbers
 
     def values(self, attribute: str) -> tuple[Any, ...]:
         """The numbers of an attribute, in the modules' order."""
@@ -146,20 +242,10 @@ class PlainLayer:
     def weights(self, block: nn.Module) -> tuple[Tensor, ...] | None:
         """The block's weights in the order of `weighted`; None where anything is not as it was seen."""
         layers = block.__dict__["_modules"].get("layer")
-        values = list(chain.from_iterable(map(dict.values, map(_PARAMETERS, self._with_parameters))))
-        if (
-            layers is None
-            or layers.__dict__ is not self._parents[0]
-            or any(chain.from_iterable(map(_HOOKS, self._dicts)))
-            or list(map(type, self._modules)) != self._classes
-            or list(map(len, self._dicts)) != self._lengths
-            or list(chain.from_iterable(map(dict.values, map(_MODULES, self._parents)))) != self._children
-            or list(map(type, values)) != self._kinds_of_values
-            or list(map(dict.get, self._with_numbers, self._attributes)) != self.numbers
-            or list(map(_FORWARD, self._kinds)) != self._forwards
-        ):
+        if layers is None or layers.__dict__ is not self.seen.parents[0]:
             return None
-        return tuple([value for value in values if value is not None])
+        values = self.seen.weights()
+        return None if values is None else tuple(values)
 
 
 def parts_of_sublayer(name: str, sublayer: Any, dropout: str) -> Parts:

@@ -15,8 +15,9 @@ from .configuration_colt5 import CoLT5Config
 from .kernel_backend import Mode
 from .layer_causal import RoutedStep
 from .layer_decoder import StraightStep, may_run_straight
+from .layer_plain import PlainStack
 from .model_base import CoLT5Stack
-from .model_decoder_layer import CoLT5DecoderBlock, read_plain
+from .model_decoder_layer import PLAIN, CoLT5DecoderBlock
 from .model_from_config import (
     causal_settings,
     cross_routers,
@@ -69,6 +70,7 @@ class CoLT5Decoder(CoLT5Stack):
         if config.causal_attention == "routed":
             self.heavy_relative_attention_bias = position_bias(config, config.num_heavy_heads, bidirectional=False)
         self.block = nn.ModuleList(decoder_block(config) for _ in range(config.num_decoder_layers))
+        self.plain = PlainStack()
         is_routed = config.is_encoder_decoder and config.routed_cross_key_values is not None
         # Tokens that ask choose in the layers' attention.
         self.asks = is_routed and config.asking_cross_routing
@@ -184,8 +186,8 @@ class CoLT5Decoder(CoLT5Stack):
         cache: Cache | None,
     ) -> StraightStep | RoutedStep | None:
         """One new token in each row as straight lines; None where modules have to make it."""
-        read = [found for found in map(read_plain, self.block) if found is not None]
-        if len(read) < len(self.block):
+        read = self.plain.read(self.block, PLAIN)
+        if read is None:
             return None
         if self.config.causal_attention == "full":
             table = bias_by_distance(self.relative_attention_bias)

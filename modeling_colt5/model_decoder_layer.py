@@ -10,7 +10,7 @@ from transformers.utils.generic import maybe_autocast
 from .kernel_backend import accumulation_dtype
 from .layer_causal import PlainRoutedLayer
 from .layer_decoder import PlainDecoderLayer
-from .layer_plain import PlainBlock, is_called_as_written, kinds_of
+from .layer_plain import PlainBlock, kinds_of
 from .model_causal import (
     CoLT5CausalLocalAttention,
     CoLT5CausalRoutedAttention,
@@ -409,9 +409,3 @@ PLAIN = kinds_of(
     router=CoLT5Router,
     list=nn.ModuleList,
 )
-
-
-def read_plain(block: nn.Module) -> tuple[PlainDecoderLayer, tuple[torch.Tensor, ...]] | None:
-    """What a straight line reads of a decoder's block; None where the block is to be called: it is not plain, has a
-    hook, or is of another class."""
-    return block.plain.read(block, PLAIN) if is_called_as_written(block, PLAIN) else None  # type: ignore[union-attr,operator]

@@ -206,8 +206,13 @@ class CoLT5Seq2SeqPreTrainedModel(CoLT5EmbeddingModel):
         cache: Cache | None,
         use_cache: bool | None,
         **kwargs: Any,
-    ) -> CoLT5Seq2SeqModelOutput:
-        """Encode, unless `encoder_outputs` are given, and decode; the arguments are those of `forward`."""
+    ) -> dict[str, Any]:
+        """Encode, unless `encoder_outputs` are given, and decode; the arguments are those of `forward`.
+
+        Returns:
+            The fields of `CoLT5Seq2SeqModelOutput`. An output itself would take the host, at every new token, as long
+            as a layer.
+        """
         kwargs = read_arguments(
             self, kwargs, attention_mask=attention_mask, decoder_attention_mask=decoder_attention_mask
         )
@@ -240,20 +245,20 @@ class CoLT5Seq2SeqPreTrainedModel(CoLT5EmbeddingModel):
             return_dict=True,
             **kwargs,
         )
-        return CoLT5Seq2SeqModelOutput(
-            last_hidden_state=decoder_outputs.last_hidden_state,
-            **{CACHE: decoder_outputs.get(CACHE)},
-            decoder_hidden_states=decoder_outputs.hidden_states,
-            decoder_attentions=decoder_outputs.attentions,
-            cross_attentions=decoder_outputs.cross_attentions,
-            encoder_last_hidden_state=encoded.last_hidden_state,
-            encoder_hidden_states=encoded.hidden_states,
-            encoder_attentions=encoded.attentions,
-            encoder_heavy_attentions=encoded.heavy_attentions,
-            encoder_routing=encoded.routing,
-            cross_routing=decoder_outputs.cross_routing,
-            decoder_routing=decoder_outputs.routing,
-        )
+        return {
+            "last_hidden_state": decoder_outputs.last_hidden_state,
+            CACHE: decoder_outputs.get(CACHE),
+            "decoder_hidden_states": decoder_outputs.hidden_states,
+            "decoder_attentions": decoder_outputs.attentions,
+            "cross_attentions": decoder_outputs.cross_attentions,
+            "encoder_last_hidden_state": encoded.last_hidden_state,
+            "encoder_hidden_states": encoded.hidden_states,
+            "encoder_attentions": encoded.attentions,
+            "encoder_heavy_attentions": encoded.heavy_attentions,
+            "encoder_routing": encoded.routing,
+            "cross_routing": decoder_outputs.cross_routing,
+            "decoder_routing": decoder_outputs.routing,
+        }
 
 
 class CoLT5Model(CoLT5Seq2SeqPreTrainedModel):
@@ -305,17 +310,19 @@ class CoLT5Model(CoLT5Seq2SeqPreTrainedModel):
             use_cache: whether to fill a cache.
             kwargs: `output_hidden_states`, `output_attentions`, `output_routing` and `return_dict`.
         """
-        return self.run_stacks(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            decoder_input_ids=decoder_input_ids,
-            decoder_attention_mask=decoder_attention_mask,
-            decoder_inputs_embeds=decoder_inputs_embeds,
-            encoder_outputs=encoder_outputs,
-            cache=cache_of_forward(cache, past_key_values),
-            use_cache=use_cache,
-            **kwargs,
+        return CoLT5Seq2SeqModelOutput(
+            **self.run_stacks(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                inputs_embeds=inputs_embeds,
+                decoder_input_ids=decoder_input_ids,
+                decoder_attention_mask=decoder_attention_mask,
+                decoder_inputs_embeds=decoder_inputs_embeds,
+                encoder_outputs=encoder_outputs,
+                cache=cache_of_forward(cache, past_key_values),
+                use_cache=use_cache,
+                **kwargs,
+            )
         )
 
 
@@ -365,19 +372,17 @@ class CoLT5ForConditionalGeneration(CoLT5Seq2SeqPreTrainedModel, CoLT5Generation
         """
         if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
-        outputs = dict(
-            self.run_stacks(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                inputs_embeds=inputs_embeds,
-                decoder_input_ids=decoder_input_ids,
-                decoder_attention_mask=decoder_attention_mask,
-                decoder_inputs_embeds=decoder_inputs_embeds,
-                encoder_outputs=encoder_outputs,
-                cache=cache_of_forward(cache, past_key_values),
-                use_cache=use_cache,
-                **kwargs,
-            )
+        outputs = self.run_stacks(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            decoder_input_ids=decoder_input_ids,
+            decoder_attention_mask=decoder_attention_mask,
+            decoder_inputs_embeds=decoder_inputs_embeds,
+            encoder_outputs=encoder_outputs,
+            cache=cache_of_forward(cache, past_key_values),
+            use_cache=use_cache,
+            **kwargs,
         )
         hidden_states = outputs.pop("last_hidden_state")
         if self.config.scale_decoder_outputs:

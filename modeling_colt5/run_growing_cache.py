@@ -12,38 +12,41 @@ from .kernel_backend import runs_eagerly
 BLOCK = 256
 
 
-class _Room:
-    """Memory [batch, heads, a multiple of `BLOCK`, d_kv], and the view of the tokens that it holds, its first ones."""
+class _Rooms:
+    """Memories of keys and values [batch, heads, a multiple of `BLOCK`, d_kv], and how many tokens they hold."""
 
-    def __init__(self, states: Tensor, rows: int, length: int):
-        _, heads, _, size = states.shape
-        self.memory = states.new_empty(rows, heads, -(-length // BLOCK) * BLOCK, size)
-        self.view = self.memory.narrow(2, 0, 0)
+    def __init__(self, keys: Tensor, values: Tensor, size: int):
+        self.keys, self.values = (_memory(states, len(states), size) for states in (keys, values))
+        self.length = keys.shape[2]
+        for memory, states in zip((self.keys, self.values), (keys, values), strict=True):
+            memory.narrow(2, 0, self.length).copy_(states)
 
-    def takes(self, states: Tensor, total: int) -> bool:
-        """Whether states are this view, so that nobody else can know what lies behind it, and it may become one of
-        `total` tokens: what inference mode made may only be written in it."""
-        memory = self.memory
-        is_free = states is self.view and total <= memory.shape[2]
+    def takes(self, count: int) -> bool:
+        """Whether there is space for so many tokens more: what inference mode made may only be written in it."""
+        memory = self.keys
+        is_free = self.length + count <= memory.shape[2]
         return is_free and (not memory.is_inference() or torch.is_inference_mode_enabled())
 
-    def write(self, states: Tensor) -> Tensor:
-        """Write states behind those that are here; returns the view of all."""
-        first, count = self.view.shape[2], states.shape[2]
-        self.memory.narrow(2, first, count).copy_(states)
-        return self.count(count)
+    def write(self, keys: Tensor, values: Tensor) -> None:
+        """Write the states of new tokens behind those that are here."""
+        first, count = self.length, keys.shape[2]
+        for memory, states in zip((self.keys, self.values), (keys, values), strict=True):
+            memory.narrow(2, first, count).copy_(states)
+        self.length += count
 
-    def count(self, number: int) -> Tensor:
-        """Let the view end so many tokens later; returns it."""
-        self.view = self.memory.narrow(2, 0, self.view.shape[2] + number)
-        return self.view
+    def reorder(self, rows: Tensor) -> None:
+        """Take these rows, with as much room as before."""
+        for name in ("keys", "values"):
+            memory: Tensor = getattr(self, name)
+            other = _memory(memory, len(rows), memory.shape[2])
+            torch.index_select(memory.narrow(2, 0, self.length), 0, rows, out=other.narrow(2, 0, self.length))
+            setattr(self, name, other)
 
-    def reordered(self, states: Tensor, rows: Tensor) -> "_Room":
-        """Another room of this size, with these rows of the states."""
-        length = states.shape[2]
-        room = _Room(states, len(rows), max(length, self.memory.shape[2]))
-        room.view = torch.index_select(states, 0, rows, out=room.memory.narrow(2, 0, length))
-        return room
+
+def _memory(states: Tensor, rows: int, size: int) -> Tensor:
+    """Memory of rows of at least so many tokens like these states."""
+    _, heads, _, features = states.shape
+    return states.new_empty(rows, heads, -(-size // BLOCK) * BLOCK, features)
 
 
 class CoLT5GrowingLayer(DynamicLayer):
@@ -51,25 +54,66 @@ class CoLT5GrowingLayer(DynamicLayer):
     dynamic layer copies the whole cache.
 
     `keys` and `values` are what they are in a dynamic layer, [batch, heads, length, d_kv]; here they are views of
-    rooms. Whoever replaces them takes their room away, and the next step makes another one.
+    rooms, made when somebody asks for them. Whoever replaces them takes their room away, and the next step makes
+    another one.
 
     Where autograd records, and where compilers or transforms trace, it is a dynamic layer: a backward pass needs each
     step's keys as they were, and tracers would note a room's length as a constant.
     """
 
-    keys: Any
-    values: Any
-
     def __init__(self, *args: Any, **kwargs: Any):
+        self._parts: list[Any] = [None, None]
+        self.rooms: _Rooms | None = None
         super().__init__(*args, **kwargs)
-        self.rooms: tuple[_Room, _Room] | None = None
+
+    @property
+    def keys(self) -> Any:
+        """Of all tokens, [batch, heads, length, d_kv]; None in a cache that is empty."""
+        return self._part(0)
+
+    @keys.setter
+    def keys(self, states: Any) -> None:
+        self._replace(0, states)
+
+    @property
+    def values(self) -> Any:
+        """The same."""
+        return self._part(1)
+
+    @values.setter
+    def values(self, states: Any) -> None:
+        self._replace(1, states)
+
+    def _part(self, number: int) -> Any:
+        rooms = self.rooms
+        if rooms is not None and self._parts[number] is None:
+            self._parts[number] = (rooms.keys, rooms.values)[number].narrow(2, 0, rooms.length)
+        return self._parts[number]
+
+    def _replace(self, number: int, states: Any) -> None:
+        self._leave_rooms()
+        self._parts[number] = states
+
+    def _leave_rooms(self) -> None:
+        """Keep keys and values as they are, without space behind them."""
+        self._parts, self.rooms = [self.keys, self.values], None
+
+    def _enter(self, rooms: _Rooms | None) -> None:
+        """Hold what rooms hold."""
+        if rooms is not None:
+            self._parts, self.rooms = [None, None], rooms
 
     def __copy__(self) -> "CoLT5GrowingLayer":
         # The two share their keys and values, so neither may write behind them any more.
-        self.rooms = None
+        self._leave_rooms()
         other = type(self).__new__(type(self))
         other.__dict__.update(self.__dict__)
+        other._parts = list(self._parts)
         return other
+
+    def get_seq_length(self) -> int:
+        """How many tokens there are."""
+        return super().get_seq_length() if self.rooms is None else self.rooms.length
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Add the states of new tokens, [batch, heads, n, d_kv]; returns those of all tokens."""
@@ -77,82 +121,68 @@ class CoLT5GrowingLayer(DynamicLayer):
         is_plain = not torch.is_grad_enabled() and runs_eagerly()
         pairs = ((self.keys, key_states), (self.values, value_states))
         if not is_plain or not all(_go_on(states, new.shape, new) for states, new in pairs):
-            self.rooms = None
+            self._leave_rooms()
             return super().update(key_states, value_states, *args, **kwargs)
-        key_room, value_room = self._rooms_for(key_states.shape[2])
-        self.keys, self.values = key_room.write(key_states), value_room.write(value_states)
+        rooms = self._rooms_for(key_states.shape[2])
+        rooms.write(key_states, value_states)
+        self._enter(rooms)
         return self.keys, self.values
 
-    def takes_token(self, length: int, shape: tuple[int, ...], states: Tensor) -> bool:
-        """Whether the next token may be one that `count_token` counts.
+    def room_for_token(self, length: int) -> tuple[Tensor, Tensor] | None:
+        """Where the keys and values of one token more in each row are to be written, behind those of the others, as
+        contiguous tensors [batch, heads, room, d_kv]; None where the layer has no tokens, or not so many as asked.
 
-        Args:
-            length: tokens that the layer must have, at least one.
-            shape: of a token's keys, [batch, heads, 1, d_kv].
-            states: of the dtype and on the device of keys.
+        Only without autograd. Nothing has changed before `count_token` is called.
         """
-        parts = (self.keys, self.values)
-        return length > 0 and all(_go_on(part, shape, states) and part.shape[2] == length for part in parts)
-
-    def count_token(self) -> tuple[Tensor, Tensor]:
-        """Count one token more in each row, whose keys and values the caller writes.
-
-        Only without autograd, and where `takes_token` says so.
-
-        Returns:
-            Keys and values as contiguous tensors [batch, heads, room, d_kv]: the token's are to be written behind the
-            others.
-        """
-        key_room, value_room = self._rooms_for(1)
-        self.keys, self.values = key_room.count(1), value_room.count(1)
-        return key_room.memory, value_room.memory
-
-    def _rooms_for(self, count: int) -> tuple[_Room, _Room]:
-        """The rooms of keys and values, of one size, with space for so many tokens more: others where they are full or
-        hold something else."""
-        parts = (self.keys, self.values)
-        total = self.keys.shape[2] + count
         rooms = self.rooms
-        if rooms is None or not all(room.takes(states, total) for room, states in zip(rooms, parts, strict=True)):
-            key_room, value_room = (_Room(states, len(states), total) for states in parts)
-            rooms = self.rooms = key_room, value_room
-            for room, states in zip(rooms, parts, strict=True):
-                room.write(states)
+        if rooms is None:
+            keys, values = self._parts
+            if type(keys) is not Tensor or type(values) is not Tensor or keys.dim() != 4 or keys.shape != values.shape:
+                return None
+        if length == 0 or self.get_seq_length() != length:
+            return None
+        rooms = self._rooms_for(1)
+        return rooms.keys, rooms.values
+
+    def count_token(self) -> None:
+        """Count one token more in each row, whose keys and values are where `room_for_token` said."""
+        assert self.rooms is not None
+        self.rooms.length += 1
+        self._enter(self.rooms)
+
+    def _rooms_for(self, count: int) -> _Rooms:
+        """The rooms, with space for so many tokens more: others where they are full or there are none."""
+        rooms = self.rooms
+        if rooms is None or not rooms.takes(count):
+            rooms = _Rooms(self.keys, self.values, self.get_seq_length() + count)
+            self._enter(rooms)
         return rooms
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
         """Take back the last tokens, as of a dynamic layer; the next ones are written over them."""
-        rooms = self._own_rooms()
+        rooms = self.rooms
         super().crop(*args, **kwargs)
         if rooms is not None:
-            rooms[0].view, rooms[1].view = self.keys, self.values
+            rooms.length = self.keys.shape[2]
+            self._enter(rooms)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Rows by beam, with as much room as before."""
-        rooms = self._own_rooms()
-        if rooms is None or torch.is_grad_enabled():
+        if self.rooms is None or torch.is_grad_enabled():
             super().reorder_cache(beam_idx)
             return
-        order = beam_idx.to(self.keys.device)
-        key_room, value_room = rooms[0].reordered(self.keys, order), rooms[1].reordered(self.values, order)
-        self.rooms = key_room, value_room
-        self.keys, self.values = key_room.view, value_room.view
-
-    def _own_rooms(self) -> tuple[_Room, _Room] | None:
-        """The rooms that keys and values are views of; None where there are none."""
-        rooms = self.rooms
-        is_own = rooms is not None and self.keys is rooms[0].view and self.values is rooms[1].view
-        return rooms if is_own else None
+        self.rooms.reorder(beam_idx.to(self.rooms.keys.device))
+        self._enter(self.rooms)
 
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
-        self.rooms = None
+        self._leave_rooms()
 
     def offload(self) -> None:
         """Move keys and values to the CPU, without the room."""
+        self._leave_rooms()
         super().offload()
-        self.rooms = None
 
 
 def _go_on(states: Tensor | None, new: tuple[int, ...], like: Tensor) -> bool:

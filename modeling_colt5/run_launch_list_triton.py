@@ -11,6 +11,8 @@ import struct
 import subprocess
 import warnings
 from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -106,35 +108,56 @@ static int run_words(const int64_t *word, const int64_t *end, const uint64_t *me
   return 0;
 }
 
-/* run(words, memories, stream, handle) gives one of these, and launches nothing unless it is DONE */
+/* run(words, addresses, each, room, stream, handle) runs the words for each of several calls one after another: every
+   `each` addresses are the memories of a call, and the room of temporary tensors, which comes behind them, is all
+   calls'. It gives one of these, and launches nothing unless it is DONE */
 enum { DONE, WITHOUT_CONTEXT, UNALIGNED };
 
 static PyObject *run(PyObject *self, PyObject *const *args, Py_ssize_t count) {
-  if (count != 4 || !PyBytes_Check(args[0]) || !PyList_Check(args[1]) || PyList_GET_SIZE(args[1]) > MOST_MEMORIES) {
-    PyErr_SetString(PyExc_TypeError, "run takes bytes, a list of addresses, a stream and a handle");
+  if (count != 6 || !PyBytes_Check(args[0]) || !PyList_Check(args[1])) {
+    PyErr_SetString(PyExc_TypeError, "run takes bytes, a list of addresses, three numbers, and a handle");
     return NULL;
   }
-  uint64_t memories[MOST_MEMORIES];
   Py_ssize_t size = PyList_GET_SIZE(args[1]);
-  uint64_t all = 0;
-  for (Py_ssize_t place = 0; place < size; place++)
-    all |= memories[place] = PyLong_AsUnsignedLongLong(PyList_GET_ITEM(args[1], place));
-  void *stream = PyLong_AsVoidPtr(args[2]);
-  void *handle = PyLong_AsVoidPtr(args[3]);
+  Py_ssize_t each = PyLong_AsSsize_t(args[2]);
+  uint64_t room = PyLong_AsUnsignedLongLong(args[3]);
+  void *stream = PyLong_AsVoidPtr(args[4]);
+  void *handle = PyLong_AsVoidPtr(args[5]);
   if (PyErr_Occurred())
     return NULL;
+  if (each < 1 || each >= MOST_MEMORIES || size % each) {
+    PyErr_SetString(PyExc_ValueError, "the addresses must be whole calls, of at least one memory and not too many");
+    return NULL;
+  }
+  uint64_t *addresses = PyMem_Malloc((size + 1) * sizeof(uint64_t));
+  if (!addresses)
+    return PyErr_NoMemory();
+  uint64_t all = room;
+  for (Py_ssize_t place = 0; place < size; place++)
+    all |= addresses[place] = PyLong_AsUnsignedLongLong(PyList_GET_ITEM(args[1], place));
   /* kernels were compiled for addresses that are multiples of 16 */
-  if (all & 15)
-    return PyLong_FromLong(UNALIGNED);
+  if (PyErr_Occurred() || all & 15) {
+    PyMem_Free(addresses);
+    return PyErr_Occurred() ? NULL : PyLong_FromLong(UNALIGNED);
+  }
   const int64_t *words = (const int64_t *)PyBytes_AS_STRING(args[0]);
   const int64_t *end = words + PyBytes_GET_SIZE(args[0]) / sizeof(int64_t);
   void *context = NULL;
-  if (context_of_now(&context) || !context)
+  if (context_of_now(&context) || !context) {
+    PyMem_Free(addresses);
     return PyLong_FromLong(WITHOUT_CONTEXT);
-  int status;
+  }
+  int status = 0;
   Py_BEGIN_ALLOW_THREADS
-  status = run_words(words, end, memories, stream, handle);
+  uint64_t memories[MOST_MEMORIES];
+  memories[each] = room;
+  for (Py_ssize_t first = 0; first < size && !status; first += each) {
+    for (Py_ssize_t place = 0; place < each; place++)
+      memories[place] = addresses[first + place];
+    status = run_words(words, end, memories, stream, handle);
+  }
   Py_END_ALLOW_THREADS
+  PyMem_Free(addresses);
   if (status)
     return PyErr_Format(PyExc_RuntimeError, "a launch of a CoLT5 layer failed with CUDA's or cuBLAS's error %d",
                         status);
@@ -220,24 +243,26 @@ class LaunchList:
     def __init__(self, words: bytes, room: int):
         self.words, self.room = words, room
 
-    def __call__(self, memories: list[Tensor], device: torch.device, index: int) -> bool:
-        """Launch on the current stream of a device with this index, which is the current one.
+    def __call__(self, calls: Sequence[list[Tensor]], device: torch.device, index: int) -> bool:
+        """Launch for one call after another, on the current stream of a device with this index, which is the current
+        one.
 
         Args:
-            memories: as `Recorder` had them, each with the dtype, shape and strides that it had then.
+            calls: of each its memories, as `Recorder` had them, each with the dtype, shape and strides that it had
+                then.
 
         Returns:
             False where a memory is not aligned to 16 bytes; nothing was launched then.
         """
         room = torch.empty(self.room, dtype=torch.uint8, device=device)
-        addresses = [*map(Tensor.data_ptr, memories), room.data_ptr()]
+        addresses = list(map(Tensor.data_ptr, chain.from_iterable(calls)))
         run, handle = launcher().run, torch._C._cuda_getCurrentBlasHandle()
         stream = torch._C._cuda_getCurrentRawStream(index)
-        status = run(self.words, addresses, stream, handle)
+        status = run(self.words, addresses, len(calls[0]), room.data_ptr(), stream, handle)
         if status == WITHOUT_CONTEXT:
             # a thread of its own, in which nothing was computed yet
             torch._C._cuda_setDevice(index)
-            return self(memories, device, index)
+            return self(calls, device, index)
         return status == DONE
 
 
@@ -329,9 +354,29 @@ def repeated_or_recorder(lists: Lists, kind: Any, memories: list[Tensor], repeat
     """
     first = memories[0]
     launches = lists.get(kind) if repeats else None
-    if launches is not None and launches(memories, first.device, first.get_device()):
+    if launches is not None and launches((memories,), first.device, first.get_device()):
         return None
     return Recorder(first.device, repeats and kind not in lists, (lists, kind, memories))
+
+
+def repeat_or_note(
+    lists: Lists, kind: Any, calls: Sequence[list[Tensor]], repeats: bool, compute: Callable[[int, Recorder], None]
+) -> None:
+    """Make several calls of one kind, one after another: repeat the list of launches for as many of them as there are
+    behind the one that it was noted in.
+
+    Args:
+        lists, kind, repeats: as of `repeated_or_recorder`.
+        calls: memories of each.
+        compute: what computes the call of a number, with what notes it.
+    """
+    first = calls[0][0]
+    for number, memories in enumerate(calls):
+        launches = lists.get(kind) if repeats else None
+        if launches is not None and launches(calls[number:], first.device, first.get_device()):
+            return
+        with (recorder := Recorder(first.device, repeats and kind not in lists, (lists, kind, memories))):
+            compute(number, recorder)
 
 
 class _Elsewhere(Exception):

@@ -1,8 +1,10 @@
 """Tiny models, padded batches and checkpointing that the test files share."""
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
+from torch import nn
 
 from modeling_colt5 import (
     CoLT5Config,
@@ -12,6 +14,8 @@ from modeling_colt5 import (
     CoLT5ForTokenClassification,
     CoLT5PreTrainedModel,
 )
+from modeling_colt5.layer_plain import PlainLayer, PlainStack
+from modeling_colt5.model_decoder_layer import PLAIN
 
 # the encoder with a head for a task
 ENCODER_HEADS = [CoLT5ForSequenceClassification, CoLT5ForTokenClassification, CoLT5ForQuestionAnswering]
@@ -82,3 +86,13 @@ def checkpoint_activations(model: CoLT5PreTrainedModel, use_reentrant: bool = Fa
     """Have each layer's activations computed again in the backward, by the name that this Transformers has for it."""
     enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
     enable({"use_reentrant": use_reentrant})
+
+
+stacks: WeakKeyDictionary[nn.Module, PlainStack] = WeakKeyDictionary()
+
+
+def read_plain(block: nn.Module) -> tuple[PlainLayer, tuple[torch.Tensor, ...]] | None:
+    """What straight lines read of a decoder's block, as a stack does that may have read it before; None where the
+    block is to be called."""
+    read = stacks.setdefault(block, PlainStack()).read(nn.ModuleList([block]), PLAIN)
+    return None if read is None else read[0]

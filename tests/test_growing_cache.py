@@ -175,8 +175,8 @@ def test_ends_of_whole_blocks(length: int, monkeypatch: pytest.MonkeyPatch) -> N
     output = generate(model, inputs)
     expected = recomputed(model, inputs, output.sequences)
     torch.testing.assert_close(torch.stack(output.logits), expected, rtol=0, atol=TOLERANCE)
-    room, _ = self_layers(output[CACHE])[0].rooms
-    assert room.memory.shape[2] == -(-(length + NEW_TOKENS - 1) // 256) * 256
+    room = self_layers(output[CACHE])[0].rooms.keys
+    assert room.shape[2] == -(-(length + NEW_TOKENS - 1) // 256) * 256
 
 
 @torch.no_grad()
@@ -206,7 +206,7 @@ def test_steps_write_in_place_and_the_memory_goes_with_the_call() -> None:
     # the first token is kept alone; then there are rooms for 4, 8 and 12
     assert [len(set(places[first:last])) for first, last in ((1, 4), (4, 8), (8, 12))] == [1, 1, 1]
     assert len(set(places)) > 2
-    assert all(layer.rooms[0].memory.shape[2] == 12 for layer in self_layers(cache))
+    assert all(layer.rooms.keys.shape[2] == 12 for layer in self_layers(cache))
     assert all(type(layer) is DynamicLayer for layer in cache.cross_attention_cache.layers)
 
 
@@ -393,7 +393,7 @@ def test_states_that_somebody_else_put_there_are_read() -> None:
         lambda room: room.view(-1)[:45].view(1, 3, 3, 5),
     ):
         layer = filled_layer()
-        layer.keys = of_room(layer.rooms[0].memory)
+        layer.keys = of_room(layer.rooms.keys)
         expected = layer.keys.clone()
         keys, _ = layer.update(*torch.zeros(2, 1, 3, 1, 5).unbind(0))
         assert torch.equal(keys[:, :, :3], expected) and not keys[:, :, 3].any()

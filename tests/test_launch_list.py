@@ -59,7 +59,7 @@ def test_a_list_computes_for_other_memories_what_was_noted(repeated: list[str]) 
     # the joined tensor's memory serves again for the sum, which is written when nobody needs that anymore
     assert launches.room == 2 * 128
     others = [torch.randn(4, 4), torch.randn(4, 4), torch.empty(8, 4)]
-    assert launches(others, CPU, -1)
+    assert launches([others], CPU, -1)
     assert repeated == ["join_kernel", "product", "join_kernel", "product", "zeros", "join_kernel", "join_kernel"]
     torch.testing.assert_close(others[2], expected(*others[:2]))
 
@@ -71,7 +71,7 @@ def test_what_is_not_aligned_launches_nothing(repeated: list[str]) -> None:
     launches = recorder.finish(memories)
     assert launches is not None
     unaligned = torch.zeros(17)[1:].view(4, 4)
-    assert not launches([memories[0], unaligned, memories[2]], CPU, -1)
+    assert not launches([[memories[0], unaligned, memories[2]]], CPU, -1)
     assert not repeated
 
 
@@ -88,7 +88,7 @@ def test_a_thread_without_a_context_gets_one(repeated: list[str], monkeypatch: p
     monkeypatch.setattr(run_launch_list_triton, "launcher", lambda: made)
     monkeypatch.setattr(torch._C, "_cuda_setDevice", devices.append, raising=False)
     memories[1].zero_()
-    assert launches is not None and launches(memories, CPU, 3)
+    assert launches is not None and launches([memories], CPU, 3)
     assert devices == [3] and torch.equal(memories[0], memories[1])
 
 
@@ -152,7 +152,7 @@ def test_products_are_those_of_rows(transposed: tuple[bool, bool], repeated: lis
     launches = recorder.finish(memories)
     assert launches is not None
     memory.zero_()
-    launches(memories, CPU, -1)
+    launches([memories], CPU, -1)
     torch.testing.assert_close(memory[:, 5:10], first @ second)
     assert not memory[:, :5].any() and not memory[:, 10:].any()
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from launch_lists import interpreting_launcher
-from models import pad, random_ids, tiny_config
+from models import pad, random_ids, read_plain, tiny_config
 from rounding import assert_same_but_for_rounding
 from torch import nn
 from transformers import DynamicCache
@@ -23,7 +23,6 @@ from modeling_colt5 import (  # noqa: E402
     run_launch_list_triton,
 )
 from modeling_colt5.layer_causal import RoutedStep  # noqa: E402
-from modeling_colt5.model_decoder_layer import read_plain  # noqa: E402
 from modeling_colt5.run_release import CACHE  # noqa: E402
 
 # fp32 sums taken in another order over logits of size 1
@@ -416,15 +415,15 @@ def test_lists_are_repeated_for_all_layers_and_tokens(kind: str, monkeypatch: py
     ids = random_ids(2, 3 * WINDOW + 2)
     logits, _ = go_on(model, {"input_ids": ids}, [2 * WINDOW, *[1] * (WINDOW + 2)])
     torch.testing.assert_close(logits, model_logits(model, ids), rtol=0, atol=TOLERANCE)
-    # one kind of layers, of which the first and the second are noted, within a window and at its end
-    (lists,) = layer_decoder.lists_by_kind.values()
-    assert len(lists) == 4 and None not in lists.values()
-    runs = 3 * len(steps) - 4
+    # one run of like layers, of which the first is noted, within a window and at its end
+    (((lists, first, end),),) = layer_decoder.lists_by_kind.values()
+    assert (first, end) == (0, 3) and len(lists) == 2 and None not in lists.values()
+    runs = 3 * len(steps) - 2
     assert len(steps) == WINDOW + 2
     assert repeated.count("pool_step_attention_kernel") == runs
     assert repeated.count("step_products_kernel") == (8 if kind == "routed" else 6) * runs
-    # all launches of a layer, and beside them those of the one window's end that is repeated
-    assert len(repeated) == (15 * runs + 5 if kind == "routed" else 12 * runs + 4)
+    # all launches of a layer, and beside them those of the window's end, which two layers repeat
+    assert len(repeated) == (15 * runs + 2 * 5 if kind == "routed" else 12 * runs + 2 * 4)
 
 
 def model_logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
