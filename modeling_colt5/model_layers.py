@@ -270,6 +270,8 @@ class CoLT5Attention(nn.Module):
             interface = eager_attention_forward
         if interface is eager_attention_forward:
             return eager_attention_forward(self, query, key, value, mask, dropout, position_bias=bias)
+        # A cache that was filled before autocast was on keeps its dtype.
+        key, value = key.to(query.dtype), value.to(query.dtype)
         heads, groups = query.shape[1], key.shape[1]
         if heads > groups:
             # Heads that share a key/value head are just more queries for it.

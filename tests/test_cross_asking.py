@@ -145,17 +145,17 @@ def test_a_memory_is_projected_once() -> None:
     assert len(calls) == 2
 
 
-def test_kernels_agree_with_pytorch() -> None:
+def test_kernels_agree_with_pytorch(device: torch.device) -> None:
     pytest.importorskip("triton")
     found = []
-    asking = module()
-    states, memory = torch.randn(2, 3, 32, requires_grad=True), torch.randn(2, 24, 32, requires_grad=True)
+    asking = module().to(device)
+    states, memory = (torch.randn(2, n, 32, device=device, requires_grad=True) for n in (3, 24))
     leaves = [states, memory, *asking.parameters()]
     for backend in ("torch", "triton"):
         other = module(kernel_backend=backend)
         other.load_state_dict(asking.state_dict())
         asking.implementation = other.implementation
-        output = asking(states, memory, real([24, 5], 24))
+        output = asking(states, memory, real([24, 5], 24).to(device))
         found.append([output, *torch.autograd.grad(output.square().sum(), leaves)])
     for expected, ours in zip(*found, strict=True):
         # sums in another order

@@ -12,7 +12,13 @@ from models import pad, random_ids, tiny_model
 from transformers import DynamicCache, EncoderDecoderCache, GenerationMixin, StaticCache
 from transformers.cache_utils import Cache, DynamicLayer
 
-from modeling_colt5 import CoLT5ForCausalLM, CoLT5ForConditionalGeneration, run_growing_cache, run_release
+from modeling_colt5 import (
+    CoLT5ForCausalLM,
+    CoLT5ForConditionalGeneration,
+    model_layers,
+    run_growing_cache,
+    run_release,
+)
 from modeling_colt5.run_growing_cache import CoLT5GrowingLayer
 from modeling_colt5.run_release import CACHE
 
@@ -375,6 +381,34 @@ def test_a_growing_layer_is_a_dynamic_layer_whatever_is_done_to_it(seed: int) ->
         for count in (2, 1):
             layer.update(*torch.ones(2, rows, 3, count, 5).unbind(0))
     assert torch.equal(layers[0].keys, layers[1].keys)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_a_cache_that_was_filled_before_autocast_was_on(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's attention is called with one dtype then, as it asks for on a GPU."""
+    interface, dtypes = model_layers.attention_interface, []
+
+    def watched(name: str) -> Any:
+        def attend(module: Any, query: Any, key: Any, value: Any, *rest: Any, **more: Any) -> Any:
+            dtypes.append({part.dtype for part in (query, key, value)})
+            return interface(name)(module, query, key, value, *rest, **more)
+
+        return attend
+
+    model_class, make_inputs = KINDS[kind]
+    model, inputs = make_model(model_class), make_inputs()
+    prefix = "decoder_" if model.config.is_encoder_decoder else ""
+    fixed = {name: part for name, part in inputs.items() if prefix and not name.startswith(prefix)}
+    ids = random_ids(3, 5)
+    expected = model(**fixed, **{f"{prefix}input_ids": ids}).logits[:, 4:]
+    cache = model(**fixed, **{f"{prefix}input_ids": ids[:, :4]}, use_cache=True)[CACHE]
+    monkeypatch.setattr(model_layers, "attention_interface", watched)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(**fixed, **{f"{prefix}input_ids": ids[:, 4:], CACHE: cache}).logits
+    assert {torch.bfloat16} in dtypes and all(len(each) == 1 for each in dtypes)
+    # products in bf16, of logits of size 1
+    torch.testing.assert_close(logits.float(), expected, rtol=0, atol=0.1)
 
 
 def filled_layer(rows: int = 1) -> CoLT5GrowingLayer:
