@@ -166,9 +166,12 @@ class RoutedStep(TokenStep):
         )  # fmt: skip
 
         def state_of(plain: PlainRoutedLayer, layer: CoLT5DynamicRoutedLayer) -> tuple[Tensor, ...] | None:
-            return layer.contiguous(plain.rings, plain.carried)
+            return layer.state_of_token(plain.rings, plain.carried)
 
         layers = cls.read_layers(of_pass, read, caches, state_of, index)
+        # What modules leave in a cache may be views. The kernels leave it contiguous.
+        if layers is None and any([layer.make_contiguous() for layer in own]):
+            layers = cls.read_layers(of_pass, read, caches, state_of, index)
         if layers is None:
             return None
         # Asked last, as the answer may be waited for.

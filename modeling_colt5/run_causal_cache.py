@@ -88,18 +88,24 @@ class CoLT5DynamicRoutedLayer(_RoutedState, DynamicLayer):
             self._before_end = self.window - 1 - int((self.counters["lengths"] % self.window).max())
         return self._before_end
 
-    def contiguous(self, rings: tuple[str, ...], carried: tuple[str, ...]) -> tuple[Tensor, ...] | None:
-        """Rings and carried tensors of these names, made contiguous where they are not; None where one lacks."""
-        found: list[Tensor] = []
-        for tensors, names in ((self.rings, rings), (self.carried, carried)):
-            for name in names:
-                tensor = tensors.get(name)
-                if tensor is None:
-                    return None
-                if not tensor.is_contiguous():
-                    tensors[name] = tensor = tensor.contiguous()
-                found.append(tensor)
-        return tuple(found)
+    def state_of_token(self, rings: tuple[str, ...], carried: tuple[str, ...]) -> tuple[Tensor, ...] | None:
+        """Rings and carried tensors of these names; None where one lacks."""
+        try:
+            return (*map(self.rings.__getitem__, rings), *map(self.carried.__getitem__, carried))
+        except KeyError:
+            return None
+
+    def make_contiguous(self) -> bool:
+        """Make contiguous what is not; returns whether something was not."""
+        others = [
+            (tensors, name, tensor)
+            for tensors in (self.rings, self.carried)
+            for name, tensor in tensors.items()
+            if not tensor.is_contiguous()
+        ]
+        for tensors, name, tensor in others:
+            tensors[name] = tensor.contiguous()
+        return bool(others)
 
     def counters_after_token(self, lengths: Tensor, real: Tensor | None, may_end: bool) -> dict[str, Tensor]:
         """The counters with one more position in each row.
