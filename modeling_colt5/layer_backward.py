@@ -13,6 +13,7 @@ if triton_is_available():
     from .op_attention_gradient_triton import attention_backward_into
     from .op_attention_triton import partial_sums
     from .op_gelu_triton import gated_gelu_backward_into
+    from .op_grid_attention_gradient_triton import grid_attention_backward_into, grid_partial_sums
     from .op_norm_triton import gradient_programs, norm_backward_into
     from .op_routing_gradient_triton import route_backward_into, slot_parts
     from .op_rows_triton import combine_into, gather_dot_into, join_into
@@ -62,9 +63,6 @@ class GradientRooms:
         self.second_shares = self.second.add(torch.float32, shares, 2, d)
         self.heavy_delta = self.first.add(torch.float32, batch, heavy_heads, queries)
         self.light_delta = self.first.add(torch.float32, batch, light_heads, n)
-        band = partial_sums(n, program.light_size, program.dtype, program.device, routed=False)
-        self.light_partials = (batch, light_heads, band)
-        self.heavy_partials = (batch, heavy_heads, queries)
 
 
 class Gradients:
@@ -152,6 +150,41 @@ class Backward:
             room[weights_grad], scores, budget, None, mask, None, weights.shape[1], *self.line.program.settings,
             weights, indices, valid, state, room[scores_grad], room[budget_grad], None if sums is None else room[sums],
         )  # fmt: skip
+
+    def attend(
+        self, grad: Tensor, states: tuple[Tensor, ...], size: int, table: Tensor, radius: int,
+        queries: Tensor | None, keys: Tensor | None, mask: Tensor | None, drop: int, attended: Tensor, sums: Tensor,
+        grads: tuple[Tensor, ...], table_grad: Tensor | None, delta: Tensor,
+    ) -> None:  # fmt: skip
+        """Launch the gradient of what `Line.attend` launched, whose arguments these are too.
+
+        Args:
+            grad: of what was attended.
+            grads: of query, key and value, to be written.
+            table_grad: of the table, likewise; None where it is not wanted.
+            delta: room of the shape of `sums`.
+        """
+        line, width = self.line, self.line.common.width
+        query, key, value = (line.heads(part, size) for part in states)
+        partials = None
+        if table_grad is not None:
+            if width is None:
+                batch, n, heads, _ = query.shape
+                rows = partial_sums(n, size, query.dtype, query.device, queries is not None)
+                partials = line.temporary(torch.float32, batch, heads, rows, table.shape[1])
+            else:
+                partials = line.temporary(torch.int64, grid_partial_sums(table, radius, queries is not None))
+            line.recorder.zeros(partials)
+        seed, probability = line.dropout(drop)
+        operands = (line.heads(grad, size), query, key, value, table)
+        rest = (
+            radius, queries, keys, mask, probability, seed, line.heads(attended, size), sums,
+            *(line.heads(part, size) for part in grads), table_grad, delta, partials,
+        )  # fmt: skip
+        if width is None:
+            attention_backward_into(*operands, *rest)
+        else:
+            grid_attention_backward_into(*operands, width, *rest)
 
     def dense(self, name: str, grad: Tensor, states: Tensor, first: int, drop: int) -> Tensor:
         """The gradient of a gated feed-forward's states, and those of its weights, from the place `first` on, as
@@ -251,8 +284,7 @@ class Backward:
     def attention(self, grad: Tensor, update_grad: Tensor, hidden_states: Tensor, out: Tensor) -> None:
         """The gradient of what the attention got, of its weights and of the tables."""
         line, program, own = self.line, self.line.program, self.rooms
-        rows, heads, d = line.rows, line.heads, program.d
-        light_table, heavy_table = self.tables
+        rows, d = line.rows, program.d
         places = program.first.views(line.place("first"))
         room = own.first.views(line.temporary(torch.uint8, own.first.size))
         slots, gradient = program.first_slots, own.first_slots
@@ -265,22 +297,17 @@ class Backward:
         )
         attended, query, key_value = (line.place(name) for name in ("heavy_attended", "query", "key_value"))
         self.weight_gradients(heavy_grad, attended, Weight.HEAVY_O, 1)
-        size = program.heavy_size
         attended_grad = line.temporary(program.dtype, *attended.shape)
         line.recorder.product(heavy_grad, line.weights[Weight.HEAVY_O], attended_grad)
         del heavy_grad
         query_grad = line.temporary(program.dtype, *query.shape)
         key_value_grad = line.temporary(program.dtype, *key_value.shape)
-        partials = self.partials(own.heavy_partials, heavy_table)
-        seed, probability = line.dropout(Drop.HEAVY_ATTENTION)
-        attention_backward_into(
-            heads(attended_grad, size), heads(query, size), *(heads(part, size) for part in key_value.chunk(2, 1)),
-            line.tables[1], 0, queries[0], *keys[:2], probability, seed,
-            heads(attended, size), places[program.heavy_sums],
-            heads(query_grad, size), *(heads(part, size) for part in key_value_grad.chunk(2, 1)), heavy_table,
-            room[own.heavy_delta], partials,
+        self.attend(
+            attended_grad, (query, *key_value.chunk(2, 1)), program.heavy_size, line.tables[1], 0, queries[0],
+            *keys[:2], Drop.HEAVY_ATTENTION, attended, places[program.heavy_sums],
+            (query_grad, *key_value_grad.chunk(2, 1)), self.tables[1], room[own.heavy_delta],
         )  # fmt: skip
-        del attended_grad, partials
+        del attended_grad
         self.weight_gradients(query_grad, query_states, Weight.HEAVY_Q, 1)
         self.weight_gradients(key_value_grad, key_states, Weight.HEAVY_K, 2)
         query_states_grad = line.temporary(program.dtype, *query_states.shape)
@@ -290,22 +317,18 @@ class Backward:
 
         normed = line.place("normed")
         attended, query_key_value = line.place("light_attended"), line.place("query_key_value")
-        light_grad, size = line.rounded(update_grad, program.dtype).view(-1, d), program.light_size
+        light_grad = line.rounded(update_grad, program.dtype).view(-1, d)
         self.weight_gradients(light_grad, attended, Weight.LIGHT_O, 1)
         attended_grad = line.temporary(program.dtype, *attended.shape)
         line.recorder.product(light_grad, line.weights[Weight.LIGHT_O], attended_grad)
         del light_grad, update_grad
         query_key_value_grad = line.temporary(program.dtype, *query_key_value.shape)
-        partials = self.partials(own.light_partials, light_table)
-        seed, probability = line.dropout(Drop.LIGHT_ATTENTION)
-        attention_backward_into(
-            heads(attended_grad, size), *(heads(part, size) for part in query_key_value.chunk(3, 1)),
-            line.tables[0], program.radius, None, None, line.common.mask, probability, seed,
-            heads(attended, size), places[program.light_sums],
-            *(heads(part, size) for part in query_key_value_grad.chunk(3, 1)), light_table,
-            room[own.light_delta], partials,
+        self.attend(
+            attended_grad, query_key_value.chunk(3, 1), program.light_size, line.tables[0], program.radius, None,
+            None, line.common.mask, Drop.LIGHT_ATTENTION, attended, places[program.light_sums],
+            query_key_value_grad.chunk(3, 1), self.tables[0], room[own.light_delta],
         )  # fmt: skip
-        del attended_grad, partials
+        del attended_grad
         self.weight_gradients(query_key_value_grad, normed, Weight.LIGHT_Q, 3)
         normed_grad = self.states_gradient(query_key_value_grad, Weight.LIGHT_Q, 3)
         del query_key_value_grad
@@ -323,11 +346,3 @@ class Backward:
             grad, total, room[gradient.scores], hidden_states, places[RSTD],
             Weight.ATTENTION_NORM, line.place("routers"), room[own.first_shares], out,
         )  # fmt: skip
-
-    def partials(self, shape: tuple[int, int, int], table: Tensor | None) -> Tensor | None:
-        """Room for partial sums of a table's gradient, filled with zeros; None where that is not wanted."""
-        if table is None:
-            return None
-        partials = self.line.temporary(torch.float32, *shape, table.shape[1])
-        self.line.recorder.zeros(partials)
-        return partials

@@ -54,7 +54,7 @@ def straight_pass(hidden_states: Tensor, settings: EncoderSettings, plan: Encode
         and not mode.is_deterministic
         and forward_ad._current_level < 0
         and kernels_take(hidden_states.shape[1], settings.soft_topk.solver, hidden_states.device)
-        and not (mode.keeps_gradients and (hidden_states.dtype == torch.float16 or plan.width is not None))
+        and not (mode.keeps_gradients and hidden_states.dtype == torch.float16)
     )
     return StraightPass(hidden_states, plan) if may_run else None
 

@@ -92,6 +92,8 @@ class CoLT5VisionEncoder(CoLT5VisionPreTrainedModel):
         check_pixels(pixel_values, self.config.num_channels)
         pixels = pixel_mask_of(pixel_mask, pixel_values)
         patches, mask = self.patch_embedding(pixel_values.to(self.dtype), pixels)
+        # autocast takes the projection to another dtype, and sums of layers stay in the model's, as those of a text
+        patches = patches.to(self.dtype)
         hidden_states = self.run_blocks(self.dropout(patches), mask, self.records_blocks(flags))
         if mask is None:
             mask = torch.ones(patches.shape[:3], dtype=torch.bool, device=patches.device)

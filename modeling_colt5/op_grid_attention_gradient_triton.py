@@ -18,26 +18,80 @@ from .op_grid_attention_triton import (
     store_tokens,
     tile_of,
 )
-from .run_launch_triton import launch, tl, triton
+from .run_launch_triton import cdiv, launch, next_power_of_2, tl, triton
 
 # So many entries at least have the partial sums of a head's table gradient: few programs then add to the same one.
 PARTIAL_ENTRIES = 4096
+# Before these sums stand so many numbers, from which follows the unit that the sums are counted in.
+NUMBERS_OF_UNIT = 2
+SUMS_BEGIN = tl.constexpr(NUMBERS_OF_UNIT)
+# So many numbers of a table, or of copies of a part of it, has a program that sums these up.
+ENTRIES = 1024
+# So many queries, or keys, has a program that looks for the unit.
+UNIT_BLOCK = 64
+
+# The least unit: not 0, by which nothing can be divided.
+LEAST_UNIT = tl.constexpr(2.0**-120)
+
+
+@triton.jit
+def keep_largest(numbers, partials):
+    """Let the number at `partials` be at least the largest of a tile, all ≥ 0 and in fp32: their bits, read as whole
+    numbers, have the same order. What is not a number counts as larger than all others."""
+    bits = numbers.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    tl.atomic_max(partials, tl.max(bits).to(tl.int64), sem="relaxed")
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED_IN_GRIDS)
+def grid_table_unit_kernel(
+    output_gradient, value, partials, value_stride_b, value_stride_n, value_stride_h, num_queries, num_keys,
+    HEADS: tl.constexpr, HEAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """What `unit_of` reads of a block of queries, or of keys, of one head: programs take the heads of the output
+    gradient first, and then those of the values."""
+    head = tl.program_id(1)
+    batch = tl.program_id(2).to(tl.int64)
+    number = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    if head < HEADS:
+        output_gradient += (batch * num_queries * HEADS + head) * HEAD
+        tile = load_tokens(output_gradient, number, number < num_queries, HEADS * HEAD, HEAD, BLOCK_D)
+        keep_largest(tl.sum(tl.abs(tile.to(tl.float32)), 1), partials)
+    else:
+        value += batch * value_stride_b + (head - HEADS) * value_stride_h
+        tile = load_tokens(value, number, number < num_keys, value_stride_n, HEAD, BLOCK_D)
+        keep_largest(tl.abs(tile.to(tl.float32)), partials + 1)
+
+
+@triton.jit
+def unit_of(partials, queries, DROPOUT: tl.constexpr):
+    """The unit that the table's gradient is counted in, of the numbers that `grid_table_unit_kernel` has left.
+
+    These are the largest sum of an output gradient's absolute values, and the largest absolute value among the values.
+    A query's score gradients are together at most twice the product of both, before what dropout multiplies. With four
+    times that for every query, an entry's sum stays below 2^62. What a number of this unit leaves over is then less
+    than 2^-30 of the bound for up to 2^30 queries.
+    """
+    gradient = tl.load(partials).to(tl.int32).to(tl.float32, bitcast=True)
+    value = tl.load(partials + 1).to(tl.int32).to(tl.float32, bitcast=True)
+    unit = gradient * value * (queries * (4 / (1 - DROPOUT) / 2**62))
+    # of a loss that overflowed it is not finite, and neither is the table's gradient
+    return tl.where(unit < LEAST_UNIT, LEAST_UNIT, unit)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED_IN_GRIDS)
 def grid_attention_backward_query_kernel(
     query, key, value, table, query_places, key_places, mask, seed, output, log_sum_exp, output_gradient,
-    delta, query_gradient, table_partials, table_unit,
+    delta, query_gradient, table_partials,
     query_stride_b, query_stride_n, query_stride_h,
     key_stride_b, key_stride_n, key_stride_h,
     value_stride_b, value_stride_n, value_stride_h,
-    num_queries, num_keys, radius, max_distance, width, reach, copies,
+    num_queries, num_keys, radius, max_distance, width, gradient_stride, reach, copies,
     HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD: tl.constexpr, BLOCK_D: tl.constexpr,
     ROUTED: tl.constexpr, WIDE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One block of queries of one head: their gradient, delta = <output, its gradient>, and what they add to the
-    table's gradient, in whole numbers of `table_unit`: the sum of whole numbers is the same in every order."""
+    table's gradient, in whole numbers of `unit_of`: the sum of whole numbers is the same in every order."""
     head = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
     query += batch * query_stride_b + head * query_stride_h
@@ -52,8 +106,8 @@ def grid_attention_backward_query_kernel(
         key_places += batch * num_keys
     if table_partials is not None:
         copy = (tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)) % copies
-        table_partials += (head * copies + copy).to(tl.int64) * (2 * reach + 1) * (2 * reach + 1)
-        unit = tl.load(table_unit)
+        unit = unit_of(table_partials, num_queries * tl.num_programs(2), DROPOUT)
+        table_partials += SUMS_BEGIN + (head * copies + copy).to(tl.int64) * (2 * reach + 1) * (2 * reach + 1)
 
     own, in_own, row, column = own_tile(query_places, num_queries, width, ROUTED, BLOCK_Q)
     query_tile = load_tokens(query, own, in_own, query_stride_n, HEAD, BLOCK_D)
@@ -93,7 +147,8 @@ def grid_attention_backward_query_kernel(
                 sem="relaxed",
             )
 
-    store_tokens(query_gradient + head_offset, accumulator, own, in_own, HEADS * HEAD, HEAD, BLOCK_D)
+    query_gradient += batch * num_queries * gradient_stride + head * HEAD
+    store_tokens(query_gradient, accumulator, own, in_own, gradient_stride, HEAD, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED_IN_GRIDS)
@@ -103,7 +158,7 @@ def grid_attention_backward_key_kernel(
     query_stride_b, query_stride_n, query_stride_h,
     key_stride_b, key_stride_n, key_stride_h,
     value_stride_b, value_stride_n, value_stride_h,
-    num_queries, num_keys, radius, max_distance, width,
+    num_queries, num_keys, radius, max_distance, width, gradient_stride,
     HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD: tl.constexpr, BLOCK_D: tl.constexpr,
     ROUTED: tl.constexpr, WIDE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -154,23 +209,57 @@ def grid_attention_backward_key_kernel(
                 key_accumulator, value_accumulator, DROPOUT, PRECISION,
             )  # fmt: skip
 
-    offset = (batch * num_keys * (HEADS // GROUP) + kv_head) * HEAD
-    stride = HEADS // GROUP * HEAD
-    store_tokens(key_gradient + offset, key_accumulator, own, in_own, stride, HEAD, BLOCK_D)
-    store_tokens(value_gradient + offset, value_accumulator, own, in_own, stride, HEAD, BLOCK_D)
+    offset = batch * num_keys * gradient_stride + kv_head * HEAD
+    store_tokens(key_gradient + offset, key_accumulator, own, in_own, gradient_stride, HEAD, BLOCK_D)
+    store_tokens(value_gradient + offset, value_accumulator, own, in_own, gradient_stride, HEAD, BLOCK_D)
 
 
-def _unit(output_gradient: Tensor, value: Tensor, dropout: float) -> Tensor:
-    """The unit, fp32 [], that the table's gradient is counted in.
+@triton.jit(do_not_specialize=UNSPECIALIZED_IN_GRIDS)
+def grid_table_sums_kernel(
+    partials, table, queries, max_distance, reach, copies,
+    DROPOUT: tl.constexpr, COPIES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A part of one head's table gradient: of the entries within the reach the sums of all copies, times their unit;
+    before these programs come those that write zeros to the entries beyond."""
+    head = tl.program_id(1)
+    side, inner_side = 2 * max_distance + 1, 2 * reach + 1
+    table += head.to(tl.int64) * side * side
+    beyond = tl.where(reach < max_distance, tl.cdiv(side * side, COPIES * BLOCK), 0)
+    if tl.program_id(0) < beyond:
+        entry = tl.program_id(0) * (COPIES * BLOCK) + tl.arange(0, COPIES * BLOCK)
+        row, column = entry // side - max_distance, entry % side - max_distance
+        is_beyond = (tl.abs(row) > reach) | (tl.abs(column) > reach)
+        tl.store(table + entry, tl.zeros([COPIES * BLOCK], tl.float32), mask=is_beyond & (entry < side * side))
+    else:
+        inner = (tl.program_id(0) - beyond) * BLOCK + tl.arange(0, BLOCK)
+        exists = inner < inner_side * inner_side
+        total = tl.zeros([COPIES, BLOCK], tl.int64)
+        for start in range(0, copies, COPIES):
+            copy = start + tl.arange(0, COPIES)
+            of_head = (head * copies + copy).to(tl.int64) * inner_side * inner_side
+            total += tl.load(
+                partials + SUMS_BEGIN + of_head[:, None] + inner[None, :],
+                mask=(copy < copies)[:, None] & exists[None, :],
+                other=0,
+            )
+        gradient = tl.sum(total, 0).to(tl.float32) * unit_of(partials, queries, DROPOUT)
+        down, across = inner // inner_side - reach, inner % inner_side - reach
+        tl.store(table + entry_of(down, across, max_distance, False), gradient, mask=exists)
 
-    A query's score gradients are together at most twice the longest output gradient times the longest value, before
-    what dropout multiplies. With four times that for every query, an entry's sum stays below 2^62. What a number of
-    this unit leaves over is then less than 2^-30 of the bound for up to 2^30 queries.
-    """
-    longest = [torch.linalg.vector_norm(part, dim=-1, dtype=torch.float32).amax() for part in (output_gradient, value)]
-    queries = output_gradient.shape[0] * output_gradient.shape[1]
-    # not 0, by which nothing can be divided
-    return (longest[0] * longest[1] * (4 * queries / (1 - dropout) / 2**62)).clamp(min=2.0**-120)
+
+def _reach_and_copies(bias_table: Tensor, radius: int, routed: bool) -> tuple[int, int]:
+    """How large the offsets are at most that a table's gradient is not 0 at, where larger ones count as the table's
+    largest; and how many copies programs share to add to."""
+    most = bias_table.shape[1] // 2
+    reach = most if routed else min(radius, most)
+    return reach, max(1, PARTIAL_ENTRIES // (2 * reach + 1) ** 2)
+
+
+def grid_partial_sums(bias_table: Tensor, radius: int, routed: bool) -> int:
+    """How many whole numbers the gradient of a grid's table [heads, 2 * max_distance + 1, 2 * max_distance + 1] is
+    summed up in, with those of the unit."""
+    reach, copies = _reach_and_copies(bias_table, radius, routed)
+    return NUMBERS_OF_UNIT + bias_table.shape[0] * copies * (2 * reach + 1) ** 2
 
 
 @in_multiplied_dtype(first_result=14)
@@ -193,39 +282,54 @@ def grid_attention_backward_into(
     key_gradient: Tensor,
     value_gradient: Tensor,
     table_gradient: Tensor | None,
+    delta: Tensor | None = None,
+    partials: Tensor | None = None,
 ) -> None:
-    """Write the gradients of `grid_attention_into`, contiguous; None for `table_gradient` leaves it out."""
+    """Write the gradients of `grid_attention_into`; None for `table_gradient` leaves it out.
+
+    The gradients' heads lie side by side, their rows anywhere, those of key and value equally far apart. `delta` is
+    room of log_sum_exp's shape, and `partials` of int64 zeros [`grid_partial_sums`]; None takes some.
+    """
     if query.numel() == 0 or key.numel() == 0:
         for gradient in (query_gradient, key_gradient, value_gradient, table_gradient):
             _ = None if gradient is None else gradient.zero_()
         return
-    batch, num_queries, heads, _ = query.shape
+    batch, num_queries, heads, head_size = query.shape
     _, num_keys, kv_heads, _ = key.shape
     problem = Problem(query, key, value, bias_table, radius, query_positions, key_positions, mask, dropout, seed)
-    delta = torch.empty_like(log_sum_exp)
+    delta = torch.empty_like(log_sum_exp) if delta is None else delta
     output_gradient = output_gradient.contiguous()
-    # Offsets are at most this, where larger ones count as the table's largest.
-    most = bias_table.shape[1] // 2
-    reach = most if problem.routed else min(radius, most)
-    side = 2 * reach + 1
-    copies = max(1, PARTIAL_ENTRIES // side**2)
-    partials = unit = None
-    if table_gradient is not None:
-        unit = _unit(output_gradient, value, dropout)
-        partials = torch.zeros(heads, copies, side, side, dtype=torch.int64, device=query.device)
+    reach, copies = _reach_and_copies(bias_table, radius, problem.routed)
     block_q, _, constants, options = problem.options("backward_query")
+    if table_gradient is None:
+        partials = None
+    else:
+        if partials is None:
+            numbers = grid_partial_sums(bias_table, radius, problem.routed)
+            partials = torch.zeros(numbers, dtype=torch.int64, device=query.device)
+        _, _, _, block_d, *_ = constants
+        launch(
+            grid_table_unit_kernel, (cdiv(max(num_queries, num_keys), UNIT_BLOCK), heads + kv_heads, batch),
+            output_gradient, problem.operands[2], partials, *problem.sizes[6:11],
+            heads, head_size, block_d, UNIT_BLOCK, num_warps=4,
+        )  # fmt: skip
     launch(
         grid_attention_backward_query_kernel, (num_blocks(num_queries, width, block_q, problem.routed), heads, batch),
-        *problem.operands, output, log_sum_exp, output_gradient, delta, query_gradient, partials, unit,
-        *problem.sizes, width, reach, copies, *constants, **options,
+        *problem.operands, output, log_sum_exp, output_gradient, delta, query_gradient, partials,
+        *problem.sizes, width, query_gradient.stride(1), reach, copies, *constants, **options,
     )  # fmt: skip
     _, block_k, constants, options = problem.options("backward_key")
     launch(
         grid_attention_backward_key_kernel, (num_blocks(num_keys, width, block_k, problem.routed), kv_heads, batch),
         *problem.operands, log_sum_exp, output_gradient, delta, key_gradient, value_gradient,
-        *problem.sizes, width, *constants, **options,
+        *problem.sizes, width, key_gradient.stride(1), *constants, **options,
     )  # fmt: skip
-    if table_gradient is not None and partials is not None and unit is not None:
-        inner = slice(most - reach, most + reach + 1)
-        table_gradient.zero_()
-        table_gradient[:, inner, inner] = partials.sum(1) * unit
+    if partials is not None:
+        side, inner_side = bias_table.shape[1], 2 * reach + 1
+        rows = min(next_power_of_2(copies), 16)
+        block = ENTRIES // rows
+        beyond = cdiv(side * side, ENTRIES) if inner_side < side else 0
+        launch(
+            grid_table_sums_kernel, (beyond + cdiv(inner_side * inner_side, block), heads),
+            partials, table_gradient, batch * num_queries, side // 2, reach, copies, dropout, rows, block, num_warps=4,
+        )  # fmt: skip

@@ -14,7 +14,7 @@ from .run_launch_triton import cdiv, launch, tl, triton
 COLUMNS = 8
 BLOCK_COLUMNS = tl.constexpr(COLUMNS)
 
-UNSPECIALIZED_IN_GRIDS = [*UNSPECIALIZED, "width", "reach", "copies"]
+UNSPECIALIZED_IN_GRIDS = [*UNSPECIALIZED, "width", "reach", "copies", "queries"]
 
 
 @triton.jit
