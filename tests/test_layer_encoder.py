@@ -698,7 +698,7 @@ def test_pictures_are_those_of_the_modules(case: str, device: torch.device, laye
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there the calls above are repeated from lists themselves")
-@pytest.mark.parametrize("case", ["padded", "one picture"])
+@pytest.mark.parametrize("case", ["padded", pytest.param("one picture", marks=pytest.mark.slow)])
 def test_lists_of_pictures_read_and_write_what_they_should(case: str, lists: list[str]) -> None:
     _, call = picture_call(case, torch.device("cpu"))
     seeded(call, 1)()
@@ -741,11 +741,17 @@ def pictures_with_gradients(case: str, device: torch.device) -> dict[str, torch.
     ("case", "rate"),
     [
         ("padded", 0.0),
-        ("one picture", 0.0),
         ("one patch", 0.0),
-        ("window wider than the table", 0.0),
-        pytest.param("bf16", 0.0, marks=pytest.mark.slow),
-        pytest.param("padded", 0.3, marks=pytest.mark.slow),
+        *[
+            # some four seconds each
+            pytest.param(case, rate, marks=pytest.mark.slow)
+            for case, rate in [
+                ("one picture", 0.0),
+                ("window wider than the table", 0.0),
+                ("bf16", 0.0),
+                ("padded", 0.3),
+            ]
+        ],
     ],
 )
 def test_gradients_of_pictures_are_those_of_the_modules(
@@ -766,6 +772,7 @@ def test_pictures_of_a_model_in_fp16_with_gradients_are_modules(device: torch.de
     assert not layers
 
 
+@pytest.mark.slow
 def test_frozen_weights_of_pictures_get_no_gradients(device: torch.device, layers: list) -> None:
     model = picture_model("one picture", device, num_layers=2)
     for name, parameter in model.named_parameters():
@@ -778,6 +785,7 @@ def test_frozen_weights_of_pictures_get_no_gradients(device: torch.device, layer
     assert layers
 
 
+@pytest.mark.slow
 def test_checkpointed_layers_of_pictures_drop_the_same_again(device: torch.device, layers: list) -> None:
     model = picture_model("one picture", device, dropout_rate=0.3).train()
     batch = pictures_with_gradients("one picture", device)
