@@ -1,5 +1,6 @@
 """One new token of the decoder as straight lines: against recomputation at every step, and who gets modules."""
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,6 +24,8 @@ from modeling_colt5 import (  # noqa: E402
 )
 from modeling_colt5.kernel_backend import Mode  # noqa: E402
 from modeling_colt5.layer_decoder import StraightStep  # noqa: E402
+from modeling_colt5.layer_plain import PlainStack  # noqa: E402
+from modeling_colt5.model_decoder_layer import PLAIN  # noqa: E402
 from modeling_colt5.run_release import CACHE  # noqa: E402
 
 # over an end of blocks of four tokens, from a start alone or behind a prompt
@@ -459,6 +462,42 @@ def test_adapters_are_not_plain_and_merged_ones_are() -> None:
     assert read_plain(block) is None
     adapted.merge_and_unload()
     assert read_plain(block) is not None
+
+
+def test_a_stack_follows_its_blocks() -> None:
+    """Other blocks, another order, other sublayers: what was read before does not stand for them."""
+    blocks = tiny_model(num_layers=1, num_decoder_layers=3).decoder.block
+    stack = PlainStack()
+
+    def assert_read() -> None:
+        for _ in range(2):
+            read = stack.read(blocks, PLAIN)
+            assert read is not None and len(read) == len(blocks)
+            for block, (layer, weights) in zip(blocks, read, strict=True):
+                by_name = dict(zip(layer.weighted, weights, strict=True))
+                assert by_name["self.q"] is block.layer[0].SelfAttention.q.weight
+                assert by_name["cross.o"] is block.layer[1].EncDecAttention.o.weight
+                assert by_name["dense.wo"] is block.layer[2].DenseReluDense.wo.weight
+
+    assert_read()
+    blocks[0], blocks[2] = blocks[2], blocks[0]
+    assert_read()
+    blocks[1].layer, blocks[2].layer = blocks[2].layer, blocks[1].layer
+    assert_read()
+    blocks[1].layer[0].SelfAttention.q.weight = nn.Parameter(torch.zeros(32, 32))
+    assert_read()
+    del blocks[1]
+    assert_read()
+    handle = blocks[0].register_forward_hook(lambda *given: None)
+    assert stack.read(blocks, PLAIN) is None
+    handle.remove()
+    assert_read()
+    blocks.append(nn.Identity())
+    assert stack.read(blocks, PLAIN) is None
+    other = copy.deepcopy(stack)
+    del blocks[2]
+    assert other.read(blocks, PLAIN) is not None
+    assert_read()
 
 
 def test_modes_that_take_the_modules() -> None:
