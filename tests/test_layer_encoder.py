@@ -636,7 +636,7 @@ def test_distributed_data_parallel_averages_the_same_gradients(trained: tuple, l
 
 
 PICTURES = {
-    "padded": (torch.float32, [(10, 39), (17, 22)], {"num_layers": 2}),
+    "padded": (torch.float32, [(6, 19), (13, 10)], {"num_layers": 1}),
     "one picture": (torch.float32, [(9, 21)], {"num_layers": 1}),
     "one patch": (torch.float32, [(4, 3)], {"num_layers": 1}),
     "window wider than the table": (
