@@ -120,7 +120,7 @@ def test_the_table_of_types():
 
 
 def test_what_the_pages_of_evidence_say():
-    (learned, even) = re.findall(r"it falls from (\d+) to (\d+) %", README)[0]
+    (learned, even) = re.findall(r"modules fall from (\d+) to (\d+) %", README)[0]
     types = (REPOSITORY / "docs/python_types.md").read_text(encoding="utf-8")
     rows = {row[0]: row[1] for row in table("choice", types)}
     assert_rounded(learned, float(rows["learned, one query among 16"].split()[0]))
