@@ -38,7 +38,7 @@ if triton_is_available():
     from .op_step_attention_triton import local_step_attention_into, pool_step_attention_into
     from .run_launch_list_triton import Recorder, repeat_or_note
 
-_SHAPE, _DTYPE = attrgetter("shape"), attrgetter("dtype")
+_SHAPE = attrgetter("shape")
 # what a layer's cache holds that a token reads or writes: first rings, then what is carried
 _POOL = ("pool_key", "pool_value", "pool_rank", "pool_weight", "pool_valid")
 _LIGHT = (("light_key", "light_value"), ())

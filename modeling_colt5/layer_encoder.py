@@ -142,7 +142,7 @@ class StraightLayer:
             layout, memory: of what outlives the call, one of the memories.
             seeds: of what the layer drops; None where it drops nothing.
         """
-        recorder = repeated_or_recorder(self.program.lists, kind, memories, self.common.repeats)
+        recorder = repeated_or_recorder(self.program.lists, kind, [memories], self.common.repeats)
         return None if recorder is None else Line(self, recorder, layout, memory, seeds)
 
     def __call__(self, hidden_states: Tensor) -> Tensor:

@@ -277,7 +277,7 @@ class Recorder:
     Args:
         device: where.
         records: whether notes are taken. All temporary tensors stay until the end then.
-        place: where the list is kept, by lists, kind and memories of `repeated_or_recorder`; None for nowhere.
+        place: the lists, the kind, and the memories of the call that is noted; None where the list is not kept.
     """
 
     def __init__(self, device: torch.device, records: bool, place: tuple[Lists, Any, list[Tensor]] | None = None):
@@ -342,40 +342,38 @@ class Recorder:
             return None
 
 
-def repeated_or_recorder(lists: Lists, kind: Any, memories: list[Tensor], repeats: bool) -> Recorder | None:
-    """Repeat the list of launches of a kind of call, and give None; where there is none yet, give what notes the call,
-    under `with`, for the next ones.
+def repeated_or_recorder(lists: Lists, kind: Any, calls: Sequence[list[Tensor]], repeats: bool) -> Recorder | None:
+    """Repeat the list of launches of a kind for one call after another, and give None; where there is none yet, give
+    what notes the first of the calls, under `with`, for the others and later ones.
 
     Args:
         lists: of earlier calls, by their kinds; None of a kind that cannot be repeated.
         kind: tells apart the calls that launch different kernels.
-        memories: all contiguous tensors that the call reads or writes and does not make itself.
+        calls: of each all contiguous tensors that it reads or writes and does not make itself.
         repeats: whether lists are used and made, see `may_repeat`.
     """
-    first = memories[0]
+    memories = calls[0]
+    device = memories[0].device
     launches = lists.get(kind) if repeats else None
-    if launches is not None and launches((memories,), first.device, first.get_device()):
+    if launches is not None and launches(calls, device, memories[0].get_device()):
         return None
-    return Recorder(first.device, repeats and kind not in lists, (lists, kind, memories))
+    return Recorder(device, repeats and kind not in lists, (lists, kind, memories))
 
 
 def repeat_or_note(
     lists: Lists, kind: Any, calls: Sequence[list[Tensor]], repeats: bool, compute: Callable[[int, Recorder], None]
 ) -> None:
-    """Make several calls of one kind, one after another: repeat the list of launches for as many of them as there are
-    behind the one that it was noted in.
+    """Make calls of one kind: the first ones by computing them, until there is a list that can be repeated.
 
     Args:
-        lists, kind, repeats: as of `repeated_or_recorder`.
-        calls: memories of each.
+        lists, kind, calls, repeats: as of `repeated_or_recorder`.
         compute: what computes the call of a number, with what notes it.
     """
-    first = calls[0][0]
-    for number, memories in enumerate(calls):
-        launches = lists.get(kind) if repeats else None
-        if launches is not None and launches(calls[number:], first.device, first.get_device()):
+    for number in range(len(calls)):
+        recorder = repeated_or_recorder(lists, kind, calls[number:], repeats)
+        if recorder is None:
             return
-        with (recorder := Recorder(first.device, repeats and kind not in lists, (lists, kind, memories))):
+        with recorder:
             compute(number, recorder)
 
 
