@@ -1,4 +1,4 @@
-"""Encoders as people call them, without a graph or a compiler: CoLT5 beside its modules alone, LongT5 and dense peers.
+"""Encoders as people call them, without a graph or a compiler: CoLT5 beside its modules alone, and beside its peers.
 
 python benchmarks/called.py
 """
@@ -11,7 +11,24 @@ from unittest import mock
 import torch
 from encoder import BOTH, CAPTURED, FORWARD, both_call, check_mode, forward_call, new_step, release, verify
 from measure import Call, captured, make_parser, median_ms, parse, peak_mib
-from peers import COLT5, DENSE_T5, DEVICE, GLOBAL, LOCAL, MODERNBERT, make_encoder, random_ids, scaled_length
+from peers import (
+    BASE,
+    COLT5,
+    DENSE_T5,
+    DEVICE,
+    EUROBERT,
+    GLOBAL,
+    LED,
+    LOCAL,
+    MODERNBERT,
+    MODERNBERT_FLEX,
+    PEGASUS_X,
+    T5GEMMA,
+    TINY,
+    make_encoder,
+    random_ids,
+    scaled_length,
+)
 from results import Row, Table
 
 from modeling_colt5 import layer_encoder
@@ -45,11 +62,9 @@ class Setting:
 
 PLAIN = Setting()
 # the most important first, where time ends early
-LENGTHS = (16_384, 512, 4_096)
-WAYS = (
-    (COLT5, CALLED), (COLT5, MODULES), (COLT5, CAPTURED), (LOCAL, CALLED), (GLOBAL, CALLED), (DENSE_T5, CALLED),
-    (MODERNBERT, CALLED),
-)  # fmt: skip
+LENGTHS = (16_384, 512, 4_096, 1_024, 65_536)
+PEERS = (EUROBERT, MODERNBERT, GLOBAL, LOCAL, DENSE_T5, T5GEMMA, PEGASUS_X, LED, MODERNBERT_FLEX)
+WAYS = ((COLT5, CALLED), (COLT5, MODULES), (COLT5, CAPTURED), *((peer, CALLED) for peer in PEERS))
 # of the first length alone
 TRAINED = (Setting(dropout_rate=0.1), Setting(dropout_rate=0.1, under_autocast=True))
 
@@ -80,7 +95,7 @@ def measure(cell: Cell, model: torch.nn.Module, tiny: bool) -> Row:
     row: Row = {"n": n, "model": cell.model, "way": cell.way, "setting": str(setting)}
     torch.manual_seed(0)
     ids = random_ids(1, n, tiny)
-    cotangent = torch.randn(1, n, model.config.hidden_size, device=DEVICE, dtype=model.dtype)
+    cotangent = torch.randn(1, n, (TINY if tiny else BASE)["d_model"], device=DEVICE, dtype=model.dtype)
     for name in (FORWARD, BOTH) if setting == PLAIN else (BOTH,):
         try:
             with (

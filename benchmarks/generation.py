@@ -1,4 +1,4 @@
-"""Generation from a 16,384-token input through `generate`: time between tokens, CoLT5 beside LongT5.
+"""Generation from a 16,384-token input through `generate`: time between tokens, CoLT5 beside LongT5 and T5Gemma.
 
 python benchmarks/generation.py
 python benchmarks/generation.py --documents    # seven documents one after another, in a process of its own
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from encoder import release, verify
 from measure import make_parser, parse, synchronize
-from peers import COLT5, DTYPE, GLOBAL, make_seq2seq, random_ids, scaled_length
+from peers import COLT5, DTYPE, GLOBAL, T5GEMMA, make_seq2seq, random_ids, scaled_length
 from results import Row, Table
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.modeling_outputs import Seq2SeqLMOutput
@@ -44,6 +44,9 @@ CASES = (
     (COLT5, 8, NOTHING, 1),
     (GLOBAL, 8, DYNAMIC, 1),
     (GLOBAL, 1, DYNAMIC, 8),
+    (T5GEMMA, 1, DYNAMIC, 1),
+    (T5GEMMA, 8, DYNAMIC, 1),
+    (T5GEMMA, 1, DYNAMIC, 8),
     (COLT5, 1, STATIC, 1),
     (COLT5, 8, STATIC, 1),
 )

@@ -5,15 +5,24 @@ from typing import Any
 
 import torch
 from transformers import (
+    EuroBertConfig,
+    EuroBertModel,
+    LEDConfig,
     LongT5Config,
     LongT5EncoderModel,
     LongT5ForConditionalGeneration,
     ModernBertConfig,
     ModernBertModel,
+    PegasusXConfig,
     PreTrainedModel,
     T5Config,
     T5EncoderModel,
+    T5GemmaConfig,
+    T5GemmaEncoderModel,
+    T5GemmaForConditionalGeneration,
 )
+from transformers.models.led.modeling_led import LEDEncoder
+from transformers.models.pegasus_x.modeling_pegasus_x import PegasusXEncoder
 
 from modeling_colt5 import CoLT5Config, CoLT5EncoderModel, CoLT5ForConditionalGeneration
 
@@ -26,11 +35,18 @@ LOCAL = "LongT5 local"
 GLOBAL = "LongT5 transient-global"
 DENSE_T5 = "T5, dense"
 MODERNBERT = "ModernBERT"
+MODERNBERT_FLEX = "ModernBERT, flex_attention"
+EUROBERT = "EuroBERT"
+T5GEMMA = "T5Gemma"
+PEGASUS_X = "PEGASUS-X"
+LED = "LED"
 
 # T5 1.1's base size
 BASE = {"vocab_size": 32128, "d_model": 768, "d_kv": 64, "d_ff": 2048, "num_layers": 12, "num_heads": 12}
 TINY = {"vocab_size": 128, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4}
 TINY_COLT5 = {"num_decoder_layers": 1, "num_light_heads": 2, "num_heavy_heads": 3, "light_d_ff": 24, "heavy_d_ff": 64}
+# the most tokens that a model with positions of its own is made for
+LONGEST = 2**16
 # by how much the lengths of a tiny run are shorter
 TINY_LENGTH_DIVISOR = 256
 
@@ -67,11 +83,77 @@ def _t5(tiny: bool) -> PreTrainedModel:
     return T5EncoderModel._from_config(config, attn_implementation="sdpa")
 
 
-def _modernbert(tiny: bool) -> PreTrainedModel:
+def _modernbert(tiny: bool, attention: str = "sdpa") -> PreTrainedModel:
     sizes = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
     special = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 0)
     config = ModernBertConfig(**(sizes | special | {"num_attention_heads": 4} if tiny else {}))
-    return ModernBertModel._from_config(config, attn_implementation="sdpa")
+    return ModernBertModel._from_config(config, attn_implementation=attention)
+
+
+def _common(tiny: bool) -> dict[str, Any]:
+    """The sizes of a base model by the names of most libraries' configurations."""
+    sizes = TINY if tiny else BASE
+    return {
+        "vocab_size": sizes["vocab_size"],
+        "hidden_size": sizes["d_model"],
+        "intermediate_size": sizes["d_ff"],
+        "num_hidden_layers": sizes["num_layers"],
+        "num_attention_heads": sizes["num_heads"],
+    }
+
+
+def _eurobert(tiny: bool) -> PreTrainedModel:
+    special = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "mask_token_id"), 0)
+    config = EuroBertConfig(**_common(tiny), **special, max_position_embeddings=LONGEST)
+    return EuroBertModel._from_config(config, attn_implementation="sdpa")
+
+
+def _t5gemma_config(tiny: bool) -> T5GemmaConfig:
+    sizes = TINY if tiny else BASE
+    part = _common(tiny) | {
+        "num_key_value_heads": sizes["num_heads"],
+        "head_dim": sizes["d_kv"],
+        "query_pre_attn_scalar": sizes["d_kv"],
+        "max_position_embeddings": LONGEST,
+    }
+    return T5GemmaConfig(encoder=part, decoder=part, vocab_size=sizes["vocab_size"])
+
+
+def _t5gemma_encoder(tiny: bool) -> PreTrainedModel:
+    config = _t5gemma_config(tiny)
+    config.is_encoder_decoder = False
+    # it has no sdpa
+    return T5GemmaEncoderModel(config)
+
+
+def _of_bart(tiny: bool) -> dict[str, Any]:
+    """The sizes of a base encoder by BART's names, with a decoder of one layer, as none is made."""
+    sizes = TINY if tiny else BASE
+    return {
+        "vocab_size": sizes["vocab_size"],
+        "d_model": sizes["d_model"],
+        # 2,048 of the gated feed-forwards' units have as many weights as 3,072 without a gate
+        "encoder_ffn_dim": sizes["d_ff"] * 3 // 2,
+        "encoder_layers": sizes["num_layers"],
+        "encoder_attention_heads": sizes["num_heads"],
+        "decoder_layers": 1,
+        "dropout": 0.0,
+    }
+
+
+def _pegasus_x(tiny: bool) -> PreTrainedModel:
+    # blocks are whole: a tiny run's lengths are short
+    config = PegasusXConfig(**_of_bart(tiny), max_position_embeddings=LONGEST, block_size=8 if tiny else 512)
+    return PegasusXEncoder(config)
+
+
+def _led(tiny: bool) -> PreTrainedModel:
+    return LEDEncoder(
+        LEDConfig(
+            **_of_bart(tiny), max_encoder_position_embeddings=LONGEST, attention_window=8 if tiny else 512,
+            attention_dropout=0.0,
+        )
+    )  # fmt: skip
 
 
 def _made(make: Callable[[], PreTrainedModel]) -> PreTrainedModel:
@@ -89,6 +171,11 @@ def make_encoder(name: str, tiny: bool, **fields: Any) -> PreTrainedModel:
         GLOBAL: lambda: LongT5EncoderModel(longt5_config(GLOBAL, tiny)),
         DENSE_T5: lambda: _t5(tiny),
         MODERNBERT: lambda: _modernbert(tiny),
+        MODERNBERT_FLEX: lambda: _modernbert(tiny, "flex_attention"),
+        EUROBERT: lambda: _eurobert(tiny),
+        T5GEMMA: lambda: _t5gemma_encoder(tiny),
+        PEGASUS_X: lambda: _pegasus_x(tiny),
+        LED: lambda: _led(tiny),
     }
     return _made(makers[name]).to(DTYPE)
 
@@ -97,4 +184,6 @@ def make_seq2seq(name: str, tiny: bool) -> PreTrainedModel:
     """An encoder–decoder by its name, in fp32, on the device, in evaluation mode."""
     if name == COLT5:
         return _made(lambda: CoLT5ForConditionalGeneration(colt5_config(tiny)))
+    if name == T5GEMMA:
+        return _made(lambda: T5GemmaForConditionalGeneration(_t5gemma_config(tiny)))
     return _made(lambda: LongT5ForConditionalGeneration(longt5_config(name, tiny)))
