@@ -12,7 +12,8 @@ STEPS_BEFORE = 3
 
 
 class TrainingStep:
-    """Loss, gradients clipped at 1, and AdamW, at T5's 1/√step and at will with a fall to zero at the end, in place.
+    """Loss, gradients clipped at 1, and AdamW, at T5's 1/√step and at will with a fall to zero at the end, or at rates
+    of the caller's, in place.
 
     A model as small as the benchmarks' keeps a GPU waiting for Python; a replayed graph does not, for any model whose
     step neither synchronises nor makes tensors of Python's numbers. Where capturing fails the step stays as it is, and
@@ -21,11 +22,12 @@ class TrainingStep:
 
     Args:
         model: in training mode, on the device of its batches.
-        loss_of: from a batch to the loss; batches always have the same names, shapes and dtypes.
+        loss_of: from a batch to the loss; batches of a phase have the same names, shapes and dtypes.
         groups: the optimiser's groups of all parameters, each with its highest learning rate.
         warmup_steps: of linearly rising rate; from then on it falls as 1/√step, which knows no last step.
         cooldown: where the rate besides falls linearly to zero, the first of these steps and the last one of all; None
             where it does not.
+        rate_share: in the place of both, from a step, counted from 1, to its share of the highest rate.
     """
 
     def __init__(
@@ -33,8 +35,9 @@ class TrainingStep:
         model: nn.Module,
         loss_of: Callable[[Batch], Tensor],
         groups: list[dict[str, Any]],
-        warmup_steps: int,
+        warmup_steps: int = 1,
         cooldown: tuple[int, int] | None = None,
+        rate_share: Callable[[int], float] | None = None,
     ):
         self.parameters = list(model.parameters())
         self.loss_of = loss_of
@@ -50,6 +53,7 @@ class TrainingStep:
         )
         self.warmup_steps = warmup_steps
         self.cooldown = cooldown
+        self.rate_share = rate_share or self._root_share
         self.steps = 0
         self.captured = False
         self._stream = torch.cuda.Stream(self.device) if on_gpu else None
@@ -69,10 +73,7 @@ class TrainingStep:
         if phase != self._phase:
             self._phase, self._phase_began, self._graph = phase, self.steps, None
         self.steps += 1
-        share = min(self.steps / self.warmup_steps, (self.warmup_steps / self.steps) ** 0.5)
-        if self.cooldown is not None:
-            first, last = self.cooldown
-            share *= min(1.0, (last + 1 - self.steps) / (last + 1 - first))
+        share = self.rate_share(self.steps)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(rate * share)
@@ -93,6 +94,13 @@ class TrainingStep:
             loss = self._step(batch)
         torch.cuda.current_stream().wait_stream(self._stream)
         return loss
+
+    def _root_share(self, step: int) -> float:
+        share = min(step / self.warmup_steps, (self.warmup_steps / step) ** 0.5)
+        if self.cooldown is not None:
+            first, last = self.cooldown
+            share *= min(1.0, (last + 1 - step) / (last + 1 - first))
+        return share
 
     def _step(self, batch: Batch) -> Tensor:
         self.optimizer.zero_grad(set_to_none=True)

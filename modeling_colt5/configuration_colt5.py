@@ -131,7 +131,7 @@ def _dropout(default: float) -> Any:
     return _rule(default, "a probability of at least 0 and below 1", lambda value: 0 <= value < 1)
 
 
-def _one_of(choices: tuple[str, ...]) -> Any:
+def one_of(choices: tuple[str, ...]) -> Any:
     return _rule(choices[0], f"one of {', '.join(map(repr, choices))}", lambda value: value in choices)
 
 
@@ -173,11 +173,11 @@ class CoLT5BaseConfig(PreTrainedConfig):
     routed_query_fraction: float | int = _fraction(1 / 16)
     routed_key_value_fraction: float | int = _fraction(1 / 8)
     min_routed_tokens: int = at_least(1, 1)
-    routing: str = _one_of(ROUTINGS)
+    routing: str = one_of(ROUTINGS)
     routers_trained: bool = False
     soft_topk_ratio: float | int = _rule(9 / 8, "a finite number of at least 1", lambda value: value >= 1)
     routing_epsilon: float | int = _positive(1.0)
-    soft_topk_solver: str = _one_of(SOFT_TOPK_SOLVERS)
+    soft_topk_solver: str = one_of(SOFT_TOPK_SOLVERS)
     num_soft_topk_iterations: int = at_least(1, 50)
     routing_epsilon_init: float | int | None = _rule(None, "None or a finite number above 0", lambda value: value > 0)
     routing_epsilon_decay: float | int = _fraction(1.0)
@@ -190,7 +190,7 @@ class CoLT5BaseConfig(PreTrainedConfig):
     feed_forward_proj: str = _rule(
         "gated-gelu", "an activation of Transformers, such as 'relu', or 'gated-' and one", _is_feed_forward
     )
-    kernel_backend: str = _one_of(KERNEL_BACKENDS)
+    kernel_backend: str = one_of(KERNEL_BACKENDS)
     output_routing: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -397,8 +397,8 @@ class CoLT5Config(CoLT5BaseConfig):
     routed_cross_key_values: int | None = _rule(None, "None or an integer of at least 1", lambda value: value >= 1)
     num_cross_routers: int = at_least(1, 1)
     asking_cross_routing: bool = False
-    causal_attention: str = _one_of(CAUSAL_ATTENTIONS)
-    causal_feed_forward: str = _one_of(CAUSAL_FEED_FORWARDS)
+    causal_attention: str = one_of(CAUSAL_ATTENTIONS)
+    causal_feed_forward: str = one_of(CAUSAL_FEED_FORWARDS)
     causal_window: int = at_least(1, 256)
     causal_routed_keys: int = at_least(1, 512)
     causal_capacity_ratio: float | int = _rule(2.0, "a finite number of at least 1", lambda value: value >= 1)

@@ -6,12 +6,14 @@ import transformers
 from huggingface_hub.dataclasses import strict
 from transformers.utils import is_torchvision_available
 
-from .configuration_colt5 import CoLT5BaseConfig, at_least
+from .configuration_colt5 import CoLT5BaseConfig, at_least, one_of
 
 if TYPE_CHECKING:
     # This import never runs. A configuration is saved and loaded with the files that its text imports, and the file of
     # the models, which its map of Auto classes names, has to be among them.
     from .modeling_colt5_vision import CoLT5VisionModel  # noqa: F401
+
+CLASSIFIER_POOLINGS = ("mean", "attention")
 
 
 @strict
@@ -28,6 +30,8 @@ class CoLT5VisionConfig(CoLT5BaseConfig):
         routed_feed_forward_fraction, routed_query_fraction, routed_key_value_fraction: shares of a picture's patches,
             without its padding, that are routed.
         relative_attention_num_buckets: of a dimension; each pair of buckets has a bias of its own.
+        classifier_pooling: how image classification makes one state of all patches: by their "mean", or by
+            "attention", in which each of `num_heavy_heads` learned queries chooses among them.
 
     Raises:
         StrictDataclassError: for a value of another type than declared, or one that breaks a rule.
@@ -43,6 +47,7 @@ class CoLT5VisionConfig(CoLT5BaseConfig):
     patch_size: int = at_least(1, 16)
     num_channels: int = at_least(1, 3)
     local_radius: int = at_least(0, 3)
+    classifier_pooling: str = one_of(CLASSIFIER_POOLINGS)
 
     def own_auto_map(self) -> dict[str, Any]:
         """The classes of this project that each Auto class gives for this configuration."""

@@ -14,7 +14,7 @@ from .model_encoder_layer import branch_biases
 from .model_from_config import add_branch_biases, encoder_block, encoder_settings, layer_norm
 from .model_initialisation import init_normal
 from .model_outputs import CoLT5VisionOutput
-from .model_vision_layer import CoLT5PatchEmbedding
+from .model_vision_layer import CoLT5AttentionPooling, CoLT5PatchEmbedding
 from .run_inputs import (
     ForwardFlags,
     check_pixels,
@@ -38,6 +38,9 @@ class CoLT5VisionPreTrainedModel(CoLT5PreTrainedModel):
         """T5's initialisation. Pixels of a standard deviation of 1 give patches the one of T5's embeddings, 1."""
         if isinstance(module, CoLT5PatchEmbedding):
             init_normal(module.projection, self.config.initializer_factor * module.projection.in_features**-0.5)
+        elif isinstance(module, CoLT5AttentionPooling):
+            for linear in (module.query, module.v, module.o):
+                init_normal(linear, self.config.initializer_factor * linear.in_features**-0.5)
         else:
             super()._init_weights(module)
 

@@ -1,4 +1,4 @@
-"""The patches that pictures are cut into, which are the tokens of the layers over pictures."""
+"""What stands before and behind the layers over pictures: patches, which are their tokens, and pooling for a head."""
 
 import torch
 import torch.nn.functional as F
@@ -36,3 +36,31 @@ class CoLT5PatchEmbedding(nn.Module):
             real = F.max_pool2d(F.pad(mask, filling)[:, None].to(torch.float32), size)[:, 0] > 0
         patches = rearrange(F.pad(pixel_values, filling), "b c (y i) (x j) -> b y x (i j c)", i=size, j=size)
         return self.projection(patches), real
+
+
+class CoLT5AttentionPooling(nn.Module):
+    """One state of many: learned queries, one a head, attend to the real ones.
+
+    Few patches of a large picture may decide, and in a mean over all of them little of those is left. A fixed query's
+    product with a linear key is a linear score, so there is no projection of keys.
+
+    Args:
+        d_model: width of the states.
+        num_heads: how many choices among the states are made.
+        d_kv: width of what a head takes from them.
+    """
+
+    def __init__(self, d_model: int, num_heads: int, d_kv: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.query = nn.Linear(d_model, num_heads, bias=False)
+        self.v = nn.Linear(d_model, num_heads * d_kv, bias=False)
+        self.o = nn.Linear(num_heads * d_kv, d_model, bias=False)
+
+    def forward(self, hidden_states: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+        """[batch, n, d_model] and bool [batch, n], True for real patches → [batch, d_model]; weights are fp32."""
+        scores = self.query(hidden_states)
+        wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        weights = wide.masked_fill(~real[..., None], -torch.inf).softmax(1).to(scores.dtype)
+        values = self.v(hidden_states).unflatten(-1, (self.num_heads, -1))
+        return self.o(torch.einsum("bnh,bnhd->bhd", weights, values).flatten(1))

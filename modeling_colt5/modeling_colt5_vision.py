@@ -23,6 +23,7 @@ from .model_outputs import CoLT5ImageClassifierOutput, CoLT5VisionOutput
 from .model_router import set_dense_start  # noqa: F401
 from .model_vision_blocks import CoLT5ConditionalImageAttention  # noqa: F401
 from .model_vision_encoder import CoLT5VisionEncoder, CoLT5VisionPreTrainedModel
+from .model_vision_layer import CoLT5AttentionPooling
 from .modeling_colt5 import (  # noqa: F401
     CoLT5EncoderModel,
     CoLT5ForCausalLM,
@@ -69,7 +70,8 @@ class CoLT5VisionModel(CoLT5VisionHeadModel):
 
 
 class CoLT5ForImageClassification(CoLT5VisionHeadModel):
-    """The encoder with a head for whole pictures: the mean of the real patches' states, taken in fp32."""
+    """The encoder with a head for whole pictures: the mean of the real patches' states, taken in fp32, or what learned
+    queries find among them (`classifier_pooling`)."""
 
     _auto_class = "AutoModelForImageClassification"
     # The losses of regression and of several labels do not take `num_items_in_batch`, so Trainer averages them.
@@ -78,6 +80,9 @@ class CoLT5ForImageClassification(CoLT5VisionHeadModel):
     def __init__(self, config: CoLT5VisionConfig):
         super().__init__(config)
         self.num_labels = config.num_labels
+        self.attention_pooling = None
+        if config.classifier_pooling == "attention":
+            self.attention_pooling = CoLT5AttentionPooling(config.d_model, config.num_heavy_heads, config.d_kv)
         self.classification_head = CoLT5ClassificationHead(
             config.d_model, config.num_labels, config.classifier_dropout
         )
@@ -95,7 +100,8 @@ class CoLT5ForImageClassification(CoLT5VisionHeadModel):
         or [batch, num_labels] for regression and several labels. Gives logits [batch, num_labels]."""
         outputs = self.encode(pixel_values, pixel_mask, **kwargs)
         hidden_states = outputs.pop("last_hidden_state")
-        logits = self.classification_head(mean_of_real(hidden_states, outputs["patch_mask"].flatten(1)))
+        pool = mean_of_real if self.attention_pooling is None else self.attention_pooling
+        logits = self.classification_head(pool(hidden_states, outputs["patch_mask"].flatten(1)))
         loss = None
         if labels is not None:
             check_class_labels(labels, logits, self.config.problem_type)
