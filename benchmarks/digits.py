@@ -37,9 +37,9 @@ CLASSES, MARKED = 10, 2
 # a digit of 8 × 8 pixels and its frame
 STAMP = 10
 # how many times a run is evaluated on its way, and with how many pictures, then and at its end
-POINTS, POINT_PICTURES, PICTURES = 20, 512, 2048
+POINTS, POINT_PICTURES, PICTURES = 20, 256, 2048
 # pixels of the pictures that are drawn by one call: drawing takes as many launches as a step
-DRAWN_PIXELS = 2**22
+DRAWN_PIXELS = 2**24
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,8 @@ class Digits:
         return (torch.rand(shape, generator=self.generator, device=DEVICE) * most).long()
 
     def draw(self, batch: int, side: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Pictures of a digit in every cell that is not blank, which digits are framed, and the pixels of their stamps, bool of the
-        pictures' shape."""
+        """Pictures of a digit in every cell that is not blank, which digits are framed, and the pixels of their
+        stamps, bool of the pictures' shape."""
         across = side // self.cell
         count = across**2
         which = self.integers(len(self.images), batch, count)
@@ -137,9 +137,9 @@ def make_model(arm: str, options: argparse.Namespace) -> torch.nn.Module:
     ).to(DEVICE)  # fmt: skip
 
 
-def autocast() -> torch.autocast:
-    """bf16 on a GPU."""
-    return torch.autocast(DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda")
+def autocast(options: argparse.Namespace) -> torch.autocast:
+    """bf16 on a GPU, unless `--fp32` says otherwise."""
+    return torch.autocast(DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda" and not options.fp32)
 
 
 @torch.no_grad()
@@ -153,7 +153,7 @@ def evaluate(model: torch.nn.Module, options: argparse.Namespace, count: int) ->
     batch = max(1, min(count, DRAWN_PIXELS // options.side**2))
     for _ in range(count // batch):
         pictures, labels, framed = digits.draw(batch, options.side)
-        with autocast():
+        with autocast(options):
             output = model(pictures, **({"output_routing": True} if routes else {}))
         found.append(labels.gather(1, output.logits.topk(MARKED).indices).sum(1))
         patches = F.max_pool2d(framed.float(), options.patch, ceil_mode=True).flatten(1)
@@ -205,7 +205,7 @@ def train(arm: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     def loss_of(batch: dict[str, Tensor]) -> Tensor:
         # a ViT's positions are those of one size
         sized = arm == "vit" and batch["pixel_values"].shape[-1] != options.side
-        with autocast():
+        with autocast(options):
             return model(**batch, **({"interpolate_pos_encoding": True} if sized else {})).loss
 
     rate = options.vit_rate if arm == "vit" else options.rate
@@ -224,7 +224,7 @@ def train(arm: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
         if (step + 1) % point == 0:
             synchronize()
             seconds += time.perf_counter() - begin
-            found = evaluate(model, options, POINT_PICTURES)
+            found = evaluate(model, options, options.batch if options.tiny else POINT_PICTURES)
             taken = found["framed patches routed"]
             print(
                 f"{arm} {seed}: step {step + 1}, {seconds:.1f} s, side {pictures.shape[-1]}, loss "
@@ -238,7 +238,7 @@ def train(arm: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     last = losses[-max(1, steps // 20) :].mean().item()
     return {
         "arm": arm, "side": options.side, "seed": seed, "parameters": sum(p.numel() for p in model.parameters()),
-        "steps": steps, "seconds": seconds, "loss": last,
+        "steps": steps, "seconds": seconds, "captured": step_of.captured, "loss": last,
         **evaluate(model, options, options.batch if options.tiny else PICTURES),
     }  # fmt: skip
 
@@ -265,6 +265,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--vit_rate", type=float, default=1e-3, help="the ViT's")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="all arms with each in turn")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
+    parser.add_argument("--fp32", action="store_true", help="on a GPU too, where bf16 is the rule")
     parser.add_argument("--keep", type=Path, help="folder in which trained models are saved")
     options = parse(parser, argv, needs_gpu=False)
     if options.cell < STAMP:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     # the models, which its map of Auto classes names, has to be among them.
     from .modeling_colt5_vision import CoLT5VisionModel  # noqa: F401
 
-CLASSIFIER_POOLINGS = ("mean", "attention")
+CLASSIFIER_POOLINGS = ("attention", "mean")
 
 
 @strict
@@ -30,8 +30,8 @@ class CoLT5VisionConfig(CoLT5BaseConfig):
         routed_feed_forward_fraction, routed_query_fraction, routed_key_value_fraction: shares of a picture's patches,
             without its padding, that are routed.
         relative_attention_num_buckets: of a dimension; each pair of buckets has a bias of its own.
-        classifier_pooling: how image classification makes one state of all patches: by their "mean", or by
-            "attention", in which each of `num_heavy_heads` learned queries chooses among them.
+        classifier_pooling: how image classification makes one state of all patches: by
+            "attention", in which a learned query chooses among them, or by their "mean".
 
     Raises:
         StrictDataclassError: for a value of another type than declared, or one that breaks a rule.

@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from transformers import initialization as init
 from transformers.processing_utils import Unpack
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
@@ -39,8 +40,8 @@ class CoLT5VisionPreTrainedModel(CoLT5PreTrainedModel):
         if isinstance(module, CoLT5PatchEmbedding):
             init_normal(module.projection, self.config.initializer_factor * module.projection.in_features**-0.5)
         elif isinstance(module, CoLT5AttentionPooling):
-            for linear in (module.query, module.v, module.o):
-                init_normal(linear, self.config.initializer_factor * linear.in_features**-0.5)
+            # as a router's vector: with a size of 0, rates relative to a parameter's size would leave it there
+            init.normal_(module.query, mean=0.0, std=self.config.initializer_factor * self.config.d_model**-0.5)
         else:
             super()._init_weights(module)
 

@@ -39,28 +39,19 @@ class CoLT5PatchEmbedding(nn.Module):
 
 
 class CoLT5AttentionPooling(nn.Module):
-    """One state of many: learned queries, one a head, attend to the real ones.
+    """One state of many: a learned query attends to the real ones.
 
-    Few patches of a large picture may decide, and in a mean over all of them little of those is left. A fixed query's
-    product with a linear key is a linear score, so there is no projection of keys.
-
-    Args:
-        d_model: width of the states.
-        num_heads: how many choices among the states are made.
-        d_kv: width of what a head takes from them.
+    Few patches of a large picture may decide, and in a mean over all of them little is left of those. There is no
+    projection: the product of a learned query with linear keys is a linear score, and what a layer gives can be taken
+    as it is. At a query of 0 this is the mean.
     """
 
-    def __init__(self, d_model: int, num_heads: int, d_kv: int):
+    def __init__(self, d_model: int):
         super().__init__()
-        self.num_heads = num_heads
-        self.query = nn.Linear(d_model, num_heads, bias=False)
-        self.v = nn.Linear(d_model, num_heads * d_kv, bias=False)
-        self.o = nn.Linear(num_heads * d_kv, d_model, bias=False)
+        self.query = nn.Parameter(torch.empty(d_model))
 
     def forward(self, hidden_states: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-        """[batch, n, d_model] and bool [batch, n], True for real patches → [batch, d_model]; weights are fp32."""
-        scores = self.query(hidden_states)
-        wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
-        weights = wide.masked_fill(~real[..., None], -torch.inf).softmax(1).to(scores.dtype)
-        values = self.v(hidden_states).unflatten(-1, (self.num_heads, -1))
-        return self.o(torch.einsum("bnh,bnhd->bhd", weights, values).flatten(1))
+        """[batch, n, d_model] and bool [batch, n], True for real patches → [batch, d_model], taken in fp32."""
+        wide = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
+        scores = (wide * self.query).sum(-1).masked_fill(~real, -torch.inf)
+        return (scores.softmax(-1)[..., None] * wide).sum(1).to(hidden_states.dtype)

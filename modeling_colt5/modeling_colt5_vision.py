@@ -70,8 +70,8 @@ class CoLT5VisionModel(CoLT5VisionHeadModel):
 
 
 class CoLT5ForImageClassification(CoLT5VisionHeadModel):
-    """The encoder with a head for whole pictures: the mean of the real patches' states, taken in fp32, or what learned
-    queries find among them (`classifier_pooling`)."""
+    """The encoder with a head for whole pictures: attention of a learned query to the real patches' states, or their
+    mean (`classifier_pooling`), taken in fp32."""
 
     _auto_class = "AutoModelForImageClassification"
     # The losses of regression and of several labels do not take `num_items_in_batch`, so Trainer averages them.
@@ -82,7 +82,7 @@ class CoLT5ForImageClassification(CoLT5VisionHeadModel):
         self.num_labels = config.num_labels
         self.attention_pooling = None
         if config.classifier_pooling == "attention":
-            self.attention_pooling = CoLT5AttentionPooling(config.d_model, config.num_heavy_heads, config.d_kv)
+            self.attention_pooling = CoLT5AttentionPooling(config.d_model)
         self.classification_head = CoLT5ClassificationHead(
             config.d_model, config.num_labels, config.classifier_dropout
         )

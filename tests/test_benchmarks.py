@@ -78,7 +78,7 @@ def test_warm_start_goes_on_where_it_was_stopped(tmp_path: Path, capsys: pytest.
 
 
 def test_framed_digits_run_at_toy_size(tmp_path: Path) -> None:
-    digits.main(["--tiny", "--dense_side", "24", "--out", str(tmp_path)])
+    digits.main(["--tiny", "--stages", "24:0.5:8", "36:0.5", "--out", str(tmp_path)])
     (line,) = results.read_runs("digits_36", tmp_path)
     assert line["complete"] and [row["arm"] for row in line["rows"]] == list(digits.ARMS)
     # one of nine patches goes to each router, and a ViT has none
