@@ -40,11 +40,14 @@ def pictures(dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
     return [torch.randn(3, *size, dtype=dtype) for size in SIZES]
 
 
-@pytest.mark.parametrize("routing", ["learned", "even", "random", "none"])
-def test_a_picture_in_a_padded_batch_computes_what_it_computes_alone(routing):
+@pytest.mark.parametrize(
+    "routing, pooling", [("learned", "attention"), ("learned", "mean"), ("even", "mean"), ("random", "mean"),
+                         ("none", "attention")]
+)  # fmt: skip
+def test_a_picture_in_a_padded_batch_computes_what_it_computes_alone(routing, pooling):
     """Logits, gradients of the pixels, and the routed patches, whatever the padding holds."""
     torch.manual_seed(0)
-    model = tiny_vision_model(dtype=torch.float64, routing=routing)
+    model = tiny_vision_model(dtype=torch.float64, routing=routing, classifier_pooling=pooling)
     alone = [picture.requires_grad_() for picture in pictures()]
     batch = pad_pictures([picture.detach() for picture in alone], 53, 50, fill=float("nan"))
     batch["pixel_values"].requires_grad_()
@@ -93,6 +96,24 @@ def test_a_size_between_patches_is_filled_up_with_zeros():
     picture = pictures()[0][None]
     filled = torch.nn.functional.pad(picture, (0, 2, 0, 2))
     torch.testing.assert_close(model(picture).logits, model(filled).logits, rtol=0, atol=1e-13)
+
+
+def test_a_head_takes_the_mean_or_what_its_query_finds():
+    """At a query of 0 attention is the mean; a long query along a state finds that state."""
+    torch.manual_seed(0)
+    model, by_mean = tiny_vision_model(), tiny_vision_model(classifier_pooling="mean")
+    assert by_mean.attention_pooling is None
+    by_mean.load_state_dict(model.state_dict(), strict=False)
+    batch = pad_pictures(pictures(torch.float32), 30, 42)
+    states = model.encoder(**batch).last_hidden_state
+    assert not torch.allclose(model(**batch).logits, by_mean(**batch).logits, atol=1e-2)
+    with torch.no_grad():
+        model.attention_pooling.query.zero_()
+        assert_same_but_for_rounding(model(**batch).logits, by_mean(**batch).logits)
+        model.attention_pooling.query.copy_(1000 * states[0, 7])
+        assert_same_but_for_rounding(model(**batch).logits[0], model.classification_head(states[0, 7]))
+    with pytest.raises(StrictDataclassError, match="one of 'attention', 'mean'"):
+        CoLT5VisionConfig(classifier_pooling="max")
 
 
 def test_gradients_are_finite_differences():
@@ -260,7 +281,8 @@ def test_saved_models_and_processors_load_by_the_auto_classes(tmp_path):
     # an encoder makes a classifier whose head alone is new
     encoder.save_pretrained(tmp_path / "encoder")
     _, report = AutoModelForImageClassification.from_pretrained(tmp_path / "encoder", output_loading_info=True)
-    assert all(name.startswith("classification_head.") for name in report["missing_keys"])
+    heads = ("classification_head.", "attention_pooling.")
+    assert report["missing_keys"] and all(name.startswith(heads) for name in report["missing_keys"])
 
 
 @pytest.mark.skipif(
