@@ -6,8 +6,9 @@ python benchmarks/digits.py --side 256 --patch 16 --cell 16 --stages 64:0.5:128 
 The label is which digits are framed, two of ten. All other digits are distractors. Arms are learned routing with a
 dense start, evenly spaced patches with the same budgets, and Transformers' ViT of the same width and depth; all have
 the same steps and pictures, which may be small at first (`--stages`). The held-out pictures have digits that no
-training picture has. Beside what was found stands how many of the frames' patches the routers took. A run prints its
-curve, with the seconds that its steps took; on a GPU a step is a CUDA graph.
+training picture has. Beside what was found stands how many of the frames' patches the routers took. A run prints and
+keeps its curve, with the seconds that its steps took; on a GPU a step is a CUDA graph. `digits_report.py` makes one run
+of those of several processes, and draws the curves.
 """
 
 import argparse
@@ -193,8 +194,8 @@ def drawn(digits: Digits, stages: list[Stage], steps: int) -> Iterator[tuple[Ten
             yield from zip(pictures.chunk(count), labels.chunk(count), strict=True)
 
 
-def train(arm: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Train one arm; the row of its results."""
+def train(arm: str, seed: int, options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Train one arm; the row of its results, and its curve: lists of what there was on its way."""
     torch.manual_seed(seed)
     model, steps = make_model(arm, options).train(), options.steps
     warmup = max(1, steps // 15)
@@ -214,6 +215,7 @@ def train(arm: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     digits = Digits(False, seed + 1, options.cell, options.blank)
     losses = torch.zeros(steps, device=DEVICE)
     point, seconds = max(1, steps // POINTS), 0.0
+    curve: dict[str, Any] = {"arm": arm, "seed": seed}
     begin = time.perf_counter()
     for step, (pictures, labels) in enumerate(drawn(digits, stages_of(options), steps)):
         progress = schedule.progress(step, steps) if arm == "learned" else None
@@ -225,22 +227,26 @@ def train(arm: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
             synchronize()
             seconds += time.perf_counter() - begin
             found = evaluate(model, options, options.batch if options.tiny else POINT_PICTURES)
+            loss, side = losses[step + 1 - point : step + 1].mean().item(), pictures.shape[-1]
+            for name, value in {"step": step + 1, "seconds": seconds, "side": side, "loss": loss, **found}.items():
+                curve.setdefault(name, []).append(round(value, 4) if isinstance(value, float) else value)
             taken = found["framed patches routed"]
             print(
-                f"{arm} {seed}: step {step + 1}, {seconds:.1f} s, side {pictures.shape[-1]}, loss "
-                f"{losses[step + 1 - point : step + 1].mean().item():.4f}, both {found['both found']:.3f}, routed "
-                f"{'–' if taken is None else f'{taken:.3f}'}{'' if step_of.captured else ', not captured'}",
+                f"{arm} {seed}: step {step + 1}, {seconds:.1f} s, side {side}, loss {loss:.4f}, both "
+                f"{found['both found']:.3f}, routed {'–' if taken is None else f'{taken:.3f}'}"
+                f"{'' if step_of.captured else ', not captured'}",
                 flush=True,
             )
             begin = time.perf_counter()
     if options.keep is not None:
         model.save_pretrained(options.keep / f"{arm}_{options.side}_{seed}")
     last = losses[-max(1, steps // 20) :].mean().item()
-    return {
+    row = {
         "arm": arm, "side": options.side, "seed": seed, "parameters": sum(p.numel() for p in model.parameters()),
         "steps": steps, "seconds": seconds, "captured": step_of.captured, "loss": last,
         **evaluate(model, options, options.batch if options.tiny else PICTURES),
     }  # fmt: skip
+    return row, curve
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -287,7 +293,9 @@ def main(argv: list[str] | None = None) -> None:
         options,
     )
     for seed, arm in itertools.product(options.seeds, options.arms):
-        table.add(train(arm, seed, options))
+        row, curve = train(arm, seed, options)
+        table.run.setdefault("curves", []).append(curve)
+        table.add(row)
     table.finish()
 
 

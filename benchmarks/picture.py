@@ -1,6 +1,7 @@
 """Draws `encoder.svg` from the encoder's history: time and memory against length, CoLT5 beside LongT5."""
 
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from peers import COLT5, GLOBAL, LOCAL
@@ -19,6 +20,13 @@ CURVES = (
     (COLT5, "eager", "CoLT5, called eagerly", "#3d8fd6"),
     (COLT5, "captured", "CoLT5, CUDA graph", "#2ca58d"),
 )
+
+
+def style_of(name: str) -> dict[str, Any]:
+    """Matplotlib's settings for the picture of that name."""
+    colours = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK)
+    # ids of the drawing in fixed order: the same picture is the same file
+    return {"svg.hashsalt": name, "svg.fonttype": "none", "font.size": 9, **colours}
 
 
 def draw_curves(axes: pyplot.Axes, rows: list[Row], unit: str, factor: float = 1.0) -> None:
@@ -43,16 +51,7 @@ def draw(folder: Path) -> None:
     run = fullest_run("encoder", folder)
     if run is None:
         return
-    # ids of the drawing in fixed order: the same picture is the same file
-    style = {
-        "svg.hashsalt": "encoder",
-        "svg.fonttype": "none",
-        "font.size": 9,
-        "text.color": INK,
-        "axes.labelcolor": INK,
-    }
-    style |= {"axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK}
-    with matplotlib.rc_context(style):
+    with matplotlib.rc_context(style_of("encoder")):
         figure, (time, memory) = pyplot.subplots(1, 2, figsize=(9, 3.9), layout="constrained")
         draw_curves(time, run["rows"], "ms")
         draw_curves(memory, run["rows"], "peak MiB", 1 / 1024)

@@ -25,6 +25,13 @@ def read_runs(name: str, folder: Path) -> list[Run]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
+def write_runs(name: str, folder: Path, runs: list[Run]) -> None:
+    """Write all runs of a benchmark, oldest first."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(run, ensure_ascii=False) + "\n" for run in runs]
+    (folder / f"{name}.jsonl").write_text("".join(lines))
+
+
 def newest_run(name: str, folder: Path) -> Run | None:
     """The newest run that came to its end, or else the newest; None where there is none."""
     runs = read_runs(name, folder)
@@ -40,6 +47,8 @@ def markdown(rows: list[Row]) -> str:
     """Rows as a table; the columns are the rows' keys."""
 
     def cell(value: object) -> str:
+        if isinstance(value, bool):
+            return "yes" if value else "no"
         if isinstance(value, float):
             return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
         return "–" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
@@ -87,9 +96,7 @@ class Table:
 
     def save(self) -> None:
         """Write the history with this run at its end."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        lines = [json.dumps(run, ensure_ascii=False) + "\n" for run in [*self.earlier, self.run]]
-        (self.folder / f"{self.name}.jsonl").write_text("".join(lines))
+        write_runs(self.name, self.folder, [*self.earlier, self.run])
 
     def finish(self) -> None:
         """Say that the run came to its end, and write the table."""

@@ -2,10 +2,10 @@
 
 python benchmarks/run.py                                   called, encoder, generation, training, dense
 python benchmarks/run.py encoder training --seconds 480    some of them, within a time
-python benchmarks/run.py tables                            only render tables, targets and picture from the history
+python benchmarks/run.py tables                            only render tables, targets and pictures from the history
 
 Each benchmark is a script of its own as well, with more options. Results go to benchmarks/results: <name>.jsonl has a
-line for every run, <name>.md the newest run, targets.md what was aimed for and reached, encoder.svg the picture.
+line for every run, <name>.md the newest run, targets.md what was aimed for and reached, encoder.svg and digits_*.svg the pictures.
 """
 
 import argparse
@@ -43,16 +43,18 @@ TABLES = "tables"
 
 
 def write_tables(folder: Path) -> None:
-    """Tables, targets and picture from the history."""
+    """Tables, targets and pictures from the history."""
     for name in names_of_tables(folder):
         render(name, folder)
     targets.write(folder)
     try:
+        import digits_report
         import picture
     except ImportError:
         print("no picture drawn: matplotlib is not installed", flush=True)
     else:
         picture.draw(folder)
+        digits_report.draw(folder)
 
 
 def run(name: str, options: argparse.Namespace, seconds: float) -> bool:
