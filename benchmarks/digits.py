@@ -7,8 +7,8 @@ The label is which digits are framed, two of ten. All other digits are distracto
 dense start, evenly spaced patches with the same budgets, and Transformers' ViT of the same width and depth; all have
 the same steps and pictures, which may be small at first (`--stages`). The held-out pictures have digits that no
 training picture has. Beside what was found stands how many of the frames' patches the routers took. A run prints and
-keeps its curve, with the seconds that its steps took; on a GPU a step is a CUDA graph. `digits_report.py` makes one run
-of those of several processes, and draws the curves.
+keeps its curve, with the seconds that its steps took; on a GPU a step is a CUDA graph. `digits_report.py` joins what
+several processes ran, and draws the curves.
 """
 
 import argparse

@@ -5,7 +5,8 @@ python benchmarks/run.py encoder training --seconds 480    some of them, within 
 python benchmarks/run.py tables                            only render tables, targets and pictures from the history
 
 Each benchmark is a script of its own as well, with more options. Results go to benchmarks/results: <name>.jsonl has a
-line for every run, <name>.md the newest run, targets.md what was aimed for and reached, encoder.svg and digits_*.svg the pictures.
+line for every run, <name>.md the newest run, targets.md what was aimed for and reached, encoder.svg and digits_*.svg
+the pictures.
 """
 
 import argparse

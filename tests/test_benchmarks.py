@@ -21,6 +21,7 @@ import causal_facts  # noqa: E402
 import causal_learning  # noqa: E402
 import dense  # noqa: E402
 import digits  # noqa: E402
+import digits_report  # noqa: E402
 import measure  # noqa: E402
 import multi_gpu  # noqa: E402
 import peers  # noqa: E402
@@ -84,6 +85,25 @@ def test_framed_digits_run_at_toy_size(tmp_path: Path) -> None:
     # one of nine patches goes to each router, and a ViT has none
     shares = [row["framed patches routed"] for row in line["rows"]]
     assert shares[0] <= 1 / 2 and shares[1] < 0.2 and shares[2] is None
+    assert [curve["arm"] for curve in line["curves"]] == list(digits.ARMS)
+    assert all(curve["step"] == [1, 2, 3, 4] and curve["side"] == [24, 24, 36, 36] for curve in line["curves"])
+
+
+def test_framed_digits_of_several_processes_are_one_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    kept = results.newest_run("digits_256", ROOT / "benchmarks/results")
+    folders = []
+    for number, (row, curve) in reversed([*enumerate(zip(kept["rows"], kept["curves"], strict=True))]):
+        folders.append(tmp_path / str(number))
+        results.write_runs("digits_256", folders[-1], [kept | {"notes": [], "rows": [row], "curves": [curve]}])
+    out = tmp_path / "out"
+    arguments = [*map(str, folders), "--name", "digits_256", "--out", str(out)]
+    digits_report.main([*arguments, "--note", kept["notes"][0]])
+    assert results.read_runs("digits_256", out) == [kept]
+    assert "evenly spaced patches" in (out / "digits_256.svg").read_text()
+    results.write_runs("digits_256", folders[0], [kept | {"title": "another"}])
+    with pytest.raises(SystemExit):
+        digits_report.main(arguments)
+    assert "runs differ in title" in capsys.readouterr().err
 
 
 # four models are made and called
