@@ -19,11 +19,12 @@ class Logits(torch.nn.Module):
         return self.model(pixel_values=pixel_values, pixel_mask=pixel_mask).logits
 
 
-@pytest.fixture
-def model_and_pictures():
-    """Two pictures of different sizes in one batch, one of them no multiple of the patch."""
+@pytest.fixture(params=["torch", "triton"])
+def model_and_pictures(request):
+    """With PyTorch's operations, and with kernels, whose operators are opaque to the tracers: in interpreter mode on
+    the CPU. Two pictures of different sizes in one batch, one of them no multiple of the patch."""
     torch.manual_seed(0)
-    model = Logits(tiny_vision_model())
+    model = Logits(tiny_vision_model(num_layers=1, kernel_backend=request.param))
     batch = pad_pictures([torch.randn(3, 40, 52), torch.randn(3, 22, 31)], 40, 52)
     return model.eval(), (batch["pixel_values"], batch["pixel_mask"])
 
