@@ -1,5 +1,6 @@
 """What every test stands on: Triton's interpreter without CUDA, no network, a seed, a device."""
 
+import gc
 import importlib.util
 import ipaddress
 import logging
@@ -11,8 +12,13 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
-from interpreter_speed import make_interpreter_fast
+
+# Python looks through all objects for circles again and again while a million of them come in with the libraries, and
+# none goes. On again when the tests are collected.
+gc.disable()
+
+import torch  # noqa: E402
+from interpreter_speed import make_interpreter_fast  # noqa: E402
 
 if not torch.cuda.is_available():
     # Triton reads it when a kernel is decorated, so before any test module is imported
@@ -74,6 +80,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
+    # compiled libraries complain of what is left when Python ends
+    gc.unfreeze()
     shutil.rmtree(HOME, ignore_errors=True)
 
 
@@ -83,6 +91,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Leave what was imported and collected out of Python's searches for circles: it stays until the end."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
