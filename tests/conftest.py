@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import socket
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -93,8 +94,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+def leave_data_sets_unnamed() -> None:
+    """Give what Datasets maps a name by chance, where the test files have imported it.
+
+    The name is a hash of the function, and with it of a whole vocabulary, for which it takes half a second. By it
+    another run finds what this one has stored, and no two tests here read the same file.
+    """
+    if "datasets" in sys.modules:
+        from datasets import arrow_dataset, fingerprint
+
+        arrow_dataset.update_fingerprint = lambda *arguments: fingerprint.generate_random_fingerprint()
+
+
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Leave what was imported and collected out of Python's searches for circles: it stays until the end."""
+    leave_data_sets_unnamed()
     gc.collect()
     gc.freeze()
     gc.enable()

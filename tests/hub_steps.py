@@ -5,6 +5,7 @@ A folder and a Hub repository are both a `where`, as in `from_pretrained(where)`
 
 import ast
 import contextlib
+import functools
 import importlib
 import json
 import os
@@ -157,16 +158,21 @@ def load_all(where: str, home: str) -> dict[str, torch.Tensor]:
     return outputs
 
 
+@functools.cache
+def siblings(name: str) -> set[str]:
+    """The files that a file of the package imports, from the syntax of its imports."""
+    tree = ast.parse((ROOT / "modeling_colt5" / name).read_text(encoding="utf-8"))
+    return {f"{node.module}.py" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level}
+
+
 def closure(module: str) -> set[str]:
-    """The files that a module of the package needs, itself among them, from the syntax of their imports."""
+    """The files that a module of the package needs, itself among them."""
     needed: set[str] = set()
     waiting = {f"{module}.py"}
     while waiting:
         name = waiting.pop()
         needed.add(name)
-        tree = ast.parse((ROOT / "modeling_colt5" / name).read_text(encoding="utf-8"))
-        siblings = {f"{node.module}.py" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level}
-        waiting |= siblings - needed
+        waiting |= siblings(name) - needed
     return needed
 
 

@@ -1,5 +1,6 @@
 """Tiny models, padded batches and checkpointing that the test files share."""
 
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -58,6 +59,10 @@ def tiny_model(
     """A model of `tiny_config(**fields)` with random weights, in evaluation mode."""
     model = model_class._from_config(tiny_config(**fields), attn_implementation=attn_implementation)
     return model.to(dtype).eval()
+
+
+# one layer of the encoder and two of the decoder, for what does not depend on how many there are: caches have several
+shallow_model = partial(tiny_model, num_layers=1, num_decoder_layers=2)
 
 
 def random_ids(*shape: int, vocab_size: int = 96) -> torch.Tensor:

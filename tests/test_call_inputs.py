@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from models import ENCODER_HEADS, random_ids, tiny_model
+from models import ENCODER_HEADS, random_ids, shallow_model, tiny_model
 from rounding import assert_same_but_for_rounding
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 from transformers.modeling_outputs import BaseModelOutput
@@ -59,7 +59,7 @@ def inputs_of(model_class: type, rows: int = 2, length: int = 12) -> dict[str, t
     ids=lambda value: value if isinstance(value, str) else "x".join(map(str, getattr(value, "shape", ["tuple"]))),
 )
 def test_shapes_that_do_not_fit_are_refused_by_name(name, value, causal):
-    model = tiny_model(**CAUSAL[causal])
+    model = shallow_model(**CAUSAL[causal])
     with pytest.raises(ValueError, match=name):
         model(**{**inputs_of(CoLT5ForConditionalGeneration), name: value})
 
@@ -70,7 +70,7 @@ def test_embeddings_of_another_shape_are_refused_by_name(name, shape):
     ids = "input_ids" if name == "inputs_embeds" else "decoder_input_ids"
     inputs = inputs_of(CoLT5ForConditionalGeneration) | {ids: None, "attention_mask": None}
     with pytest.raises(ValueError, match=f"{name} has shape"):
-        tiny_model()(**inputs, **{name: torch.randn(shape)})
+        shallow_model()(**inputs, **{name: torch.randn(shape)})
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_embeddings_of_another_shape_are_refused_by_name(name, shape):
 def test_labels_of_another_shape_are_refused_by_name(model_class, fields, name, value):
     labels = {"start_positions": ones(2), "end_positions": ones(2)} if "positions" in name else {}
     with pytest.raises(ValueError, match=f"{name} has shape"):
-        tiny_model(model_class, **fields)(**inputs_of(model_class), **labels | {name: value})
+        shallow_model(model_class, **fields)(**inputs_of(model_class), **labels | {name: value})
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_labels_of_another_shape_are_refused_by_name(model_class, fields, name, 
     [(1, torch.randn(2)), (1, torch.randn(2, 1)), (3, ones(2)), (3, ones(2, 1)), (3, torch.rand(2, 3))],
 )
 def test_every_kind_of_class_labels_is_taken(num_labels, labels):
-    model = tiny_model(CoLT5ForSequenceClassification, num_labels=num_labels)
+    model = shallow_model(CoLT5ForSequenceClassification, num_labels=num_labels)
     assert model(**inputs_of(CoLT5ForSequenceClassification), labels=labels).loss.isfinite()
 
 
@@ -112,7 +112,7 @@ def caches_of(config, kind: str, rows: int):
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 @pytest.mark.parametrize("causal", CAUSAL)
 def test_a_mask_covers_the_cached_tokens_too(causal, kind):
-    model = tiny_model(**CAUSAL[causal])
+    model = shallow_model(**CAUSAL[causal])
     inputs = inputs_of(CoLT5ForConditionalGeneration)
     ids, inputs["decoder_input_ids"] = random_ids(2, 1), random_ids(2, 4)
     inputs["cache"] = caches_of(model.config, kind, 2)
@@ -129,7 +129,7 @@ def test_a_mask_covers_the_cached_tokens_too(causal, kind):
 
 @pytest.mark.parametrize("causal", CAUSAL)
 def test_a_cache_of_other_rows_is_refused(causal):
-    model = tiny_model(**CAUSAL[causal])
+    model = shallow_model(**CAUSAL[causal])
     one, two = inputs_of(CoLT5ForConditionalGeneration, rows=1), inputs_of(CoLT5ForConditionalGeneration)
     with pytest.raises(ValueError, match=r"cache \(or past_key_values\)"):
         model(**two, cache=model(**one).cache)
@@ -137,7 +137,7 @@ def test_a_cache_of_other_rows_is_refused(causal):
 
 @pytest.mark.parametrize("causal", CAUSAL)
 def test_every_form_of_encoder_outputs_is_the_same(causal):
-    model = tiny_model(**CAUSAL[causal])
+    model = shallow_model(**CAUSAL[causal])
     inputs = inputs_of(CoLT5ForConditionalGeneration)
     want = model(**inputs).logits
     states = model.encoder(inputs.pop("input_ids"), inputs["attention_mask"]).last_hidden_state
@@ -155,7 +155,7 @@ def test_every_form_of_encoder_outputs_is_the_same(causal):
 
 
 def test_generation_takes_every_form_of_encoder_outputs_and_leaves_it_as_it_was():
-    model, ids = tiny_model(), random_ids(2, 12)
+    model, ids = shallow_model(), random_ids(2, 12)
     settings = {"max_new_tokens": 3, "num_beams": 2, "num_return_sequences": 2, "attention_mask": ones(2, 12)}
     want = model.generate(ids, **settings)
     encoded = model.encoder(ids, ones(2, 12))
@@ -169,12 +169,12 @@ def test_generation_takes_every_form_of_encoder_outputs_and_leaves_it_as_it_was(
 def test_other_encoder_outputs_are_refused_by_name(given):
     inputs = inputs_of(CoLT5ForConditionalGeneration) | {"input_ids": None}
     with pytest.raises((TypeError, ValueError), match="encoder_outputs"):
-        tiny_model()(encoder_outputs=given, **inputs)
+        shallow_model()(encoder_outputs=given, **inputs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_embeddings_of_another_dtype_are_taken_to_the_models(dtype):
-    model = tiny_model(dtype=torch.bfloat16)
+    model = shallow_model(dtype=torch.bfloat16)
     embeds = torch.randn(2, 12, 32).to(dtype)
     own = embeds.to(torch.bfloat16)
     got = model(inputs_embeds=embeds, decoder_inputs_embeds=embeds)
@@ -184,12 +184,12 @@ def test_embeddings_of_another_dtype_are_taken_to_the_models(dtype):
 
 def test_embeddings_of_integers_are_refused_by_name():
     with pytest.raises(TypeError, match="inputs_embeds"):
-        tiny_model(CoLT5EncoderModel)(inputs_embeds=ones(2, 3, 32))
+        shallow_model(CoLT5EncoderModel)(inputs_embeds=ones(2, 3, 32))
 
 
 @pytest.mark.parametrize("model_class", ALL)
 def test_nothing_at_all_is_refused_by_name(model_class):
-    model, inputs = tiny_model(model_class), inputs_of(model_class)
+    model, inputs = shallow_model(model_class), inputs_of(model_class)
     for name in (name for name in inputs if name.endswith("input_ids")):
         for empty in (random_ids(2, 0), random_ids(0, 5)):
             for mask in (None, torch.ones_like(empty)):
@@ -200,13 +200,13 @@ def test_nothing_at_all_is_refused_by_name(model_class):
 @pytest.mark.parametrize("model_class", [CoLT5ForConditionalGeneration, CoLT5ForCausalLM])
 def test_generation_from_no_row_is_refused_by_name(model_class):
     with pytest.raises(ValueError, match="input_ids"):
-        tiny_model(model_class).generate(random_ids(0, 5), max_new_tokens=2)
+        shallow_model(model_class).generate(random_ids(0, 5), max_new_tokens=2)
 
 
 @pytest.mark.parametrize("model_class", ALL)
 def test_a_configuration_may_ask_for_tuples(model_class):
     inputs = inputs_of(model_class)
-    model = tiny_model(model_class)
+    model = shallow_model(model_class)
     want = model(**inputs, output_hidden_states=True).to_tuple()
     model.config.return_dict = False
     got = model(**inputs, output_hidden_states=True)
@@ -228,7 +228,7 @@ def said():
 
 @pytest.mark.parametrize("model_class", ALL)
 def test_packed_texts_are_refused_by_name(model_class, said):
-    model, inputs = tiny_model(model_class), inputs_of(model_class, rows=1)
+    model, inputs = shallow_model(model_class), inputs_of(model_class, rows=1)
     packed = torch.arange(12)[None] % 6
     lengths = torch.tensor([0, 6, 12])
     for name, value in (("cu_seq_lens_q", lengths), ("cu_seqlens", lengths), ("seq_idx", packed // 6)):
@@ -242,7 +242,7 @@ def test_packed_texts_are_refused_by_name(model_class, said):
 
 @pytest.mark.parametrize("model_class", ALL)
 def test_what_is_not_read_is_said_once(model_class, said):
-    model, inputs = tiny_model(model_class), inputs_of(model_class)
+    model, inputs = shallow_model(model_class), inputs_of(model_class)
     unread = {
         "position_ids": torch.arange(12)[None],
         "token_type_ids": ones(2, 12),
@@ -261,12 +261,12 @@ def test_what_is_not_read_is_said_once(model_class, said):
 
 @pytest.mark.parametrize("model_class", [CoLT5EncoderModel, CoLT5Model, CoLT5ForCausalLM])
 def test_missing_attentions_are_said(model_class, said):
-    model, inputs = tiny_model(model_class), inputs_of(model_class)
+    model, inputs = shallow_model(model_class), inputs_of(model_class)
     model(**inputs, output_attentions=True)
     assert said and all("eager" in str(warning.message) for warning in said)
     said.clear()
     model(**inputs, output_attentions=True)
-    tiny_model(model_class, attn_implementation="eager")(**inputs, output_attentions=True)
+    shallow_model(model_class, attn_implementation="eager")(**inputs, output_attentions=True)
     assert not said
 
 
@@ -282,7 +282,7 @@ def test_forwards_say_which_flags_they_read(model_class):
     assert {"output_attentions", "output_hidden_states", "output_routing", "return_dict"} <= flags.keys()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        tiny_model(model_class)(**inputs_of(model_class), **dict.fromkeys(flags, False))
+        shallow_model(model_class)(**inputs_of(model_class), **dict.fromkeys(flags, False))
 
 
 @pytest.mark.parametrize("model_class", [CoLT5EncoderModel, CoLT5Model])

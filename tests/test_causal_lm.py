@@ -31,6 +31,8 @@ def causal_config(**fields: Any) -> CoLT5Config:
         "causal_window": WINDOW,
         "causal_routed_keys": 12,
         "num_heavy_heads": 4,
+        "num_layers": 1,
+        "num_decoder_layers": 2,
     }
     return tiny_config(**(causal | fields))
 
@@ -199,7 +201,9 @@ def test_generation(model: CoLT5ForCausalLM, cache: str, side: str, choice: str)
 @pytest.mark.parametrize("cache", ["dynamic", pytest.param("static", marks=pytest.mark.slow)])
 def test_beam_search(model: CoLT5ForCausalLM, cache: str) -> None:
     batch = pad([random_ids(n) for n in (21, 9, 2)], "left")
-    options = {"num_beams": 3, "num_return_sequences": 2, "disable_compile": True}
+    # over the ends of at least one window
+    lengths = {"max_new_tokens": WINDOW + 3, "min_new_tokens": WINDOW + 3}
+    options = {"num_beams": 3, "num_return_sequences": 2, "disable_compile": True, **lengths}
     output = generate(model, batch, cache_implementation=cache, **options)
     uncached = generate(model, batch, use_cache=False, **options)
     assert torch.equal(output.sequences, uncached.sequences)

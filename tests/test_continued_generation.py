@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import random_ids, tiny_model
+from models import random_ids, shallow_model
 from transformers import EncoderDecoderCache, StaticCache
 from transformers.modeling_outputs import BaseModelOutput
 
@@ -43,7 +43,7 @@ GIVEN = ["whole", "whole and mask", "padded and mask", "encoder_outputs"]
 )
 def test_tokens_that_the_cache_has_are_not_read_again(kind, is_static, given):
     torch.manual_seed(0)
-    model, ids = tiny_model(**KINDS[kind]), random_ids(2, 12)
+    model, ids = shallow_model(**KINDS[kind]), random_ids(2, 12)
     start = torch.cat([torch.zeros(2, 1, dtype=torch.int64), random_ids(2, 7)], 1)
     # what is left to read does not depend on the cache's kind: of a static one, a single length
     for past in (5,) if is_static or given == "encoder_outputs" else (1, 5, 7):
@@ -76,7 +76,7 @@ def test_tokens_that_the_cache_has_are_not_read_again(kind, is_static, given):
 @pytest.mark.parametrize("kind", KINDS)
 def test_beams_go_on_with_a_cache_of_as_many_rows(kind):
     torch.manual_seed(0)
-    model, ids = tiny_model(**KINDS[kind]), random_ids(2, 12)
+    model, ids = shallow_model(**KINDS[kind]), random_ids(2, 12)
     start = torch.cat([torch.zeros(2, 1, dtype=torch.int64), random_ids(2, 5)], 1)
     cache = filled_cache(model, ids.repeat_interleave(3, 0), start[:, :4].repeat_interleave(3, 0), is_static=False)
     inputs = {"decoder_input_ids": start, "num_beams": 3, **SETTINGS}

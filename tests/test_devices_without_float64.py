@@ -11,7 +11,7 @@ from modeling_colt5 import CoLT5EncoderModel, CoLT5ForCausalLM, CoLT5ForConditio
 from modeling_colt5.op_routing import route
 from modeling_colt5.op_soft_topk import soft_topk
 from modeling_colt5.run_budgets import routed_budget, routed_capacity
-from tests.models import ENCODER_HEADS, random_ids, tiny_model
+from tests.models import ENCODER_HEADS, random_ids, shallow_model
 
 CAUSAL = {
     "causal_attention": "routed",
@@ -64,7 +64,7 @@ def test_the_mode_refuses():
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("model_class", HEADS, ids=lambda model_class: model_class.__name__)
 def test_heads_train(model_class, dtype):
-    model = tiny_model(model_class, dtype, dropout_rate=0.1, routed_cross_key_values=9, **CAUSAL).train()
+    model = shallow_model(model_class, dtype, dropout_rate=0.1, routed_cross_key_values=9, **CAUSAL).train()
     optimizer = torch.optim.AdamW(model.parameters())
     batch = padded_batch()
     with RefuseFloat64():
@@ -79,7 +79,7 @@ def test_heads_train(model_class, dtype):
 @pytest.mark.parametrize("options", ({}, {"num_beams": 2}, {"do_sample": True, "top_p": 0.9}), ids=str)
 @pytest.mark.parametrize("model_class", HEADS[-2:], ids=lambda model_class: model_class.__name__)
 def test_heads_generate(model_class, options):
-    model = tiny_model(model_class, **CAUSAL)
+    model = shallow_model(model_class, **CAUSAL)
     ids = random_ids(2, 23)
     mask = torch.ones_like(ids)
     # a causal model continues at the right end
@@ -102,6 +102,6 @@ def test_routing(solver):
 
 
 def test_models_in_float64_stay_in_float64():
-    model = tiny_model(CoLT5EncoderModel, torch.float64)
+    model = shallow_model(CoLT5EncoderModel, torch.float64)
     states = model(**padded_batch()).last_hidden_state
     assert states.dtype == torch.float64

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import ENCODER_HEADS, random_ids, tiny_model
+from models import ENCODER_HEADS, random_ids, shallow_model
 from rounding import assert_same_but_for_rounding
 from torch import nn
 from torch.func import functional_call, grad, stack_module_state, vmap
@@ -86,7 +86,7 @@ WAYS: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize("is_tied", [False, True])
 @pytest.mark.filterwarnings("ignore:Model (has|with) `tie_word_embeddings=True`:UserWarning:peft")
 def test_a_changed_models_parameters_stay(is_tied: bool, way: str) -> None:
-    model = WAYS[way](tiny_model(tie_word_embeddings=is_tied))
+    model = WAYS[way](shallow_model(tie_word_embeddings=is_tied))
     before = slots(model)
     inputs = inputs_of(model)
     with torch.no_grad():
@@ -102,7 +102,7 @@ def test_a_changed_models_parameters_stay(is_tied: bool, way: str) -> None:
     "model_class", [CoLT5ForConditionalGeneration, CoLT5ForCausalLM, CoLT5Model, CoLT5EncoderModel, *ENCODER_HEADS]
 )
 def test_parameters_stay_and_gradients_are_backwards(model_class: Any, is_tied: bool) -> None:
-    model = tiny_model(model_class, tie_word_embeddings=is_tied)
+    model = shallow_model(model_class, tie_word_embeddings=is_tied)
     before = slots(model)
     inputs = inputs_of(model)
 
@@ -119,7 +119,7 @@ def test_parameters_stay_and_gradients_are_backwards(model_class: Any, is_tied: 
 
 
 def test_another_embedding_acts_on_both_stacks() -> None:
-    model, other = tiny_model(), tiny_model()
+    model, other = shallow_model(), shallow_model()
     other.load_state_dict(model.state_dict())
     weight = torch.randn_like(model.shared.weight)
     with torch.no_grad():
@@ -132,7 +132,7 @@ def test_another_embedding_acts_on_both_stacks() -> None:
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning:transformers")
 def test_an_ensembles_rows_are_its_models() -> None:
-    models = [tiny_model(CoLT5EncoderModel) for _ in range(2)]
+    models = [shallow_model(CoLT5EncoderModel) for _ in range(2)]
     parameters, buffers = stack_module_state(models)  # type: ignore[arg-type]
     before = slots(models[0])
     inputs = inputs_of(models[0])

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import pad, tiny_model
+from models import pad, shallow_model
 from rounding import assert_same_but_for_rounding
 from transformers.generation import GenerateBeamEncoderDecoderOutput, GenerateEncoderDecoderOutput
 
@@ -19,7 +19,7 @@ TOLERANCE = 1e-5
 
 def make_model(**fields: Any) -> CoLT5ForConditionalGeneration:
     """A tiny model whose next tokens depend on the document."""
-    model = tiny_model(**fields)
+    model = shallow_model(**fields)
     with torch.no_grad():
         # cross-attention that is near uniform gives all rows the same states
         for block in model.decoder.block:

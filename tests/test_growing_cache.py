@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import pad, random_ids, tiny_model
+from models import pad, random_ids, shallow_model, tiny_model
 from transformers import DynamicCache, EncoderDecoderCache, GenerationMixin, StaticCache
 from transformers.cache_utils import Cache, DynamicLayer
 
@@ -47,7 +47,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 def make_model(model_class: Any = CoLT5ForConditionalGeneration, **fields: Any) -> Any:
     """A tiny model whose next tokens depend on those before."""
     torch.manual_seed(0)
-    model = tiny_model(model_class, **fields)
+    model = shallow_model(model_class, **fields)
     with torch.no_grad():
         for block in model.decoder.block:
             block.layer[0].SelfAttention.q.weight.mul_(4)

@@ -1,6 +1,7 @@
 """The modules' dependencies are those of docs/architecture.md, and the Hub's code loader can follow them."""
 
 import ast
+import functools
 import importlib
 import re
 import subprocess
@@ -36,6 +37,7 @@ def documented_ranks() -> dict[str, int]:
 RANKS = documented_ranks()
 
 
+@functools.cache
 def imports(tree: ast.AST) -> list[ast.Import | ast.ImportFrom]:
     return [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
 
@@ -76,9 +78,14 @@ def file(request: pytest.FixtureRequest) -> Path:
     return request.param
 
 
+@functools.cache
+def parsed(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"))
+
+
 @pytest.fixture
 def tree(file: Path) -> ast.Module:
-    return ast.parse(file.read_text(encoding="utf-8"))
+    return parsed(file)
 
 
 def test_table_names_every_module_and_no_other():

@@ -1,6 +1,7 @@
 """Names that pages, docstrings and comments put in backticks: files and code of that name exist."""
 
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -30,13 +31,16 @@ FOLDERS = [ROOT / name for name in (".", "modeling_colt5", "benchmarks", "benchm
 FILE = re.compile(r"[\w/.-]+\.(?:py|md|jsonl|json|svg|ipynb|txt|yml|toml)$")
 
 
+@functools.cache
 def docstrings(text):
     """The docstring of each module, class and function of a source, as nodes."""
+    found = []
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and node.body:
             first = node.body[0]
             if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
-                yield first.value
+                found.append(first.value)
+    return found
 
 
 def words_of_code(path):

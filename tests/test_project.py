@@ -1,6 +1,7 @@
 """What a project is expected to have: one version, dependencies that are used, and files that tools can read."""
 
 import ast
+import functools
 import re
 import sys
 from importlib.metadata import packages_distributions
@@ -27,7 +28,12 @@ def names(requirements: list[str]) -> set[str]:
     return {re.match(r"[\w-]+", requirement)[0].lower().replace("_", "-") for requirement in requirements}
 
 
-def imported(folder: str) -> set[str]:
+# which distribution has which module: the files of all that are installed are read for it
+distributions_once = functools.cache(packages_distributions)
+
+
+@functools.cache
+def imported(folder: str) -> frozenset[str]:
     """The distributions that the Python files of a folder import, wherever in them."""
     own = {path.stem for path in (ROOT / folder).glob("*.py")} | {path.name for path in (ROOT / folder).iterdir()}
     modules = set()
@@ -38,8 +44,8 @@ def imported(folder: str) -> set[str]:
             elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
                 modules.add(node.module.split(".")[0])
     modules -= {*sys.stdlib_module_names, "modeling_colt5", *own}
-    where = packages_distributions()
-    return {where.get(module, [module])[0].lower().replace("_", "-") for module in modules}
+    where = distributions_once()
+    return frozenset(where.get(module, [module])[0].lower().replace("_", "-") for module in modules)
 
 
 def test_the_package_depends_on_what_it_imports():

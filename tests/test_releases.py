@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import checkpoint_activations, random_ids, tiny_model
+from models import checkpoint_activations, random_ids, shallow_model
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache, T5ForConditionalGeneration, cache_utils
 
 from modeling_colt5 import (
@@ -51,7 +51,7 @@ def says_what_t5_says(name: str) -> Iterator[None]:
 @pytest.mark.parametrize("model_class", [CoLT5Model, CoLT5ForConditionalGeneration])
 @torch.no_grad()
 def test_encoder_decoder_goes_on_with_a_cache_under_either_name(model_class: Any, name: str) -> None:
-    model = tiny_model(model_class)
+    model = shallow_model(model_class)
     ids, first, second = random_ids(2, 12), random_ids(2, 3), random_ids(2, 1)
     output = model(input_ids=ids, decoder_input_ids=first, use_cache=True)
     encoded = (output.encoder_last_hidden_state,)
@@ -68,7 +68,7 @@ def test_encoder_decoder_goes_on_with_a_cache_under_either_name(model_class: Any
 @pytest.mark.parametrize("fields", [{}, ROUTED], ids=["full", "routed"])
 @torch.no_grad()
 def test_causal_model_and_its_stack_go_on_likewise(fields: dict[str, str], name: str) -> None:
-    model = tiny_model(CoLT5ForCausalLM, **fields)
+    model = shallow_model(CoLT5ForCausalLM, **fields)
     first, second = random_ids(2, 9), random_ids(2, 1)
     for part in (model, model.decoder):
         cache = cache_of(part(first, use_cache=True), name)
@@ -79,7 +79,7 @@ def test_causal_model_and_its_stack_go_on_likewise(fields: dict[str, str], name:
 
 
 def test_both_names_at_once_are_refused() -> None:
-    model, causal = tiny_model(), tiny_model(CoLT5ForCausalLM)
+    model, causal = shallow_model(), shallow_model(CoLT5ForCausalLM)
     ids = random_ids(1, 5)
     for part, inputs in ((model, {"input_ids": ids, "decoder_input_ids": ids}), (causal, {"input_ids": ids})):
         cache = DynamicCache(config=part.config.get_text_config(decoder=True))
@@ -90,13 +90,13 @@ def test_both_names_at_once_are_refused() -> None:
 
 
 def test_no_step_of_evaluation_keeps_the_cache() -> None:
-    assert set(NAMES) <= set(tiny_model().config.keys_to_ignore_at_inference)
+    assert set(NAMES) <= set(shallow_model().config.keys_to_ignore_at_inference)
 
 
 def test_checkpointed_layers_leave_a_cache_alone() -> None:
     """Recomputed, a layer would write its keys twice."""
     for fields in ({}, ROUTED):
-        model = tiny_model(CoLT5ForConditionalGeneration, **fields)
+        model = shallow_model(CoLT5ForConditionalGeneration, **fields)
         inputs = {"input_ids": random_ids(2, 12), "labels": random_ids(2, 4)}
         model.train()(**inputs).loss.backward()
         expected = [parameter.grad.clone() for parameter in model.parameters()]
@@ -111,7 +111,7 @@ def test_checkpointed_layers_leave_a_cache_alone() -> None:
 @pytest.mark.parametrize("is_encoder_decoder", [True, False])
 def test_every_way_to_generate_is_greedy_where_it_should_be(fields: dict[str, str], is_encoder_decoder: bool) -> None:
     torch.manual_seed(0)
-    model = tiny_model(CoLT5ForConditionalGeneration if is_encoder_decoder else CoLT5ForCausalLM, **fields)
+    model = shallow_model(CoLT5ForConditionalGeneration if is_encoder_decoder else CoLT5ForCausalLM, **fields)
     ids = random_ids(1, 12)
     # no end before its time
     settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
@@ -130,7 +130,7 @@ def test_every_way_to_generate_is_greedy_where_it_should_be(fields: dict[str, st
 def test_generation_goes_on_with_a_cache_under_either_name(
     fields: dict[str, str], is_encoder_decoder: bool, name: str
 ) -> None:
-    model = tiny_model(CoLT5ForConditionalGeneration if is_encoder_decoder else CoLT5ForCausalLM, **fields)
+    model = shallow_model(CoLT5ForConditionalGeneration if is_encoder_decoder else CoLT5ForCausalLM, **fields)
     ids = random_ids(1, 12)
     settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
     output = model.generate(ids, **settings, return_dict_in_generate=True)
@@ -147,7 +147,7 @@ def test_generation_goes_on_with_a_cache_under_either_name(
 
 def test_static_cache_of_a_routed_decoder_cannot_be_cropped() -> None:
     """Its length could be taken back, its rings and carried states could not: later tokens would be other ones."""
-    model = tiny_model(CoLT5ForCausalLM, **ROUTED)
+    model = shallow_model(CoLT5ForCausalLM, **ROUTED)
     config = model.config.get_text_config(decoder=True)
     cache = StaticCache(config=config, max_cache_len=32)
     with torch.no_grad():
@@ -163,7 +163,7 @@ def test_static_cache_of_a_routed_decoder_cannot_be_cropped() -> None:
 
 @torch.no_grad()
 def test_caches_of_the_users_own_are_filled_and_read() -> None:
-    model = tiny_model()
+    model = shallow_model()
     ids, first, second = random_ids(2, 12), random_ids(2, 3), random_ids(2, 1)
     config = model.config.get_text_config(decoder=True)
     whole = model(input_ids=ids, decoder_input_ids=torch.cat([first, second], 1)).logits[:, -1:]
@@ -210,7 +210,7 @@ def test_caches_of_another_copy_of_the_code_are_read(monkeypatch: pytest.MonkeyP
     """Transformers makes cache layers by the name of their type, of the copy that was imported last: a model from the
     Hub beside the package brings such a copy."""
     ids = random_ids(2, 9)
-    model = tiny_model(CoLT5ForCausalLM, **ROUTED)
+    model = shallow_model(CoLT5ForCausalLM, **ROUTED)
     expected = model.generate(ids, max_new_tokens=4, do_sample=False)
     for mapping in (cache_utils.DYNAMIC_LAYER_TYPE_MAPPING, cache_utils.STATIC_LAYER_TYPE_MAPPING):
         # to be put back afterwards

@@ -8,7 +8,7 @@ import weakref
 
 import pytest
 import torch
-from models import random_ids, tiny_config, tiny_model
+from models import random_ids, shallow_model, tiny_config, tiny_model
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -78,7 +78,7 @@ def adapter_cases():
 def test_what_adapters_train_of_it_is_kept(model_class, way, tied, tmp_path):
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
-    plain = tiny_model(model_class, tie_word_embeddings=tied)
+    plain = shallow_model(model_class, tie_word_embeddings=tied)
     ids = random_ids(2, 12)
     ids[:, :3] = torch.tensor([4, 5, 6])
     model = peft.get_peft_model(copy.deepcopy(plain), peft.LoraConfig(**{"target_modules": ["q"], "r": 2} | WAYS[way]))
@@ -115,7 +115,7 @@ def test_what_adapters_train_of_it_is_kept(model_class, way, tied, tmp_path):
 @pytest.mark.filterwarnings("ignore:Model (has|with) `tie_word_embeddings=True`:UserWarning:peft")
 def test_a_tied_head_is_tied_again_when_an_adapter_is_taken_off():
     peft = pytest.importorskip("peft")
-    model = tiny_model(tie_word_embeddings=True)
+    model = shallow_model(tie_word_embeddings=True)
     adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["shared"], r=2))
     assert not any(p is q for p in model.shared.parameters() for q in model.lm_head.parameters())
     adapted.unload()
@@ -124,7 +124,7 @@ def test_a_tied_head_is_tied_again_when_an_adapter_is_taken_off():
 
 @pytest.mark.parametrize("assign", [False, True])
 def test_a_checkpoint_of_other_parts_leaves_a_head_of_its_own(assign):
-    model = tiny_model(tie_word_embeddings=True)
+    model = shallow_model(tie_word_embeddings=True)
     model.lm_head.weight = nn.Parameter(torch.randn_like(model.lm_head.weight))
     head = model.lm_head.weight.detach().clone()
     norm = torch.full((32,), 2.0)
@@ -135,7 +135,7 @@ def test_a_checkpoint_of_other_parts_leaves_a_head_of_its_own(assign):
 def test_a_second_adapter_finds_it_under_a_stacks_name():
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(target_modules=["embed_tokens"], r=2)
-    model = peft.get_peft_model(tiny_model(), config)
+    model = peft.get_peft_model(shallow_model(), config)
     model.add_adapter("second", config)
     assert set(model.base_model.model.shared.lora_embedding_A) == {"default", "second"}
 
@@ -147,7 +147,7 @@ def test_a_model_can_be_made_of_fake_tensors():
 
 
 def test_one_replaced_by_a_stack_is_replaced_everywhere():
-    model = tiny_model()
+    model = shallow_model()
     model.decoder.set_input_embeddings(nn.Embedding(50, 32))
     assert_one_embedding(model)
     assert model.get_input_embeddings().num_embeddings == 50
@@ -155,7 +155,7 @@ def test_one_replaced_by_a_stack_is_replaced_everywhere():
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_a_copys_embedding_is_its_own(copied):
-    model = tiny_model()
+    model = shallow_model()
     old, other = model.shared, copied(model)
     other.encoder.embed_tokens = nn.Embedding(50, 32)
     assert_one_embedding(other)
@@ -178,11 +178,11 @@ def test_a_model_is_freed_at_once():
 @pytest.mark.parametrize("tied", [False, True])
 def test_missing_names_of_a_saved_model_are_what_trainer_expects(tied, tmp_path):
     """`Trainer` takes a checkpoint for complete that lacks just what the model leaves out at saving."""
-    model = tiny_model(tie_word_embeddings=tied)
+    model = shallow_model(tie_word_embeddings=tied)
     weights = {
         name: tensor for name, tensor in model.state_dict().items() if name not in model._keys_to_ignore_on_save
     }
-    result = tiny_model(tie_word_embeddings=tied).load_state_dict(weights, strict=False)
+    result = shallow_model(tie_word_embeddings=tied).load_state_dict(weights, strict=False)
     assert set(result.missing_keys) == model._keys_to_ignore_on_save
     assert ("lm_head.weight" in result.missing_keys) == tied
 
