@@ -30,7 +30,8 @@ endif
 # one thread for each test process, unless THREADS says more: small tensors gain nothing from it, and processes would
 # fight over the cores
 TEST_THREADS = OMP_NUM_THREADS=$(THREADS) MKL_NUM_THREADS=$(THREADS) TOKENIZERS_PARALLELISM=false
-PYTEST = $(TEST_THREADS) $(PYTHON) -m pytest -n $(WORKERS) --dist worksteal
+# what Python compiles is kept, whatever the environment says: tests start many processes
+PYTEST = $(TEST_THREADS) PYTHONDONTWRITEBYTECODE= $(PYTHON) -m pytest -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow lint format docs environment clean

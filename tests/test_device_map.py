@@ -1,6 +1,7 @@
 """Device maps: a model whose parts wait in CPU memory or on disk computes what the whole one does."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from models import pad, random_ids, tiny_model
 from rounding import assert_same_but_for_rounding
 from torch import nn
 from transformers import AutoModelForSeq2SeqLM
+from transformers.integrations.accelerate import infer_auto_device_map as infer_in_transformers
 
 from modeling_colt5 import CoLT5ForConditionalGeneration, CoLT5ForSequenceClassification, CoLT5PreTrainedModel
 
@@ -131,6 +133,34 @@ def test_a_map_that_accelerate_infers(share: float, tmp_path: Path) -> None:
     assert set(parts.values()) == {"cpu", "disk"}
     dispatch_model(model, parts, offload_dir=tmp_path, main_device="cpu", force_hooks=True)
     assert_same(model, whole)
+
+
+def bytes_by_place(model: nn.Module, parts: dict[str, Any]) -> dict[Any, int]:
+    """How much of a model each place gets: of a module with several names the last one says where it stands."""
+    places: dict[nn.Parameter, Any] = {}
+
+    def walk(module: nn.Module, prefix: str, place: Any) -> None:
+        place = parts.get(prefix, place)
+        places.update(dict.fromkeys(module.parameters(recurse=False), place))
+        for name, child in module.named_children():
+            walk(child, f"{prefix}.{name}" if prefix else name, place)
+
+    walk(model, "", None)
+    return {place: sum(p.nbytes for p, at in places.items() if at == place) for place in set(places.values())}
+
+
+def test_the_embedding_counts_where_it_stands() -> None:
+    """By the map of `from_pretrained`. Accelerate's own counts it at `shared`: it is off by the embedding at most."""
+    model = tiny_model(vocab_size=2000)
+    size, embedding = sum(parameter.nbytes for parameter in model.parameters()), model.shared.weight.nbytes
+    most = {"Transformers": 0, "Accelerate": 0}
+    for percent in range(30, 100, 5):
+        room = {0: percent * size // 100, 1: percent * size // 100, "cpu": size}
+        for whose, infer in (("Transformers", infer_in_transformers), ("Accelerate", infer_auto_device_map)):
+            placed = bytes_by_place(model, infer(model, room, no_split_module_classes=model._no_split_modules))
+            assert sum(placed.values()) == size
+            most[whose] = max(most[whose], *(placed[place] - room[place] for place in placed))
+    assert most["Transformers"] <= 0 < most["Accelerate"] <= embedding
 
 
 @pytest.mark.gpu

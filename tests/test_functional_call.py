@@ -146,3 +146,24 @@ def test_an_ensembles_rows_are_its_models() -> None:
             # products of both at once, whose sums have another order
             torch.testing.assert_close(row, model(**inputs).last_hidden_state, rtol=1e-4, atol=1e-4)
     assert_unchanged(before)
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_a_state_dict_is_refused_where_names_are_checked(is_tied: bool) -> None:
+    """It has the embedding under all its names, each with a tensor of its own."""
+    model = shallow_model(tie_word_embeddings=is_tied)
+    before = slots(model)
+    with pytest.raises(ValueError if is_tied else RuntimeError, match="multiple values|Unexpected key"):
+        functional_call(model, model.state_dict(), (), inputs_of(model), strict=True)
+    assert_unchanged(before)
+
+
+@pytest.mark.xfail(reason="PyTorch puts the tensors of several names back in the order in which it took them")
+def test_a_module_with_two_names_gets_its_tensor_back() -> None:
+    """The cause of a limit that docs/limits.md names, without a model of ours. Once this passes, it can go there."""
+    model = nn.ModuleDict({"one": nn.Linear(2, 2)})
+    model["other"] = model["one"]
+    model.forward = lambda states: states  # type: ignore[method-assign]
+    before = slots(model)
+    functional_call(model, model.state_dict(), (torch.ones(2),), tie_weights=False)
+    assert_unchanged(before)
