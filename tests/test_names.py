@@ -17,8 +17,8 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((RO
 # of other libraries, and nowhere in this project's code
 FOREIGN = {
     "DataLoader", "SentenceTransformer", "TorchAoConfig", "add_bos_token", "custom_op", "do_bench",
-    "do_bench_cudagraph", "functional_call",
-    "ignore_data_skip", "index_add", "load_adapter", "make_fx", "max_memory", "once_differentiable",
+    "do_bench_cudagraph", "functional_call", "ignore_data_skip", "index_add", "infer_auto_device_map", "load_adapter",
+    "make_fx", "max_memory", "once_differentiable",
     "quantize_dynamic", "register_autograd", "set_use_kernels", "setup_context", "tie_weights",
     "trainable_token_indices",
 }  # fmt: skip

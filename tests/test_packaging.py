@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 
+# a wheel takes some seconds to build, and what is in it rarely changes
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -65,8 +68,6 @@ def test_constraints_pin_every_requirement(wheel):
     assert set(normal) - pinned - {"modeling-colt5"} == set()
 
 
-# two processes and pip: nine seconds
-@pytest.mark.slow
 def test_wheel_works_in_an_empty_folder(wheel, tmp_path):
     target, empty = tmp_path / "site", tmp_path / "empty"
     empty.mkdir()
