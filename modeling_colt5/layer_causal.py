@@ -211,7 +211,7 @@ class RoutedStep(TokenStep):
 
     @staticmethod
     def fits(of_pass: tuple[Any, ...], layer: StepLayer) -> bool:
-        plain, weights, _, state, memory = layer
+        plain, weights, _, state, memory, _ = layer
         dtype, _, (rows, _, d), mask_shape, settings, (light_heads, _), *rest = of_pass
         by_name = dict(zip(plain.weighted, map(tuple, map(_SHAPE, weights)), strict=True))
         ring, d_kv = 2 * settings.window + settings.radius, plain.named["light", "d_kv"]

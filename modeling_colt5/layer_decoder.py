@@ -11,6 +11,7 @@ kernels read, and a cache that has grown is another address.
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import chain
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -22,6 +23,9 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderD
 from .kernel_backend import Mode, triton_is_available
 from .layer_plain import Parts, PlainLayer, parts_of_attention, parts_of_dense, parts_of_sublayer
 from .run_growing_cache import CoLT5GrowingLayer
+
+# PyTorch's comparison of tensors with those that it was made of; None in a release that has none.
+TensorGuards: Any = getattr(getattr(torch._C._dynamo, "guards", None), "TensorGuards", None)
 
 if triton_is_available():
     from .op_norm_triton import norm_into
@@ -42,12 +46,14 @@ class PlainDecoderLayer(PlainLayer):
     Attributes:
         eps, d_kv: of the norms and of the attentions, in their order.
         kind: all of it that a line depends on beside the shapes of weights.
+        before: of a stack's first layer, what the last pass was like.
     """
 
-    __slots__ = ("d_kv", "eps", "kind")
+    __slots__ = ("before", "d_kv", "eps", "kind")
 
     def __init__(self, block: Any, parts: dict[str, nn.Module]):
         super().__init__(block, parts)
+        self.before: _Before | None = None
         self.eps, self.d_kv = self.values("eps"), self.values("d_kv")
         self.kind = (self.weighted, self.eps, self.d_kv)
 
@@ -88,20 +94,20 @@ class PlainDecoderLayer(PlainLayer):
         }
 
 
-def may_run_straight(hidden_states: Tensor, mode: Mode) -> bool:
-    """Whether the blocks of this pass may run as straight lines, as far as that is not a matter of blocks and cache.
+def may_run_straight(states: Tensor, mode: Mode) -> bool:
+    """Whether the blocks may run as straight lines for one new token in each row, as far as that is not a matter of
+    blocks and cache.
 
     Args:
-        hidden_states: [rows, n, d_model], what goes into the first layer.
+        states: like what goes into the first layer, in all but the shape.
         mode: of the pass.
     """
     return (
         enabled
-        and hidden_states.shape[1] == 1
         and mode.is_plain_inference
         and not mode.is_deterministic
-        and type(hidden_states) in (Tensor, nn.Parameter)
-        and hidden_states.dtype in (torch.float32, torch.bfloat16)
+        and type(states) in (Tensor, nn.Parameter)
+        and states.dtype in (torch.float32, torch.bfloat16)
         and forward_ad._current_level < 0
     )
 
@@ -114,6 +120,7 @@ class StepLayer(NamedTuple):
         cache: of its own keys and values.
         state: tensors of the cache that the line reads, and writes in place.
         memory: keys and values of the memory, [rows, key/value heads, n, d_kv] each; nothing without an encoder.
+        tensors: weights, state and memory.
     """
 
     plain: Any
@@ -121,11 +128,37 @@ class StepLayer(NamedTuple):
     cache: Any
     state: tuple[Tensor, ...]
     memory: tuple[Tensor, ...]
+    tensors: tuple[Tensor, ...]
 
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """Weights, state and memory."""
-        return (*self.weights, *self.state, *self.memory)
+
+_TENSORS = attrgetter("tensors")
+
+
+class _Before:
+    """The lists of a pass's layers, for the next pass, if it is of the same kind: PyTorch compares all tensors of a
+    pass with those of the one before in a tenth of the time that their shapes take here.
+
+    Args:
+        of_pass: as of `TokenStep.read_layers`.
+        others: the plain layers but for the first one, which holds this object.
+        guards: what compares, by class, dtype, device, shape and strides.
+        lists: of the layers.
+    """
+
+    def __init__(self, of_pass: tuple[Any, ...], others: list[Any], guards: Any, lists: Any):
+        self.of_pass, self.others, self.guards, self.lists = of_pass, others, guards, lists
+
+    @classmethod
+    def of(cls, of_pass: tuple[Any, ...], others: list[Any], tensors: list[Tensor], lists: Any) -> "_Before | None":
+        """None where this release of PyTorch has no such comparison."""
+        if TensorGuards is None:
+            return None
+        guards = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+        return cls(of_pass, others, guards, lists)
+
+    def fits(self, of_pass: tuple[Any, ...], plains: list[Any], tensors: list[Tensor]) -> bool:
+        """Whether a pass is of the same kind."""
+        return of_pass == self.of_pass and plains[1:] == self.others and self.guards.check(*tensors)
 
 
 # Like layers one after another, and the lists of their launches, by all that changes them from token to token.
@@ -182,13 +215,19 @@ class TokenStep:
             state = state_of(plain, cache)
             if memory is None or state is None:
                 return None
-            layers.append(StepLayer(plain, weights, cache, state, memory))
+            layers.append(StepLayer(plain, weights, cache, state, memory, (*weights, *state, *memory)))
         # all layers' tensors are looked at together: one by one it takes the host several times as long
-        tensors = [tensor for layer in layers for tensor in layer.tensors]
-        if not all(map(Tensor.is_contiguous, tensors)) or set(map(Tensor.get_device, tensors)) != {index}:
-            return None
-        kind = (of_pass, *[layer.plain.kind for layer in layers], *map(_SHAPE, tensors), *map(_DTYPE, tensors))
-        lists = lists_of(kind, partial(cls.make_lists, of_pass, layers))
+        tensors = list(chain.from_iterable(map(_TENSORS, layers)))
+        first_layer, plains = layers[0].plain, [layer.plain for layer in layers]
+        before: _Before | None = first_layer.before
+        if before is not None and before.fits(of_pass, plains, tensors):
+            lists = before.lists
+        else:
+            if not all(map(Tensor.is_contiguous, tensors)) or set(map(Tensor.get_device, tensors)) != {index}:
+                return None
+            kind = (of_pass, *[plain.kind for plain in plains], *map(_SHAPE, tensors), *map(_DTYPE, tensors))
+            lists = lists_of(kind, partial(cls.make_lists, of_pass, layers))
+            first_layer.before = _Before.of(of_pass, plains[1:], tensors, lists)
         return None if lists is None else [(own, layers[first:end]) for own, first, end in lists]
 
     @classmethod
@@ -297,7 +336,7 @@ class StraightStep(TokenStep):
 
     @staticmethod
     def fits(of_pass: tuple[Any, ...], layer: StepLayer) -> bool:
-        plain, weights, _, state, memory = layer
+        plain, weights, _, state, memory, _ = layer
         dtype, _, (rows, _, d), mask_shape, table_dtype, (heads, _), *_ = of_pass
         by_name = dict(zip(plain.weighted, map(tuple, map(_SHAPE, weights)), strict=True))
         inner, (d_ff, *_) = heads * plain.d_kv[0], by_name.get("dense.wi_0", (0,))

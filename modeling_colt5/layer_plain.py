@@ -7,7 +7,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .kernel_backend import is_hooked
+from .kernel_backend import is_hooked, triton_is_available
+
+if triton_is_available():
+    from .layer_plain_triton import weights_as_seen
+
 
 # attributes of modules that are numbers of a line; whether a module trains is one where it drops
 _NUMBERS = ("eps", "d_kv", "radius", "groups", "routing", "is_gated_act", "dropout", "p")
@@ -39,8 +43,8 @@ class PlainBlock:
 
     Plain is a block of this code's own modules with ordinary parameters: no hooks inside, no other forward in the
     place of a module's or a class's, no other modules, no adapters, no quantised weights. PyTorch tells nobody when
-    one of these changes, so `read` looks at all of them each time: at the modules' dictionaries, by functions that are
-    written in C, some ten microseconds for all 36 modules of an encoder's block.
+    one of these changes, so `read` looks at all of them each time: at the modules' dictionaries, in C, a few
+    microseconds for all 36 modules of an encoder's block.
 
     A copy of a block begins with nothing, and so does one that comes out of a file.
 
@@ -66,7 +70,7 @@ class PlainBlock:
         return None if layer is None or weights is None else (layer, weights)
 
 
-class _Seen:
+class Seen:
     """All about modules that makes them plain, as it was when somebody looked.
 
     Args:
@@ -104,7 +108,7 @@ class _Seen:
         self.numbers: list[Any] = list(map(dict.get, self.with_numbers, self.attributes))
 
     @classmethod
-    def together(cls, parts: "list[_Seen]") -> "_Seen":
+    def together(cls, parts: "list[Seen]") -> "Seen":
         """What was seen of several blocks, as one: to look at everything at once takes less than block by block."""
         whole = cls.__new__(cls)
         for name in cls.__slots__:
@@ -115,6 +119,16 @@ class _Seen:
 
     def weights(self) -> list[Tensor] | None:
         """The parameters that there are, in their order; None where anything is not as it was seen."""
+        in_c = weights_as_seen() if triton_is_available() else None
+        if in_c is None:
+            return self.weights_in_python()
+        return in_c(
+            self.modules, self.classes, self.dicts, self.lengths, self.parents, self.children, self.with_parameters,
+            self.kinds_of_values, self.with_numbers, self.attributes, self.numbers, self.kinds, self.forwards,
+        )  # fmt: skip
+
+    def weights_in_python(self) -> list[Tensor] | None:
+        """The same without a compiler of C; what is asked is written here."""
         values = list(chain.from_iterable(map(dict.values, map(_PARAMETERS, self.with_parameters))))
         if (
             any(chain.from_iterable(map(_HOOKS, self.dicts)))
@@ -140,7 +154,7 @@ class PlainStack:
     def __init__(self) -> None:
         self._blocks: list[nn.Module] = []
         self._layers: list[PlainLayer] = []
-        self._seen: _Seen | None = None
+        self._seen: Seen | None = None
         self._holders: list[Any] = []
 
     def __reduce__(self) -> Any:
@@ -161,7 +175,7 @@ class PlainStack:
                 return None
             self._blocks, self._holders = own, holders
             self._layers = [layer for layer, _ in read]
-            self._seen = _Seen.together([layer.seen for layer in self._layers])
+            self._seen = Seen.together([layer.seen for layer in self._layers])
             return read
         numbers = iter(weights)
         return [(layer, tuple(islice(numbers, len(layer.weighted)))) for layer in self._layers]
@@ -185,7 +199,7 @@ class PlainLayer:
         numbered = [(name, key) for name, part in parts.items() for key in _NUMBERS if key in part.__dict__]
         numbered += [(name, "training") for name, key in numbered if key in ("dropout", "p")]
         modules = list(parts.values())
-        self.seen = _Seen(
+        self.seen = Seen(
             modules,
             [part for part in (block.layer, *modules) if part._modules],
             [parts[name] for name in self.weighted],

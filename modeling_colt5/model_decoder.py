@@ -12,7 +12,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_colt5 import CoLT5Config
-from .kernel_backend import Mode
+from .kernel_backend import Mode, is_hooked
 from .layer_causal import RoutedStep
 from .layer_decoder import StraightStep, may_run_straight
 from .layer_plain import PlainStack
@@ -71,7 +71,12 @@ class CoLT5Decoder(CoLT5Stack):
             self.heavy_relative_attention_bias = position_bias(config, config.num_heavy_heads, bidirectional=False)
         self.block = nn.ModuleList(decoder_block(config) for _ in range(config.num_decoder_layers))
         self.plain = PlainStack()
-        is_routed = config.is_encoder_decoder and config.routed_cross_key_values is not None
+        # Transformers' configurations take long to answer, for one token.
+        self.has_encoder = config.is_encoder_decoder
+        self.attends_to_all = config.causal_attention == "full"
+        self.is_causally_routed = "routed" in (config.causal_attention, config.causal_feed_forward)
+        self.prefix = "decoder_" if self.has_encoder else ""
+        is_routed = self.has_encoder and config.routed_cross_key_values is not None
         # Tokens that ask choose in the layers' attention.
         self.asks = is_routed and config.asking_cross_routing
         self.is_cross_routed = is_routed and not self.asks
@@ -120,62 +125,109 @@ class CoLT5Decoder(CoLT5Stack):
         refuse_jit_trace()
         flags = read_arguments(self, kwargs, attention_mask=attention_mask)
         warn_of_missing_attentions(self, flags)
-        has_encoder = self.config.is_encoder_decoder
-        prefix = "decoder_" if has_encoder else ""
-        hidden_states = embed(self, input_ids, inputs_embeds, prefix)
-        encoder_mask = None
-        if has_encoder:
-            if encoder_hidden_states is None:
+        states = self.next_states(
+            input_ids, inputs_embeds, attention_mask, encoder_hidden_states, encoder_attention_mask, cache, flags
+        )
+        if states is not None:
+            return CoLT5DecoderOutput(last_hidden_state=states, **{CACHE: cache})
+        hidden_states, memory, encoder_mask = self.begin(
+            input_ids, inputs_embeds, encoder_hidden_states, encoder_attention_mask, cache
+        )
+        if use_cache and cache is None and self.progress is None:
+            cache = DynamicCache(config=self.config)
+            if memory is not None:
+                cache = EncoderDecoderCache(cache, DynamicCache(config=self.config))
+            let_grow(cache)
+        self_cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+        own = self.inputs_of_self_attention(hidden_states, attention_mask, self_cache)
+        memories, encoder_mask, cross_routing = self.route_memory(memory, encoder_mask, cache)
+        hidden_states, asked = self.run_blocks(self.dropout(hidden_states), own, memories, encoder_mask, cache)
+        return CoLT5DecoderOutput(
+            last_hidden_state=self.end(hidden_states),
+            **{CACHE: cache},
+            cross_routing=(asked if self.asks else cross_routing)
+            if flags.get("output_routing", self.config.output_routing)
+            else None,
+        )
+
+    def begin(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        memory: torch.Tensor | None,
+        memory_mask: torch.Tensor | None,
+        cache: Cache | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """The embeddings [batch, n, d_model]; and the encoder's output with its mask, bool [batch, encoder length].
+        The arguments are those of `forward`, and so is what is raised."""
+        hidden_states = embed(self, input_ids, inputs_embeds, self.prefix)
+        mask = None
+        if self.has_encoder:
+            if memory is None:
                 raise ValueError(
                     "encoder_hidden_states (of encoder_outputs the last_hidden_state) is None; the decoder needs the "
                     "encoder's output"
                 )
-            encoder_hidden_states = check_memory(encoder_hidden_states, hidden_states)
-            encoder_mask = padding_mask("encoder attention_mask", encoder_attention_mask, encoder_hidden_states)
+            memory = check_memory(memory, hidden_states)
+            mask = padding_mask("encoder attention_mask", memory_mask, memory)
         if cache is not None:
             check_no_dense_start(self.progress)
-        if use_cache and cache is None and self.progress is None:
-            cache = DynamicCache(config=self.config)
-            if has_encoder:
-                cache = EncoderDecoderCache(cache, DynamicCache(config=self.config))
-            let_grow(cache)
-        check_cache(cache, hidden_states)
-        self_cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+            check_cache(cache, hidden_states)
+        return hidden_states, memory if self.has_encoder else None, mask
 
-        may_step = self.may_step_straight(hidden_states, cache, flags)
-        own = None if may_step else self.inputs_of_self_attention(hidden_states, attention_mask, self_cache, prefix)
-        memories, encoder_mask, cross_routing = self.route_memory(encoder_hidden_states, encoder_mask, cache)
-        hidden_states = self.dropout(hidden_states)
-        step = self.straight_step(hidden_states, attention_mask, encoder_mask, cache) if may_step else None
-        if step is not None:
-            hidden_states = step.run()
-        else:
-            own = own or self.inputs_of_self_attention(hidden_states, attention_mask, self_cache, prefix)
-            hidden_states, asked = self.run_blocks(hidden_states, own, memories, encoder_mask, cache)
-            if self.asks:
-                cross_routing = asked
+    def end(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The last norm, and dropout: [batch, n, d_model]."""
         hidden_states, _ = self.final_layer_norm(hidden_states, None, self.config.kernel_backend)
-        return CoLT5DecoderOutput(
-            last_hidden_state=self.dropout(hidden_states),
-            **{CACHE: cache},
-            cross_routing=cross_routing if flags.get("output_routing", self.config.output_routing) else None,
-        )
+        return self.dropout(hidden_states)
+
+    def next_states(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        memory: torch.Tensor | None,
+        memory_mask: torch.Tensor | None,
+        cache: Cache | None,
+        flags: dict[str, Any],
+    ) -> torch.Tensor | None:
+        """The states [batch, 1, d_model] of one new token in each row, through layers that run as straight lines; None
+        where they may not, for which nothing has changed then.
+
+        The arguments are those of `forward`. A call of the decoder takes the host as long as a few layers of a token:
+        so models whose decoder `is_called_as_written` ask this first.
+        """
+        tokens, embedding = inputs_embeds if input_ids is None else input_ids, self.embed_tokens
+        if cache is None or tokens is None or tokens.dim() < 2 or tokens.shape[1] != 1:
+            return None
+        # The embedding's call may come a second time, in `forward`, so that nobody may look at it.
+        if type(embedding) is not nn.Embedding or is_hooked(embedding) or not self.may_step_straight(flags):
+            return None
+        hidden_states, memory, memory_mask = self.begin(input_ids, inputs_embeds, memory, memory_mask, cache)
+        if type(hidden_states) is not torch.Tensor:
+            return None
+        _, memory_mask, _ = self.route_memory(memory, memory_mask, cache)
+        step = self.straight_step(self.dropout(hidden_states), attention_mask, memory_mask, cache)
+        return None if step is None else self.end(step.run())
+
+    @property
+    def is_called_as_written(self) -> bool:
+        """Whether a call of the decoder is no more than its forward: no hook, and no other class or forward."""
+        return type(self) is CoLT5Decoder and CoLT5Decoder.forward is _FORWARD and not is_hooked(self)
 
     @property
     def progress(self) -> torch.Tensor | None:
         """fp32 [], how far a dense start of causally routed layers has come in this call; None for the budgets."""
-        is_routed = "routed" in (self.config.causal_attention, self.config.causal_feed_forward)
-        return self.dense_start if self.training and is_routed else None
+        return self.dense_start if self.training and self.is_causally_routed else None
 
-    def may_step_straight(self, hidden_states: torch.Tensor, cache: Cache | None, flags: dict[str, Any]) -> bool:
-        """Whether this call may be one new token in each row as straight lines, but for blocks and cache."""
+    def may_step_straight(self, flags: dict[str, Any]) -> bool:
+        """Whether a call with one new token in each row may run as straight lines, but for blocks and cache."""
+        # What the embedding gives is like its weight.
+        like = self.embed_tokens.weight
         return (
-            cache is not None
-            and hidden_states.shape[1] == 1
-            and not self.asks
-            and implementation(self.config).for_states(hidden_states).fuses_attention
+            not self.asks
+            and implementation(self.config).for_states(like).fuses_attention
+            and may_run_straight(like, Mode.of_now(like))
             and not self.records_blocks(flags)
-            and may_run_straight(hidden_states, Mode.of_now(hidden_states))
         )
 
     def straight_step(
@@ -189,7 +241,7 @@ class CoLT5Decoder(CoLT5Stack):
         read = self.plain.read(self.block, PLAIN)
         if read is None:
             return None
-        if self.config.causal_attention == "full":
+        if self.attends_to_all:
             table = bias_by_distance(self.relative_attention_bias)
             return StraightStep.of(hidden_states, read, table, attention_mask, encoder_mask, cache)
         tables = [bias_by_distance(self.light_relative_attention_bias)]
@@ -227,26 +279,26 @@ class CoLT5Decoder(CoLT5Stack):
         return hidden_states, tuple(asked)
 
     def inputs_of_self_attention(
-        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, cache: Cache | None, prefix: str
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, cache: Cache | None
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, CausalPlan | None]:
         """Position bias and heavy bias table, as the blocks take them; mask and windows, as their plan does."""
-        if self.config.causal_attention == "full":
-            bias, mask = self.attention_to_all(hidden_states, attention_mask, cache, prefix)
+        if self.attends_to_all:
+            bias, mask = self.attention_to_all(hidden_states, attention_mask, cache)
             return bias, None, mask, None
-        plan = self.windows_of(hidden_states, attention_mask, cache, prefix)
+        plan = self.windows_of(hidden_states, attention_mask, cache)
         bias, heavy_bias_table = plan.light_bias(bias_by_distance(self.light_relative_attention_bias)), None
         if self.config.causal_attention == "routed":
             heavy_bias_table = bias_by_distance(self.heavy_relative_attention_bias)
         return bias, heavy_bias_table, None, plan
 
     def attention_to_all(
-        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, cache: Cache | None, prefix: str
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, cache: Cache | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Position bias and mask of T5's self-attention."""
         length = hidden_states.shape[1]
         past = cache.get_seq_length() if cache is not None else 0
         key_length = cache.get_mask_sizes(length, 0)[0] if cache is not None else length
-        check_causal_mask(f"{prefix}attention_mask", attention_mask, hidden_states, past, key_length)
+        check_causal_mask(f"{self.prefix}attention_mask", attention_mask, hidden_states, past, key_length)
         # The arguments go by position, because Transformers renamed the last one.
         mask = create_causal_mask(self.config, hidden_states, attention_mask, cache)
         position_bias = bias_of_sequence(bias_by_distance(self.relative_attention_bias), length, key_length, past)
@@ -275,14 +327,14 @@ class CoLT5Decoder(CoLT5Stack):
         return [memory] * len(self.block), mask, None
 
     def windows_of(
-        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, cache: Cache | None, prefix: str
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, cache: Cache | None
     ) -> CausalPlan:
         """Where the tokens stand in the windows of the causally routed layers, whose caches count them."""
         length = hidden_states.shape[1]
         first = routed_layer(cache, 0)
         if attention_mask is not None:
             seen = 0 if first is None else first.get_seq_length()
-            check_causal_mask(f"{prefix}attention_mask", attention_mask, hidden_states, seen)
+            check_causal_mask(f"{self.prefix}attention_mask", attention_mask, hidden_states, seen)
             attention_mask = attention_mask[:, -length:].to(torch.bool)
         past = None if first is None else first.past_lengths()
         settings = causal_settings(self.config)
@@ -293,3 +345,25 @@ class CoLT5Decoder(CoLT5Stack):
             layers = [routed_layer(cache, layer_idx) for layer_idx in range(len(self.block))]
             plan.count_in(layers, attention_mask)
         return plan
+
+
+_FORWARD = CoLT5Decoder.forward
+_READ_FOR_A_TOKEN = (
+    "input_ids", "inputs_embeds", "attention_mask", "encoder_hidden_states", "encoder_attention_mask", "cache",
+)  # fmt: skip
+
+
+def run_decoder(decoder: Any, flags: dict[str, Any], **inputs: Any) -> dict[str, Any]:
+    """The fields of the output that a decoder gives, as far as they are not None. For one new token neither the
+    decoder's call nor an output is made, which take the host as long as several layers.
+
+    Args:
+        decoder: a `CoLT5Decoder`, or what stands in its place.
+        flags: what shall be returned, as of `forward`.
+        inputs: other arguments of `forward`, by name, with the cache under `cache`.
+    """
+    if getattr(decoder, "is_called_as_written", False):
+        states = decoder.next_states(*map(inputs.get, _READ_FOR_A_TOKEN), flags)
+        if states is not None:
+            return {"last_hidden_state": states, CACHE: inputs["cache"]}
+    return dict(decoder(**inputs, return_dict=True, **flags))

@@ -27,7 +27,7 @@ from .model_blocks import (  # noqa: F401
     CoLT5ConditionalCrossAttention,
     CoLT5ConditionalFeedForward,
 )
-from .model_decoder import CoLT5Decoder
+from .model_decoder import CoLT5Decoder, run_decoder
 from .model_embedding import CoLT5EmbeddingModel
 from .model_encoder import CoLT5Encoder
 from .model_outputs import (
@@ -234,7 +234,9 @@ class CoLT5Seq2SeqPreTrainedModel(CoLT5EmbeddingModel):
         else:
             encoded = as_encoder_output(encoder_outputs)
             check_document(encoded.last_hidden_state, input_ids, inputs_embeds)
-        decoder_outputs = self.decoder(
+        decoded = run_decoder(
+            self.decoder,
+            kwargs,
             input_ids=decoder_input_ids,
             attention_mask=decoder_attention_mask,
             inputs_embeds=decoder_inputs_embeds,
@@ -242,22 +244,20 @@ class CoLT5Seq2SeqPreTrainedModel(CoLT5EmbeddingModel):
             encoder_attention_mask=attention_mask,
             cache=cache,
             use_cache=use_cache,
-            return_dict=True,
-            **kwargs,
         )
         return {
-            "last_hidden_state": decoder_outputs.last_hidden_state,
-            CACHE: decoder_outputs.get(CACHE),
-            "decoder_hidden_states": decoder_outputs.hidden_states,
-            "decoder_attentions": decoder_outputs.attentions,
-            "cross_attentions": decoder_outputs.cross_attentions,
+            "last_hidden_state": decoded["last_hidden_state"],
+            CACHE: decoded.get(CACHE),
+            "decoder_hidden_states": decoded.get("hidden_states"),
+            "decoder_attentions": decoded.get("attentions"),
+            "cross_attentions": decoded.get("cross_attentions"),
             "encoder_last_hidden_state": encoded.last_hidden_state,
             "encoder_hidden_states": encoded.hidden_states,
             "encoder_attentions": encoded.attentions,
             "encoder_heavy_attentions": encoded.heavy_attentions,
             "encoder_routing": encoded.routing,
-            "cross_routing": decoder_outputs.cross_routing,
-            "decoder_routing": decoder_outputs.routing,
+            "cross_routing": decoded.get("cross_routing"),
+            "decoder_routing": decoded.get("routing"),
         }
 
 
@@ -459,16 +459,14 @@ class CoLT5ForCausalLM(CoLT5EmbeddingModel, CoLT5GenerationMixin):
         """
         flags = read_arguments(self, kwargs, attention_mask=attention_mask)
         num_items_in_batch = flags.pop("num_items_in_batch", None)
-        outputs = dict(
-            self.decoder(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                inputs_embeds=inputs_embeds,
-                cache=cache_of_forward(cache, past_key_values),
-                use_cache=use_cache,
-                return_dict=True,
-                **flags,
-            )
+        outputs = run_decoder(
+            self.decoder,
+            flags,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            cache=cache_of_forward(cache, past_key_values),
+            use_cache=use_cache,
         )
         hidden_states = outputs.pop("last_hidden_state")
         # The decoder's output has a place for these weights even where there is no cross-attention.

@@ -135,6 +135,8 @@ class CoLT5GrowingLayer(DynamicLayer):
         Only without autograd. Nothing has changed before `count_token` is called.
         """
         rooms = self.rooms
+        if rooms is not None and rooms.length == length and rooms.takes(1):
+            return rooms.keys, rooms.values
         if rooms is None:
             keys, values = self._parts
             if type(keys) is not Tensor or type(values) is not Tensor or keys.dim() != 4 or keys.shape != values.shape:
@@ -148,7 +150,7 @@ class CoLT5GrowingLayer(DynamicLayer):
         """Count one token more in each row, whose keys and values are where `room_for_token` said."""
         assert self.rooms is not None
         self.rooms.length += 1
-        self._enter(self.rooms)
+        self._parts = [None, None]
 
     def _rooms_for(self, count: int) -> _Rooms:
         """The rooms, with space for so many tokens more: others where they are full or there are none."""
