@@ -86,7 +86,9 @@ def cells(tiny: bool) -> list[Cell]:
     """All rows, of a tiny run those of one length."""
     first = [Cell(LENGTHS[0], *way) for way in WAYS]
     first += [Cell(LENGTHS[0], COLT5, way, setting) for setting in TRAINED for way in (CALLED, MODULES)]
-    return first + ([] if tiny else [Cell(n, *way) for n in LENGTHS[1:] for way in WAYS])
+    rest = [] if tiny else [Cell(n, *way) for n in LENGTHS[1:] for way in WAYS]
+    # flex_attention compiles for each length, for up to a minute
+    return sorted(first + rest, key=lambda cell: cell.model == MODERNBERT_FLEX)
 
 
 def measure(cell: Cell, model: torch.nn.Module, tiny: bool) -> Row:
