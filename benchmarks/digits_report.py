@@ -67,8 +67,8 @@ def draw_run(run: Run, file: Path) -> None:
         for step, before, side in zip(first["step"], first["side"], first["side"][1:], strict=False):
             if before != side:
                 panels[0].axvline(step, color=INK, linewidth=0.8, linestyle="--")
-                panels[0].text(step, 1.0, f" {side} × {side}", va="bottom", fontsize=8)
-        panels[0].text(0, 1.0, f"pictures of {first['side'][0]} × {first['side'][0]}", va="bottom", fontsize=8)
+                panels[0].text(step, 1.0, f" {side} × {side}", va="bottom", fontsize=7)
+        panels[0].text(0, 1.0, f"pictures of {first['side'][0]} × {first['side'][0]}", va="bottom", fontsize=7)
         panels[0].set_ylabel("both framed digits right")
         lines = [Line2D([], [], color=colour, label=label) for _, label, colour in ARMS]
         lines += [Line2D([], [], color=INK, linestyle=":", label="chance")]

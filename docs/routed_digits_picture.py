@@ -4,6 +4,7 @@ routers of a trained model take, beside evenly spaced ones. Prints what share of
     python benchmarks/digits.py --side 256 --patch 16 --cell 16 --light 1 --radius 0 --fraction 0.0625 --steps 6000 \\
         --stages 64:0.4:128 128:0.3:128 256:0.3:64 --arms learned even --keep models
     python docs/routed_digits_picture.py models/learned_256_0 models/even_256_0
+    python docs/routed_digits_picture.py models/learned_1024_0 --side 1024     # only counts
 """
 
 import argparse
@@ -25,8 +26,8 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import digits  # noqa: E402
 
 SIDE, PATCH = 256, 16
-# pictures in which routers are counted
-COUNTED = 256
+# pictures in which routers are counted, and how many of them a model reads at once
+COUNTED, TOGETHER = 256, 16
 FRAME = (0.85, 0.1, 0.1)
 
 
@@ -45,19 +46,20 @@ def routed_patches(folder: str, pictures: Tensor) -> tuple[Tensor, list[int]]:
     return view.weights["feed_forward"].view(-1, *view.grid) > 0, sorted(answer.tolist())
 
 
-def shares_of_frames(folder: str) -> list[str]:
+def shares_of_frames(folder: str, side: int) -> list[str]:
     """The share of framed patches that each router takes, in pictures that nobody trained with."""
     model = CoLT5ForImageClassification.from_pretrained(folder).eval()
-    pictures, _, framed = digits.Digits(True, 7, PATCH).draw(COUNTED, SIDE)
-    patches = torch.nn.functional.max_pool2d(framed.float(), PATCH).flatten(1)
-    with torch.no_grad():
-        routing = model(pictures, output_routing=True).routing
-    found = []
-    for number, layer in enumerate(routing):
-        for name in ("query", "key_value", "feed_forward"):
-            held = patches.gather(1, layer[name].indices) * layer[name].valid
-            found.append(f"{name} of layer {number + 1}: {(held.sum(1) / patches.sum(1)).mean().item():.3f}")
-    return found
+    pictures, _, framed = digits.Digits(True, 7, PATCH).draw(COUNTED, side)
+    taken: dict[str, list[Tensor]] = {}
+    for own, pixels in zip(pictures.split(TOGETHER), framed.split(TOGETHER), strict=True):
+        patches = torch.nn.functional.max_pool2d(pixels.float(), PATCH).flatten(1)
+        with torch.no_grad():
+            routing = model(own, output_routing=True).routing
+        for number, layer in enumerate(routing):
+            for name in ("query", "key_value", "feed_forward"):
+                held = patches.gather(1, layer[name].indices) * layer[name].valid
+                taken.setdefault(f"{name} of layer {number + 1}", []).append(held.sum(1) / patches.sum(1))
+    return [f"{router}: {torch.cat(shares).mean().item():.3f}" for router, shares in taken.items()]
 
 
 def draw(axes: Any, picture: Tensor, patches: Tensor | None, title: str) -> None:
@@ -74,14 +76,17 @@ def draw(axes: Any, picture: Tensor, patches: Tensor | None, title: str) -> None
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("learned", help="folder of the model whose routers learned")
-    parser.add_argument("even", help="folder of the model with evenly spaced patches")
+    parser.add_argument("even", nargs="?", help="folder of the model with evenly spaced patches, for the picture")
+    parser.add_argument("--side", type=int, default=SIDE, help="of the pictures in which routers are counted")
     parser.add_argument("--seed", type=int, default=0, help="of the held-out picture")
     options = parser.parse_args()
+    print("framed patches taken:", *shares_of_frames(options.learned, options.side), sep="\n  ")
+    if options.even is None:
+        return
     pictures, labels, framed = digits.Digits(True, options.seed, PATCH).draw(1, SIDE)
     learned, answer = routed_patches(options.learned, pictures)
     even, even_answer = routed_patches(options.even, pictures)
     print("framed:", labels[0].nonzero().flatten().tolist(), "learned:", answer, "even:", even_answer)
-    print("framed patches taken:", *shares_of_frames(options.learned), sep="\n  ")
     panels = [
         (None, "the picture"),
         *((own, f"learned: feed-forward, layer {i + 1}") for i, own in enumerate(learned)),
