@@ -206,11 +206,26 @@ def test_right_types_are_counted_by_module():
     }
 
 
+def line_of(arm: str, seed: int, right: dict[str, int]) -> dict:
+    """A run that was asked for four types of each of these modules, so many of which it knew."""
+    shares = {"30%": {"all": {module: [known, 4] for module, known in right.items()}}}
+    line = {"arm": arm, "seed": seed, "parameters": 1, "steps": 2, "seconds": 3.0, "steps_of_equal_time": 2}
+    return line | {"at_steps": shares, "at_time": shares}
+
+
 def test_runs_that_cannot_be_compared_are_refused():
-    with pytest.raises(ValueError, match="must have the same --modules"):
-        difference([{"a": [1, 2]}], [{"b": [1, 2]}])
+    with pytest.raises(ValueError, match="there is no module that all runs were asked about"):
+        report([line_of("learned", 0, {"a": 1}), line_of("even", 0, {"b": 1})], PLANS["routing"])
     with pytest.raises(ValueError, match="there is no line of learned"):
         report([], PLANS["routing"])
+
+
+def test_runs_are_compared_on_the_modules_that_all_were_asked_about():
+    lines = [line_of("learned", 0, {"a": 4, "b": 2, "c": 4}), line_of("learned", 1, {"b": 2, "a": 2})]
+    lines += [line_of("even", 0, {"a": 1, "b": 1, "d": 4}), line_of("even", 1, {"a": 1, "b": 1, "c": 4})]
+    tables = report(lines, PLANS["routing"])
+    assert tables.count("8 types of 2 modules that all runs were asked about") == 2
+    assert "| learned | 62.5 % | 50.0, 75.0 |  |\n| even | 25.0 % | 25.0, 25.0 | +37.5 (+25.0 to +50.0) |" in tables
 
 
 def test_a_difference_is_of_the_seeds_means():

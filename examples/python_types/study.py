@@ -480,6 +480,18 @@ def lines_of(results: Path, plan: str) -> list[dict[str, Any]]:
     return [line for line in lines if line["plan"] == plan]
 
 
+def in_common(runs: Sequence[dict[str, list[int]]]) -> set[str]:
+    """The modules that all runs were asked about: `--modules` may differ, and takes the first of one list.
+
+    Args:
+        runs: of each, every module's right types and all.
+    """
+    modules = set(runs[0]).intersection(*runs)
+    if not modules:
+        raise ValueError("there is no module that all runs were asked about; must have one at least")
+    return modules
+
+
 def difference(
     ours: Sequence[dict[str, list[int]]], theirs: Sequence[dict[str, list[int]]]
 ) -> tuple[float, float, float]:
@@ -490,8 +502,6 @@ def difference(
         theirs: the other's, of the same modules.
     """
     modules = list(ours[0])
-    if any(set(seed) != set(modules) for seed in (*ours, *theirs)):
-        raise ValueError("runs were asked for other modules than each other; must have the same --modules")
     gains = [
         np.mean([seed[module][0] for seed in ours]) - np.mean([seed[module][0] for seed in theirs])
         for module in modules
@@ -512,7 +522,10 @@ def head(*cells: str) -> str:
 
 
 def report(lines: Sequence[dict[str, Any]], plan: Plan) -> str:
-    """The tables, in Markdown: of each arm the mean of the seeds, their range, and the first arm's lead over it."""
+    """The tables, in Markdown: of each arm the mean of the seeds, their range, and the first arm's lead over it.
+
+    They count the modules that all runs were asked about.
+    """
     by_arm: dict[str, list[dict[str, Any]]] = {}
     for line in lines:
         by_arm.setdefault(line["arm"], []).append(line)
@@ -538,14 +551,30 @@ def report(lines: Sequence[dict[str, Any]], plan: Plan) -> str:
     first = plan.arms[0]
     for moment, title in MOMENTS.items():
         for share in arms[first][0][moment]:
+            asked = in_common([run[moment][share]["all"] for runs in arms.values() for run in runs])
             for part in arms[first][0][moment][share]:
+                seeds = {
+                    arm: [
+                        {
+                            module: counts
+                            for module, counts in run[moment][share].get(part, {}).items()
+                            if module in asked
+                        }
+                        for run in runs
+                    ]
+                    for arm, runs in arms.items()
+                }
+                ours = seeds[first]
+                # of the modules in common none may have a far type
+                if not ours[0]:
+                    continue
                 heads = head("arm", "right", "seeds from, to", f"{first} above it")
-                texts.append(f"{share} hidden, {part}, {title}:\n\n{heads}")
-                ours = [run[moment][share][part] for run in arms[first]]
-                for arm, runs in arms.items():
-                    seeds = [run[moment][share][part] for run in runs]
-                    each = percent(seeds)
-                    lead, low, high = difference(ours, seeds)
+                types, modules = sum(count for _, count in ours[0].values()), len(ours[0])
+                asked_of = f"{types:,} types of {modules} modules that all runs were asked about"
+                texts.append(f"{share} hidden, {part}, {title}: {asked_of}\n\n{heads}")
+                for arm, theirs in seeds.items():
+                    each = percent(theirs)
+                    lead, low, high = difference(ours, theirs)
                     above = "" if arm == first else f"{lead:+.1f} ({low:+.1f} to {high:+.1f})"
                     texts[-1] += f"\n| {arm} | {np.mean(each):.1f} % | {min(each):.1f}, {max(each):.1f} | {above} |"
     return "\n\n".join(texts)
