@@ -78,6 +78,7 @@ def test_warm_start_goes_on_where_it_was_stopped(tmp_path: Path, capsys: pytest.
     assert steps["complete"] and [row["steps"] for row in steps["rows"]] == list(range(9))
 
 
+@pytest.mark.slow
 def test_framed_digits_run_at_toy_size(tmp_path: Path) -> None:
     digits.main(["--tiny", "--stages", "24:0.5:8", "36:0.5", "--out", str(tmp_path)])
     (line,) = results.read_runs("digits_36", tmp_path)
@@ -242,6 +243,7 @@ def test_picture_shows_lengths_and_crosses(tmp_path: Path) -> None:
     assert all(f">{text}<" in drawing for text in ("16k", "64k", "out of memory", "LongT5 local"))
 
 
+@pytest.mark.slow
 def test_causal_facts_are_learned_once_and_tabled(tmp_path: Path) -> None:
     arguments = ["--steps", "2", "--length", "64", "--seeds", "0", "--out", str(tmp_path)]
     causal_facts.main([*arguments, "--variants", "dense start", "routed"])

@@ -46,6 +46,7 @@ def test_dummy_inputs_are_read(model_class):
     assert model(**model.dummy_inputs)[0].isfinite().all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_generation_of_every_kind(name):
     model_class, fields = MODELS[name]

@@ -251,7 +251,8 @@ def test_generate_compiles_one_step_for_all_tokens(fields: dict[str, int], lengt
     assert [getattr(part, "shape", part) for part in new] == [(len(lengths), 1), mask]
 
 
-@pytest.mark.parametrize(("window", "candidates"), [(3, 8), pytest.param(WINDOW, 5, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("window", "candidates"), [(3, 8), (WINDOW, 5)])
 def test_prompt_lookup_and_assisted_decoding_are_greedy_decoding(window: int, candidates: int) -> None:
     """Wrong candidates are taken back, by the model and by the assistant that proposed them, also where there are more
     than a cache can take back."""
@@ -458,15 +459,16 @@ def test_half_precision_is_finite_and_near(dtype: torch.dtype, attn_implementati
     assert close[batch["attention_mask"].bool()].double().mean() > 0.8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("cache", "num_beams", "cross"),
     [
         ("static", 1, None),
         ("dynamic", 3, None),
         ("static", 3, 8),
-        pytest.param("dynamic", 1, None, marks=pytest.mark.slow),
-        pytest.param("static", 3, None, marks=pytest.mark.slow),
-        pytest.param("dynamic", 3, 8, marks=pytest.mark.slow),
+        ("dynamic", 1, None),
+        ("static", 3, None),
+        ("dynamic", 3, 8),
     ],
 )
 def test_inside_the_encoder_decoder(cache: str, num_beams: int, cross: int | None) -> None:

@@ -55,6 +55,7 @@ def generate(model: Any, batch: dict[str, torch.Tensor], **options: Any) -> tupl
     return output.sequences, torch.stack(output.logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("places", "depth"),

@@ -33,6 +33,7 @@ GIVEN = ["whole", "whole and mask", "padded and mask", "encoder_outputs"]
 
 
 # each two of the settings meet
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "is_static", "given"),
     [

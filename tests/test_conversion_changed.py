@@ -49,6 +49,7 @@ def assert_same_function(model: PreTrainedModel, source: PreTrainedModel) -> Non
     assert (logits(model) - expected).abs().max() < 1e-9 * expected.abs().max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("activation", ["gelu", "relu", "silu"])
 @pytest.mark.parametrize("kind", ["relu", "gated-gelu"])
 def test_the_activation_is_the_one_that_the_source_computes(kind: str, activation: str, tmp_path: Path) -> None:

@@ -73,6 +73,7 @@ def test_loading_onto_devices(device_map: str | dict[str, str], tmp_path: Path) 
     torch.testing.assert_close(loaded(**inputs).logits.cpu(), model(**inputs).logits, rtol=0, atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("routing", ["learned", "even", "none"])
 @pytest.mark.usefixtures("float64_statistics")
 def test_parts_on_disk_by_name(routing: str, tmp_path: Path) -> None:
@@ -122,6 +123,7 @@ def test_dispatching_a_model_that_is_loaded(tmp_path: Path) -> None:
     assert_same(model, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.5, 0.7])
 @pytest.mark.usefixtures("float64_statistics")
 def test_a_map_that_accelerate_infers(share: float, tmp_path: Path) -> None:

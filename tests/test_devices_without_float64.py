@@ -76,6 +76,7 @@ def test_heads_train(model_class, dtype):
     assert loss.isfinite()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", ({}, {"num_beams": 2}, {"do_sample": True, "top_p": 0.9}), ids=str)
 @pytest.mark.parametrize("model_class", HEADS[-2:], ids=lambda model_class: model_class.__name__)
 def test_heads_generate(model_class, options):

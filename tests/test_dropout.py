@@ -105,6 +105,7 @@ def test_sums_of_branches_drop_what_is_added(rows: int, seed: Tensor) -> None:
     assert_same_but_for_rounding(normed, expected * (mean + 1e-6).rsqrt() * norm)
 
 
+@pytest.mark.slow
 def test_the_operator_passes_opcheck(seed: Tensor) -> None:
     inputs = (torch.randn(2, 5, device=seed.device, requires_grad=True), seed, 0.5)
     torch.library.opcheck(torch.ops.colt5.dropout.default, inputs)
@@ -131,6 +132,7 @@ def plain(model: CoLT5EncoderModel) -> None:
     model.encoder.block[0].layer[1].light_feed_forward.dropout = nn.Dropout(0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [identity, plain])
 def test_other_modules_may_stand_in_for_dropout(
     change: Callable[[CoLT5EncoderModel], None], device: torch.device

@@ -58,9 +58,8 @@ def assert_same_weights(left: Path, right: Path, name: str = "model.safetensors"
     assert_trained_alike(load_file(left / name), load_file(right / name), LEARNING_RATE)
 
 
-@pytest.mark.parametrize(
-    "lora", [pytest.param(False, id="full"), pytest.param(True, id="lora", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [pytest.param(False, id="full"), pytest.param(True, id="lora")])
 def test_summarisation_and_questions(tmp_path, lora):
     arguments = [*seq2seq_arguments(tmp_path, ROWS), "--max_steps", "2", "--max_target_length", "8"]
     arguments += ["--save_strategy", "no"]
@@ -101,6 +100,7 @@ def test_fine_tuning_resumes_to_the_same_weights(script, lora, tmp_path):
     assert [entry["step"] for entry in state["log_history"] if "train_runtime" in entry] == [6]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_class", [CoLT5ForConditionalGeneration, CoLT5ForSequenceClassification])
 def test_adapters_hold_all_that_is_trained(model_class, tmp_path):
     """Routers and heads too: what training changed is in the folder, and nothing else was changed."""
@@ -265,6 +265,7 @@ def test_sources_that_cannot_be_are_refused(arguments, message):
         data.load_rows(data.DataArguments(**arguments))
 
 
+@pytest.mark.slow
 def test_classification_of_documents(tmp_path):
     """It learns four documents by heart; evaluation alone keeps the numbers of the labels that it learned."""
     arguments = task_arguments(finetune_classification, tmp_path)
@@ -436,6 +437,7 @@ def test_a_checkpoint_in_half_precision_is_trained_in_full(tmp_path):
     assert (model.config.routed_query_fraction, model.config.routed_key_value_fraction) == (0.5, 1 / 3)
 
 
+@pytest.mark.slow
 def test_conversion_from_a_folder(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
     source = T5ForConditionalGeneration(T5Config(**TINY_T5))
@@ -453,6 +455,7 @@ def test_conversion_from_a_folder(tmp_path):
     assert (model(**batch, decoder_input_ids=target).logits - expected).abs().max() < 1e-4
 
 
+@pytest.mark.slow
 def test_a_conversion_that_fails_leaves_nothing_behind(tmp_path, monkeypatch, capsys):
     source = tmp_path / "t5"
     T5ForConditionalGeneration(T5Config(**TINY_T5)).save_pretrained(source)

@@ -159,6 +159,7 @@ def kept_by_autograd(model: torch.nn.Module, **batch: torch.Tensor) -> int:
     return sum(kept.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("targets", [64, 512])
 def test_estimated_memory_is_near_what_autograd_keeps(targets):
     """Within a factor of 1.5 of the tensors that a pass on the CPU, in fp32, keeps in fact."""
@@ -248,6 +249,7 @@ class Card:
         self.total_memory = total_memory
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("gib", "wanted"), [(80, False), (1e-4, True)])
 @pytest.mark.parametrize("given", [None, "false", "true"])
 def test_checkpointing_where_the_card_would_not_do_without(tmp_path, monkeypatch, gib, wanted, given):
@@ -369,6 +371,7 @@ def test_budgets_may_be_fractions(tmp_path):
     assert (config.routed_query_fraction, config.routed_feed_forward_fraction) == (1 / 8, 1 / 16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS[1:], ids=lambda script: script.__name__)
 def test_rows_are_held_out(tmp_path, script):
     """A quarter of the training rows, the same in each run; the rest is trained on, and no row is in both."""

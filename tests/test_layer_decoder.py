@@ -179,6 +179,7 @@ def test_beams_change_places(kind: str, device: torch.device, steps: list) -> No
     assert (output.beam_indices[:, 1:NEW_TOKENS] != output.beam_indices[:, : NEW_TOKENS - 1]).any()
 
 
+@pytest.mark.slow
 def test_guessed_tokens_are_written_over(device: torch.device, steps: list) -> None:
     """Steps of several tokens are modules', and take tokens back; those of one are not."""
     model = make_model(device, CoLT5ForCausalLM)

@@ -548,6 +548,7 @@ def test_checkpointed_layers_drop_the_same_again(use_reentrant: bool, trained: t
     assert len(layers) == (1 if use_reentrant else 2)
 
 
+@pytest.mark.slow
 def test_saved_tensors_may_lie_elsewhere(trained: tuple, layers: list) -> None:
     model, batch, expected = trained
     with torch.autograd.graph.save_on_cpu():
@@ -634,6 +635,7 @@ def test_copies_and_files_after_a_call_and_weights_after_loading(device: torch.d
     assert len(layers) == 5
 
 
+@pytest.mark.slow
 def test_distributed_data_parallel_averages_the_same_gradients(trained: tuple, layers: list, tmp_path: Any) -> None:
     model, batch, expected = trained
     if batch["input_ids"].is_cuda:
@@ -834,8 +836,9 @@ def test_autocast_of_pictures_is_that_of_the_modules(device: torch.device, layer
     assert layers
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there the calls above are repeated from lists themselves")
-@pytest.mark.parametrize(("case", "rate"), [("one picture", 0.0), pytest.param("padded", 0.3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("case", "rate"), [("one picture", 0.0), ("padded", 0.3)])
 def test_lists_of_pictures_with_gradients(case: str, rate: float, lists: list[str]) -> None:
     device = torch.device("cpu")
     model = picture_model(case, device, num_layers=1, dropout_rate=rate).train(rate > 0)

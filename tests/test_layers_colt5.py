@@ -433,6 +433,7 @@ def test_dropout_stands_where_t5_has_it(monkeypatch):
     assert sorted(math.prod(shape) for shape in ours) == sorted(math.prod(shape) for shape in t5s)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
 @torch.no_grad()
 def test_attention_dropout_keeps_the_mean(attn_implementation):

@@ -80,6 +80,7 @@ def test_a_control_after_a_dense_start_routes_as_the_control_does(batch: dict[st
     torch.testing.assert_close(*losses)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("variant", "dense"),
     [

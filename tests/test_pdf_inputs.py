@@ -88,6 +88,7 @@ def test_without_pypdf_the_error_says_what_to_install(tmp_path, monkeypatch):
     assert str(stop.value.code).endswith("1.pdf needs pypdf: pip install pypdf")
 
 
+@pytest.mark.slow
 def test_scripts_read_pdfs_beside_texts(tmp_path, pypdf):
     folder = tmp_path / "texts"
     for i, row in enumerate(ROWS):

@@ -146,6 +146,7 @@ def test_nothing_but_annotations_changes(name):
     assert holes.SENTINEL.sub(lambda match: f"T{match[1]}[int]", hidden.text) == filled
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.name)
 def test_a_real_module_comes_back(path):
     text = read_source(path).text

@@ -204,6 +204,7 @@ def test_probabilities_are_the_models(tokenizer, monkeypatch):
             assert answer.probability == pytest.approx(logs[begin + 1 : end + 1].sum().exp().item(), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_many_rows_are_answered_as_each_alone(tokenizer, monkeypatch):
     torch.manual_seed(0)
     model = train.CoLT5ForConditionalGeneration(parsed(["--tokens", "x"])[0].config()).eval()
@@ -223,6 +224,7 @@ def test_many_rows_are_answered_as_each_alone(tokenizer, monkeypatch):
         assert [one.probability for one in answer] == pytest.approx([one.probability for one in alone], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_new_model_looks_where_its_sentinel_is(tokenizer):
     torch.manual_seed(0)
     size, _ = HfArgumentParser((train.Size, train.Arguments)).parse_args_into_dataclasses(["--tokens", "x"])

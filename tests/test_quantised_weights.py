@@ -85,6 +85,7 @@ def test_torchao(model_class, name):
         assert_near(small, plain, 0.3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TORCHAO)
 def test_torchao_by_transformers(name, tmp_path):
     config = TorchAoConfig(torchao_config(name))

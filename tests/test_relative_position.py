@@ -115,6 +115,7 @@ ADAPTERS = {
 ROUTED = {"causal_attention": "routed", "causal_window": 8, "causal_routed_keys": 12}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ADAPTERS)
 @pytest.mark.parametrize(("model_class", "fields"), [(CoLT5ForConditionalGeneration, {}), (CoLT5ForCausalLM, ROUTED)])
 def test_adapters_of_a_bias_train_it_and_merge_into_it(model_class, fields, way):

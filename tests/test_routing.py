@@ -219,6 +219,7 @@ def test_programs_that_share_a_row_agree_with_the_reference(device, monkeypatch,
     check_against_reference(scores.repeat(60, 1), lengths=lengths.repeat(60), epsilon=epsilon)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not INTERPRETED, reason="orders the programs of Triton's interpreter")
 @pytest.mark.parametrize("seed", (0, 1))
 def test_programs_that_share_a_row_may_run_in_any_order(monkeypatch, seed):
@@ -303,6 +304,7 @@ def test_kernels_take_any_strides(kernels, device):
     assert_same_but_for_rounding(grad, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ("triton", "torch"))
 def test_rows_of_numbers_may_have_any_strides(kernels, device, backend):
     """Budgets and lengths that are columns of a matrix, or one number expanded."""
@@ -482,6 +484,7 @@ def test_autocast_leaves_the_precision_alone(device):
     assert_same_but_for_rounding(routed.weights, expected.weights)
 
 
+@pytest.mark.slow
 def test_two_copies_of_the_code_share_a_process():
     folder = Path(modeling_colt5.__file__).parent
     spec = importlib.util.spec_from_loader("second_copy", loader=None, is_package=True)

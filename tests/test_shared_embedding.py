@@ -72,6 +72,7 @@ def adapter_cases():
             )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model_class", "way", "tied"), list(adapter_cases()))
 @pytest.mark.filterwarnings("ignore:Input and output embeddings are no longer tied:UserWarning:peft")
 @pytest.mark.filterwarnings("ignore:Model (has|with) `tie_word_embeddings=True`:UserWarning:peft")

@@ -185,6 +185,7 @@ def test_scores_beyond_all_range_stay_finite():
     assert scores.grad.isfinite().all()
 
 
+@pytest.mark.slow
 def test_compiles_in_one_graph():
     scores = torch.randn(2, 40, requires_grad=True)
     compiled = torch.compile(lambda s, k: soft_topk(s, k, epsilon=0.5), fullgraph=True, backend="aot_eager")

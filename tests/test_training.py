@@ -267,13 +267,14 @@ def test_gradient_checkpointing(model_class: type[nn.Module], use_reentrant: boo
 
 
 # each kind of checkpointing with one model, and each model with one kind; the other two take five seconds
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model_class", "use_reentrant"),
     [
         (CoLT5ForConditionalGeneration, False),
         (CoLT5ForSequenceClassification, True),
-        pytest.param(CoLT5ForConditionalGeneration, True, marks=pytest.mark.slow),
-        pytest.param(CoLT5ForSequenceClassification, False, marks=pytest.mark.slow),
+        (CoLT5ForConditionalGeneration, True),
+        (CoLT5ForSequenceClassification, False),
     ],
 )
 def test_lora_with_gradient_checkpointing(model_class: type[nn.Module], use_reentrant: bool, tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "out"
 
 
+@pytest.mark.slow
 def test_the_model_card_says_what_the_run_did(finished_run, tmp_path):
     run = shutil.copytree(finished_run, tmp_path / "run")
     upload.main([str(run), "someone/reader", "--dry-run", "--license", "apache-2.0"])

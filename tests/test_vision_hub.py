@@ -63,6 +63,7 @@ DoubleClassifier.register_for_auto_class("AutoModelForImageClassification")
 """
 
 
+@pytest.mark.slow
 def test_a_users_class_is_saved_with_imports_of_the_copies(tmp_path, monkeypatch):
     (tmp_path / "double_pictures.py").write_text(USERS_CODE, encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
