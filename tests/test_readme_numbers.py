@@ -146,7 +146,8 @@ def demo(folder: Path, *arguments: str) -> str:
 def test_the_end_of_make_test(request):
     """It is pytest's closing line, and of about as many tests as there are."""
     _, shown = (block.text for block in blocks("README.md") if block.language == "text")
-    line = r"=+ (\d+) passed, (\d+) skipped(?:, \d+ warnings?)? in (\d+)\.\d\ds \((\d+):(\d\d):(\d\d)\) =+\n"
+    outcome = r"=+ (\d+) passed, (\d+) skipped(?:, \d+ xfailed)?(?:, \d+ warnings?)?"
+    line = outcome + r" in (\d+)\.\d\ds \((\d+):(\d\d):(\d\d)\) =+\n"
     passed, skipped, seconds, *clock = map(int, re.fullmatch(line, shown).groups())
     # pytest cuts its clock down to whole seconds
     assert clock[0] * 3600 + clock[1] * 60 + clock[2] == seconds
