@@ -132,6 +132,7 @@ def _dropout(default: float) -> Any:
 
 
 def one_of(choices: tuple[str, ...]) -> Any:
+    """A field that is one of some names, by default the first."""
     return _rule(choices[0], f"one of {', '.join(map(repr, choices))}", lambda value: value in choices)
 
 

@@ -541,6 +541,12 @@ def caches_of(cache: Cache | None) -> tuple[DynamicCache, DynamicCache | None, d
     return None if type(own) is not DynamicCache or own.offloading else (own, memory, is_updated)
 
 
+def goes_on(cache: Cache | None) -> bool:
+    """Whether there is a cache of a class that straight lines read, with tokens in it."""
+    caches = caches_of(cache)
+    return caches is not None and bool(caches[0].layers) and caches[0].get_seq_length() > 0
+
+
 def memory_of(
     plain: PlainDecoderLayer,
     layer_idx: int,

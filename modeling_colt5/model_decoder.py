@@ -14,7 +14,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .configuration_colt5 import CoLT5Config
 from .kernel_backend import Mode, is_hooked
 from .layer_causal import RoutedStep
-from .layer_decoder import StraightStep, may_run_straight
+from .layer_decoder import StraightStep, goes_on, may_run_straight
 from .layer_plain import PlainStack
 from .model_base import CoLT5Stack
 from .model_decoder_layer import PLAIN, CoLT5DecoderBlock
@@ -197,16 +197,19 @@ class CoLT5Decoder(CoLT5Stack):
         so models whose decoder `is_called_as_written` ask this first.
         """
         tokens, embedding = inputs_embeds if input_ids is None else input_ids, self.embed_tokens
-        if cache is None or tokens is None or tokens.dim() < 2 or tokens.shape[1] != 1:
+        if tokens is None or tokens.dim() < 2 or tokens.shape[1] != 1 or not goes_on(cache):
             return None
         # The embedding's call may come a second time, in `forward`, so that nobody may look at it.
         if type(embedding) is not nn.Embedding or is_hooked(embedding) or not self.may_step_straight(flags):
+            return None
+        read = self.plain.read(self.block, PLAIN)
+        if read is None:
             return None
         hidden_states, memory, memory_mask = self.begin(input_ids, inputs_embeds, memory, memory_mask, cache)
         if type(hidden_states) is not torch.Tensor:
             return None
         _, memory_mask, _ = self.route_memory(memory, memory_mask, cache)
-        step = self.straight_step(self.dropout(hidden_states), attention_mask, memory_mask, cache)
+        step = self.straight_step(self.dropout(hidden_states), read, attention_mask, memory_mask, cache)
         return None if step is None else self.end(step.run())
 
     @property
@@ -233,14 +236,13 @@ class CoLT5Decoder(CoLT5Stack):
     def straight_step(
         self,
         hidden_states: torch.Tensor,
+        read: list[tuple[Any, tuple[torch.Tensor, ...]]],
         attention_mask: torch.Tensor | None,
         encoder_mask: torch.Tensor | None,
         cache: Cache | None,
     ) -> StraightStep | RoutedStep | None:
-        """One new token in each row as straight lines; None where modules have to make it."""
-        read = self.plain.read(self.block, PLAIN)
-        if read is None:
-            return None
+        """One new token in each row as straight lines, by what was `read` of the blocks; None where modules have to
+        make it."""
         if self.attends_to_all:
             table = bias_by_distance(self.relative_attention_bias)
             return StraightStep.of(hidden_states, read, table, attention_mask, encoder_mask, cache)

@@ -378,6 +378,20 @@ def test_hooks_around_the_layers_see_each_token_once(device: torch.device, steps
     assert session.step()[1] and not seen
 
 
+def test_a_memory_is_routed_once_a_call(device: torch.device, steps: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the first token, which modules make, for later ones, and where a hook takes them to the modules."""
+    session, calls = Session(device, steps), []
+    decoder, route = session.model.decoder, session.model.decoder.route_memory
+    monkeypatch.setattr(decoder, "route_memory", lambda *given: calls.append(1) or route(*given))
+    filled = session.cache
+    empty = DynamicCache(config=session.model.config), DynamicCache(config=session.model.config)
+    assert not session.step(**{CACHE: EncoderDecoderCache(*empty)})[1] and calls == [1]
+    session.cache = filled
+    assert session.step()[1] and calls == [1, 1]
+    decoder.block[0].register_forward_hook(lambda *given: None)
+    assert not session.step()[1] and calls == [1, 1, 1]
+
+
 def test_another_forward_of_the_decoder_is_called(
     device: torch.device, steps: list, monkeypatch: pytest.MonkeyPatch
 ) -> None:
