@@ -34,6 +34,7 @@ def model_and_pictures(request):
 def test_an_exported_classifier_gives_the_same_logits(model_and_pictures):
     model, inputs = model_and_pictures
     program = torch.export.export(model, inputs).module()
+    # here and below: tracers put some operations together, which takes fp32 sums in another order
     torch.testing.assert_close(program(*inputs), model(*inputs), rtol=1e-5, atol=1e-6)
     # of other pictures and another padding too
     others = pad_pictures([torch.randn(3, 17, 52), torch.randn(3, 40, 9)], 40, 52)
@@ -59,5 +60,4 @@ def test_a_training_step_compiles_without_a_break(model_and_pictures):
     model.zero_grad()
     (torch.compile(model, fullgraph=True, backend="aot_eager")(*inputs) * weight).sum().backward()
     for name, parameter in model.named_parameters():
-        # fp32 sums in another order
         torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-5, msg=name)
