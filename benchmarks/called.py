@@ -1,6 +1,7 @@
 """Encoders as people call them, without a graph or a compiler: CoLT5 beside its modules alone, and beside its peers.
 
 python benchmarks/called.py
+python benchmarks/called.py --lengths 65536    # of these lengths alone
 """
 
 import time
@@ -82,13 +83,14 @@ class Cell:
         return " ".join(filter(None, (self.model, self.way, f"{self.n:,}", str(self.setting))))
 
 
-def cells(tiny: bool) -> list[Cell]:
-    """All rows, of a tiny run those of one length."""
-    first = [Cell(LENGTHS[0], *way) for way in WAYS]
-    first += [Cell(LENGTHS[0], COLT5, way, setting) for setting in TRAINED for way in (CALLED, MODULES)]
-    rest = [] if tiny else [Cell(n, *way) for n in LENGTHS[1:] for way in WAYS]
+def cells(lengths: Sequence[int]) -> list[Cell]:
+    """All rows of these lengths."""
+    first, *others = lengths
+    rows = [Cell(first, *way) for way in WAYS]
+    rows += [Cell(first, COLT5, way, setting) for setting in TRAINED for way in (CALLED, MODULES)]
+    rows += [Cell(n, *way) for n in others for way in WAYS]
     # flex_attention has no backward pass on a CPU, and compiles for each length, for up to a minute
-    wanted = [cell for cell in first + rest if cell.model != MODERNBERT_FLEX or DEVICE.type == "cuda"]
+    wanted = [cell for cell in rows if cell.model != MODERNBERT_FLEX or DEVICE.type == "cuda"]
     return sorted(wanted, key=lambda cell: cell.model == MODERNBERT_FLEX)
 
 
@@ -135,7 +137,9 @@ def verify_straight(model: torch.nn.Module, tiny: bool) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Verify, then measure."""
-    options = parse(make_parser(__doc__), arguments)
+    parser = make_parser(__doc__)
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="tokens of the inputs")
+    options = parse(parser, arguments)
     verify(options.tiny)
     models = {(name, PLAIN): make_encoder(name, options.tiny) for name in dict.fromkeys(name for name, _ in WAYS)}
     for setting in TRAINED:
@@ -143,7 +147,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         models[COLT5, setting] = model.float() if setting.under_autocast else model
     verify_straight(models[COLT5, PLAIN], options.tiny)
     table = Table("called", TITLE, options)
-    rows = cells(options.tiny)
+    # of a toy every length is the same
+    rows = cells(options.lengths[:1] if options.tiny else options.lengths)
     for position, cell in enumerate(rows):
         if time.perf_counter() > options.deadline:
             table.note(f"Not measured for lack of time: {'; '.join(map(str, rows[position:]))}.")

@@ -42,6 +42,10 @@ VOCABULARY = ROOT / "tokenization/python_stdlib"
 NUM_SENTINELS = 256
 VOCAB_SIZE = 8320
 
+START = DenseStart()
+# a quarter of its steps, for runs that are compared at equal operations
+BRIEF_START = DenseStart(closed=0.1, opening=0.05)
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -55,6 +59,7 @@ class Variant:
         drawn: whether the one part lies anywhere in the input, as in pre-training.
         after: the routing after the dense start, where it is another one: a control that has had the same start, but
             that nothing opens, as it has no choice to learn.
+        start: the dense start's schedule.
         cross: whether the decoder reads the encoder's output through routed cross-attention.
         fields: more of the configuration.
     """
@@ -64,11 +69,11 @@ class Variant:
     parts: int = 0
     drawn: bool = False
     after: str | None = None
+    start: DenseStart = START
     cross: bool = False
     fields: dict[str, Any] = field(default_factory=dict)
 
 
-START = DenseStart()
 # the budget of cross-attention's routers at the full length: room for the 228 sentinels that an input has
 CROSS_BUDGET = 16
 STUDY = {
@@ -88,6 +93,10 @@ STARTS = {
     "colt5-learned-16-whole": Variant(parts=4),
     "colt5-even-64-whole": Variant(budget=64, parts=4, after="even"),
     "colt5-even-16-whole": Variant(parts=4, after="even"),
+    "colt5-learned-16-cross-whole": Variant(parts=4, cross=True),
+    "colt5-even-16-cross-whole": Variant(parts=4, after="even", cross=True),
+    "colt5-learned-16-brief": Variant(parts=4, start=BRIEF_START),
+    "colt5-even-16-brief": Variant(parts=4, after="even", start=BRIEF_START),
     "colt5-learned-64-drawn": Variant(budget=64, parts=1, drawn=True),
     "colt5-learned-16-drawn": Variant(parts=1, drawn=True),
     "colt5-as-shipped-64": Variant(budget=64),
@@ -385,22 +394,25 @@ class Training:
 
         self.step = TrainingStep(model, loss_of, groups, settings.warmup_steps)
         self.flops = 0
+        self.has_dense_start = False
 
     def progress(self, done: int) -> float | None:
         """How far the dense start has come before a step; None without one and behind it."""
-        progress = START.progress(done, self.settings.steps) if self.own.parts else None
+        progress = self.own.start.progress(done, self.settings.steps) if self.own.parts else None
         return 0.0 if progress is not None and self.own.after else progress
 
     def __call__(self, batch: dict[str, torch.Tensor], progress: float | None) -> torch.Tensor:
         """Do a step, and give its loss; its operations are added where the model is CoLT5."""
         is_dense = progress is not None
-        if self.own.parts:
-            self.model.set_dense_start(progress)
         if is_dense:
+            self.model.set_dense_start(progress)
             batch = in_parts(batch, self.own.parts, self.own.drawn)
-        elif self.own.after:
-            for router in learned_routers(self.model):
-                router.routing = self.own.after
+        elif self.has_dense_start:
+            self.model.set_dense_start(None)
+            if self.own.after:
+                for router in learned_routers(self.model):
+                    router.routing = self.own.after
+        self.has_dense_start = is_dense
         if isinstance(self.model, CoLT5ForConditionalGeneration):
             (rows, n), m = batch["input_ids"].shape, batch["labels"].shape[1]
             self.flops += step_flops(self.model.config, rows, n, m, is_dense)

@@ -20,24 +20,29 @@ NAMES = {
     "dense": "every token in the heavy branches",
 }
 Line = dict[str, Any]
-# task, length, share of queries, times as many inputs in a step of the dense start
-Place = tuple[str, int, float, int]
+# task, length, share of queries, steps, times as many inputs in a step of the dense start
+Place = tuple[str, int, float, int, int]
 
 
 def by_place(lines: list[Line]) -> dict[Place, dict[str, list[Line]]]:
     """The runs of each arm by task, length and budget, in the order of `NAMES` and of seeds."""
     places: dict[Place, dict[str, list[Line]]] = defaultdict(dict)
-    for line in sorted(lines, key=lambda line: (line["task"], line["length"], -line["query_fraction"], line["seed"])):
-        place = (line["task"], line["length"], line["query_fraction"], line["settings"]["start_rows"])
+    for line in sorted(
+        lines,
+        key=lambda line: (line["task"], line["length"], -line["query_fraction"], line["steps"], line["seed"]),
+    ):
+        numbers = (line["length"], line["query_fraction"], line["steps"], line["settings"]["start_rows"])
+        place = (line["task"], *numbers)
         places[place].setdefault(line["arm"], []).append(line)
     return {place: {arm: arms[arm] for arm in NAMES if arm in arms} for place, arms in places.items()}
 
 
 def title(place: Place) -> str:
     """Task, length and budget in words."""
-    task, length, fraction, start_rows = place
+    task, length, fraction, steps, start_rows = place
+    more = "" if steps == 3000 else f", {steps:,} steps"
     rows = "" if start_rows == 4 else f", {start_rows} times as many inputs at the start"
-    return f"{task}, {length:,} tokens, one query among {round(1 / fraction)}{rows}"
+    return f"{task}, {length:,} tokens, one query among {round(1 / fraction)}{more}{rows}"
 
 
 def needed_routed(line: Line, kind: str) -> str:
@@ -103,12 +108,16 @@ def mean_over_layers(point: dict[str, Any], kind: str, name: str) -> float:
 
 
 def draw_why(lines: list[Line], file: Path) -> None:
-    """What routers do over the steps of the facts task, with a dense start and without, at the smallest budget."""
+    """What routers do over the steps of the facts task, with a dense start and without, at the shortest inputs and
+    the smallest budget that has both."""
     runs = [line for line in lines if line["task"] == "facts" and line["arm"] in ("learned", "as_shipped")]
     if not runs:
         return
-    smallest = min(line["query_fraction"] for line in runs)
-    runs = [line for line in runs if line["query_fraction"] == smallest and line["seed"] == 0]
+    shortest = min(line["length"] for line in runs)
+    runs = [line for line in runs if line["length"] == shortest and line["seed"] == 0]
+    budgets = [{line["query_fraction"] for line in runs if line["arm"] == arm} for arm in ("learned", "as_shipped")]
+    smallest = min(set.intersection(*budgets) or set.union(*budgets))
+    runs = [line for line in runs if line["query_fraction"] == smallest]
     matplotlib.rcParams["svg.hashsalt"] = file.stem
     figure, panels = pyplot.subplots(2, 2, figsize=(9.2, 6.4), layout="constrained", sharex=True)
     for run in runs:

@@ -18,18 +18,23 @@ from peers import BASE, COLT5, DEVICE, GLOBAL, LOCAL, TINY, make_seq2seq
 from results import Row, Table
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from modeling_colt5.router_health import RouterHealthCallback
+
 TITLE = (
     "A training step through Trainer, base size, bf16 autocast, AdamW, no dropout: two documents of 16,384 tokens, "
     "512 tokens of output; medians. Accumulated: documents a step that had to be taken one by one. Compiled: "
     '`torch_compile=True`; with graphs: `torch_compile_mode="reduce-overhead"` too. One thread: with '
-    "`torch.autograd.set_multithreading_enabled(False)`. Compilation: what the first three steps took beyond three "
-    "others"
+    "`torch.autograd.set_multithreading_enabled(False)`. Health: the routers' health is measured at every step, which "
+    "is otherwise done at every hundredth. Compilation: what the first three steps took beyond three others"
 )
 BATCH = 2
 EAGER, ONE_THREAD, COMPILED, WITH_GRAPHS = "eager", "eager, one thread", "compiled", "compiled with graphs"
+HEALTH = "eager, health"
+NOT_COMPILED = EAGER, ONE_THREAD, HEALTH
 # the most important first: a run that is short of time leaves out the last
 CASES = (
     (COLT5, EAGER),
+    (COLT5, HEALTH),
     (COLT5, ONE_THREAD),
     (COLT5, COMPILED),
     (GLOBAL, EAGER),
@@ -73,7 +78,7 @@ class StepTimes(TrainerCallback):
 
 def compile_options(mode: str, tiny: bool) -> dict[str, Any]:
     """The arguments of Trainer that a mode is."""
-    if mode in (EAGER, ONE_THREAD):
+    if mode in NOT_COMPILED:
         return {}
     backend = {"torch_compile_backend": "eager"} if tiny else {}
     graphs = {"torch_compile_mode": "reduce-overhead"} if mode == WITH_GRAPHS else {}
@@ -104,12 +109,14 @@ def measure(name: str, mode: str, data: RandomDocuments, accumulated: int, steps
             **compile_options(mode, tiny),
         )
         trainer = Trainer(make_seq2seq(name, tiny), training_arguments, train_dataset=data, callbacks=[times])
+        if mode == HEALTH:
+            trainer.add_callback(RouterHealthCallback(trainer.log, interval=1))
         start = time.perf_counter()
         with torch.autograd.set_multithreading_enabled(mode != ONE_THREAD):
             loss = trainer.train().training_loss
     assert 0 < loss < 1000, f"the loss is {loss}"
     step = statistics.median(b - a for a, b in zip(times.times[2:-1], times.times[3:], strict=True))
-    compilation = {} if mode in (EAGER, ONE_THREAD) else {"compilation s": times.times[2] - start - 3 * step}
+    compilation = {} if mode in NOT_COMPILED else {"compilation s": times.times[2] - start - 3 * step}
     return {
         "step ms": 1e3 * step,
         "input tokens/s": data.inputs.shape[1] * BATCH / step,

@@ -1,6 +1,6 @@
 """Draws docs/learning_*.svg and writes tables of docs/learning.md, from the runs of benchmarks/learning.py.
 
-python docs/learning_picture.py [--results FOLDER] [--first FOLDER] [--small FOLDER] [--page FILE]
+python docs/learning_picture.py [--results FOLDER] [--equal FOLDER] [--first FOLDER] [--small FOLDER] [--page FILE]
 
 What has no runs has no table and no picture: the page's blocks hold both, and are empty then.
 """
@@ -42,6 +42,10 @@ NAMES = {
     "colt5-descent-16": "learned, 1/16, no dense start, coordinate descent",
     "longt5-local": "LongT5, local",
     "longt5-transient-global": "LongT5, transient-global",
+    "colt5-learned-16-brief": "learned, 1/16, brief dense start on whole inputs",
+    "colt5-even-16-brief": "even, 1/16, after a brief dense start on whole inputs",
+    "colt5-learned-16-cross-whole": "learned, 1/16, routed cross-attention, dense start on whole inputs",
+    "colt5-even-16-cross-whole": "even, 1/16, routed cross-attention, after a dense start on whole inputs",
 }
 ROUTERS = {
     "query": "queries",
@@ -62,6 +66,7 @@ CROSS_PAIRS = (
     ("colt5-learned-16-cross", "colt5-even-16-cross"),
     ("colt5-learned-16-cross", "colt5-learned-16"),
     ("colt5-even-16-cross", "colt5-even-16"),
+    ("colt5-learned-16-cross-whole", "colt5-even-16-cross-whole"),
 )
 START_PAIRS = (
     ("colt5-learned-16", "colt5-as-shipped-16"),
@@ -76,6 +81,16 @@ START_PAIRS = (
     ("colt5-learned-16-drawn", "colt5-learned-16"),
     ("colt5-learned-64-drawn", "colt5-learned-64"),
 )
+# at equal operations: some of these runs have more steps
+EQUAL_PAIRS = (
+    ("colt5-as-shipped-16", "colt5-even-16"),
+    ("colt5-learned-16-brief", "colt5-even-16"),
+    ("colt5-learned-16-whole", "colt5-even-16"),
+    ("colt5-even-16-brief", "colt5-even-16"),
+    ("colt5-even-16-whole", "colt5-even-16"),
+    ("colt5-learned-16-brief", "colt5-even-16-brief"),
+    ("colt5-learned-16-brief", "colt5-as-shipped-16"),
+)
 STUDY = tuple(dict.fromkeys(variant for pair in PAIRS for variant in pair))
 EXACT, DESCENT, ONE_RATE = "colt5-as-shipped-16", "colt5-descent-16", "colt5-one-rate-16"
 # differences of loss up to this are level, decided before any run
@@ -86,14 +101,20 @@ Run = dict[str, Any]
 Runs = dict[str, list[Run]]
 
 
-def load_runs(folder: Path, same: tuple[str, ...] = ("settings", "torch")) -> Runs:
+def load_runs(folder: Path, same: tuple[str, ...] = ("settings", "torch"), free: tuple[str, ...] = ()) -> Runs:
     """The runs of each variant, by seed, in the order of `NAMES`.
+
+    Args:
+        folder: with one file a run.
+        same: what all runs have to have alike.
+        free: the settings in which they may differ all the same.
 
     Raises:
         ValueError: runs that were not made alike in what `same` names.
     """
     runs = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    alike = {json.dumps([run[name] for name in same]) for run in runs}
+    fixed = [run | {"settings": {k: v for k, v in run["settings"].items() if k not in free}} for run in runs]
+    alike = {json.dumps([run[name] for name in same]) for run in fixed}
     if len(alike) > 1:
         raise ValueError(f"{folder} holds runs that differ in {', '.join(same)}; they must be the same: {alike}")
     found = {name: [run for run in runs if run["variant"] == name] for name in NAMES}
@@ -274,6 +295,27 @@ def table(runs: Runs) -> str:
     return "\n".join(lines)
 
 
+def equal_table(runs: Runs) -> str:
+    """A row for each variant: its steps and operations, the loss at its end, and what swapping costs there."""
+    lines = [
+        "| | steps | of them dense | PFLOP a run | loss at the end | for each seed | swapping inputs costs |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for variant, of_variant in runs.items():
+        last = of_variant[0]["curve"][-1]
+        cells = [
+            NAMES[variant],
+            f"{last['step']:,}",
+            f"{of_variant[0]['start_ends']:,}",
+            f"{last['flops'] / 1e15:.2f}",
+            of_seeds(of_variant, lambda run: run["curve"][-1]["loss"]),
+            by_seed(of_variant, lambda run: run["curve"][-1]["loss"]),
+            of_seeds(of_variant, swapping),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def time_table(runs: Runs) -> str:
     """A row for each variant: parameters, time, and mean losses: at the last step and the last second that all runs
     have, at each one's own end with every seed's, and there with swapped inputs."""
@@ -344,10 +386,10 @@ def solver_table(exact: Run, descent: Run) -> str:
     return "\n".join(lines)
 
 
-def blocks(runs: Runs, first: Runs, small: Runs, folder: Path) -> dict[str, str]:
-    """The page's blocks by name, of the study's runs, of the first study's and of those at a small size; draws their
-    pictures into the folder."""
-    names = ("prediction", "results", "routing", "starts", "cross", "first", "rates", "solvers")
+def blocks(runs: Runs, equal: Runs, first: Runs, small: Runs, folder: Path) -> dict[str, str]:
+    """The page's blocks by name, of the study's runs, of those at equal operations, of the first study's and of those
+    at a small size; draws their pictures into the folder."""
+    names = ("prediction", "results", "routing", "starts", "equal", "cross", "first", "rates", "solvers")
     parts: dict[str, list[str]] = {name: [] for name in names}
     if all(variant in runs for variant in PREDICTION):
         parts["prediction"] = [verdict(runs), pair_table(runs, PAIRS)]
@@ -370,6 +412,10 @@ def blocks(runs: Runs, first: Runs, small: Runs, folder: Path) -> dict[str, str]
         new = [variant for pair in pairs for variant in pair if variant in runs and variant not in STUDY]
         if own := of_these(runs, tuple(dict.fromkeys(new))):
             parts[name] = [table(own), pair_table(runs, pairs)]
+    if equal:
+        # these have as many operations in the study itself
+        equal = equal | of_these(runs, ("colt5-learned-16-whole", "colt5-even-16-whole"))
+        parts["equal"] = [equal_table(equal), pair_table(equal, EQUAL_PAIRS)]
     if crossed := of_these(runs, CROSS_PAIRS[0][:1]):
         parts["cross"].append(routing_table(crossed))
     if first:
@@ -394,6 +440,7 @@ def main() -> None:
     """Draw what there is."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--results", type=Path, default=RESULTS / "learning", help="the runs")
+    parser.add_argument("--equal", type=Path, default=RESULTS / "learning_equal", help="those at equal operations")
     parser.add_argument("--first", type=Path, default=RESULTS / "learning_first", help="those of the first study")
     parser.add_argument("--small", type=Path, default=RESULTS / "learning_small", help="those at a small size")
     parser.add_argument("--page", type=Path, default=DOCS / "learning.md", help="written anew; pictures go beside it")
@@ -403,6 +450,7 @@ def main() -> None:
     timed = ("settings", "device", "torch")
     parts = blocks(
         load_runs(arguments.results),
+        load_runs(arguments.equal, free=("steps", "eval_every")),
         load_runs(arguments.first, timed),
         load_runs(arguments.small, timed),
         page.parent,

@@ -95,7 +95,7 @@ def test_the_table_of_learning():
     lines = (RESULTS / "router_gym.jsonl").read_text(encoding="utf-8").splitlines()
     accuracies: dict[tuple[str, str], list[float]] = {}
     for run in map(json.loads, lines):
-        if run["length"] == 2048 and round(1 / run["query_fraction"]) == 16:
+        if (run["length"], round(1 / run["query_fraction"]), run["steps"]) == (2048, 16, 3000):
             accuracies.setdefault((run["task"], run["arm"]), []).append(run["accuracy"])
     _, *rows = table("accuracy, 2,048 tokens, one query among 16")
     for (label, learned, without, others), task in zip(rows, ("facts", "marked", "cross"), strict=True):
