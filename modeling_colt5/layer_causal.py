@@ -2,8 +2,8 @@
 
 The modules of model_causal.py say what a layer computes, and run_causal_cache.py what its cache holds. A token changes
 little of that cache: its keys, values and scores go into the rings, and at a window's end pools and thresholds are
-made anew. So kernels write there in place; where in its window each row's token stands are numbers on the device. The
-host knows when some row's window may end, and only then launches what makes pools and thresholds.
+made anew. Kernels therefore write there in place. Where each row's token stands in its window, the device knows; the
+host only knows when some row's window may end, and only then launches the kernels that make pools and thresholds.
 
 What layer_decoder.py says of blocks, of lists of launches and of memories holds here too.
 """
@@ -180,7 +180,7 @@ class RoutedStep(TokenStep):
 
     def run(self) -> Tensor:
         """The states [rows, 1, d_model] behind the last layer; the caches count the token from then on."""
-        # Each layer begins with a sum. What goes into the first one is such a sum with nothing, and not to be written.
+        # Each layer begins with a sum. The first one adds nothing to its states, which must not be written to.
         hidden = self.hidden_states.clone(memory_format=torch.contiguous_format)
         # what the last sublayer adds: by a light branch, and where there is one by a heavy one
         branches: tuple[Tensor, ...] = (torch.zeros_like(hidden),)

@@ -1,12 +1,12 @@
 """One new token of a plain decoder as straight lines of kernel launches, one line a layer.
 
 The modules of model_decoder_layer.py say what a layer computes. For one token their Python takes the host ten times as
-long as the kernels take a GPU. So blocks that nobody looks into (`PlainStack` of layer_plain.py) run here, where a
-growing cache holds the earlier tokens and the keys and values of the memory.
+long as the kernels take a GPU. Blocks that nothing looks into (`PlainStack` of layer_plain.py) therefore run here,
+where a growing cache holds the earlier tokens and the keys and values of the memory, the encoder's output.
 
 The launches of a layer are noted once, and then repeated by one call of C (run_launch_list_triton.py) for all layers
-and tokens. What changes from token to token is in memories: how many keys there are is a number on the device that
-kernels read, and a cache that has grown is another address.
+and tokens. What changes from token to token is not part of a list: the number of keys is on the device, where kernels
+read it, and a cache that has grown has another address.
 """
 
 from collections.abc import Callable, Sequence
@@ -161,7 +161,7 @@ class _Before:
         return of_pass == self.of_pass and plains[1:] == self.others and self.guards.check(*tensors)
 
 
-# Like layers one after another, and the lists of their launches, by all that changes them from token to token.
+# Layers of one kind that follow each other, and the lists of their launches, by what changes from token to token.
 LikeLayers = tuple["Lists", list[StepLayer]]
 
 
@@ -318,7 +318,7 @@ class StraightStep(TokenStep):
 
     def run(self) -> Tensor:
         """The states [rows, 1, d_model] behind the last layer; the caches count the token from then on."""
-        # Each layer begins with a sum. What goes into the first one is such a sum with nothing, and not to be written.
+        # Each layer begins with a sum. The first one adds nothing to its states, which must not be written to.
         hidden = self.hidden_states.clone(memory_format=torch.contiguous_format)
         update = torch.zeros_like(hidden)
         # read by kernels, so that one list serves all lengths
@@ -509,8 +509,8 @@ class _Line(TokenLine):
 # features of a head, and heads that share a key/value head, which the kernels are compiled for on all cards
 MOST_FEATURES, MOST_HEADS = 128, 32
 
-# Lists of a decoder's layers by all that they depend on; None where a straight line is not written for it. A length
-# that never comes back leaves one behind.
+# Lists of a decoder's layers by all that they depend on; None where no straight line is written for it. Each new
+# length adds one, so there is a limit.
 lists_by_kind: dict[Any, Any] = {}
 MOST_KINDS = 256
 

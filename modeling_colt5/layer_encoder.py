@@ -1,11 +1,11 @@
 """An encoder layer as straight lines of kernel launches and products, beside the modules of model_encoder_layer.py.
 
 The modules say what a layer computes. Called one by one, their Python takes the host several times as long as the
-kernels take a GPU. So a block that nobody looks into (`PlainBlock` of layer_plain.py) runs here: the same kernels in
-the same order, without a module, an operator or a view between them.
+kernels take a GPU. A block that nothing looks into (`PlainBlock` of layer_plain.py) therefore runs here: the same
+kernels in the same order, without a module, an operator or a view between them.
 
-The first call of a kind, which is one of its shapes, dtypes and numbers, launches one kernel after another and notes
-them. From then on the list is repeated by one call of C (run_launch_list_triton.py), with other tensors' addresses.
+The first call with certain shapes, dtypes and numbers launches one kernel after another and notes them. From then on
+the list is repeated by one call of C (run_launch_list_triton.py), with other tensors' addresses.
 """
 
 from typing import Any
@@ -90,7 +90,7 @@ class StraightLayer:
         weights: in the order of `WEIGHTS`.
         tables: light and heavy bias tables [heads, 2 * max_distance + 1] in fp32.
         plan: of the pass.
-        records: whether autograd does.
+        records: whether autograd records.
     """
 
     __slots__ = ("common", "memory", "plan", "program", "records", "tables", "weights")
@@ -118,7 +118,7 @@ class StraightLayer:
             tables, plan: as above.
         """
         common: StraightPass = plan.straight
-        # The pass's answer would not do: gradient checkpointing runs a block without gradients first.
+        # Asked for each block, not once a pass: gradient checkpointing runs a block without gradients first.
         records = torch.is_grad_enabled()
         drops = any(layer.drops) and (not records or max(layer.drops) >= 1)
         program = None if drops else Program.of(common, layer, weights, tables)
@@ -135,10 +135,10 @@ class StraightLayer:
     def line(
         self, kind: Any, memories: list[Tensor], layout: Room, memory: Tensor, seeds: Tensor | None = None
     ) -> Line | None:
-        """What computes a call; None where a list of launches was repeated, by `repeated_or_recorder`.
+        """What computes a call; None where a list of launches was repeated.
 
         Args:
-            kind, memories: as there.
+            kind, memories: as of `repeated_or_recorder`; `memories` is one call's.
             layout, memory: of what outlives the call, one of the memories.
             seeds: of what the layer drops; None where it drops nothing.
         """

@@ -20,7 +20,7 @@ if triton_is_available():
     from .op_rows_triton import MOST_JOINS, clamp_into, combine_into, gather_into, join_into
     from .run_launch_list_triton import Recorder
 
-# Each group is of matrices with as many numbers each.
+# Groups of matrices of the same size.
 _ALIKE = (
     (Weight.LIGHT_Q, Weight.LIGHT_K, Weight.LIGHT_V, Weight.LIGHT_O),
     (Weight.HEAVY_Q, Weight.HEAVY_K, Weight.HEAVY_V, Weight.HEAVY_O),
@@ -151,7 +151,7 @@ class Line:
         return result
 
 
-# What a sublayer's branches add to what: residual and light branch [batch, n, d_model], heavy branch [batch, slots,
+# What a sublayer sums: residual and light branch [batch, n, d_model], heavy branch [batch, slots,
 # d_model], and its indices, valid and weights.
 Branches = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 

@@ -13,7 +13,7 @@ if triton_is_available():
     from .layer_plain_triton import weights_as_seen
 
 
-# attributes of modules that are numbers of a line; whether a module trains is one where it drops
+# attributes whose numbers a straight line depends on; where a module drops, it depends on `training` too
 _NUMBERS = ("eps", "d_kv", "radius", "groups", "routing", "is_gated_act", "dropout", "p")
 _NONE = type(None)
 _HOOKS = itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -28,12 +28,12 @@ Parts = dict[str, tuple[str, nn.Module]]
 
 
 def kinds_of(**classes: type[nn.Module]) -> Kinds:
-    """The kinds that classes are, as they are now."""
+    """The kind of each class, with the `forward` that it has now."""
     return {kind: (module_class, module_class.forward) for kind, module_class in classes.items()}
 
 
 def is_called_as_written(block: nn.Module, kinds: Kinds) -> bool:
-    """Whether a call of the block is no more than its class was written with: no hook, no other class."""
+    """Whether a call of the block runs the `forward` of its known class alone: no hook, no subclass, no patch."""
     known, forward = kinds["block"]
     return type(block) is known and known.forward is forward and not is_hooked(block)
 
@@ -46,7 +46,7 @@ class PlainBlock:
     one of these changes, so `read` looks at all of them each time: at the modules' dictionaries, in C, a few
     microseconds for all 36 modules of an encoder's block.
 
-    A copy of a block begins with nothing, and so does one that comes out of a file.
+    A copied or unpickled object has read nothing yet.
 
     Args:
         kind: what a block is read as.
@@ -71,11 +71,11 @@ class PlainBlock:
 
 
 class Seen:
-    """All about modules that makes them plain, as it was when somebody looked.
+    """What makes modules plain, as it was at the time of the last look, to be compared with what it is now.
 
     Args:
         modules: all of them.
-        parents: those whose children are none but these.
+        parents: modules with children; these children must stay the same.
         with_parameters: those that have parameters.
         numbered: pairs of a module and the name of a number that it holds.
     """
@@ -109,7 +109,7 @@ class Seen:
 
     @classmethod
     def together(cls, parts: "list[Seen]") -> "Seen":
-        """What was seen of several blocks, as one: to look at everything at once takes less than block by block."""
+        """What was seen of several blocks, as one: a single look at everything takes less time than one a block."""
         whole = cls.__new__(cls)
         for name in cls.__slots__:
             setattr(whole, name, list(chain.from_iterable(getattr(part, name) for part in parts)))
@@ -128,7 +128,7 @@ class Seen:
         )  # fmt: skip
 
     def weights_in_python(self) -> list[Tensor] | None:
-        """The same without a compiler of C; what is asked is written here."""
+        """The same without a compiler of C. It also documents what the C code compares."""
         values = list(chain.from_iterable(map(dict.values, map(_PARAMETERS, self.with_parameters))))
         if (
             any(chain.from_iterable(map(_HOOKS, self.dicts)))
@@ -146,9 +146,9 @@ class Seen:
 class PlainStack:
     """What straight lines read of all blocks of a stack, as long as all are plain.
 
-    It is what `PlainBlock` reads, of all blocks together: one new token is so quick that it counts.
+    It reads what `PlainBlock` reads, of all blocks at once: for one new token, block by block would take too long.
 
-    A copy begins with nothing, and so does one that comes out of a file.
+    A copied or unpickled object has read nothing yet.
     """
 
     def __init__(self) -> None:
@@ -182,7 +182,7 @@ class PlainStack:
 
 
 class PlainLayer:
-    """The modules of a plain block, all about them that makes it one, and the numbers that they hold.
+    """The modules of a plain block, what makes them plain, and the numbers that they hold.
 
     It holds neither the block nor its dictionary: a circle of references would keep a model in memory.
 
@@ -229,10 +229,10 @@ class PlainLayer:
 
     @classmethod
     def parts(cls, block: Any) -> Parts:
-        """The modules of a block whose calls its forward comes to.
+        """The modules that a block's forward calls.
 
         Raises:
-            AttributeError, ValueError: where one lacks.
+            AttributeError, ValueError: where one is missing.
         """
         raise NotImplementedError
 
@@ -263,7 +263,7 @@ class PlainLayer:
 
 
 def parts_of_sublayer(name: str, sublayer: Any, dropout: str) -> Parts:
-    """The norm before a sublayer, and the dropout of what it adds, which is of a kind."""
+    """The norm before a sublayer, and the dropout of what it adds, which has the kind `dropout`."""
     return {f"{name}.layer_norm": ("norm", sublayer.layer_norm), f"{name}.dropout": (dropout, sublayer.dropout)}
 
 

@@ -91,7 +91,7 @@ VECTORS = (
 )  # fmt: skip
 _MATRICES = itemgetter(*(place for place in range(len(WEIGHTS)) if place not in VECTORS))
 _DTYPE, _SHAPE = attrgetter("dtype"), attrgetter("shape")
-# Calls of more tokens are launched one by one: the host is not what they wait for, and while launches are noted, all
+# Calls of more tokens are launched one by one: they do not wait for the host, and while launches are noted, all
 # tensors of a layer are held at the same time.
 MOST_TOKENS_OF_A_LIST = 131_072
 
@@ -234,7 +234,7 @@ class Slots:
 # Both sublayers' rooms begin with these: the norm's reciprocal root mean squares, and the router scores.
 RSTD, SCORES = range(2)
 
-# Programs by all that they depend on; a length that never comes back leaves one behind.
+# Programs by all that they depend on. Each new length adds one, so there is a limit.
 programs: dict[Any, "Program | None"] = {}
 MOST_PROGRAMS = 256
 

@@ -220,8 +220,8 @@ class CausalPlan(ABC):
         return self.leave(self.unframe(weights.flatten(1)))
 
     def light_bias(self, bias_table: Tensor) -> Tensor:
-        """What light attention adds to its scores, from the bias by distance [heads, 2 * max_distance + 1]: such a
-        table again, -inf for keys after the query, which makes a band of both sides causal. Of one token the bias of
+        """What light attention adds to its scores, from the bias by distance [heads, 2 * max_distance + 1]: a table of
+        that shape, -inf for keys after the query, which makes the two-sided band causal. Of one token the bias of
         its keys, [1, heads, 1, local_radius + 1]."""
         later = torch.arange(bias_table.shape[1], device=bias_table.device) > bias_table.shape[1] // 2
         return bias_table.masked_fill(later, -torch.inf)
@@ -236,7 +236,7 @@ class CausalPlan(ABC):
 
     @abstractmethod
     def pooled(self, joined: Tensor) -> Tensor:
-        """As `frame_joined`, as far as pools read it: no pool holds a token of a window's open end."""
+        """As `frame_joined`; slots of an incomplete last window may be missing, because no pool reads them."""
 
     @abstractmethod
     def recent(self, joined: Tensor) -> Tensor:

@@ -164,10 +164,10 @@ _broken: list[torch.cuda.CUDAGraph] = []
 def graph_stream(device: torch.device, branch: int) -> torch.cuda.Stream:
     """A stream for what is recorded on a device, the same one for each branch of all graphs.
 
-    Memory belongs to the stream that took it: so graphs share theirs. PyTorch hands its streams out in turn, 32 of a
-    priority, and what somebody else launches on a stream that records is recorded too: so it is one of a priority that
-    few ask for. PyTorch's own stream for captures is of one device, and a graph that goes takes the cuBLAS workspaces
-    of its stream along.
+    Memory belongs to the stream that took it, so graphs on one stream can share memory. PyTorch hands its streams
+    out in turn, 32 of a priority, and what somebody else launches on a stream that records is recorded too. This one
+    therefore has a priority that few ask for. PyTorch's own stream for captures is of one device only, and when one of
+    its graphs is freed, the stream's cuBLAS workspaces go too.
     """
     return torch.cuda.Stream(device, priority=-1)
 

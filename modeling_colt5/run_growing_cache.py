@@ -54,8 +54,7 @@ class CoLT5GrowingLayer(DynamicLayer):
     dynamic layer copies the whole cache.
 
     `keys` and `values` are what they are in a dynamic layer, [batch, heads, length, d_kv]; here they are views of
-    rooms, made when somebody asks for them. Whoever replaces them takes their room away, and the next step makes
-    another one.
+    rooms, made when they are read. Assigning others drops the room, and the next step makes another one.
 
     Where autograd records, and where compilers or transforms trace, it is a dynamic layer: a backward pass needs each
     step's keys as they were, and tracers would note a room's length as a constant.
@@ -117,7 +116,7 @@ class CoLT5GrowingLayer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Add the states of new tokens, [batch, heads, n, d_kv]; returns those of all tokens."""
-        # The first states of a cache stay without room: whoever fills it once needs none.
+        # The first states of a cache stay without room: a cache that is filled once needs none.
         is_plain = not torch.is_grad_enabled() and runs_eagerly()
         pairs = ((self.keys, key_states), (self.values, value_states))
         if not is_plain or not all(_go_on(states, new.shape, new) for states, new in pairs):

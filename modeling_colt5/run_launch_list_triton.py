@@ -201,7 +201,7 @@ def launcher() -> Any:
     """The C code that runs lists, compiled as Triton compiles its own and kept in Triton's cache; None, with a
     warning, where that does not work: what would be repeated then runs each time as the first time."""
     try:
-        # no knob of Triton's: what its own kernels ask of a machine, a C compiler, is enough here
+        # this needs a C compiler, as Triton's own kernels do, and no setting of Triton's
         made = compile_module_from_src(src=SOURCE, name="colt5_launches")
         cuda = ctypes.CDLL("libcuda.so.1")
         names = ("cuLaunchKernel", "cuLaunchCooperativeKernel", "cuMemsetD8Async", "cuCtxGetCurrent")

@@ -13,7 +13,7 @@ try:
 except ImportError as error:
     raise ImportError("Triton kernels need triton; use kernel_backend='torch' without it") from error
 
-# Files of kernels import both names from here, which is the one place that says what lacks.
+# Files of kernels import both names from here, so that one place says that Triton is missing.
 tl = triton.language
 
 # A multiprocessor has so many registers, on all of NVIDIA's GPUs since Kepler.
@@ -95,7 +95,7 @@ def launch(
     """`kernel[grid](*arguments, **constants)` on the device of its first tensor.
 
     Triton inspects every argument of every call, which takes the host longer than most kernels here take the GPU
-    (docs/operators.md). What it looks for is looked at here once more, only faster: dtypes, None, the constants, and
+    (docs/operators.md). Here the same properties are looked at, only faster: dtypes, None, the constants, and
     whether integers are beyond 32 bits and, unless a kernel says `do_not_specialize`, 1 or multiples of 16. Where a
     tensor is not aligned to 16 bytes or on another device, or Triton interprets, it is left to Triton. Else the kernel
     gets addresses in place of tensors, because Triton's launcher would ask the driver about every tensor.
@@ -173,5 +173,5 @@ def launch(
     if has_listeners():
         kernel_made[axes](*values, stream=stream)
     else:
-        # The line above comes to this, with a description of the launch that nobody would read.
+        # The line above comes to this call too, but first describes the launch for profilers.
         run(*axes, stream, function, metadata, None, None, None, *values)

@@ -57,7 +57,7 @@ def refuse_transforms_of_kernels(name: str) -> None:
 
 
 class Operator:
-    """An operation with a kernel: `colt5::<name>` for those who trace, a plain Python call for everybody else.
+    """An operation with a kernel: `colt5::<name>` for tracers, a plain Python call otherwise.
 
     Its signature is written once, in the reference, whose annotations give the operator's schema. The dispatcher's
     Python path costs more host time than a Triton launch (docs/operators.md has the numbers), so only tracers

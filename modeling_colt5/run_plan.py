@@ -13,11 +13,11 @@ from .run_graphs import graph_stream
 
 @dataclass(frozen=True)
 class Implementation:
-    """Who computes.
+    """Which code computes.
 
     Args:
-        kernel_backend: all operations: "auto", "triton" or "torch".
-        attention: dense attention, by the name that Transformers has for it, `attn_implementation`.
+        kernel_backend: of all operations: "auto", "triton" or "torch".
+        attention: of dense attention, by the name that Transformers has for it, `attn_implementation`.
     """
 
     kernel_backend: str = "auto"
