@@ -121,11 +121,12 @@ class CoLT5GenerationMixin(GenerationMixin):
         """As of every model that generates, but of tokens that a filled cache has already, only the rest is read.
 
         Transformers takes those off where it knows a mask of them all. An encoder–decoder's `generate` makes none, so
-        that it would read the whole beginning a second time, behind itself.
+        that it would read the whole beginning a second time, behind itself. An assistant begins anew, with its cache,
+        at each round of proposals, which Transformers does not call a first iteration.
         """
         cache = kwargs.get(CACHE)
         is_whole = self.config.is_encoder_decoder and kwargs.get("decoder_attention_mask") is None
-        if is_first_iteration and is_whole and next_sequence_length is None and cache is not None:
+        if is_whole and next_sequence_length is None and cache is not None:
             past = cache.get_seq_length()
             if 0 < past < input_ids.shape[1]:
                 next_sequence_length = input_ids.shape[1] - past

@@ -83,3 +83,23 @@ def test_beams_go_on_with_a_cache_of_as_many_rows(kind):
     inputs = {"decoder_input_ids": start, "num_beams": 3, **SETTINGS}
     expected = model.generate(ids, **inputs, use_cache=False)
     assert torch.equal(model.generate(ids, **inputs, **{CACHE: cache}).sequences, expected.sequences)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_assistant_goes_on_with_its_cache(kind):
+    """All that a model proposes to itself is right, so that its decoder runs once for each new token."""
+    torch.manual_seed(0)
+    model, ids = shallow_model(**KINDS[kind]), random_ids(1, 12)
+    model.generation_config.update(
+        num_assistant_tokens=4, num_assistant_tokens_schedule="constant", assistant_confidence_threshold=0.0
+    )
+    settings = {"max_new_tokens": 15, "min_new_tokens": 15, "do_sample": False}
+    expected = model.generate(ids, **settings, use_cache=False)
+    read = []
+    model.decoder.register_forward_pre_hook(
+        lambda _, args, given: read.append(given["input_ids"].shape[1]), with_kwargs=True
+    )
+    assert torch.equal(model.generate(ids, **settings, assistant_model=model), expected)
+    # three rounds of four proposals. Each round reads the five, and its assistant the last that it has not read, which
+    # are two after a round that was right
+    assert read == [1, 1, 1, 1, 5, 2, 1, 1, 1, 5, 2, 1, 1, 1, 5]
