@@ -25,7 +25,7 @@ from typing import Any
 from python_types.holes import Hole, Needed, choose, fill, holes_of, holes_to_fill, needed_names, passes
 from python_types.predict import Prediction, load, predict_all
 from python_types.score import copied_by_name, copied_from_nearest, is_copied, nearest_in_module
-from python_types.source import Source, SourceError, read_source, unified_diff, write_source
+from python_types.source import Source, SourceError, patch_of, read_source, write_source
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
@@ -217,7 +217,9 @@ def run(arguments: argparse.Namespace) -> None:
     annotated = annotate(source, model, tokenizer, arguments.least_probability, not arguments.no_copy)
     if arguments.write:
         write_source(source, annotated.text)
-    print(unified_diff(source.text, annotated.text, str(arguments.file)), end="")
+    # bytes, because the terminal's encoding and line ends need not be the file's
+    sys.stdout.buffer.write(patch_of(source, annotated.text, str(arguments.file)))
+    sys.stdout.flush()
     print(report(annotated, arguments.least_probability), file=sys.stderr)
     print(f"{len(annotated.annotations)} places in {time.perf_counter() - started:.1f} s", file=sys.stderr)
 

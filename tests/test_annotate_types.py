@@ -3,6 +3,7 @@
 import ast
 import os
 import stat
+import subprocess
 from pathlib import Path
 
 import annotate_types
@@ -100,6 +101,30 @@ def test_a_diff_is_printed_and_the_file_is_left(answers, file, capsys):
     expected = expected.replace("other=None", "other: <extra_id_3> = None")
     # the tokenizer does not keep spaces around sentinels
     assert [text.replace(" ", "") for text in answers[1]] == [expected.replace(" ", "")]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        "\ufeffdef é(first, sep=1): pass\r\n".encode(),
+        b"# coding: latin-1\ndef f(first, sep='\xe9'): pass",
+        b"# coding: cp1252\nx = '\x80'\ndef f(first, sep=1): pass\n",
+    ],
+    ids=["byte order mark", "latin-1", "cp1252"],
+)
+def test_the_printed_diff_is_in_the_bytes_of_the_file(answers, tmp_path, capfdbinary, monkeypatch, data):
+    """Applied by git it gives what --write gives."""
+    monkeypatch.chdir(tmp_path)
+    path = Path("ñ.py")
+    path.write_bytes(data)
+    annotate_types.main([str(path)])
+    patch = capfdbinary.readouterr().out
+    command = ["git", "apply", "--whitespace=nowarn", "-"]
+    subprocess.run(command, input=patch, check=True, env={**os.environ, "GIT_DIR": "none"})
+    applied = path.read_bytes()
+    path.write_bytes(data)
+    annotate_types.main([str(path), "--write"])
+    assert path.read_bytes() == applied != data
 
 
 def test_the_file_is_written_whole(answers, file):

@@ -125,19 +125,28 @@ def read_source(path: str | os.PathLike[str]) -> Source:
     return source
 
 
+def _encoded(source: Source, text: str) -> bytes:
+    """A text as the file's bytes.
+
+    Raises:
+        SourceError: if the encoding lacks a character of the text.
+    """
+    try:
+        return text.encode(source.encoding)
+    except UnicodeEncodeError as error:
+        line = text.count("\n", 0, error.start) + 1
+        raise SourceError(
+            f"{source.path}, line {line}: {source.encoding} has no {text[error.start]!r}; save the file as UTF-8"
+        ) from None
+
+
 def write_source(source: Source, text: str) -> None:
     """Replace a file's text in one step: at no time is there half a file under its name. Mode bits and links stay.
 
     Raises:
         SourceError: if the encoding lacks a character of the text, the file is read-only, or it is not what was read.
     """
-    try:
-        data = text.encode(source.encoding)
-    except UnicodeEncodeError as error:
-        line = text.count("\n", 0, error.start) + 1
-        raise SourceError(
-            f"{source.path}, line {line}: {source.encoding} has no {text[error.start]!r}; save the file as UTF-8"
-        ) from None
+    data = _encoded(source, text)
     # a link's target is replaced, not the link
     path = source.path.resolve()
     # a rename would not ask
@@ -169,3 +178,19 @@ def unified_diff(before: str, after: str, name: str) -> str:
     return "".join(
         line if line.endswith(("\n", "\r")) else f"{line}\n\\ No newline at end of file\n" for line in lines
     )
+
+
+def patch_of(source: Source, text: str, name: str) -> bytes:
+    """The difference between a file and a new text of it in the bytes of that file, to which `patch` applies it: in
+    its encoding, with its byte order mark; empty if there is none.
+
+    Raises:
+        SourceError: if the encoding lacks a character of the text.
+    """
+    # names the line of the text, which the difference does not know
+    _encoded(source, text)
+    mark, encoding = ("\ufeff", "utf-8") if source.encoding == "utf-8-sig" else ("", source.encoding)
+    difference = unified_diff(mark + source.text, mark + text, name)
+    head = f"--- a/{name}\n+++ b/{name}\n"
+    # the file's name is the system's
+    return os.fsencode(difference[: len(head)]) + difference[len(head) :].encode(encoding)
