@@ -114,11 +114,15 @@ class RoutedStep(TokenStep):
         may_end: bool,
     ):
         super().__init__(hidden_states, layers)
-        self.tables, self.settings, self.real, self.memory_mask = tables, settings, real, memory_mask
-        self.may_end = may_end
+        buffers = self.buffers
+        self.tables = [buffers.copy(f"table {number}", table) for number, table in enumerate(tables)]
+        self.memory_mask = None if memory_mask is None else buffers.copy("memory mask", memory_mask)
+        self.settings, self.real, self.may_end = settings, real, may_end
         _, (first, *_) = layers[0]
-        self.past = first.cache.counters["lengths"]
-        self.total = self.past + (1 if real is None else real)
+        past = first.cache.counters["lengths"]
+        # The cache keeps the lengths that it gets, so that kernels read copies.
+        self.lengths = past + (1 if real is None else real)
+        self.past, self.total = buffers.copy("past", past), buffers.copy("total", self.lengths)
 
     @classmethod
     def of(
@@ -181,14 +185,15 @@ class RoutedStep(TokenStep):
     def run(self) -> Tensor:
         """The states [rows, 1, d_model] behind the last layer; the caches count the token from then on."""
         # Each layer begins with a sum. The first one adds nothing to its states, which must not be written to.
-        hidden = self.hidden_states.clone(memory_format=torch.contiguous_format)
+        hidden = self.buffers.copy("hidden", self.hidden_states)
+        states, slot = tuple(hidden.shape), (self.rows, 1)
         # what the last sublayer adds: by a light branch, and where there is one by a heavy one
-        branches: tuple[Tensor, ...] = (torch.zeros_like(hidden),)
+        kinds = {"light": (states, self.dtype)}
         _, (first, *_) = self.layers[0]
         if first.plain.has_heavy_ff:
-            kinds = (torch.int64, torch.bool, torch.float32)
-            slots = [torch.zeros((self.rows, 1), dtype=dtype, device=hidden.device) for dtype in kinds]
-            branches = (*branches, torch.zeros_like(hidden), *slots)
+            kinds |= {"heavy": (states, self.dtype), "indices": (slot, torch.int64), "valid": (slot, torch.bool)}
+            kinds |= {"weights": (slot, torch.float32)}
+        branches = tuple(self.buffers.empty(name, *kind, self.device).zero_() for name, kind in kinds.items())
         shared = [hidden, *branches, self.past, self.total, *self.tables]
         shared += [] if self.memory_mask is None else [self.memory_mask]
         for lists, layers in self.layers:
@@ -197,8 +202,8 @@ class RoutedStep(TokenStep):
                 _RoutedLine(self, layers[number], recorder).run(hidden, branches)
 
             calls = [[*shared, *layer.tensors] for layer in layers]
-            repeat_or_note(lists, self.may_end, calls, self.repeats, compute)
-        counters = first.cache.counters_after_token(self.total, self.real, self.may_end)
+            repeat_or_note(lists, self.may_end, calls, self.repeats, compute, self.buffers.bytes)
+        counters = first.cache.counters_after_token(self.lengths, self.real, self.may_end)
         for _, layers in self.layers:
             for layer in layers:
                 layer.cache.count_token(counters)

@@ -9,6 +9,7 @@ and tokens. What changes from token to token is not part of a list: the number o
 read it, and a cache that has grown has another address.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain
@@ -134,6 +135,44 @@ class StepLayer(NamedTuple):
 _TENSORS = attrgetter("tensors")
 
 
+class StepBuffers:
+    """Tensors that all tokens of a cache use one after another, so that their launches come again with the same
+    addresses: then they are a CUDA graph (run_launch_list_triton.py). Each token writes its own numbers to them."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, Tensor] = {}
+
+    @classmethod
+    def of(cls, cache: Any) -> "StepBuffers":
+        """That of a cache, by its first layer; made where there is none."""
+        if cache.step_buffers is None:
+            cache.step_buffers = cls()
+        return cache.step_buffers
+
+    def empty(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A contiguous tensor of a name; its numbers are what was last written to it."""
+        count = math.prod(shape)
+        kept = self.kept.get(name)
+        # What inference mode made may only be written in it.
+        if (
+            kept is None
+            or kept.numel() < count
+            or (kept.dtype, kept.device, kept.is_inference()) != (dtype, device, torch.is_inference_mode_enabled())
+        ):
+            # A mask grows with each token: with twice the space it moves seldom.
+            kept = self.kept[name] = torch.empty(max(2 * count, 1), dtype=dtype, device=device)
+        return kept[:count].view(shape)
+
+    def copy(self, name: str, source: Tensor) -> Tensor:
+        """The same numbers in a tensor of a name."""
+        return self.empty(name, tuple(source.shape), source.dtype, source.device).copy_(source)
+
+    def bytes(self, count: int) -> Tensor:
+        """Room for temporary tensors, on the device of the others."""
+        device = next(iter(self.kept.values())).device
+        return self.empty("bytes", (count,), torch.uint8, device)
+
+
 class _Before:
     """The lists of a pass's layers, for the next pass, if it is of the same kind: PyTorch compares all tensors of a
     pass with those of the one before in a tenth of the time that their shapes take here.
@@ -181,6 +220,8 @@ class TokenStep:
         self.dtype, self.device = hidden_states.dtype, hidden_states.device
         self.hidden_states, self.layers = hidden_states, layers
         self.repeats = may_repeat(hidden_states)
+        _, (first, *_) = layers[0]
+        self.buffers = StepBuffers.of(first.cache)
 
     @staticmethod
     def fits(of_pass: tuple[Any, ...], layer: StepLayer) -> bool:
@@ -269,7 +310,9 @@ class StraightStep(TokenStep):
         length: int,
     ):
         super().__init__(hidden_states, layers)
-        self.table, self.masks, self.length = table, (mask, memory_mask), length
+        self.table, self.length = self.buffers.copy("table", table), length
+        named = {"mask": mask, "memory mask": memory_mask}
+        self.masks = [None if part is None else self.buffers.copy(name, part) for name, part in named.items()]
 
     @classmethod
     def of(
@@ -319,17 +362,18 @@ class StraightStep(TokenStep):
     def run(self) -> Tensor:
         """The states [rows, 1, d_model] behind the last layer; the caches count the token from then on."""
         # Each layer begins with a sum. The first one adds nothing to its states, which must not be written to.
-        hidden = self.hidden_states.clone(memory_format=torch.contiguous_format)
-        update = torch.zeros_like(hidden)
+        hidden = self.buffers.copy("hidden", self.hidden_states)
+        update = self.buffers.empty("update", tuple(hidden.shape), self.dtype, self.device).zero_()
         # read by kernels, so that one list serves all lengths
-        length = torch.full((1,), self.length, dtype=torch.int32, device=self.device)
+        length = self.buffers.empty("length", (1,), torch.int32, self.device).fill_(self.length)
         shared = [hidden, update, length, self.table, *[mask for mask in self.masks if mask is not None]]
         for lists, layers in self.layers:
 
             def compute(number: int, recorder: "Recorder", layers: list[StepLayer] = layers) -> None:
                 _Line(self, layers[number], recorder).run(hidden, update, length)
 
-            repeat_or_note(lists, None, [[*shared, *layer.tensors] for layer in layers], self.repeats, compute)
+            calls = [[*shared, *layer.tensors] for layer in layers]
+            repeat_or_note(lists, None, calls, self.repeats, compute, self.buffers.bytes)
             for layer in layers:
                 layer.cache.count_token()
         return hidden + update

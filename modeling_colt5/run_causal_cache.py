@@ -67,6 +67,14 @@ class CoLT5DynamicRoutedLayer(_RoutedState, DynamicLayer):
         self.seen = 0
         # so many tokens that no window ends by, at least; None where nobody has looked since
         self._before_end: int | None = None
+        # what straight lines keep from token to token (layer_decoder.py)
+        self.step_buffers: Any = None
+
+    def __copy__(self) -> "CoLT5DynamicRoutedLayer":
+        other = type(self).__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        other.step_buffers = None
+        return other
 
     def get_seq_length(self) -> int:
         """Positions seen, padding included."""

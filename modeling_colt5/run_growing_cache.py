@@ -13,12 +13,20 @@ BLOCK = 256
 
 
 class _Rooms:
-    """Memories of keys and values [batch, heads, a multiple of `BLOCK`, d_kv], and how many tokens they hold."""
+    """One memory of keys and values [2, batch, heads, a multiple of `BLOCK`, d_kv], and how many tokens it holds.
+
+    Attributes:
+        keys, values: its parts.
+        length: how many tokens there are.
+        is_seen: whether somebody may hold a view of the tokens.
+    """
 
     def __init__(self, keys: Tensor, values: Tensor, size: int):
-        self.keys, self.values = (_memory(states, len(states), size) for states in (keys, values))
-        self.length = keys.shape[2]
-        for memory, states in zip((self.keys, self.values), (keys, values), strict=True):
+        rows, heads, self.length, features = keys.shape
+        self.memory = keys.new_empty(2, rows, heads, -(-size // BLOCK) * BLOCK, features)
+        self.keys, self.values = self.memory.unbind(0)
+        self.is_seen = False
+        for memory, states in ((self.keys, keys), (self.values, values)):
             memory.narrow(2, 0, self.length).copy_(states)
 
     def takes(self, count: int) -> bool:
@@ -34,19 +42,14 @@ class _Rooms:
             memory.narrow(2, first, count).copy_(states)
         self.length += count
 
-    def reorder(self, rows: Tensor) -> None:
-        """Take these rows, with as much room as before."""
-        for name in ("keys", "values"):
-            memory: Tensor = getattr(self, name)
-            other = _memory(memory, len(rows), memory.shape[2])
-            torch.index_select(memory.narrow(2, 0, self.length), 0, rows, out=other.narrow(2, 0, self.length))
-            setattr(self, name, other)
-
-
-def _memory(states: Tensor, rows: int, size: int) -> Tensor:
-    """Memory of rows of at least so many tokens like these states."""
-    _, heads, _, features = states.shape
-    return states.new_empty(rows, heads, -(-size // BLOCK) * BLOCK, features)
+    def reorder(self, rows: Tensor) -> "_Rooms":
+        """Rooms with these rows, and as much space as before. They are the same ones where nobody would notice: a step
+        then finds the addresses of the last one."""
+        picked = self.memory.narrow(3, 0, self.length).index_select(1, rows)
+        if self.is_seen or picked.shape[1] != self.memory.shape[1] or not self.takes(0):
+            return _Rooms(picked[0], picked[1], self.memory.shape[3])
+        self.memory.narrow(3, 0, self.length).copy_(picked)
+        return self
 
 
 class CoLT5GrowingLayer(DynamicLayer):
@@ -63,6 +66,8 @@ class CoLT5GrowingLayer(DynamicLayer):
     def __init__(self, *args: Any, **kwargs: Any):
         self._parts: list[Any] = [None, None]
         self.rooms: _Rooms | None = None
+        # what straight lines keep from token to token (layer_decoder.py)
+        self.step_buffers: Any = None
         super().__init__(*args, **kwargs)
 
     @property
@@ -86,6 +91,7 @@ class CoLT5GrowingLayer(DynamicLayer):
     def _part(self, number: int) -> Any:
         rooms = self.rooms
         if rooms is not None and self._parts[number] is None:
+            rooms.is_seen = True
             self._parts[number] = (rooms.keys, rooms.values)[number].narrow(2, 0, rooms.length)
         return self._parts[number]
 
@@ -108,6 +114,7 @@ class CoLT5GrowingLayer(DynamicLayer):
         other = type(self).__new__(type(self))
         other.__dict__.update(self.__dict__)
         other._parts = list(self._parts)
+        other.step_buffers = None
         return other
 
     def get_seq_length(self) -> int:
@@ -119,6 +126,7 @@ class CoLT5GrowingLayer(DynamicLayer):
         # The first states of a cache stay without room: a cache that is filled once needs none.
         is_plain = not torch.is_grad_enabled() and runs_eagerly()
         pairs = ((self.keys, key_states), (self.values, value_states))
+        is_plain = is_plain and _are_alike(key_states, value_states)
         if not is_plain or not all(_go_on(states, new.shape, new) for states, new in pairs):
             self._leave_rooms()
             return super().update(key_states, value_states, *args, **kwargs)
@@ -138,7 +146,7 @@ class CoLT5GrowingLayer(DynamicLayer):
             return rooms.keys, rooms.values
         if rooms is None:
             keys, values = self._parts
-            if type(keys) is not Tensor or type(values) is not Tensor or keys.dim() != 4 or keys.shape != values.shape:
+            if type(keys) is not Tensor or type(values) is not Tensor or not _are_alike(keys, values):
                 return None
         if length == 0 or self.get_seq_length() != length:
             return None
@@ -172,8 +180,7 @@ class CoLT5GrowingLayer(DynamicLayer):
         if self.rooms is None or torch.is_grad_enabled():
             super().reorder_cache(beam_idx)
             return
-        self.rooms.reorder(beam_idx.to(self.rooms.keys.device))
-        self._enter(self.rooms)
+        self._enter(self.rooms.reorder(beam_idx.to(self.rooms.keys.device)))
 
     def reset(self) -> None:
         """Forget everything."""
@@ -184,6 +191,11 @@ class CoLT5GrowingLayer(DynamicLayer):
         """Move keys and values to the CPU, without the room."""
         self._leave_rooms()
         super().offload()
+
+
+def _are_alike(keys: Tensor, values: Tensor) -> bool:
+    """Whether one memory may hold both."""
+    return keys.dim() == 4 and keys.shape == values.shape and keys.dtype == values.dtype
 
 
 def _go_on(states: Tensor | None, new: tuple[int, ...], like: Tensor) -> bool:

@@ -2,6 +2,9 @@
 
 Between two launches of a list there is no Python. A list holds no tensor: it says of each address in which of the
 call's memories it lies and how far from its beginning, so that it serves all calls with memories of the same kinds.
+
+Where a caller's memories stay, as those of a cache do from one generated token to the next, the same launches come
+again with the same addresses. They are one launch then, of a CUDA graph.
 """
 
 import ctypes
@@ -9,8 +12,10 @@ import functools
 import re
 import struct
 import subprocess
+import threading
 import warnings
 from bisect import bisect_right
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
@@ -35,6 +40,8 @@ LAUNCH, PRODUCT, ZEROS = range(3)
 MOST_PARAMETERS, MOST_MEMORIES = 64, 128
 # each temporary begins at a multiple of so many bytes, so that kernels may read 16 bytes at once
 ALIGNMENT = 128
+# so many graphs, of the newest calls, are kept
+MOST_GRAPHS = 16
 
 SOURCE = r"""
 #define PY_SSIZE_T_CLEAN
@@ -49,6 +56,12 @@ typedef int (*product_t)(void *, int, int, int, int, int, const void *, const vo
                          const void *, void *, int, int, int, int);
 typedef int (*zeros_t)(uint64_t, unsigned char, size_t, void *);
 typedef int (*context_t)(void **);
+typedef int (*open_stream_t)(void **, unsigned);
+typedef int (*begin_capture_t)(void *, int);
+typedef int (*end_capture_t)(void *, void **);
+typedef int (*instantiate_t)(void **, void *, unsigned long long);
+typedef int (*start_t)(void *, void *);
+typedef int (*destroy_t)(void *);
 
 #define MOST_PARAMETERS 64
 #define MOST_MEMORIES 128
@@ -58,10 +71,16 @@ static together_t launch_together;
 static product_t multiply;
 static zeros_t fill;
 static context_t context_of_now;
+static open_stream_t open_stream;
+static begin_capture_t begin_capture;
+static end_capture_t end_capture;
+static instantiate_t instantiate;
+static start_t start_graph;
+static destroy_t close_stream, destroy_graph, destroy_executable;
 
 static PyObject *connect(PyObject *self, PyObject *const *args, Py_ssize_t count) {
-  if (count != 5) {
-    PyErr_SetString(PyExc_TypeError, "connect takes five addresses");
+  if (count != 13) {
+    PyErr_SetString(PyExc_TypeError, "connect takes thirteen addresses");
     return NULL;
   }
   launch = (launch_t)PyLong_AsVoidPtr(args[0]);
@@ -69,6 +88,14 @@ static PyObject *connect(PyObject *self, PyObject *const *args, Py_ssize_t count
   multiply = (product_t)PyLong_AsVoidPtr(args[2]);
   fill = (zeros_t)PyLong_AsVoidPtr(args[3]);
   context_of_now = (context_t)PyLong_AsVoidPtr(args[4]);
+  open_stream = (open_stream_t)PyLong_AsVoidPtr(args[5]);
+  begin_capture = (begin_capture_t)PyLong_AsVoidPtr(args[6]);
+  end_capture = (end_capture_t)PyLong_AsVoidPtr(args[7]);
+  instantiate = (instantiate_t)PyLong_AsVoidPtr(args[8]);
+  start_graph = (start_t)PyLong_AsVoidPtr(args[9]);
+  close_stream = (destroy_t)PyLong_AsVoidPtr(args[10]);
+  destroy_graph = (destroy_t)PyLong_AsVoidPtr(args[11]);
+  destroy_executable = (destroy_t)PyLong_AsVoidPtr(args[12]);
   if (PyErr_Occurred())
     return NULL;
   Py_RETURN_NONE;
@@ -164,9 +191,83 @@ static PyObject *run(PyObject *self, PyObject *const *args, Py_ssize_t count) {
   return PyLong_FromLong(DONE);
 }
 
+static const char *const GRAPH = "colt5_launches.graph";
+
+static void forget(PyObject *capsule) { destroy_executable(PyCapsule_GetPointer(capsule, GRAPH)); }
+
+/* graph(words, addresses, each, room) gives what run would launch as one CUDA graph, in a capsule; None where the
+   words have products, whose kernels cuBLAS chooses, or CUDA refuses */
+static PyObject *graph(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+  if (count != 4 || !PyBytes_Check(args[0]) || !PyList_Check(args[1])) {
+    PyErr_SetString(PyExc_TypeError, "graph takes bytes, a list of addresses, and two numbers");
+    return NULL;
+  }
+  Py_ssize_t size = PyList_GET_SIZE(args[1]);
+  Py_ssize_t each = PyLong_AsSsize_t(args[2]);
+  uint64_t memories[MOST_MEMORIES];
+  if (!PyErr_Occurred() && (each < 1 || each >= MOST_MEMORIES || size % each))
+    PyErr_SetString(PyExc_ValueError, "the addresses must be whole calls, of at least one memory and not too many");
+  if (PyErr_Occurred())
+    return NULL;
+  memories[each] = PyLong_AsUnsignedLongLong(args[3]);
+  const int64_t *words = (const int64_t *)PyBytes_AS_STRING(args[0]);
+  const int64_t *end = words + PyBytes_GET_SIZE(args[0]) / sizeof(int64_t);
+  for (const int64_t *word = words; word < end; word += word[1])
+    if (word[0] == 1)
+      Py_RETURN_NONE;
+  void *stream = NULL, *captured = NULL, *executable = NULL;
+  /* a stream that waits for no other one; what other threads do meanwhile is not looked at */
+  if (open_stream(&stream, 1))
+    Py_RETURN_NONE;
+  int status = begin_capture(stream, 2);
+  if (!status) {
+    for (Py_ssize_t first = 0; first < size && !status && !PyErr_Occurred(); first += each) {
+      for (Py_ssize_t place = 0; place < each; place++)
+        memories[place] = PyLong_AsUnsignedLongLong(PyList_GET_ITEM(args[1], first + place));
+      status = run_words(words, end, memories, stream, NULL);
+    }
+    int ended = end_capture(stream, &captured);
+    status = status ? status : ended;
+  }
+  if (!status && captured && !PyErr_Occurred())
+    status = instantiate(&executable, captured, 0);
+  if (captured)
+    destroy_graph(captured);
+  close_stream(stream);
+  if (PyErr_Occurred())
+    return NULL;
+  if (status || !executable)
+    Py_RETURN_NONE;
+  return PyCapsule_New(executable, GRAPH, forget);
+}
+
+/* replay(capsule, stream) launches a graph; it gives what run gives */
+static PyObject *replay(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+  void *executable = count == 2 ? PyCapsule_GetPointer(args[0], GRAPH) : NULL;
+  void *stream = executable ? PyLong_AsVoidPtr(args[1]) : NULL;
+  if (PyErr_Occurred())
+    return NULL;
+  if (!executable) {
+    PyErr_SetString(PyExc_TypeError, "replay takes a graph and a stream");
+    return NULL;
+  }
+  void *context = NULL;
+  if (context_of_now(&context) || !context)
+    return PyLong_FromLong(WITHOUT_CONTEXT);
+  int status;
+  Py_BEGIN_ALLOW_THREADS
+  status = start_graph(executable, stream);
+  Py_END_ALLOW_THREADS
+  if (status)
+    return PyErr_Format(PyExc_RuntimeError, "the graph of a CoLT5 layer failed with CUDA's error %d", status);
+  return PyLong_FromLong(DONE);
+}
+
 static PyMethodDef methods[] = {
     {"connect", (PyCFunction)(void (*)(void))connect, METH_FASTCALL, NULL},
     {"run", (PyCFunction)(void (*)(void))run, METH_FASTCALL, NULL},
+    {"graph", (PyCFunction)(void (*)(void))graph, METH_FASTCALL, NULL},
+    {"replay", (PyCFunction)(void (*)(void))replay, METH_FASTCALL, NULL},
     {NULL, NULL, 0, NULL},
 };
 static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "colt5_launches", NULL, -1, methods};
@@ -174,6 +275,13 @@ PyMODINIT_FUNC PyInit_colt5_launches(void) { return PyModule_Create(&module); }
 """
 
 DONE, WITHOUT_CONTEXT, UNALIGNED = range(3)
+
+# what of CUDA's driver the C code calls
+FUNCTIONS = (
+    "cuLaunchKernel", "cuLaunchCooperativeKernel", "cuMemsetD8Async", "cuCtxGetCurrent",
+    "cuStreamCreate", "cuStreamBeginCapture_v2", "cuStreamEndCapture", "cuGraphInstantiateWithFlags", "cuGraphLaunch",
+    "cuStreamDestroy_v2", "cuGraphDestroy", "cuGraphExecDestroy",
+)  # fmt: skip
 
 # cuBLAS's names of dtypes, of sums in fp32, and of the ways to choose a product's kernel
 _DTYPES = {torch.float32: 0, torch.float16: 2, torch.bfloat16: 14}
@@ -204,9 +312,8 @@ def launcher() -> Any:
         # this needs a C compiler, as Triton's own kernels do, and no setting of Triton's
         made = compile_module_from_src(src=SOURCE, name="colt5_launches")
         cuda = ctypes.CDLL("libcuda.so.1")
-        names = ("cuLaunchKernel", "cuLaunchCooperativeKernel", "cuMemsetD8Async", "cuCtxGetCurrent")
-        launch, together, zeros, context = (_address(cuda, name) for name in names)
-        made.connect(launch, together, _address(_cublas(), "cublasGemmEx"), zeros, context)
+        launch, together, *others = (_address(cuda, name) for name in FUNCTIONS)
+        made.connect(launch, together, _address(_cublas(), "cublasGemmEx"), *others)
     except (OSError, RuntimeError, ImportError, AttributeError, IndexError, subprocess.CalledProcessError) as error:
         warnings.warn(
             f"CoLT5's layers are launched one kernel after another, which takes the host longer: {error}", stacklevel=2
@@ -243,27 +350,85 @@ class LaunchList:
     def __init__(self, words: bytes, room: int):
         self.words, self.room = words, room
 
-    def __call__(self, calls: Sequence[list[Tensor]], device: torch.device, index: int) -> bool:
+    def __call__(
+        self,
+        calls: Sequence[list[Tensor]],
+        device: torch.device,
+        index: int,
+        keep: Callable[[int], Tensor] | None = None,
+    ) -> bool:
         """Launch for one call after another, on the current stream of a device with this index, which is the current
         one.
 
         Args:
             calls: of each its memories, as `Recorder` had them, each with the dtype, shape and strides that it had
                 then.
+            keep: from a number of bytes to the room for temporary tensors, of a caller whose memories stay: what comes
+                again with the same addresses is launched as a graph. None for a room of this call alone.
 
         Returns:
             False where a memory is not aligned to 16 bytes; nothing was launched then.
         """
-        room = torch.empty(self.room, dtype=torch.uint8, device=device)
+        room = torch.empty(self.room, dtype=torch.uint8, device=device) if keep is None else keep(self.room)
         addresses = list(map(Tensor.data_ptr, chain.from_iterable(calls)))
-        run, handle = launcher().run, torch._C._cuda_getCurrentBlasHandle()
+        made, each = launcher(), len(calls[0])
         stream = torch._C._cuda_getCurrentRawStream(index)
-        status = run(self.words, addresses, len(calls[0]), room.data_ptr(), stream, handle)
+        key = None
+        if keep is not None and not torch._C._cuda_isCurrentStreamCapturing():
+            key = (self.words, each, index, room.data_ptr(), *addresses)
+        graph = None if key is None else graphs.of(key, made, addresses)
+        if graph is not None:
+            status = made.replay(graph, stream)
+        else:
+            handle = torch._C._cuda_getCurrentBlasHandle()
+            status = made.run(self.words, addresses, each, room.data_ptr(), stream, handle)
+            if status == DONE and key is not None:
+                graphs.note(key)
         if status == WITHOUT_CONTEXT:
             # a thread of its own, in which nothing was computed yet
             torch._C._cuda_setDevice(index)
-            return self(calls, device, index)
+            return self(calls, device, index, keep)
         return status == DONE
+
+
+# A call: the words, the number of memories of each of its parts, the device, and all addresses, the room's first.
+Key = tuple[Any, ...]
+
+
+class Graphs:
+    """The newest calls that may come again, each with its CUDA graph, which is made when it comes for the second time.
+
+    Attributes:
+        kept: by call, the newest last; None of one that came once, False where there is no graph.
+    """
+
+    def __init__(self) -> None:
+        self.kept: OrderedDict[Key, Any] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def of(self, key: Key, made: Any, addresses: list[int]) -> Any:
+        """The graph of a call; None where it comes for the first time, or has none."""
+        with self._lock:
+            if key not in self.kept:
+                return None
+            self.kept.move_to_end(key)
+            if self.kept[key] is None:
+                words, each, _, room, *_ = key
+                self.kept[key] = made.graph(words, addresses, each, room) or False
+            return self.kept[key] or None
+
+    def note(self, key: Key) -> None:
+        """Note a call that may come again; the one that has not come for the longest time is forgotten."""
+        with self._lock:
+            self.kept.setdefault(key, None)
+            if len(self.kept) > MOST_GRAPHS:
+                (_, _, index, *_), graph = self.kept.popitem(last=False)
+                if graph:
+                    # what may still run must not be destroyed
+                    torch.cuda.synchronize(index)
+
+
+graphs = Graphs()
 
 
 # Of one function of memories: the list of each kind of call, None where it cannot be repeated.
@@ -342,7 +507,13 @@ class Recorder:
             return None
 
 
-def repeated_or_recorder(lists: Lists, kind: Any, calls: Sequence[list[Tensor]], repeats: bool) -> Recorder | None:
+def repeated_or_recorder(
+    lists: Lists,
+    kind: Any,
+    calls: Sequence[list[Tensor]],
+    repeats: bool,
+    keep: Callable[[int], Tensor] | None = None,
+) -> Recorder | None:
     """Repeat the list of launches of a kind for one call after another, and give None; where there is none yet, give
     what notes the first of the calls, under `with`, for the others and later ones.
 
@@ -351,26 +522,32 @@ def repeated_or_recorder(lists: Lists, kind: Any, calls: Sequence[list[Tensor]],
         kind: tells apart the calls that launch different kernels.
         calls: of each all contiguous tensors that it reads or writes and does not make itself.
         repeats: whether lists are used and made, see `may_repeat`.
+        keep: as of `LaunchList`.
     """
     memories = calls[0]
     device = memories[0].device
     launches = lists.get(kind) if repeats else None
-    if launches is not None and launches(calls, device, memories[0].get_device()):
+    if launches is not None and launches(calls, device, memories[0].get_device(), keep):
         return None
     return Recorder(device, repeats and kind not in lists, (lists, kind, memories))
 
 
 def repeat_or_note(
-    lists: Lists, kind: Any, calls: Sequence[list[Tensor]], repeats: bool, compute: Callable[[int, Recorder], None]
+    lists: Lists,
+    kind: Any,
+    calls: Sequence[list[Tensor]],
+    repeats: bool,
+    compute: Callable[[int, Recorder], None],
+    keep: Callable[[int], Tensor] | None = None,
 ) -> None:
     """Make calls of one kind: the first ones by computing them, until there is a list that can be repeated.
 
     Args:
-        lists, kind, calls, repeats: as of `repeated_or_recorder`.
+        lists, kind, calls, repeats, keep: as of `repeated_or_recorder`.
         compute: what computes the call of a number, with what notes it.
     """
     for number in range(len(calls)):
-        recorder = repeated_or_recorder(lists, kind, calls[number:], repeats)
+        recorder = repeated_or_recorder(lists, kind, calls[number:], repeats, keep)
         if recorder is None:
             return
         with recorder:

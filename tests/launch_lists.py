@@ -1,4 +1,7 @@
-"""Lists of launches on the CPU: C runs them, and what it calls interprets kernels and multiplies by PyTorch."""
+"""Lists of launches on the CPU: C runs them, and what it calls interprets kernels and multiplies by PyTorch.
+
+What is launched on a stream that is captured waits until the graph is launched, as on a GPU.
+"""
 
 import ctypes
 from collections.abc import Callable
@@ -22,6 +25,16 @@ PRODUCT = ctypes.CFUNCTYPE(
 )  # fmt: skip
 ZEROS = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_uint64, ctypes.c_ubyte, ctypes.c_size_t, ctypes.c_void_p)
 CONTEXT = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_void_p))
+OPEN_STREAM = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_void_p), ctypes.c_uint)
+BEGIN_CAPTURE = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int)
+END_CAPTURE = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p))
+INSTANTIATE = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_void_p), ctypes.c_void_p, ctypes.c_ulonglong)
+START = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
+DESTROY = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)
+# streams: the one that work is launched on, and the one that graphs are captured on
+STREAM, CAPTURED = 7, 8
+# what CUDA is to refuse: "capture", "instantiation", or "launch" of a kernel on the captured stream
+REFUSED: set[str] = set()
 
 
 def tensor_at(address: int, dtype: torch.dtype, shape: Any, strides: Any) -> torch.Tensor:
@@ -34,6 +47,15 @@ def tensor_at(address: int, dtype: torch.dtype, shape: Any, strides: Any) -> tor
 def interpreting_launcher(monkeypatch: pytest.MonkeyPatch, repeated: list[str]) -> Callable[[], Any]:
     """What stands for `launcher` of run_launch_list_triton.py; names of what it ran are added to `repeated`."""
     noted: list[tuple[Any, tuple[int, ...], tuple[Any, ...]]] = []
+    # launches that wait on the captured stream, and those of each graph
+    waiting: list[Callable[[], Any]] = []
+    graphs: dict[int, list[Callable[[], Any]]] = {}
+
+    def do(stream: int | None, work: Callable[[], Any]) -> int:
+        if stream == CAPTURED and "launch" in REFUSED:
+            return 1
+        waiting.append(work) if stream == CAPTURED else work()
+        return 0
 
     def command(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...]) -> run_launch_list_triton.Command:
         noted.append((kernel, grid, arguments))
@@ -54,9 +76,12 @@ def interpreting_launcher(monkeypatch: pytest.MonkeyPatch, repeated: list[str]) 
             else argument
             for argument in arguments
         ]  # fmt: skip
-        repeated.append(kernel.__name__)
-        kernel[grid](*there)
-        return 0
+
+        def work() -> None:
+            repeated.append(kernel.__name__)
+            kernel[grid](*there)
+
+        return do(rest[7], work)
 
     @PRODUCT
     def product(handle: Any, *given: Any) -> int:
@@ -73,21 +98,66 @@ def interpreting_launcher(monkeypatch: pytest.MonkeyPatch, repeated: list[str]) 
 
     @ZEROS
     def zeros(address: int, value: int, size: int, stream: Any) -> int:
-        repeated.append("zeros")
-        ctypes.memset(address, value, size)
-        return 0
+
+        def work() -> None:
+            repeated.append("zeros")
+            ctypes.memset(address, value, size)
+
+        return do(stream, work)
 
     @CONTEXT
     def context(place: Any) -> int:
         place[0] = 1
         return 0
 
+    @OPEN_STREAM
+    def open_stream(place: Any, flags: int) -> int:
+        place[0] = CAPTURED
+        return 0
+
+    @BEGIN_CAPTURE
+    def begin_capture(stream: int, mode: int) -> int:
+        waiting.clear()
+        return int("capture" in REFUSED)
+
+    @END_CAPTURE
+    def end_capture(stream: int, place: Any) -> int:
+        place[0] = len(graphs) + 1
+        graphs[len(graphs) + 1] = waiting.copy()
+        return 0
+
+    @INSTANTIATE
+    def instantiate(place: Any, graph: int, flags: int) -> int:
+        place[0] = graph
+        return int("instantiation" in REFUSED)
+
+    @START
+    def start(graph: int, stream: int) -> int:
+        assert stream == STREAM
+        repeated.append("graph")
+        for work in graphs[graph]:
+            work()
+        return 0
+
+    @DESTROY
+    def nothing(what: int) -> int:
+        return 0
+
+    @DESTROY
+    def destroy(graph: int) -> int:
+        graphs[graph].clear()
+        return 0
+
     made = compile_module_from_src(src=run_launch_list_triton.SOURCE, name="colt5_launches")
-    callbacks = (launch, launch, product, zeros, context)
+    streams = (open_stream, begin_capture, end_capture, instantiate, start)
+    callbacks = (launch, launch, product, zeros, context, *streams, nothing, nothing, destroy)
     made.connect(*(ctypes.cast(callback, ctypes.c_void_p).value for callback in callbacks))
     # the callbacks live as long as what may be called
     made.callbacks = callbacks
     monkeypatch.setattr(run_launch_list_triton, "launch_command", command)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentBlasHandle", lambda: 5, raising=False)
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 7, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: STREAM, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: False, raising=False)
+    # no graph of another test, whose callbacks are gone
+    monkeypatch.setattr(run_launch_list_triton, "graphs", run_launch_list_triton.Graphs())
     return lambda: made

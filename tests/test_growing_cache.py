@@ -455,6 +455,40 @@ def test_a_copy_goes_its_own_way() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("is_copied", [False, True])
+def test_rows_change_their_places_where_they_are_unless_somebody_holds_them(is_copied: bool) -> None:
+    """A step of beams then finds its keys at the same addresses, and a view of the keys stays as it was."""
+    states = torch.randn(2, 3, 2, 3, 5)
+    layer, plain = CoLT5GrowingLayer(), DynamicLayer()
+    for each in (layer, plain):
+        each.update(*states.unbind(0))
+    for places, is_held in (([1, 0, 0], False), ([2, 2, 1], False), ([0, 2, 1], True), ([1, 1, 0], False)):
+        new = torch.randn(2, 3, 2, 1, 5)
+        length = layer.get_seq_length()
+        rooms = layer.room_for_token(length)
+        assert rooms is not None
+        for room, token in zip(rooms, new, strict=True):
+            room[:, :, length : length + 1] = token
+        layer.count_token()
+        plain.update(*new.unbind(0))
+        if is_copied:
+            layer = copy.deepcopy(layer)
+        held, address = (layer.keys, layer.values) if is_held else None, layer.rooms.keys.data_ptr()
+        kept = held and [part.clone() for part in held]
+        for each in (layer, plain):
+            each.reorder_cache(torch.tensor(places))
+        assert (layer.rooms.keys.data_ptr() == address) == (not is_held)
+        if held:
+            assert all(map(torch.equal, held, kept))
+        copied = copy.deepcopy(layer)
+        assert torch.equal(copied.keys, plain.keys) and torch.equal(copied.values, plain.values)
+    # other numbers of rows have a memory of their own
+    for each in (layer, plain):
+        each.reorder_cache(torch.tensor([1, 2]))
+    assert torch.equal(layer.keys, plain.keys) and torch.equal(layer.values, plain.values)
+
+
+@torch.no_grad()
 def test_branches_of_a_search_that_are_put_back_keep_their_tokens() -> None:
     layer = filled_layer()
     trunk = layer.keys, layer.values

@@ -8,6 +8,7 @@ import torch
 
 pytest.importorskip("triton")
 
+import launch_lists  # noqa: E402
 from launch_lists import interpreting_launcher  # noqa: E402
 
 from modeling_colt5 import run_launch_list_triton, run_launch_triton  # noqa: E402
@@ -76,20 +77,123 @@ def test_what_is_not_aligned_launches_nothing(repeated: list[str]) -> None:
 
 
 @interpreted
-def test_a_thread_without_a_context_gets_one(repeated: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_comes_again_with_the_same_memories_is_a_graph(repeated: list[str]) -> None:
+    recorder, memories, room = Recorder(CPU, records=True), [torch.randn(2, 4), torch.empty(8)], torch.empty(256)
+
+    def compute(source: torch.Tensor, out: torch.Tensor) -> None:
+        with recorder:
+            copied = recorder.temporary(torch.float32, 8)
+            join_into((copied, source))
+            recorder.zeros(out)
+            join_into((out, copied))
+
+    compute(*memories)
+    launches = recorder.finish(memories)
+    assert launches is not None
+    launches_of_call = ["join_kernel", "zeros", "join_kernel"]
+    for turn in range(4):
+        memories[0].normal_()
+        repeated.clear()
+        assert launches([memories], CPU, -1, lambda size: room.view(torch.uint8)[:size])
+        # the first call may be the only one, the second one makes the graph
+        assert repeated == (["graph"] if turn else []) + launches_of_call
+        torch.testing.assert_close(memories[1], memories[0].flatten(), rtol=0, atol=0)
+    # other memories, and a room of the call's own
+    others = [torch.randn(2, 4), torch.empty(8)]
+    for calls, keep in (([others], lambda size: room.view(torch.uint8)[:size]), ([memories], None)):
+        repeated.clear()
+        assert launches(calls, CPU, -1, keep)
+        assert repeated == launches_of_call
+    torch.testing.assert_close(others[1], others[0].flatten(), rtol=0, atol=0)
+
+
+@interpreted
+def test_products_are_no_graph(repeated: list[str]) -> None:
+    recorder, memories = Recorder(CPU, records=True), [torch.randn(4, 4), torch.randn(4, 4), torch.empty(8, 4)]
+    room = torch.empty(1024, dtype=torch.uint8)
+    computed(recorder, *memories)
+    launches = recorder.finish(memories)
+    assert launches is not None
+    for _ in range(3):
+        assert launches([memories], CPU, -1, lambda size: room[:size])
+    assert "graph" not in repeated
+    torch.testing.assert_close(memories[2], expected(*memories[:2]))
+
+
+@interpreted
+def test_the_oldest_graphs_are_forgotten(repeated: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[int] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    monkeypatch.setattr(run_launch_list_triton, "MOST_GRAPHS", 2)
+    recorder, source, room = Recorder(CPU, records=True), torch.randn(4), torch.empty(256, dtype=torch.uint8)
+    outs = [torch.empty(4) for _ in range(4)]
+    with recorder:
+        join_into((outs[0], source))
+    launches = recorder.finish([source, outs[0]])
+    assert launches is not None
+
+    def call(number: int) -> bool:
+        repeated.clear()
+        assert launches([[source, outs[number]]], CPU, -1, lambda size: room[:size])
+        return "graph" in repeated
+
+    assert [call(number) for number in (0, 0, 1, 0)] == [False, True, False, True]
+    # a third one takes the place of what came once, a fourth one that of the graph, which is waited for
+    assert not call(2) and not waited
+    assert not call(3) and waited == [-1]
+    assert not call(0) and call(0)
+
+
+@interpreted
+@pytest.mark.parametrize("refused", ["capture", "instantiation", "launch"])
+def test_what_cuda_refuses_is_launched_one_by_one(
+    refused: str, repeated: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorder, source, out = Recorder(CPU, records=True), torch.randn(4), torch.empty(4)
+    with recorder:
+        join_into((out, source))
+    launches, room = recorder.finish([source, out]), torch.empty(256, dtype=torch.uint8)
+    assert launches is not None
+    launch_lists.REFUSED.add(refused)
+    try:
+        for _ in range(3):
+            out.zero_()
+            assert launches([[source, out]], CPU, -1, lambda size: room[:size])
+            assert torch.equal(out, source)
+    finally:
+        launch_lists.REFUSED.clear()
+    assert repeated == ["join_kernel"] * 3
+
+
+@interpreted
+@pytest.mark.parametrize("comes_again", [False, True])
+def test_a_thread_without_a_context_gets_one(
+    comes_again: bool, repeated: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     recorder = Recorder(CPU, records=True)
-    memories = [torch.ones(4), torch.empty(4)]
+    memories, room = [torch.ones(4), torch.empty(4)], torch.empty(256, dtype=torch.uint8)
     with recorder:
         join_into((memories[1], memories[0]))
     launches = recorder.finish(memories)
-    devices, run = [], run_launch_list_triton.launcher().run
+    assert launches is not None
+
+    def call() -> bool:
+        return launches([memories], CPU, 3, lambda size: room[:size])
+
+    if comes_again:
+        assert call() and call()
+        repeated.clear()
+    devices, made = [], run_launch_list_triton.launcher()
     without = [run_launch_list_triton.WITHOUT_CONTEXT]
-    made = SimpleNamespace(run=lambda *arguments: without.pop() if without else run(*arguments))
-    monkeypatch.setattr(run_launch_list_triton, "launcher", lambda: made)
+    name = "replay" if comes_again else "run"
+    parts = {part: getattr(made, part) for part in ("run", "graph", "replay")}
+    tried = {name: lambda *arguments: without.pop() if without else parts[name](*arguments)}
+    monkeypatch.setattr(run_launch_list_triton, "launcher", lambda: SimpleNamespace(**parts | tried))
     monkeypatch.setattr(torch._C, "_cuda_setDevice", devices.append, raising=False)
     memories[1].zero_()
-    assert launches is not None and launches([memories], CPU, 3)
+    assert call()
     assert devices == [3] and torch.equal(memories[0], memories[1])
+    assert repeated == [*["graph"] * comes_again, "join_kernel"]
 
 
 @interpreted

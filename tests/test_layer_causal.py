@@ -422,8 +422,11 @@ def test_lists_are_repeated_for_all_layers_and_tokens(kind: str, monkeypatch: py
     assert len(steps) == WINDOW + 2
     assert repeated.count("pool_step_attention_kernel") == runs
     assert repeated.count("step_products_kernel") == (8 if kind == "routed" else 6) * runs
+    # all tokens within windows but the first two are graphs
+    graphs = repeated.count("graph")
+    assert graphs == WINDOW - 1
     # all launches of a layer, and beside them those of the window's end, which two layers repeat
-    assert len(repeated) == (15 * runs + 2 * 5 if kind == "routed" else 12 * runs + 2 * 4)
+    assert len(repeated) - graphs == (15 * runs + 2 * 5 if kind == "routed" else 12 * runs + 2 * 4)
 
 
 def model_logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
