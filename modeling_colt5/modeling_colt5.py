@@ -47,6 +47,7 @@ from .run_inputs import (
     ForwardFlags,
     check_class_labels,
     check_document,
+    check_label_type,
     check_labels,
     padding_mask,
     read_arguments,
@@ -372,6 +373,7 @@ class CoLT5ForConditionalGeneration(CoLT5Seq2SeqPreTrainedModel, CoLT5Generation
             kwargs: `output_hidden_states`, `output_attentions`, `output_routing` and `return_dict`.
         """
         if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
+            check_label_type("labels", labels)
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
         outputs = self.run_stacks(
             input_ids=input_ids,

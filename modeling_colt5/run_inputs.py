@@ -144,6 +144,12 @@ def _shape_error(name: str, tensor: Tensor, wanted: str) -> ValueError:
     return ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be {wanted}")
 
 
+def _type_error(name: str, given: Any, wanted: str) -> TypeError:
+    is_tensor = isinstance(given, Tensor)
+    what = f"has dtype {given.dtype}" if is_tensor else f"is {type(given).__name__}"
+    return TypeError(f"{name} {what}; it must be {'' if is_tensor else 'a tensor, '}{wanted}")
+
+
 def embed(stack: Any, input_ids: Tensor | None, inputs_embeds: Tensor | None, prefix: str = "") -> Tensor:
     """The embeddings that a stack begins with, of ids or as they are given.
 
@@ -158,12 +164,16 @@ def embed(stack: Any, input_ids: Tensor | None, inputs_embeds: Tensor | None, pr
 
     Raises:
         ValueError: for both or neither of ids and embeddings, another shape, or no row or no token.
-        TypeError: for embeddings that are not floating point.
+        TypeError: for ids that are no tensor of integers, or embeddings that are not floating point.
     """
     if (input_ids is None) == (inputs_embeds is None):
         given = "neither" if input_ids is None else "both"
         raise ValueError(f"{given} of {prefix}input_ids and {prefix}inputs_embeds given; exactly one is needed")
     if input_ids is not None:
+        if not isinstance(input_ids, Tensor) or input_ids.dtype not in (torch.int64, torch.int32):
+            raise _type_error(
+                f"{prefix}input_ids", input_ids, "int64 [batch, length], as a tokenizer gives with return_tensors='pt'"
+            )
         if input_ids.dim() != 2 or 0 in input_ids.shape:
             raise _shape_error(f"{prefix}input_ids", input_ids, "[batch, length] with at least one row and one token")
         return stack.embed_tokens(input_ids)
@@ -185,8 +195,7 @@ def check_states(name: str, states: Any, d_model: int, dimensions: int = 1) -> N
         ValueError: for another shape.
     """
     if not isinstance(states, Tensor) or not states.is_floating_point():
-        given = f"has dtype {states.dtype}" if isinstance(states, Tensor) else f"is {type(states).__name__}"
-        raise TypeError(f"{name} {given}; it must be floating point [{SIZES[dimensions]}, {d_model}]")
+        raise _type_error(name, states, f"floating point [{SIZES[dimensions]}, {d_model}]")
     if states.dim() != dimensions + 2 or states.shape[-1] != d_model or 0 in states.shape:
         wanted = f"[{SIZES[dimensions]}, {d_model}], as d_model is {d_model}, with at least one row and one token"
         raise _shape_error(name, states, wanted)
@@ -201,9 +210,7 @@ def check_pixels(pixel_values: Any, num_channels: int) -> None:
     """
     shape = f"[batch, {num_channels}, height, width]"
     if not isinstance(pixel_values, Tensor) or not pixel_values.is_floating_point():
-        is_tensor = isinstance(pixel_values, Tensor)
-        given = f"has dtype {pixel_values.dtype}" if is_tensor else f"is {type(pixel_values).__name__}"
-        raise TypeError(f"pixel_values {given}; it must be floating point {shape}, as an image processor makes it")
+        raise _type_error("pixel_values", pixel_values, f"floating point {shape}, as an image processor makes it")
     if pixel_values.dim() != 4:
         raise _shape_error("pixel_values", pixel_values, f"{shape}, also for a single picture")
     if pixel_values.shape[1] != num_channels:
@@ -237,14 +244,15 @@ def padding_mask(name: str, attention_mask: Tensor | None, states: Tensor) -> Te
     """The mask of states [batch, n, d_model] as bool [batch, n], True for real tokens; in two dimensions likewise.
 
     Raises:
+        TypeError: for a mask that is no tensor.
         ValueError: for a mask of another shape.
     """
     if attention_mask is None:
         return None
+    wanted = f"[{SIZES[states.dim() - 2]}], here {tuple(states.shape[:-1])}, with 1 for real tokens and 0 for padding"
+    if not isinstance(attention_mask, Tensor):
+        raise _type_error(name, attention_mask, wanted)
     if attention_mask.shape != states.shape[:-1]:
-        wanted = (
-            f"[{SIZES[states.dim() - 2]}], here {tuple(states.shape[:-1])}, with 1 for real tokens and 0 for padding"
-        )
         raise _shape_error(name, attention_mask, wanted)
     return attention_mask.to(torch.bool)
 
@@ -375,6 +383,16 @@ def check_document(memory: Tensor, input_ids: Tensor | None, inputs_embeds: Tens
             raise _shape_error(name, document, wanted)
 
 
+def check_label_type(name: str, labels: Any) -> None:
+    """Check that labels which number classes, tokens or places are int64, the one type that all losses take.
+
+    Raises:
+        TypeError: for others.
+    """
+    if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
+        raise _type_error(name, labels, "int64")
+
+
 def check_labels(name: str, labels: Tensor, logits: Tensor, dims: int) -> None:
     """Check that there is a label for each token or row: a loss takes any labels of as many entries.
 
@@ -385,8 +403,14 @@ def check_labels(name: str, labels: Tensor, logits: Tensor, dims: int) -> None:
         dims: 2 for labels of tokens, 1 for labels of rows.
 
     Raises:
+        TypeError: for labels of another type.
         ValueError: for labels of another shape.
     """
+    check_label_type(name, labels)
+    _check_label_shape(name, labels, logits, dims)
+
+
+def _check_label_shape(name: str, labels: Tensor, logits: Tensor, dims: int) -> None:
     shape = logits.shape[:dims]
     if labels.shape != shape and not (dims == 1 and labels.shape == (*shape, 1)):
         meaning = "[batch]" if dims == 1 else "[batch, tokens with logits]"
@@ -396,19 +420,31 @@ def check_labels(name: str, labels: Tensor, logits: Tensor, dims: int) -> None:
 def check_class_labels(labels: Tensor, logits: Tensor, problem_type: str | None) -> None:
     """Check the labels of whole rows against logits [batch, num_labels], by the rules of Transformers' loss.
 
+    Without a problem type the loss goes by the labels' type and keeps what it found in the configuration, so that
+    labels of a wrong type would decide over all that follow.
+
     Args:
         labels: [batch] or [batch, 1] for one class or number a row, [batch, num_labels] for several.
         logits: [batch, num_labels].
         problem_type: the configuration's.
 
     Raises:
+        TypeError: for labels of another type.
         ValueError: for labels of another shape: a squared error would spread them over all logits.
     """
     num_labels = logits.shape[-1]
-    is_class = problem_type == "single_label_classification" or (
-        problem_type is None and not labels.is_floating_point()
-    )
-    if num_labels == 1 or is_class:
+    is_tensor = isinstance(labels, Tensor)
+    if problem_type is None and num_labels > 1:
+        if not is_tensor or not (labels.is_floating_point() or labels.dtype == torch.int64):
+            wanted = "int64 [batch] for one class a row, or floating point [batch, num_labels] for several"
+            raise _type_error("labels", labels, wanted)
+        problem_type = "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
+    if problem_type == "single_label_classification":
         check_labels("labels", labels, logits, 1)
+        return
+    if not is_tensor or (problem_type == "multi_label_classification" and not labels.is_floating_point()):
+        raise _type_error("labels", labels, "floating point [batch, num_labels]")
+    if problem_type != "multi_label_classification" and num_labels == 1:
+        _check_label_shape("labels", labels, logits, 1)
     elif labels.shape != logits.shape:
         raise _shape_error("labels", labels, f"[batch, num_labels], here {tuple(logits.shape)}")

@@ -93,6 +93,57 @@ def test_labels_of_another_shape_are_refused_by_name(model_class, fields, name, 
 
 
 @pytest.mark.parametrize(
+    ("model_class", "fields", "name", "value"),
+    [
+        (CoLT5ForConditionalGeneration, {}, "input_ids", ones(2, 12).tolist()),
+        (CoLT5ForConditionalGeneration, {}, "input_ids", ones(2, 12).numpy()),
+        (CoLT5ForConditionalGeneration, {}, "input_ids", torch.ones(2, 12)),
+        (CoLT5ForConditionalGeneration, {}, "decoder_input_ids", torch.ones(2, 4)),
+        (CoLT5ForConditionalGeneration, {}, "attention_mask", ones(2, 12).tolist()),
+        (CoLT5ForConditionalGeneration, {"decoder_input_ids": None}, "labels", ones(2, 4).int()),
+        (CoLT5ForConditionalGeneration, {"decoder_input_ids": None}, "labels", ones(2, 4).tolist()),
+        (CoLT5ForConditionalGeneration, {}, "labels", ones(2, 4).int()),
+        (CoLT5ForCausalLM, {}, "labels", ones(2, 12).float()),
+        (CoLT5ForTokenClassification, {}, "labels", ones(2, 12).int()),
+        (CoLT5ForQuestionAnswering, {"end_positions": ones(2)}, "start_positions", ones(2).int()),
+        (CoLT5ForQuestionAnswering, {"start_positions": ones(2)}, "end_positions", ones(2).float()),
+    ],
+)
+def test_what_is_no_tensor_or_of_another_type_is_refused_by_name(model_class, fields, name, value):
+    with pytest.raises(TypeError, match=f"^{name} (has dtype|is) "):
+        shallow_model(model_class)(**inputs_of(model_class) | fields | {name: value})
+
+
+@pytest.mark.parametrize(
+    ("problem_type", "labels"),
+    [
+        (None, ones(2).int()),
+        (None, ones(2).to(torch.uint8)),
+        (None, ones(2, 3).bool()),
+        (None, [1, 2]),
+        ("single_label_classification", torch.ones(2)),
+        ("multi_label_classification", ones(2, 3)),
+        ("multi_label_classification", ones(2, 3).bool()),
+        ("regression", [[0.0, 1.0, 2.0]] * 2),
+    ],
+)
+def test_class_labels_of_another_type_are_refused_and_decide_nothing(problem_type, labels):
+    """Transformers' loss would take them for labels of another kind, and keep that in the configuration."""
+    model = shallow_model(CoLT5ForSequenceClassification, num_labels=3, problem_type=problem_type)
+    with pytest.raises(TypeError, match="^labels (has dtype|is) "):
+        model(**inputs_of(CoLT5ForSequenceClassification), labels=labels)
+    assert model.config.problem_type == problem_type
+
+
+def test_several_labels_may_be_a_single_one():
+    model = shallow_model(CoLT5ForSequenceClassification, num_labels=1, problem_type="multi_label_classification")
+    inputs = inputs_of(CoLT5ForSequenceClassification)
+    assert model(**inputs, labels=torch.ones(2, 1)).loss.isfinite()
+    with pytest.raises(ValueError, match=r"labels has shape \(2,\)"):
+        model(**inputs, labels=torch.ones(2))
+
+
+@pytest.mark.parametrize(
     ("num_labels", "labels"),
     [(1, torch.randn(2)), (1, torch.randn(2, 1)), (3, ones(2)), (3, ones(2, 1)), (3, torch.rand(2, 3))],
 )
