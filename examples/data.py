@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from datasets import Dataset, DatasetDict, load_dataset
+from datasets.exceptions import DatasetGenerationError
 from run_costs import RowShape
 from transformers import BatchEncoding, TrainingArguments
 from transformers.utils import logging
@@ -73,11 +74,18 @@ def file_kind(files: list[str]) -> str:
     return KINDS[suffixes[0]]
 
 
-def open_text(file: str) -> IO[str]:
-    """A text file, packed by gzip or not; what is not UTF-8 becomes U+FFFD."""
+def open_text(file: str, errors: str = "replace") -> IO[str]:
+    """A text file, packed by gzip or not; what is not UTF-8 becomes U+FFFD, or what Python's `errors` says.
+
+    Raises:
+        ValueError: for a file that ends in .gz and is not packed.
+    """
     if file.endswith(".gz"):
-        return gzip.open(file, "rt", encoding="utf-8", errors="replace")
-    return open(file, encoding="utf-8", errors="replace")
+        with open(file, "rb") as packed:
+            if packed.read(2) != b"\x1f\x8b":
+                raise ValueError(f"{file} is not packed by gzip; its name must not end in .gz")
+        return gzip.open(file, "rt", encoding="utf-8", errors=errors)
+    return open(file, encoding="utf-8", errors=errors)
 
 
 def read_pdf(path: Path) -> str:
@@ -113,6 +121,20 @@ def read_document(path: Path) -> str:
         return read_pdf(path)
     with open_text(str(path)) as file:
         return file.read()
+
+
+def check_encoding(file: str) -> None:
+    """Refuse JSON that is not UTF-8: `datasets` would notice at the first use of such a row.
+
+    Raises:
+        ValueError: naming the file and the line; the first is 1.
+    """
+    with open_text(file, "surrogateescape") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                line.encode()
+            except UnicodeEncodeError:
+                raise ValueError(f"{file}, line {number} is not UTF-8; save the file as UTF-8") from None
 
 
 def check_json_lines(file: str) -> None:
@@ -160,7 +182,7 @@ def load_folder(folder: Path, text_column: str) -> Dataset:
     columns = {text_column: [read_document(path) for path in files], "file_name": names}
     metadata = next((folder / name for name in METADATA if (folder / name).is_file()), None)
     if metadata is not None:
-        table = load_dataset(file_kind([str(metadata)]), data_files=str(metadata), split="train")
+        table = load_table(str(metadata), file_kind([str(metadata)]))
         if "file_name" not in table.column_names:
             raise ValueError(f"{metadata} has no column file_name; its columns are {', '.join(table.column_names)}")
         places = {name: number for number, name in enumerate(table["file_name"])}
@@ -173,6 +195,27 @@ def load_folder(folder: Path, text_column: str) -> Dataset:
     if "label" not in columns and all("/" in name for name in names):
         columns["label"] = [Path(name).parent.as_posix() for name in names]
     return Dataset.from_dict(columns)
+
+
+def load_table(file: str, kind: str) -> Dataset:
+    """The rows of a JSON, CSV or Parquet file.
+
+    Raises:
+        ValueError: for a broken file, or one without rows; says what is wrong there.
+    """
+    if kind == "json":
+        check_encoding(file)
+    if file.removesuffix(".gz").endswith(".jsonl"):
+        check_json_lines(file)
+    try:
+        return load_dataset(kind, data_files=file, split="train")
+    except (DatasetGenerationError, ValueError) as error:
+        # the first cause is what the file's reader says
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        first, *_ = str(cause).splitlines() or [type(cause).__name__]
+        raise ValueError(f"{file} cannot be read as {kind}: {first}") from None
 
 
 def load_rows(arguments: DataArguments, text_column: str = "text") -> DatasetDict:
@@ -203,10 +246,8 @@ def load_rows(arguments: DataArguments, text_column: str = "text") -> DatasetDic
         dataset = DatasetDict({split: load_folder(Path(folder), text_column) for split, folder in files.items()})
     else:
         kind = file_kind(list(files.values()))
-        for file in files.values():
-            if file.removesuffix(".gz").endswith(".jsonl"):
-                check_json_lines(file)
-        dataset = load_dataset(kind, data_files=files)
+        # each on its own: together, columns that one of them lacks, or has in another type, would be an error
+        dataset = DatasetDict({split: load_table(file, kind) for split, file in files.items()})
     if not limits.keys() & dataset.keys():
         raise ValueError(f"{arguments.dataset_name} has no split train or validation; it has {', '.join(dataset)}")
     return DatasetDict(

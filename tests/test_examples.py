@@ -265,6 +265,36 @@ def test_sources_that_cannot_be_are_refused(arguments, message):
         data.load_rows(data.DataArguments(**arguments))
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("rows.csv", b'text,label\n"a,1\n', r"rows.csv cannot be read as csv: .*EOF inside string"),
+        ("rows.csv", "text,label\né,1\n".encode("latin-1"), r"rows.csv cannot be read as csv: 'utf-8' codec"),
+        ("rows.csv", b"text,label\n", r"rows.csv cannot be read as csv: "),
+        ("rows.json", b"{broken", r"rows.json cannot be read as json: JSON parse error"),
+        ("rows.parquet", b"nothing", r"rows.parquet cannot be read as parquet: "),
+        ("rows.jsonl", b'{"a": 1}\n{"a": "\xe9"}\n', r"rows.jsonl, line 2 is not UTF-8"),
+        ("rows.json", b'[{"a": "\xe9"}]', r"rows.json, line 1 is not UTF-8"),
+        ("rows.jsonl.gz", b'{"a": 1}\n', r"rows.jsonl.gz is not packed by gzip"),
+    ],
+)
+def test_a_broken_file_is_named(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        data.load_rows(data.DataArguments(train_file=str(tmp_path / name)))
+
+
+def test_files_need_not_have_the_same_columns(tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"text": "a", "label": 1}\n')
+    (tmp_path / "other.jsonl").write_text('{"text": "b", "label": "x", "more": 3}\n')
+    files = {"train_file": str(tmp_path / "train.jsonl"), "validation_file": str(tmp_path / "other.jsonl")}
+    rows = data.load_rows(data.DataArguments(**files))
+    assert {split: table.to_list() for split, table in rows.items()} == {
+        "train": [{"text": "a", "label": 1}],
+        "validation": [{"text": "b", "label": "x", "more": 3}],
+    }
+
+
 @pytest.mark.slow
 def test_classification_of_documents(tmp_path):
     """It learns four documents by heart; evaluation alone keeps the numbers of the labels that it learned."""
