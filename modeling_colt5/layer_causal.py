@@ -202,7 +202,7 @@ class RoutedStep(TokenStep):
                 _RoutedLine(self, layers[number], recorder).run(hidden, branches)
 
             calls = [[*shared, *layer.tensors] for layer in layers]
-            repeat_or_note(lists, self.may_end, calls, self.repeats, compute, self.buffers.bytes)
+            repeat_or_note(lists, self.may_end, calls, self.repeats, compute, self.room)
         counters = first.cache.counters_after_token(self.lengths, self.real, self.may_end)
         for _, layers in self.layers:
             for layer in layers:

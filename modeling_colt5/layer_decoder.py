@@ -167,11 +167,6 @@ class StepBuffers:
         """The same numbers in a tensor of a name."""
         return self.empty(name, tuple(source.shape), source.dtype, source.device).copy_(source)
 
-    def bytes(self, count: int) -> Tensor:
-        """Room for temporary tensors, on the device of the others."""
-        device = next(iter(self.kept.values())).device
-        return self.empty("bytes", (count,), torch.uint8, device)
-
 
 class _Before:
     """The lists of a pass's layers, for the next pass, if it is of the same kind: PyTorch compares all tensors of a
@@ -222,6 +217,10 @@ class TokenStep:
         self.repeats = may_repeat(hidden_states)
         _, (first, *_) = layers[0]
         self.buffers = StepBuffers.of(first.cache)
+
+    def room(self, count: int) -> Tensor:
+        """So many bytes for temporary tensors."""
+        return self.buffers.empty("room", (count,), torch.uint8, self.device)
 
     @staticmethod
     def fits(of_pass: tuple[Any, ...], layer: StepLayer) -> bool:
@@ -373,7 +372,7 @@ class StraightStep(TokenStep):
                 _Line(self, layers[number], recorder).run(hidden, update, length)
 
             calls = [[*shared, *layer.tensors] for layer in layers]
-            repeat_or_note(lists, None, calls, self.repeats, compute, self.buffers.bytes)
+            repeat_or_note(lists, None, calls, self.repeats, compute, self.room)
             for layer in layers:
                 layer.cache.count_token()
         return hidden + update
