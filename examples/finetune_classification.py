@@ -17,6 +17,7 @@ from class_metrics import class_scores, label_scores, number_scores
 from data import (
     NUMBERS,
     SEVERAL,
+    SINGLE,
     DataArguments,
     check_rows,
     describe,
@@ -95,6 +96,11 @@ def prepare(argv: list[str] | None = None) -> Callable[[], dict[str, float]]:
         numbers = {f"LABEL_{i}": i for i in range(len(first) if isinstance(first, list) else 1)}
     else:
         numbers = number_labels(rows, task.label_column, known_labels(model_arguments.model_name_or_path))
+    if kind == SINGLE and len(numbers) == 1:
+        # such as the first rows of a file that is sorted by its labels
+        raise ValueError(
+            f"all training rows have the {task.label_column} {next(iter(numbers))!r}; they must have at least two"
+        )
 
     tokenizer = load_tokenizer(model_arguments)
     model = load_model(

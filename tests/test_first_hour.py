@@ -514,6 +514,7 @@ def test_scores_of_classes_labels_and_numbers():
             "no folder is, and which is no Hub id",
         ),
         (["--train_file", "rows.txt"], "given as the folder that they are in"),
+        (["--train_file", "rows.jsonl", "--max_train_samples", "1"], "all training rows have the label 'a'"),
         (["--train_file", "rows.jsonl", "--eval_steps", "1.5"], "eval_steps"),
         (["--train_file", "rows.jsonl", "--nonsense", "1"], "nonsense"),
         (["--train_file", "rows.jsonl", "--config_overrides", "d_model=-1"], "d_model"),
