@@ -6,10 +6,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
+from transformers.utils import logging
 
 from .configuration_colt5 import CoLT5Config
 from .kernel_backend import runs_eagerly
 from .model_base import CoLT5PreTrainedModel, CoLT5Stack
+
+logger = logging.get_logger(__name__)
 
 
 def _tie_assigned_head(model: "CoLT5EmbeddingModel", incompatible_keys: Any) -> None:
@@ -61,6 +65,41 @@ class CoLT5EmbeddingModel(CoLT5PreTrainedModel):
         self.shared: nn.Module = nn.Embedding(config.vocab_size, config.d_model)
         self.register_load_state_dict_post_hook(_tie_assigned_head)
         self.register_load_state_dict_post_hook(_forgive_other_names)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *model_args: Any, output_loading_info: bool = False, **kwargs: Any
+    ) -> Any:
+        """As of every CoLT5 model. A head that is not tied, but was in the checkpoint, begins as the embedding."""
+        where = pretrained_model_name_or_path
+        model, info = super().from_pretrained(where, *model_args, output_loading_info=True, **kwargs)
+        if "lm_head.weight" in info["missing_keys"] and where is not None and not model.config.tie_word_embeddings:
+            saved, _ = PreTrainedConfig.get_config_dict(where, **kwargs)
+            if saved.get("tie_word_embeddings") and not model.lm_head.weight.is_meta:
+                with torch.no_grad():
+                    model.lm_head.weight.copy_(model.shared.weight)
+                info["missing_keys"].remove("lm_head.weight")
+                logger.warning(
+                    "lm_head.weight, which the checkpoint ties to the embedding, begins as a copy of it, because "
+                    "tie_word_embeddings is False here"
+                )
+        return (model, info) if output_loading_info else model
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """As of every model. A head that is no longer tied is saved with a weight of its own."""
+        self._untie_head()
+        return super().save_pretrained(*args, **kwargs)
+
+    def tie_weights(self, *args: Any, **kwargs: Any) -> Any:
+        """As of every model. A head that is no longer tied gets a weight of its own, with the same numbers."""
+        result = super().tie_weights(*args, **kwargs)
+        self._untie_head()
+        return result
+
+    def _untie_head(self) -> None:
+        head, weight = getattr(self, "lm_head", None), getattr(self.shared, "weight", None)
+        if type(head) is nn.Linear and head.weight is weight and not self.config.tie_word_embeddings:
+            head.weight = nn.Parameter(weight.detach().clone(), weight.requires_grad)
 
     def stacks(self) -> dict[str, CoLT5Stack]:
         """Encoder and decoder by name, those that there are."""

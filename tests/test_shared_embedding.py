@@ -17,6 +17,7 @@ from modeling_colt5 import (
     CoLT5ForCausalLM,
     CoLT5ForConditionalGeneration,
     CoLT5ForSequenceClassification,
+    CoLT5Model,
 )
 
 # PEFT says so of every adapter on an embedding that is saved, whatever the model
@@ -30,6 +31,11 @@ def run(model, ids):
     extra = {"decoder_input_ids": ids[:, :5]} if hasattr(model, "encoder") and hasattr(model, "decoder") else {}
     outputs = model(input_ids=ids, **extra)
     return outputs.logits if "logits" in outputs else outputs.last_hidden_state
+
+
+def tiny_config_like(model, **fields):
+    """The configuration of a model with other fields."""
+    return type(model.config).from_dict(model.config.to_dict() | fields)
 
 
 def assert_one_embedding(model):
@@ -131,6 +137,46 @@ def test_a_checkpoint_of_other_parts_leaves_a_head_of_its_own(assign):
     norm = torch.full((32,), 2.0)
     model.load_state_dict({"encoder.final_layer_norm.weight": norm}, strict=False, assign=assign)
     assert torch.equal(model.lm_head.weight, head) and torch.equal(model.encoder.final_layer_norm.weight, norm)
+
+
+@pytest.mark.parametrize("model_class", [CoLT5ForConditionalGeneration, CoLT5ForCausalLM])
+def test_a_head_that_is_untied_begins_as_the_embedding(model_class, tmp_path):
+    tied = tiny_model(model_class, tie_word_embeddings=True, scale_decoder_outputs=True)
+    ids = random_ids(2, 9)
+    expected = run(tied, ids)
+    tied.save_pretrained(tmp_path)
+    for given in ({"tie_word_embeddings": False}, {"config": tiny_config_like(tied, tie_word_embeddings=False)}):
+        model, info = model_class.from_pretrained(tmp_path, output_loading_info=True, **given)
+        assert not info["missing_keys"] and model.lm_head.weight is not model.shared.weight
+        torch.testing.assert_close(run(model.eval(), ids), expected, rtol=0, atol=0)
+    # the two are trained apart, and saved apart
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2)
+    model.save_pretrained(tmp_path / "untied")
+    torch.testing.assert_close(run(model_class.from_pretrained(tmp_path / "untied").eval(), ids), run(model, ids))
+
+
+@pytest.mark.parametrize("is_told", [False, True])
+def test_a_head_is_untied_by_the_configuration(is_told, tmp_path):
+    model, ids = tiny_model(CoLT5ForCausalLM, tie_word_embeddings=True), random_ids(2, 9)
+    expected = run(model, ids)
+    model.config.tie_word_embeddings = False
+    if is_told:
+        model.tie_weights()
+        assert model.lm_head.weight is not model.shared.weight
+    model.save_pretrained(tmp_path)
+    loaded, info = CoLT5ForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    torch.testing.assert_close(run(loaded.eval(), ids), expected, rtol=0, atol=0)
+
+
+def test_a_head_that_no_checkpoint_had_is_new(tmp_path):
+    """The embeddings of a model without a head are no weights of one."""
+    torch.manual_seed(0)
+    tiny_model(CoLT5Model).save_pretrained(tmp_path)
+    model, info = CoLT5ForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert info["missing_keys"] == {"lm_head.weight"}
+    assert not torch.equal(model.lm_head.weight, model.shared.weight)
 
 
 def test_a_second_adapter_finds_it_under_a_stacks_name():
