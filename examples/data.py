@@ -3,6 +3,7 @@
 import gzip
 import json
 import math
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,8 @@ KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"
 TEXTS = (".txt", ".txt.gz", ".pdf")
 # beside a folder's texts: a row for each, with what else belongs to it
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+# what Python raises for a gzip file that ends too early, or has something else in it
+BROKEN = (EOFError, gzip.BadGzipFile, zlib.error)
 
 
 @dataclass
@@ -116,11 +119,18 @@ def read_pdf(path: Path) -> str:
 
 
 def read_document(path: Path) -> str:
-    """The text of a file: of a PDF, or of a text file, packed by gzip or not. Raises what `read_pdf` raises."""
+    """The text of a file: of a PDF, or of a text file, packed by gzip or not.
+
+    Raises:
+        ValueError: for a broken gzip file, or what `read_pdf` raises it for.
+    """
     if path.suffix == ".pdf":
         return read_pdf(path)
-    with open_text(str(path)) as file:
-        return file.read()
+    try:
+        with open_text(str(path)) as file:
+            return file.read()
+    except BROKEN as error:
+        raise ValueError(f"{path} cannot be unpacked: {error}") from None
 
 
 def check_encoding(file: str) -> None:
@@ -203,10 +213,13 @@ def load_table(file: str, kind: str) -> Dataset:
     Raises:
         ValueError: for a broken file, or one without rows; says what is wrong there.
     """
-    if kind == "json":
-        check_encoding(file)
-    if file.removesuffix(".gz").endswith(".jsonl"):
-        check_json_lines(file)
+    try:
+        if kind == "json":
+            check_encoding(file)
+        if file.removesuffix(".gz").endswith(".jsonl"):
+            check_json_lines(file)
+    except BROKEN as error:
+        raise ValueError(f"{file} cannot be unpacked: {error}") from None
     try:
         return load_dataset(kind, data_files=file, split="train")
     except (DatasetGenerationError, ValueError) as error:

@@ -70,36 +70,52 @@ class CoLT5EmbeddingModel(CoLT5PreTrainedModel):
     def from_pretrained(
         cls, pretrained_model_name_or_path: Any, *model_args: Any, output_loading_info: bool = False, **kwargs: Any
     ) -> Any:
-        """As of every CoLT5 model. A head that is not tied, but was in the checkpoint, begins as the embedding."""
-        where = pretrained_model_name_or_path
-        model, info = super().from_pretrained(where, *model_args, output_loading_info=True, **kwargs)
-        if "lm_head.weight" in info["missing_keys"] and where is not None and not model.config.tie_word_embeddings:
-            saved, _ = PreTrainedConfig.get_config_dict(where, **kwargs)
+        """As of every CoLT5 model. Where the head is tied in the checkpoint and is not to be tied here, it begins as a
+        copy of the embedding."""
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+        )
+        is_untied = "lm_head.weight" in info["missing_keys"] and not model.config.tie_word_embeddings
+        if is_untied and pretrained_model_name_or_path is not None:
+            # of an adapter's folder this is the folder of its model
+            saved, _ = PreTrainedConfig.get_config_dict(model.name_or_path, **kwargs)
             if saved.get("tie_word_embeddings") and not model.lm_head.weight.is_meta:
                 with torch.no_grad():
                     model.lm_head.weight.copy_(model.shared.weight)
                 info["missing_keys"].remove("lm_head.weight")
                 logger.warning(
-                    "lm_head.weight, which the checkpoint ties to the embedding, begins as a copy of it, because "
-                    "tie_word_embeddings is False here"
+                    "lm_head.weight is not new: the checkpoint ties it to the embedding, and it begins as a copy of "
+                    "that, because tie_word_embeddings is False here"
                 )
         return (model, info) if output_loading_info else model
 
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
-        """As of every model. A head that is no longer tied is saved with a weight of its own."""
-        self._untie_head()
-        return super().save_pretrained(*args, **kwargs)
+    def save_pretrained(
+        self,
+        save_directory: Any,
+        is_main_process: bool = True,
+        state_dict: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """As of every model. A head that is no longer tied is saved with a weight of its own; the model stays as it
+        is, as an optimizer may hold its weights."""
+        if self._is_still_shared():
+            state_dict = dict(self.state_dict() if state_dict is None else state_dict)
+            if "shared.weight" in state_dict:
+                state_dict["lm_head.weight"] = state_dict["shared.weight"].clone()
+        super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
 
     def tie_weights(self, *args: Any, **kwargs: Any) -> Any:
         """As of every model. A head that is no longer tied gets a weight of its own, with the same numbers."""
         result = super().tie_weights(*args, **kwargs)
-        self._untie_head()
+        if self._is_still_shared():
+            weight = self.lm_head.weight
+            self.lm_head.weight = nn.Parameter(weight.detach().clone(), weight.requires_grad)
         return result
 
-    def _untie_head(self) -> None:
+    def _is_still_shared(self) -> bool:
+        """Whether the head has the embedding's weight, and the configuration says no longer that it is tied."""
         head, weight = getattr(self, "lm_head", None), getattr(self.shared, "weight", None)
-        if type(head) is nn.Linear and head.weight is weight and not self.config.tie_word_embeddings:
-            head.weight = nn.Parameter(weight.detach().clone(), weight.requires_grad)
+        return type(head) is nn.Linear and head.weight is weight and not self.config.tie_word_embeddings
 
     def stacks(self) -> dict[str, CoLT5Stack]:
         """Encoder and decoder by name, those that there are."""
@@ -187,7 +203,8 @@ class CoLT5EmbeddingModel(CoLT5PreTrainedModel):
         it; and a state dict that FSDP2 gathers has copies in place of one tensor under several names."""
         names = {f"{name}.embed_tokens.weight" for name in self.stacks()}
         head = getattr(self, "lm_head", None)
-        if head is not None and getattr(head, "weight", None) is getattr(self.shared, "weight", self.shared):
+        is_shared = getattr(head, "weight", None) is getattr(self.shared, "weight", self.shared)
+        if head is not None and is_shared and not self._is_still_shared():
             names.add("lm_head.weight")
         return names
 

@@ -70,10 +70,16 @@ class CoLT5DynamicRoutedLayer(_RoutedState, DynamicLayer):
         # what straight lines keep from token to token (layer_decoder.py)
         self.step_buffers: Any = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        # a copy that shares no tensor has its own
+        return self.__dict__ | {"step_buffers": None}
+
     def __copy__(self) -> "CoLT5DynamicRoutedLayer":
+        # A token is written in place, so that the two may not share what it is written to.
         other = type(self).__new__(type(self))
-        other.__dict__.update(self.__dict__)
-        other.step_buffers = None
+        other.__dict__.update(self.__getstate__())
+        for kind in ("rings", "carried", "counters"):
+            setattr(other, kind, {name: value.clone() for name, value in getattr(self, kind).items()})
         return other
 
     def get_seq_length(self) -> int:

@@ -21,13 +21,22 @@ class _Rooms:
         is_seen: whether somebody may hold a view of the tokens.
     """
 
-    def __init__(self, keys: Tensor, values: Tensor, size: int):
-        rows, heads, self.length, features = keys.shape
-        self.memory = keys.new_empty(2, rows, heads, -(-size // BLOCK) * BLOCK, features)
-        self.keys, self.values = self.memory.unbind(0)
-        self.is_seen = False
-        for memory, states in ((self.keys, keys), (self.values, values)):
-            memory.narrow(2, 0, self.length).copy_(states)
+    def __init__(self, memory: Tensor, length: int):
+        self.memory, self.length, self.is_seen = memory, length, False
+        self.keys, self.values = memory.unbind(0)
+
+    @classmethod
+    def of(cls, keys: Tensor, values: Tensor, size: int) -> "_Rooms":
+        """With these tokens, and space for at least so many."""
+        rows, heads, length, features = keys.shape
+        rooms = cls(keys.new_empty(2, rows, heads, -(-size // BLOCK) * BLOCK, features), length)
+        for memory, states in ((rooms.keys, keys), (rooms.values, values)):
+            memory.narrow(2, 0, length).copy_(states)
+        return rooms
+
+    def __reduce__(self) -> Any:
+        # pickled one by one, the parts would no longer be parts of the memory
+        return _Rooms, (self.memory, self.length)
 
     def takes(self, count: int) -> bool:
         """Whether there is space for so many tokens more: what inference mode made may only be written in it."""
@@ -45,11 +54,14 @@ class _Rooms:
     def reorder(self, rows: Tensor) -> "_Rooms":
         """Rooms with these rows, and as much space as before. They are the same ones where nobody would notice: a step
         then finds the addresses of the last one."""
-        picked = self.memory.narrow(3, 0, self.length).index_select(1, rows)
-        if self.is_seen or picked.shape[1] != self.memory.shape[1] or not self.takes(0):
-            return _Rooms(picked[0], picked[1], self.memory.shape[3])
-        self.memory.narrow(3, 0, self.length).copy_(picked)
-        return self
+        used = self.memory.narrow(3, 0, self.length)
+        if not self.is_seen and len(rows) == used.shape[1] and self.takes(0):
+            used.copy_(used.index_select(1, rows))
+            return self
+        _, _, *rest = self.memory.shape
+        other = _Rooms(self.memory.new_empty(2, len(rows), *rest), self.length)
+        torch.index_select(used, 1, rows, out=other.memory.narrow(3, 0, self.length))
+        return other
 
 
 class CoLT5GrowingLayer(DynamicLayer):
@@ -108,6 +120,10 @@ class CoLT5GrowingLayer(DynamicLayer):
         if rooms is not None:
             self._parts, self.rooms = [None, None], rooms
 
+    def __getstate__(self) -> dict[str, Any]:
+        # a copy that shares no tensor has its own
+        return self.__dict__ | {"step_buffers": None}
+
     def __copy__(self) -> "CoLT5GrowingLayer":
         # The two share their keys and values, so neither may write behind them any more.
         self._leave_rooms()
@@ -163,7 +179,7 @@ class CoLT5GrowingLayer(DynamicLayer):
         """The rooms, with space for so many tokens more: others where they are full or there are none."""
         rooms = self.rooms
         if rooms is None or not rooms.takes(count):
-            rooms = _Rooms(self.keys, self.values, self.get_seq_length() + count)
+            rooms = _Rooms.of(self.keys, self.values, self.get_seq_length() + count)
             self._enter(rooms)
         return rooms
 
@@ -190,6 +206,7 @@ class CoLT5GrowingLayer(DynamicLayer):
     def offload(self) -> None:
         """Move keys and values to the CPU, without the room."""
         self._leave_rooms()
+        self.step_buffers = None
         super().offload()
 
 

@@ -40,8 +40,8 @@ LAUNCH, PRODUCT, ZEROS = range(3)
 MOST_PARAMETERS, MOST_MEMORIES = 64, 128
 # each temporary begins at a multiple of so many bytes, so that kernels may read 16 bytes at once
 ALIGNMENT = 128
-# so many graphs, of the newest calls, are kept
-MOST_GRAPHS = 16
+# so many graphs of lists, those of the newest calls, are kept
+MOST_LIST_GRAPHS = 16
 
 SOURCE = r"""
 #define PY_SSIZE_T_CLEAN
@@ -196,7 +196,8 @@ static const char *const GRAPH = "colt5_launches.graph";
 static void forget(PyObject *capsule) { destroy_executable(PyCapsule_GetPointer(capsule, GRAPH)); }
 
 /* graph(words, addresses, each, room) gives what run would launch as one CUDA graph, in a capsule; None where the
-   words have products, whose kernels cuBLAS chooses, or CUDA refuses */
+   words have products, whose kernels cuBLAS chooses, or CUDA refuses. A recording would disturb a thread that waits
+   for the whole GPU meanwhile; Python's lock is therefore held */
 static PyObject *graph(PyObject *self, PyObject *const *args, Py_ssize_t count) {
   if (count != 4 || !PyBytes_Check(args[0]) || !PyList_Check(args[1])) {
     PyErr_SetString(PyExc_TypeError, "graph takes bytes, a list of addresses, and two numbers");
@@ -210,6 +211,8 @@ static PyObject *graph(PyObject *self, PyObject *const *args, Py_ssize_t count) 
   if (PyErr_Occurred())
     return NULL;
   memories[each] = PyLong_AsUnsignedLongLong(args[3]);
+  if (PyErr_Occurred())
+    return NULL;
   const int64_t *words = (const int64_t *)PyBytes_AS_STRING(args[0]);
   const int64_t *end = words + PyBytes_GET_SIZE(args[0]) / sizeof(int64_t);
   for (const int64_t *word = words; word < end; word += word[1])
@@ -376,14 +379,14 @@ class LaunchList:
         key = None
         if keep is not None and not torch._C._cuda_isCurrentStreamCapturing():
             key = (self.words, each, index, room.data_ptr(), *addresses)
-        graph = None if key is None else graphs.of(key, made, addresses)
+        graph = None if key is None else list_graphs.of(key, made, addresses)
         if graph is not None:
             status = made.replay(graph, stream)
         else:
             handle = torch._C._cuda_getCurrentBlasHandle()
             status = made.run(self.words, addresses, each, room.data_ptr(), stream, handle)
             if status == DONE and key is not None:
-                graphs.note(key)
+                list_graphs.note(key)
         if status == WITHOUT_CONTEXT:
             # a thread of its own, in which nothing was computed yet
             torch._C._cuda_setDevice(index)
@@ -395,7 +398,7 @@ class LaunchList:
 Key = tuple[Any, ...]
 
 
-class Graphs:
+class ListGraphs:
     """The newest calls that may come again, each with its CUDA graph, which is made when it comes for the second time.
 
     Attributes:
@@ -412,23 +415,25 @@ class Graphs:
             if key not in self.kept:
                 return None
             self.kept.move_to_end(key)
-            if self.kept[key] is None:
-                words, each, _, room, *_ = key
-                self.kept[key] = made.graph(words, addresses, each, room) or False
-            return self.kept[key] or None
+            graph = self.kept[key]
+        if graph is None:
+            words, each, _, room, *_ = key
+            graph = made.graph(words, addresses, each, room) or False
+            with self._lock:
+                if key in self.kept:
+                    self.kept[key] = graph
+        return graph or None
 
     def note(self, key: Key) -> None:
-        """Note a call that may come again; the one that has not come for the longest time is forgotten."""
+        """Note a call that may come again. The one that has not come for the longest time is forgotten; CUDA destroys
+        its graph once it has ended."""
         with self._lock:
             self.kept.setdefault(key, None)
-            if len(self.kept) > MOST_GRAPHS:
-                (_, _, index, *_), graph = self.kept.popitem(last=False)
-                if graph:
-                    # what may still run must not be destroyed
-                    torch.cuda.synchronize(index)
+            if len(self.kept) > MOST_LIST_GRAPHS:
+                self.kept.popitem(last=False)
 
 
-graphs = Graphs()
+list_graphs = ListGraphs()
 
 
 # Of one function of memories: the list of each kind of call, None where it cannot be repeated.

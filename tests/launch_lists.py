@@ -159,5 +159,5 @@ def interpreting_launcher(monkeypatch: pytest.MonkeyPatch, repeated: list[str]) 
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: STREAM, raising=False)
     monkeypatch.setattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: False, raising=False)
     # no graph of another test, whose callbacks are gone
-    monkeypatch.setattr(run_launch_list_triton, "graphs", run_launch_list_triton.Graphs())
+    monkeypatch.setattr(run_launch_list_triton, "list_graphs", run_launch_list_triton.ListGraphs())
     return lambda: made

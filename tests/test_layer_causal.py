@@ -400,6 +400,22 @@ def test_settings_that_change_between_tokens_are_obeyed(device: torch.device, st
     assert len(steps) == 2 and len(set(layer_decoder.lists_by_kind) - kinds) == 1
 
 
+def test_a_copied_layer_of_a_cache_goes_its_own_way(steps: list) -> None:
+    """A token is written in place: of a copy into its own tensors."""
+    model, ids = make_model(torch.device("cpu"), **KINDS["routed"]), random_ids(1, WINDOW + 5)
+    begun, *ends = ids.split([WINDOW + 1, 2, 2], 1)
+    _, cache = go_on(model, {"input_ids": begun}, [WINDOW, 1])
+    other = copy.copy(cache)
+    other.layers = [copy.copy(layer) for layer in cache.layers]
+    for each, end in zip((cache, other), ends, strict=True):
+        logits, _ = go_on(model, {"input_ids": end}, [1, 1], each)
+        expected = model_logits(model, torch.cat([begun, end], 1))[:, -2:]
+        torch.testing.assert_close(logits, expected, rtol=0, atol=TOLERANCE)
+    assert len(steps) == 5
+    other.layers[0].reset()
+    assert cache.layers[0].has_state
+
+
 # lists of launches
 
 

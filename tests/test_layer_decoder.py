@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -25,7 +26,7 @@ from modeling_colt5 import (  # noqa: E402
     run_launch_list_triton,
 )
 from modeling_colt5.kernel_backend import Mode  # noqa: E402
-from modeling_colt5.layer_decoder import StraightStep  # noqa: E402
+from modeling_colt5.layer_decoder import StepBuffers, StraightStep  # noqa: E402
 from modeling_colt5.layer_plain import PlainStack  # noqa: E402
 from modeling_colt5.model_decoder_layer import PLAIN  # noqa: E402
 from modeling_colt5.run_release import CACHE  # noqa: E402
@@ -607,6 +608,59 @@ def test_modes_that_take_the_modules() -> None:
         with torch._subclasses.FakeTensorMode():
             assert not may_run(states)
     assert not may_run(states)
+
+
+# tensors that tokens share
+
+
+def test_tensors_of_a_step_stay_while_they_fit() -> None:
+    buffers, cpu = StepBuffers(), torch.device("cpu")
+    first = buffers.empty("mask", (2, 6), torch.bool, cpu)
+    assert first.shape == (2, 6) and first.is_contiguous()
+    # a mask that grows, and fewer rows
+    for shape in ((2, 7), (2, 12), (1, 3)):
+        assert buffers.empty("mask", shape, torch.bool, cpu).data_ptr() == first.data_ptr()
+    source = torch.arange(6.0).view(3, 2).t()
+    copied = buffers.copy("states", source)
+    assert torch.equal(copied, source) and copied.is_contiguous()
+    for shape, dtype in (((2, 13), torch.bool), ((2, 6), torch.float32)):
+        other = buffers.empty("mask", shape, dtype, cpu)
+        assert other.data_ptr() != first.data_ptr() and other.dtype == dtype and other.shape == shape
+    with torch.inference_mode():
+        inside = buffers.copy("states", source)
+        assert inside.is_inference()
+    assert not buffers.copy("states", source + 1).is_inference()
+
+
+@pytest.mark.parametrize("way", ["inference mode first", "deep copy", "shallow copy", "fewer rows"])
+@torch.no_grad()
+def test_a_cache_goes_on_whatever_was_done_with_it(way: str, steps: list) -> None:
+    """Its tensors for a step were made by the tokens before."""
+    model, ids = make_model(torch.device("cpu"), CoLT5ForCausalLM), random_ids(2, 8)
+    # PyTorch's `inference_mode(False)` would turn gradients on
+    with torch.inference_mode() if way == "inference mode first" else nullcontext():
+        cache = model(ids[:, :4], use_cache=True)[CACHE]
+        model(ids[:, 4:5], use_cache=True, **{CACHE: cache})
+    other = None
+    if way == "deep copy":
+        other = copy.deepcopy(cache)
+    elif way == "shallow copy":
+        other = copy.copy(cache)
+        other.layers = [copy.copy(layer) for layer in cache.layers]
+    elif way == "fewer rows":
+        cache.batch_select_indices(torch.tensor([1]))
+        ids = ids[1:]
+    expected = as_torch(model, lambda: model(ids).logits)
+    for place in (5, 6):
+        logits = model(ids[:, place : place + 1], use_cache=True, **{CACHE: cache}).logits
+        torch.testing.assert_close(logits, expected[:, place : place + 1], rtol=0, atol=TOLERANCE)
+        if other is not None:
+            logits = model(ids[:, 7:8], use_cache=True, **{CACHE: other}).logits
+            skipped = torch.cat([ids[:, :5], *[ids[:, 7:8]] * (place - 4)], 1)
+            alone = as_torch(model, lambda skipped=skipped: model(skipped).logits[:, -1:])
+            torch.testing.assert_close(logits, alone, rtol=0, atol=TOLERANCE)
+    # where inference mode ends, the cache has to be made anew
+    assert len(steps) == (5 if other is not None else 3)
 
 
 # lists of launches
