@@ -84,7 +84,7 @@ class Cell:
 
 
 def cells(lengths: Sequence[int]) -> list[Cell]:
-    """All rows of these lengths."""
+    """All rows of these lengths; of the first one those of training as well."""
     first, *others = lengths
     rows = [Cell(first, *way) for way in WAYS]
     rows += [Cell(first, COLT5, way, setting) for setting in TRAINED for way in (CALLED, MODULES)]

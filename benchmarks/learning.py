@@ -43,7 +43,7 @@ NUM_SENTINELS = 256
 VOCAB_SIZE = 8320
 
 START = DenseStart()
-# a quarter of its steps, for runs that are compared at equal operations
+# a quarter of the steps that START takes, for runs that are compared at equal operations
 BRIEF_START = DenseStart(closed=0.1, opening=0.05)
 
 

@@ -659,7 +659,7 @@ def test_a_cache_goes_on_whatever_was_done_with_it(way: str, steps: list) -> Non
             skipped = torch.cat([ids[:, :5], *[ids[:, 7:8]] * (place - 4)], 1)
             alone = as_torch(model, lambda skipped=skipped: model(skipped).logits[:, -1:])
             torch.testing.assert_close(logits, alone, rtol=0, atol=TOLERANCE)
-    # where inference mode ends, the cache has to be made anew
+    # all single tokens, with either cache
     assert len(steps) == (5 if other is not None else 3)
 
 

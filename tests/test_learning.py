@@ -172,6 +172,19 @@ def test_the_prediction_is_judged_by_its_rule(above: tuple[float, ...], said: st
     assert learning_picture.verdict(runs).count(f"**{said}") == 2
 
 
+@pytest.mark.parametrize("variant", ["colt5-even-16-brief", "colt5-even-16-cross-whole", "colt5-learned-16-whole"])
+def test_a_start_ends_before_a_controls_routers_change(variant: str, batch: dict[str, torch.Tensor]) -> None:
+    """A model whose routers cannot learn refuses a dense start, and to be told of its end."""
+    settings = learning.Settings(**TINY | {"length": 512})
+    training = learning.Training(variant, 0, settings, CPU)
+    for progress in (0.0, None, None):
+        assert torch.isfinite(training(batch, progress))
+    stacks = [part for part in training.model.modules() if hasattr(part, "dense_start")]
+    assert stacks and all(stack.dense_start is None for stack in stacks)
+    kinds = {part.routing for part in training.model.modules() if type(part).__name__ == "CoLT5Router"}
+    assert kinds == {learning.COLT5[variant].after or "learned"}
+
+
 # seven runs of two steps: ten seconds, most of them for the head over the vocabulary
 @pytest.mark.slow
 def test_learning_is_drawn_from_the_runs_there_are(tokens: Path, tmp_path: Path) -> None:
