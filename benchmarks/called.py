@@ -2,6 +2,9 @@
 
 python benchmarks/called.py
 python benchmarks/called.py --lengths 65536    # of these lengths alone
+python benchmarks/called.py --models CoLT5 "Gated DeltaNet"    # of these models alone
+
+Gated DeltaNet is measured where the package flash-linear-attention is installed.
 """
 
 import time
@@ -18,7 +21,9 @@ from peers import (
     DENSE_T5,
     DEVICE,
     EUROBERT,
+    GATED_DELTANET,
     GLOBAL,
+    HAS_GATED_DELTANET,
     LED,
     LOCAL,
     MODERNBERT,
@@ -64,7 +69,10 @@ class Setting:
 PLAIN = Setting()
 # the most important first, where time ends early
 LENGTHS = (16_384, 512, 4_096, 1_024, 65_536)
-PEERS = (EUROBERT, MODERNBERT, GLOBAL, LOCAL, DENSE_T5, T5GEMMA, PEGASUS_X, LED, MODERNBERT_FLEX)
+PEERS = (
+    EUROBERT, MODERNBERT, GLOBAL, LOCAL, DENSE_T5, T5GEMMA, PEGASUS_X, LED, *[GATED_DELTANET] * HAS_GATED_DELTANET,
+    MODERNBERT_FLEX,
+)  # fmt: skip
 WAYS = ((COLT5, CALLED), (COLT5, MODULES), (COLT5, CAPTURED), *((peer, CALLED) for peer in PEERS))
 # of the first length alone
 TRAINED = (Setting(dropout_rate=0.1), Setting(dropout_rate=0.1, under_autocast=True))
@@ -83,14 +91,16 @@ class Cell:
         return " ".join(filter(None, (self.model, self.way, f"{self.n:,}", str(self.setting))))
 
 
-def cells(lengths: Sequence[int]) -> list[Cell]:
-    """All rows of these lengths; of the first one those of training as well."""
+def cells(lengths: Sequence[int], models: Sequence[str]) -> list[Cell]:
+    """All rows of these lengths and models; of the first length those of training as well."""
     first, *others = lengths
     rows = [Cell(first, *way) for way in WAYS]
     rows += [Cell(first, COLT5, way, setting) for setting in TRAINED for way in (CALLED, MODULES)]
     rows += [Cell(n, *way) for n in others for way in WAYS]
     # flex_attention has no backward pass on a CPU, and compiles for each length, for up to a minute
-    wanted = [cell for cell in rows if cell.model != MODERNBERT_FLEX or DEVICE.type == "cuda"]
+    wanted = [
+        cell for cell in rows if cell.model in models and (cell.model != MODERNBERT_FLEX or DEVICE.type == "cuda")
+    ]
     return sorted(wanted, key=lambda cell: cell.model == MODERNBERT_FLEX)
 
 
@@ -139,16 +149,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Verify, then measure."""
     parser = make_parser(__doc__)
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="tokens of the inputs")
+    parser.add_argument("--models", nargs="+", choices=(COLT5, *PEERS), default=(COLT5, *PEERS), help="these alone")
     options = parse(parser, arguments)
     verify(options.tiny)
-    models = {(name, PLAIN): make_encoder(name, options.tiny) for name in dict.fromkeys(name for name, _ in WAYS)}
+    names = dict.fromkeys([COLT5, *options.models])
+    models = {(name, PLAIN): make_encoder(name, options.tiny) for name in names}
     for setting in TRAINED:
         model = make_encoder(COLT5, options.tiny, dropout_rate=setting.dropout_rate).train()
         models[COLT5, setting] = model.float() if setting.under_autocast else model
     verify_straight(models[COLT5, PLAIN], options.tiny)
     table = Table("called", TITLE, options)
     # of a toy every length is the same
-    rows = cells(options.lengths[:1] if options.tiny else options.lengths)
+    rows = cells(options.lengths[:1] if options.tiny else options.lengths, options.models)
     for position, cell in enumerate(rows):
         if time.perf_counter() > options.deadline:
             table.note(f"Not measured for lack of time: {'; '.join(map(str, rows[position:]))}.")

@@ -105,6 +105,9 @@ STARTS = {
 OTHERS = {
     "colt5-random-16": Variant("random"),
     "colt5-epsilon-16": Variant(fields={"routing_epsilon": 0.1}),
+    # more of the chosen tokens have a weight near 1
+    "colt5-ratio-2-16": Variant(fields={"soft_topk_ratio": 2}),
+    "colt5-ratio-4-16": Variant(fields={"soft_topk_ratio": 4}),
     # AdamW as it is, at one learning rate for all parameters
     "colt5-one-rate-16": Variant(),
     "colt5-descent-16": Variant(fields={"soft_topk_solver": "coordinate_descent", "num_soft_topk_iterations": 50}),

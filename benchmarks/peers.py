@@ -1,5 +1,6 @@
 """The models that are measured against each other, of base size or tiny, with random weights and no dropout."""
 
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -40,6 +41,9 @@ EUROBERT = "EuroBERT"
 T5GEMMA = "T5Gemma"
 PEGASUS_X = "PEGASUS-X"
 LED = "LED"
+GATED_DELTANET = "Gated DeltaNet"
+# its kernels are for a GPU, and its library, flash-linear-attention, is not part of this project's environment
+HAS_GATED_DELTANET = DEVICE.type == "cuda" and importlib.util.find_spec("fla") is not None
 
 # T5 1.1's base size
 BASE = {"vocab_size": 32128, "d_model": 768, "d_kv": 64, "d_ff": 2048, "num_layers": 12, "num_heads": 12}
@@ -156,6 +160,14 @@ def _led(tiny: bool) -> PreTrainedModel:
     )  # fmt: skip
 
 
+def _gated_deltanet(tiny: bool) -> PreTrainedModel:
+    from fla.models import GatedDeltaNetConfig, GatedDeltaNetModel
+
+    # queries and keys of three quarters of the width, and values twice as wide, as the paper of the layer has them
+    heads = {"num_heads": 2, "head_dim": 16} if tiny else {"num_heads": 9, "head_dim": 64}
+    return GatedDeltaNetModel(GatedDeltaNetConfig(**_common(tiny), **heads, use_cache=False))
+
+
 def _made(make: Callable[[], PreTrainedModel]) -> PreTrainedModel:
     torch.manual_seed(0)
     with DEVICE:
@@ -176,6 +188,7 @@ def make_encoder(name: str, tiny: bool, **fields: Any) -> PreTrainedModel:
         T5GEMMA: lambda: _t5gemma_encoder(tiny),
         PEGASUS_X: lambda: _pegasus_x(tiny),
         LED: lambda: _led(tiny),
+        GATED_DELTANET: lambda: _gated_deltanet(tiny),
     }
     return _made(makers[name]).to(DTYPE)
 
