@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +18,32 @@ logger = logging.get_logger(__name__)
 
 
 @dataclass
+class TokenTypes:
+    """Which token types a batch has.
+
+    Attributes:
+        numbers: int64 [batch, n], the type of each token, numbered from 0.
+        count: how many types there are.
+    """
+
+    numbers: torch.Tensor
+    count: int
+
+    @classmethod
+    def of(cls, ids: torch.Tensor | None) -> "TokenTypes | None":
+        """Of tokens int64 [batch, n]; None where they are not known, as with embeddings as inputs."""
+        if ids is None:
+            return None
+        types, numbers = ids.unique(return_inverse=True)
+        return cls(numbers, len(types))
+
+    def counts(self, where: torch.Tensor) -> torch.Tensor:
+        """int64 [count], how many of the tokens that bool [batch, n] is True of have each type."""
+        nothing = torch.zeros(self.count, dtype=torch.int64, device=where.device)
+        return nothing.scatter_add(0, self.numbers.flatten(), where.flatten().long())
+
+
+@dataclass
 class Choice:
     """What one router chose on a batch.
 
@@ -27,7 +53,7 @@ class Choice:
         indices: int64 [batch, slots]; of a causal layer's keys/values a token has a slot in each pool that holds it.
         weights: fp32 [batch, slots].
         valid: bool [batch, slots], which slots are used.
-        ids: int64 [batch, n], the tokens; None where they are not known, as with embeddings as inputs.
+        types: of the tokens; None where they are not known.
     """
 
     scores: torch.Tensor
@@ -35,7 +61,7 @@ class Choice:
     indices: torch.Tensor
     weights: torch.Tensor
     valid: torch.Tensor
-    ids: torch.Tensor | None
+    types: TokenTypes | None
 
     def chosen(self) -> torch.Tensor:
         """bool [batch, n], which tokens were routed."""
@@ -51,20 +77,23 @@ SATURATED = 0.9999
 def choice_numbers(choice: Choice) -> dict[str, torch.Tensor]:
     """The numbers of one choice, each fp32 []; `RouterHealthCallback` says what they are. Where the tokens are not
     known there is no entropy."""
-    ids = choice.ids
-    scores, chosen = choice.scores.float()[choice.real], choice.chosen()
+    # without a shape that depends on values, for which the host would have to wait for the GPU
+    real, valid = choice.real, choice.valid
+    number = real.sum()
+    scores = choice.scores.float()
+    mean = torch.where(real, scores, 0).sum() / number
     numbers = {
-        "saturated": (choice.weights[choice.valid] > SATURATED).float().mean(),
-        "score_std": scores.std(correction=0),
+        "saturated": ((choice.weights > SATURATED) & valid).sum() / valid.sum(),
+        "score_std": (torch.where(real, scores - mean, 0).square().sum() / number).sqrt(),
     }
-    if ids is not None:
-        numbers["entropy"] = _entropy_of(ids[chosen]) / _entropy_of(ids[choice.real]).clamp(min=1e-6)
+    if choice.types is not None:
+        of_choice, of_all = (_entropy_of(choice.types.counts(where)) for where in (choice.chosen(), real))
+        numbers["entropy"] = of_choice / of_all.clamp(min=1e-6)
     return numbers
 
 
-def _entropy_of(ids: torch.Tensor) -> torch.Tensor:
-    shares = ids.unique(return_counts=True)[1].float() / max(1, ids.numel())
-    return -(shares * shares.log()).sum()
+def _entropy_of(counts: torch.Tensor) -> torch.Tensor:
+    return torch.special.entr(counts / counts.sum().clamp(min=1)).sum()
 
 
 @dataclass
@@ -74,14 +103,15 @@ class RouterRecord:
     Attributes:
         chosen: bool [batch, n], the last choice; None before the first.
         has_choice: whether the last budget left any real token out.
-        unrouted_since: for each token type of the watched batch the step when it was last routed.
+        unrouted_since: int64 [types], for each token type of the watched batch the step when it was last routed, or
+            first frequent; -1 for those that were not frequent yet. None before the first measurement.
         still: how many measurements in a row found it without a gradient, or with the same choice as before.
         has_lived: whether any did not.
     """
 
     chosen: torch.Tensor | None = None
     has_choice: bool = True
-    unrouted_since: dict[int, int] = field(default_factory=dict)
+    unrouted_since: torch.Tensor | None = None
     still: int = 0
     has_lived: bool = False
 
@@ -99,7 +129,7 @@ def causal_layers(decoder: Any) -> list[tuple[int, Any]]:
 
 
 def causal_choices(
-    scores: torch.Tensor, plan: Any, routed: tuple[torch.Tensor | RoutedTokens, ...], ids: torch.Tensor | None
+    scores: torch.Tensor, plan: Any, routed: tuple[torch.Tensor | RoutedTokens, ...], types: TokenTypes | None
 ) -> list[Choice]:
     """The choices of a causal layer's routers, as its norm scored the tokens and as it routed them.
 
@@ -107,14 +137,14 @@ def causal_choices(
         scores: [batch, routers, n], by position.
         plan: the pass's `CausalPlan`.
         routed: of an attention the queries' weights [batch, n] and the pools, of a feed-forward the weights.
-        ids: int64 [batch, n], the tokens; None where they are not known.
+        types: of the tokens; None where they are not known.
     """
     batch, routers, length = scores.shape
     places = torch.arange(length, device=scores.device).expand(batch, length)
     real = plan.leave(places < plan.counts[:, None])
     weights = routed[0]
     assert isinstance(weights, torch.Tensor)
-    choices = [Choice(scores[:, 0], real, places, weights, weights > 0, ids)]
+    choices = [Choice(scores[:, 0], real, places, weights, weights > 0, types)]
     for pools in routed[1:]:
         assert isinstance(pools, RoutedTokens)
         # a row that ends earlier than others has no windows behind its end
@@ -127,7 +157,7 @@ def causal_choices(
             # an unused slot may name a rank that no token has
             indices = ranks.clamp(max=length - 1)
             indices = indices if plan.order is None else plan.order.gather(1, indices)
-            choices.append(Choice(scores[:, 1 + router], real, indices, own_weights, own_valid, ids))
+            choices.append(Choice(scores[:, 1 + router], real, indices, own_weights, own_valid, types))
     return choices
 
 
@@ -293,33 +323,36 @@ class RouterHealthCallback(TrainerCallback):
         assert self._batch is not None
         choices = self._choices(model)
         measured: dict[str, torch.Tensor] = {}
+        leaves_out: list[torch.Tensor] = []
         for name, choice in choices.items():
-            numbers, ids = choice_numbers(choice), choice.ids
+            numbers = choice_numbers(choice)
             record, chosen = self.records.setdefault(name, RouterRecord()), choice.chosen()
             if record.chosen is not None:
                 numbers["overlap"] = (chosen & record.chosen).sum() / record.chosen.sum().clamp(min=1)
-            if ids is not None:
-                numbers["unrouted_types"] = self._unrouted_types(record, ids, choice.real, chosen, step)
+            if choice.types is not None:
+                numbers["unrouted_types"] = self._unrouted_types(record, choice.types, choice.real, chosen, step)
             if name in self._gradients:
                 numbers["gradient_norm"] = self._gradients[name]
-            record.chosen, record.has_choice = chosen, bool((choice.real & ~chosen).any())
+            record.chosen = chosen
+            leaves_out.append((choice.real & ~chosen).any())
             measured |= {f"routers/{name}/{number}": value for number, value in numbers.items()}
         if not measured:
             return {}
-        values = torch.stack([value.float() for value in measured.values()]).tolist()
-        return dict(zip(measured, values, strict=True))
+        # the one place where the host waits for the GPU
+        values = torch.stack([value.float() for value in (*measured.values(), *leaves_out)]).tolist()
+        for name, value in zip(choices, values[len(measured) :], strict=True):
+            self.records[name].has_choice = bool(value)
+        return dict(zip(measured, values[: len(measured)], strict=True))
 
     def _unrouted_types(
-        self, record: RouterRecord, ids: torch.Tensor, real: torch.Tensor, chosen: torch.Tensor, step: int
+        self, record: RouterRecord, types: TokenTypes, real: torch.Tensor, chosen: torch.Tensor, step: int
     ) -> torch.Tensor:
-        types, counts = ids[real].unique(return_counts=True)
-        frequent = types[counts * chosen.sum() >= real.sum()].tolist()
-        routed = set(ids[chosen].unique().tolist())
-        for token in frequent:
-            if token in routed or token not in record.unrouted_since:
-                record.unrouted_since[token] = step
-        late = sum(step - record.unrouted_since[token] >= self.unrouted_steps for token in frequent)
-        return torch.tensor(float(late), device=ids.device)
+        counts = types.counts(real)
+        frequent = (counts > 0) & (counts * chosen.sum() >= real.sum())
+        since = torch.full_like(counts, -1) if record.unrouted_since is None else record.unrouted_since
+        seen = frequent & ((types.counts(chosen) > 0) | (since < 0))
+        record.unrouted_since = torch.where(seen, step, since)
+        return (frequent & (step - record.unrouted_since >= self.unrouted_steps)).sum()
 
     def _choices(self, model: nn.Module) -> dict[str, Choice]:
         """What the routers choose of the kept batch, in the order of `routers`. The encoder's run in order too: a
@@ -355,17 +388,19 @@ class RouterHealthCallback(TrainerCallback):
             for hook in hooks:
                 hook.remove()
         parts: list[Choice] = []
+        types = TokenTypes.of(batch.get("input_ids"))
         for (scores, _, _, mask, _), (indices, weights, valid) in calls:
             real = torch.ones_like(scores, dtype=torch.bool) if mask is None else mask
             # the rows of several routers, one behind the other
             for first in range(0, len(scores), rows):
                 own = slice(first, first + rows)
                 chosen = (scores[own], real[own], indices[own], weights[own], valid[own])
-                parts.append(Choice(*chosen, batch.get("input_ids")))
-        own_ids = batch.get("input_ids" if self._encoder is None else "decoder_input_ids")
+                parts.append(Choice(*chosen, types))
+        if self._encoder is not None:
+            types = TokenTypes.of(batch.get("decoder_input_ids"))
         for (_, (_, scores)), (args, (_, *routed)) in zip(norms, causal, strict=True):
             plan = next(value for value in args if hasattr(value, "counts"))
-            parts += causal_choices(scores, plan, tuple(routed), own_ids)
+            parts += causal_choices(scores, plan, tuple(routed), types)
         return dict(zip(self.routers(), parts, strict=True))
 
     def warn_of_the_dead(self, numbers: dict[str, float]) -> None:

@@ -400,9 +400,9 @@ def test_settings_that_change_between_tokens_are_obeyed(device: torch.device, st
     assert len(steps) == 2 and len(set(layer_decoder.lists_by_kind) - kinds) == 1
 
 
-def test_a_copied_layer_of_a_cache_goes_its_own_way(steps: list) -> None:
+def test_a_copied_layer_of_a_cache_goes_its_own_way(device: torch.device, steps: list) -> None:
     """A token is written in place: of a copy into its own tensors."""
-    model, ids = make_model(torch.device("cpu"), **KINDS["routed"]), random_ids(1, WINDOW + 5)
+    model, ids = make_model(device, **KINDS["routed"]), random_ids(1, WINDOW + 5).to(device)
     begun, *ends = ids.split([WINDOW + 1, 2, 2], 1)
     _, cache = go_on(model, {"input_ids": begun}, [WINDOW, 1])
     other = copy.copy(cache)

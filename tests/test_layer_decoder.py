@@ -634,9 +634,9 @@ def test_tensors_of_a_step_stay_while_they_fit() -> None:
 
 @pytest.mark.parametrize("way", ["inference mode first", "deep copy", "shallow copy", "fewer rows"])
 @torch.no_grad()
-def test_a_cache_goes_on_whatever_was_done_with_it(way: str, steps: list) -> None:
+def test_a_cache_goes_on_whatever_was_done_with_it(way: str, device: torch.device, steps: list) -> None:
     """Its tensors for a step were made by the tokens before."""
-    model, ids = make_model(torch.device("cpu"), CoLT5ForCausalLM), random_ids(2, 8)
+    model, ids = make_model(device, CoLT5ForCausalLM), random_ids(2, 8).to(device)
     # PyTorch's `inference_mode(False)` would turn gradients on
     with torch.inference_mode() if way == "inference mode first" else nullcontext():
         cache = model(ids[:, :4], use_cache=True)[CACHE]
@@ -648,7 +648,7 @@ def test_a_cache_goes_on_whatever_was_done_with_it(way: str, steps: list) -> Non
         other = copy.copy(cache)
         other.layers = [copy.copy(layer) for layer in cache.layers]
     elif way == "fewer rows":
-        cache.batch_select_indices(torch.tensor([1]))
+        cache.batch_select_indices(torch.tensor([1], device=device))
         ids = ids[1:]
     expected = as_torch(model, lambda: model(ids).logits)
     for place in (5, 6):

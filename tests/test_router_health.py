@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from models import pad, random_ids, tiny_config
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from modeling_colt5 import CoLT5ForCausalLM, CoLT5ForConditionalGeneration, CoLT5ForTokenClassification
@@ -124,6 +125,36 @@ def test_numbers_are_those_of_numpy(side: str) -> None:
             before[name] = chosen
             with torch.no_grad():
                 router.weight.copy_(torch.randn_like(router.weight))
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operations for which the host would wait for a GPU, as it needs values or a shape they decide."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "_unique2", "index.Tensor")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += any(name in str(func) for name in self.NAMES)
+        return func(*args, **kwargs or {})
+
+
+def test_the_host_does_not_wait_for_each_router(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = []
+    for layers in (1, 3):
+        model = token_model(num_layers=layers)
+        watcher = RouterHealthCallback(lambda numbers: None)
+        watcher._encoder, watcher._batch = model.encoder, pad([random_ids(24), random_ids(17)])
+        choices = watcher._choices(model)
+        monkeypatch.setattr(watcher, "_choices", lambda model, choices=choices: choices)
+        for step in (1, 2):
+            with Waits() as waits:
+                watcher.measure(model, step)
+            counts.append(waits.count)
+    # `tolist` of a tensor on the CPU is no operation
+    assert counts == [0] * 4
 
 
 def test_numbers_reach_the_logs_of_integrations_beside_the_losses(tmp_path: Path) -> None:
