@@ -42,6 +42,8 @@ NAMES = {
     "colt5-descent-16": "learned, 1/16, no dense start, coordinate descent",
     "longt5-local": "LongT5, local",
     "longt5-transient-global": "LongT5, transient-global",
+    "colt5-ratio-2-16": "learned, 1/16, no dense start, ratio 2",
+    "colt5-ratio-4-16": "learned, 1/16, no dense start, ratio 4",
     "colt5-learned-16-brief": "learned, 1/16, brief dense start on whole inputs",
     "colt5-even-16-brief": "even, 1/16, after a brief dense start on whole inputs",
     "colt5-learned-16-cross-whole": "learned, 1/16, routed cross-attention, dense start on whole inputs",
@@ -84,6 +86,10 @@ START_PAIRS = (
 # at equal operations: some of these runs have more steps
 EQUAL_PAIRS = (
     ("colt5-as-shipped-16", "colt5-even-16"),
+    ("colt5-ratio-2-16", "colt5-even-16"),
+    ("colt5-ratio-4-16", "colt5-even-16"),
+    ("colt5-ratio-2-16", "colt5-as-shipped-16"),
+    ("colt5-ratio-4-16", "colt5-as-shipped-16"),
     ("colt5-learned-16-brief", "colt5-even-16"),
     ("colt5-learned-16-whole", "colt5-even-16"),
     ("colt5-even-16-brief", "colt5-even-16"),

@@ -169,8 +169,8 @@ class RouterHealthCallback(TrainerCallback):
         trainer.add_callback(RouterHealthCallback(trainer.log))
 
     Every `interval` steps the model reads the first batch of the run once more, without a gradient and with the
-    paper's routing, also in a dense start. A forward pass is a third of a step, so at 100 steps this costs a third of
-    a percent; all other steps are as they would be without. Each router gets, under `routers/<layer>/<router>/`, where
+    paper's routing, also in a dense start. That takes a step's time at most, so at 100 steps at most one percent; all
+    other steps are as they would be without. Each router gets, under `routers/<layer>/<router>/`, where
     that of a decoder layer's cross-attention is `cross`, or `cross_0`, `cross_1`, … of several, and a causally routed
     layer's are `causal_query`, `causal_key_value` (with a number behind it if there are several) and
     `causal_feed_forward`:
