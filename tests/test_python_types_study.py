@@ -72,6 +72,8 @@ def test_the_arms_are_what_they_are_called():
     ]  # fmt: skip
     assert made["learned-64"].config.routed_query_fraction == 1 / 64
     assert made["learned-cross"].config.routed_cross_key_values == 256
+    assert [name for name in PLANS["strength"].arms if ARMS[name].has_dense_start] == ["learned", "learned-ratio"]
+    assert [made[name].config.soft_topk_ratio for name in PLANS["strength"].arms] == [4, 9 / 8, 9 / 8, 9 / 8, 4]
     assert made["longt5-global"].config.encoder_attention_type == "transient-global"
     sizes = {name: model.num_parameters() for name, model in made.items()}
     # T5 and LongT5 have one width for the feed-forwards of encoder and decoder, and so a larger decoder
@@ -91,7 +93,7 @@ def test_without_routing_the_encoder_costs_as_much():
 
 # one of each kind of model and of inputs; the others are these with another number
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["none", "longt5-global", "t5-window", "learned-cross"])
+@pytest.mark.parametrize("name", ["none", "longt5-global", "t5-window", "learned-cross", "unstarted-ratio"])
 def test_an_arm_trains_and_answers(name, corpus, tmp_path, monkeypatch):
     monkeypatch.setattr("python_types.predict.LONGEST_ANSWER", 2)
     monkeypatch.setattr("python_types.predict.MEAN_ANSWER", 2)

@@ -35,6 +35,7 @@ class Arm:
         is_looking: whether it begins with first_weights.py's weights; else with its own.
         learning_rate: the highest, relative to each parameter's size.
         is_captured: whether its steps can be CUDA graphs. LongT5's cannot: its masks come from the host.
+        is_started: whether routers that learn have a dense start.
     """
 
     kind: str = "colt5"
@@ -45,11 +46,12 @@ class Arm:
     is_looking: bool = True
     learning_rate: float = 2e-2
     is_captured: bool = True
+    is_started: bool = True
 
     @property
     def has_dense_start(self) -> bool:
-        """Whether it has routers that learn."""
-        return self.kind == "colt5" and self.size.get("routing", "learned") == "learned"
+        """Whether it has routers that learn, and a dense start for them."""
+        return self.is_started and self.kind == "colt5" and self.size.get("routing", "learned") == "learned"
 
     def model(self, size: Size, device: torch.device) -> PreTrainedModel:
         """A new one, in training mode.
@@ -114,6 +116,10 @@ ARMS = {
     "even-64": Arm(size={"routing": "even", "budget": 64}),
     # the decoder reads what cross-attention's routers chose
     "learned-cross": Arm(config={"routed_cross_key_values": 256}),
+    # what a dense start is worth, and routed tokens whose weights are nearer to 1
+    "unstarted": Arm(is_started=False),
+    "unstarted-ratio": Arm(is_started=False, config={"soft_topk_ratio": 4}),
+    "learned-ratio": Arm(config={"soft_topk_ratio": 4}),
     # first weights, on short inputs
     "own-weights": Arm(is_looking=False, learning_rate=1e-2),
     "looking": Arm(learning_rate=1e-2),

@@ -102,6 +102,7 @@ PLANS = {
             "learned-cross",
         )
     ),
+    "strength": Plan(("unstarted-ratio", "even", "unstarted", "learned", "learned-ratio")),
     "first-weights": Plan(
         ("looking", "own-weights", "looking-3e-2", "t5-looking"),
         seeds=(0,),
