@@ -18,6 +18,8 @@ NAMES = {
     "none": "light branches only",
     "none_wide": "light branches only, equal operations",
     "dense": "every token in the heavy branches",
+    "learned_ratio_2": "learned, after a dense start, ratio 2",
+    "learned_ratio_4": "learned, after a dense start, ratio 4",
 }
 Line = dict[str, Any]
 # task, length, share of queries, steps, times as many inputs in a step of the dense start

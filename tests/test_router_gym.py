@@ -165,6 +165,20 @@ def test_runs_are_kept_and_not_repeated(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 @pytest.mark.slow
+def test_arms_with_another_ratio_have_a_dense_start(tmp_path: Path) -> None:
+    settings = dataclasses.replace(router_gym.Settings(), batch=2, eval_rows=2, eval_every=2)
+    arguments = ["--tasks", "facts", "--lengths", "128", "--budgets", "16", "--steps", "3", "--seeds", "0"]
+    router_gym.main([*arguments, "--out", str(tmp_path), "--arms", "learned", "learned_ratio_4"], settings)
+    plain, other = router_gym.read_lines(tmp_path)
+    assert plain["flops"] == other["flops"] and plain["curve"][0] != other["curve"][0]
+    assert "ratio 4" in (tmp_path / "router_gym.md").read_text()
+    assert (
+        router_gym.make_config(router_gym.Run("facts", "learned_ratio_4", 128, 1 / 16, 0), settings).soft_topk_ratio
+        == 4
+    )
+
+
+@pytest.mark.slow
 def test_cross_attentions_routers_are_described(tmp_path: Path) -> None:
     settings = dataclasses.replace(router_gym.Settings(), batch=2, eval_rows=2, eval_every=2)
     arguments = ["--tasks", "cross", "--lengths", "128", "--budgets", "16", "--steps", "3", "--seeds", "0"]
