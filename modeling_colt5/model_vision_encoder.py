@@ -87,7 +87,7 @@ class CoLT5VisionEncoder(CoLT5VisionPreTrainedModel):
             kwargs: `output_hidden_states`, `output_attentions`, `output_routing` and `return_dict`.
 
         Raises:
-            TypeError: for pictures that are no floating point tensor.
+            TypeError: for pictures that are no floating point tensor, or a mask that is no tensor.
             ValueError: for another number of channels, an empty picture, or another shape of anything.
         """
         refuse_jit_trace()

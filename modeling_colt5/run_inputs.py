@@ -224,13 +224,16 @@ def pixel_mask_of(pixel_mask: Tensor | None, pixel_values: Tensor) -> Tensor | N
     """The mask of pictures [batch, channels, height, width] as bool [batch, height, width], True for real pixels.
 
     Raises:
+        TypeError: for a mask that is no tensor.
         ValueError: for a mask of another shape, or where it can be seen, a picture without a real pixel.
     """
     if pixel_mask is None:
         return None
     batch, _, *size = pixel_values.shape
+    wanted = f"[batch, height, width], here {(batch, *size)}, with 1 for real pixels and 0 for padding"
+    if not isinstance(pixel_mask, Tensor):
+        raise _type_error("pixel_mask", pixel_mask, wanted)
     if pixel_mask.shape != (batch, *size):
-        wanted = f"[batch, height, width], here {(batch, *size)}, with 1 for real pixels and 0 for padding"
         raise _shape_error("pixel_mask", pixel_mask, wanted)
     mask = pixel_mask.to(torch.bool)
     if can_look(mask):

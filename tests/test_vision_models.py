@@ -352,6 +352,9 @@ def test_other_bad_input_is_refused():
     pixels = torch.zeros(2, 3, 8, 8)
     with pytest.raises(ValueError, match=r"labels has shape \(3,\)"):
         model(pixels, labels=torch.zeros(3, dtype=torch.int64))
+    for mask in (torch.ones(2, 8, 8).tolist(), torch.ones(2, 8, 8).numpy()):
+        with pytest.raises(TypeError, match=r"pixel_mask is \w+; it must be a tensor, .*, here \(2, 8, 8\)"):
+            model(pixels, pixel_mask=mask)
     with pytest.warns(UserWarning, match="the argument pixel_maks is not read; the nearest .* is pixel_mask"):
         model(pixels, pixel_maks=torch.ones(2, 8, 8))
     with pytest.raises(TypeError, match="config is a CoLT5Config; it must be a CoLT5VisionConfig"):
