@@ -46,6 +46,8 @@ def main(argv: list[str] | None = None) -> None:
 
     if options.sample is not None and not options.sample.is_file():
         parser.error(f"{options.sample} is not a file")
+    if options.sample_length < 1:
+        parser.error(f"--sample-length is {options.sample_length}; it must be at least 1")
 
     budgets = {f"routed_{name}": getattr(options, name) for name in BUDGETS}
     given = {name: float(value) for name, value in budgets.items() if value is not None}
@@ -60,6 +62,8 @@ def main(argv: list[str] | None = None) -> None:
         samples = None
         if options.sample is not None:
             text = options.sample.read_text(encoding="utf-8")
+            if not text.strip():
+                raise ValueError(f"{options.sample} has no text to measure on; without --sample the weights are read")
             ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"]
             samples = [{"input_ids": piece} for piece in ids.split(options.sample_length, dim=1)]
         model = convert(

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -107,14 +107,14 @@ def convert(
             and a unit's mean absolute activation times the norm of its output weights. Without them, and for LongT5's
             heads, both are read off the weights: the norm of a head's value and output matrices' product times the
             share that its biases alone would give to tokens within the radius, and the product of the norms of a
-            unit's weights.
+            unit's weights. There must be at least one.
         config_kwargs: other fields of the new configuration.
 
     Raises:
-        TypeError: for a source of another kind.
-        ValueError: for sizes that the source's heads or units do not fit into, or a source whose weights cannot be
-            copied: quantised, on disk, with adapters on them, or such as a CoLT5 has no place for (a bias of the head,
-            an embedding of the encoder's own).
+        TypeError: for a source of another kind, or samples that are no batches.
+        ValueError: for sizes that the source's heads or units do not fit into, samples without a batch, or a source
+            whose weights cannot be copied: quantised, on disk, with adapters on them, or such as a CoLT5 has no place
+            for (a bias of the head, an embedding of the encoder's own).
     """
     if not isinstance(source, SOURCES):
         raise TypeError(
@@ -383,8 +383,15 @@ def _measure(
     source.eval()
     if with_heads:
         encoder.set_attn_implementation("eager")
+    measured = False
     try:
         for batch in samples:
+            if not isinstance(batch, Mapping):
+                raise TypeError(
+                    f"samples holds a {type(batch).__name__}; each must be a batch, as in "
+                    "[tokenizer(text, return_tensors='pt')]"
+                )
+            measured = True
             values.clear()
             with torch.no_grad():
                 output = encoder(**batch, output_attentions=with_heads)
@@ -398,6 +405,11 @@ def _measure(
             hook.remove()
         encoder.set_attn_implementation(implementation)
         source.train(training)
+    if not measured:
+        # all zeros would choose heads and units by their numbers
+        raise ValueError(
+            "samples has no batch (an iterator that was read before?); give some, or None for the weights"
+        )
     for layer, block in enumerate(source.encoder.block):
         activity[layer] *= block.layer[1].DenseReluDense.wo.weight.detach().cpu().float().norm(dim=0)
     return added, activity

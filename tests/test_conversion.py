@@ -171,6 +171,19 @@ def test_what_heads_add_is_measured_on_real_tokens_within_the_radius():
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
 
 
+def test_samples_that_nothing_can_be_measured_on_are_refused():
+    """Without a batch, heads and units would be chosen by their numbers."""
+    source, ids = make_t5("relu", True, False), torch.randint(2, 64, (1, 12))
+    read_before = iter([{"input_ids": ids}])
+    convert(source, samples=read_before)
+    for samples in ([], read_before):
+        with pytest.raises(ValueError, match="samples has no batch"):
+            convert(source, samples=samples)
+    for samples, kind in (([ids], "Tensor"), ({"input_ids": ids}, "str")):
+        with pytest.raises(TypeError, match=f"samples holds a {kind}; each must be a batch"):
+            convert(source, samples=samples)
+
+
 def test_the_source_is_left_as_it_was():
     source = make_t5("relu", True, False).train()
     before = {name: weight.clone() for name, weight in source.state_dict().items()}

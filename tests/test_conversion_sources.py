@@ -217,8 +217,18 @@ def test_sizes_budgets_and_radius_on_the_command_line(tmp_path, capsys):
         and "0.5 of the feed-forward's tokens, 0.25 of the queries" in said
     )
     assert "31 nearest tokens" in said and "2 means" in said and "Train it further" in said
-    no_text = folder / "model.safetensors"
-    for name, value in (("query-fraction", "2"), ("local-radius", "-1"), ("light-heads", "0"), ("sample", no_text)):
+    no_text, blank = folder / "model.safetensors", tmp_path / "blank.txt"
+    blank.write_text(" \n")
+    with pytest.raises(SystemExit):
+        convert_folder(folder, tmp_path / "other", "--sample", str(blank), "--sample-length", "0")
+    assert "--sample-length is 0; it must be at least 1" in capsys.readouterr().err
+    for name, value in (
+        ("query-fraction", "2"),
+        ("local-radius", "-1"),
+        ("light-heads", "0"),
+        ("sample", no_text),
+        ("sample", blank),
+    ):
         with pytest.raises(SystemExit):
             convert_folder(folder, tmp_path / "other", f"--{name}", str(value))
         # one line, whatever other libraries make of it
