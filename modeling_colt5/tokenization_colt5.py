@@ -141,8 +141,21 @@ class CoLT5Tokenizer(T5Tokenizer):
         return [f"<extra_id_{i}>" for i in range(self._extra_ids)]
 
     def get_sentinel_token_ids(self) -> list[int]:
-        """The sentinels' ids in order of number; T5's fall by one from the end of the vocabulary."""
-        return self.convert_tokens_to_ids(self.get_sentinel_tokens())
+        """The sentinels' ids in order of number; T5's fall by one from the end of the vocabulary.
+
+        Raises:
+            ValueError: `extra_ids` is larger than the number of sentinels in the vocabulary.
+        """
+        vocabulary, sentinels = self.get_vocab(), self.get_sentinel_tokens()
+        for number, sentinel in enumerate(sentinels):
+            # a saved vocabulary stays as it is, whatever extra_ids it is loaded with; unk would stand for this one
+            if sentinel not in vocabulary:
+                raise ValueError(
+                    f"extra_ids is {len(sentinels)}, but the vocabulary has {number} sentinels: {sentinel} is not in "
+                    f"it. Load the tokenizer with extra_ids={number}, or add them: "
+                    "add_tokens(tokenizer.get_sentinel_tokens(), special_tokens=True)"
+                )
+        return [vocabulary[sentinel] for sentinel in sentinels]
 
     def get_mode_token_ids(self) -> dict[str, int]:
         """The ids of UL2's mode tokens by denoiser, `{"R": …, "S": …, "X": …}`.

@@ -134,6 +134,13 @@ def test_the_number_of_sentinels_is_an_argument(tmp_path):
     again = CoLT5Tokenizer.from_pretrained(tmp_path)
     assert again.get_vocab() == tokenizer.get_vocab()
     assert again.get_sentinel_tokens() == [f"<extra_id_{i}>" for i in range(4)]
+    # more than the saved vocabulary has would all be unk
+    more = CoLT5Tokenizer.from_pretrained(tmp_path, extra_ids=6)
+    with pytest.raises(ValueError, match="extra_ids is 6, but the vocabulary has 4 sentinels: <extra_id_4> is not"):
+        more.get_sentinel_token_ids()
+    assert more.add_tokens(more.get_sentinel_tokens(), special_tokens=True) == 2
+    first = len(PIECES)
+    assert more.get_sentinel_token_ids() == [first + 3, first + 2, first + 1, first, first + 4, first + 5]
 
 
 def test_mode_tokens_are_one_token_each_and_survive(t5_folder, tmp_path):
