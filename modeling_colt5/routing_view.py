@@ -324,7 +324,8 @@ def show_routing(model: Any, processor: Any, document: Any, title: str | None = 
     Args:
         model: a CoLT5 model with an encoder, whose routing is shown, a causal one with causally routed layers, or one
             over pictures.
-        processor: the model's tokenizer or image processor.
+        processor: the model's tokenizer, which must be of the library `tokenizers` to tell where its tokens stand in
+            the text, or its image processor.
         document: the text, or a picture as the image processor takes it; it is read whole.
         title: what stands above it; None for the model's kind and the number of tokens or patches.
 
@@ -332,7 +333,7 @@ def show_routing(model: Any, processor: Any, document: Any, title: str | None = 
         A `RoutingView`, or of a picture a `PictureRoutingView`.
 
     Raises:
-        TypeError: for a text that is no string.
+        TypeError: for a text that is no string, or a processor of another kind than the model's.
         ValueError: for a model that routes nothing, or several pictures.
     """
     kind = getattr(getattr(model, "config", None), "model_type", None)
@@ -340,6 +341,16 @@ def show_routing(model: Any, processor: Any, document: Any, title: str | None = 
         raise ValueError(f"model is a {type(model).__name__}, which routes nothing; it must be a CoLT5 model")
     if kind == "colt5" and not isinstance(document, str):
         raise TypeError(f"document is a {type(document).__name__}; it must be a string")
+    if kind == "colt5" and not getattr(processor, "is_fast", False):
+        raise TypeError(
+            f"processor is a {type(processor).__name__}; for a text it must be a tokenizer that tells where its "
+            "tokens stand in the text, one of the library tokenizers (is_fast)"
+        )
+    if kind == "colt5_vision" and "pixel_values" not in getattr(processor, "model_input_names", ()):
+        raise TypeError(
+            f"processor is a {type(processor).__name__}; for a picture it must be an image processor, such as "
+            "model.config.image_processor()"
+        )
     was_training = model.training
     model.eval()
     try:

@@ -14,6 +14,7 @@ import torch
 from example_runs import TOKENIZER
 from models import tiny_config, tiny_model
 from PIL import Image
+from transformers import ByT5Tokenizer
 from vision import tiny_vision_model
 
 from modeling_colt5 import (
@@ -23,6 +24,7 @@ from modeling_colt5 import (
     CoLT5ForImageClassification,
     CoLT5ForSequenceClassification,
     CoLT5Tokenizer,
+    CoLT5VisionConfig,
     CoLT5VisionModel,
     show_routing,
 )
@@ -121,6 +123,11 @@ def test_what_cannot_be_shown_is_refused(tokenizer, view):
         show_routing(torch.nn.Linear(2, 2), tokenizer, "x")
     with pytest.raises(ValueError, match="router is 'cross'; this model has query, key_value, feed_forward"):
         view.overlap("cross")
+    # a tokenizer of Python tells no places of its tokens
+    for processor in (ByT5Tokenizer(), None, CoLT5VisionConfig().image_processor()):
+        message = f"processor is a {type(processor).__name__}; for a text it must be a tokenizer"
+        with pytest.raises(TypeError, match=message):
+            show_routing(make(CoLT5EncoderModel), processor, "x")
     with pytest.raises(ValueError, match="parts is 0"):
         view.share_by_position("query", 0)
 
@@ -332,6 +339,9 @@ def test_pictures_that_cannot_be_shown_are_refused(tokenizer):
     model = tiny_vision_model()
     with pytest.raises(ValueError, match="document is 2 pictures; it must be one"):
         show_routing(model, model.config.image_processor(), [draw_picture(8, 8)] * 2)
+    for processor in (tokenizer, None):
+        with pytest.raises(TypeError, match=f"processor is a {type(processor).__name__}; for a picture it must be"):
+            show_routing(model, processor, draw_picture(8, 8))
     for plain, *rest in (
         (tiny_vision_model(routing="none"), model.config.image_processor(), draw_picture(8, 8)),
         (make(CoLT5EncoderModel, routing="none"), tokenizer, "text"),
