@@ -420,6 +420,9 @@ def _check_label_shape(name: str, labels: Tensor, logits: Tensor, dims: int) -> 
         raise _shape_error(name, labels, f"{meaning}, here {tuple(shape)}")
 
 
+PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
+
+
 def check_class_labels(labels: Tensor, logits: Tensor, problem_type: str | None) -> None:
     """Check the labels of whole rows against logits [batch, num_labels], by the rules of Transformers' loss.
 
@@ -433,8 +436,14 @@ def check_class_labels(labels: Tensor, logits: Tensor, problem_type: str | None)
 
     Raises:
         TypeError: for labels of another type.
-        ValueError: for labels of another shape: a squared error would spread them over all logits.
+        ValueError: for labels of another shape: a squared error would spread them over all logits; and for a problem
+            type that there is not, with which Transformers' loss has no value.
     """
+    if problem_type not in (None, *PROBLEM_TYPES):
+        raise ValueError(
+            f"problem_type of the configuration is {problem_type!r}; it must be one of {', '.join(PROBLEM_TYPES)}, or "
+            "None to go by the labels' type"
+        )
     num_labels = logits.shape[-1]
     is_tensor = isinstance(labels, Tensor)
     if problem_type is None and num_labels > 1:

@@ -135,6 +135,13 @@ def test_class_labels_of_another_type_are_refused_and_decide_nothing(problem_typ
     assert model.config.problem_type == problem_type
 
 
+@pytest.mark.parametrize("labels", [ones(2), torch.ones(2, 3)])
+def test_a_problem_type_that_there_is_not_is_named(labels):
+    model = shallow_model(CoLT5ForSequenceClassification, num_labels=3, problem_type="multi_label")
+    with pytest.raises(ValueError, match="problem_type of the configuration is 'multi_label'; it must be one of regr"):
+        model(**inputs_of(CoLT5ForSequenceClassification), labels=labels)
+
+
 def test_several_labels_may_be_a_single_one():
     model = shallow_model(CoLT5ForSequenceClassification, num_labels=1, problem_type="multi_label_classification")
     inputs = inputs_of(CoLT5ForSequenceClassification)
