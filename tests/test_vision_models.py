@@ -347,6 +347,13 @@ def test_bad_masks_are_refused(mask, message):
         tiny_vision_model()(torch.zeros(2, 3, 8, 8), pixel_mask=mask)
 
 
+def test_a_processor_that_scales_makes_the_sizes_that_the_page_says():
+    processor = CoLT5VisionConfig().image_processor(do_resize=True, size={"shortest_edge": 384})
+    for size, scaled in (((1000, 800), (480, 384)), ((64, 96), (384, 576)), ((100, 1000), (64, 608))):
+        pixels = processor(Image.new("RGB", size[::-1]), return_tensors="pt")["pixel_values"]
+        assert pixels.shape[-2:] == scaled
+
+
 def test_other_bad_input_is_refused():
     model = tiny_vision_model()
     pixels = torch.zeros(2, 3, 8, 8)
