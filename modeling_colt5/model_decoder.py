@@ -12,7 +12,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_colt5 import CoLT5Config
-from .kernel_backend import Mode, is_hooked
+from .kernel_backend import Mode, is_hooked, product_dtype
 from .layer_causal import RoutedStep
 from .layer_decoder import StraightStep, goes_on, may_run_straight
 from .layer_plain import PlainStack
@@ -27,7 +27,7 @@ from .model_from_config import (
     layer_norm,
     position_bias,
 )
-from .model_layers import bias_by_distance
+from .model_layers import bias_by_distance, masked_bias
 from .model_outputs import CoLT5DecoderOutput
 from .op_attention import bias_of_sequence
 from .op_routing import RoutedTokens
@@ -296,7 +296,7 @@ class CoLT5Decoder(CoLT5Stack):
     def attention_to_all(
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, cache: Cache | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Position bias and mask of T5's self-attention."""
+        """Position bias and mask of T5's self-attention; the mask is None where the bias holds it."""
         length = hidden_states.shape[1]
         past = cache.get_seq_length() if cache is not None else 0
         key_length = cache.get_mask_sizes(length, 0)[0] if cache is not None else length
@@ -304,6 +304,9 @@ class CoLT5Decoder(CoLT5Stack):
         # The arguments go by position, because Transformers renamed the last one.
         mask = create_causal_mask(self.config, hidden_states, attention_mask, cache)
         position_bias = bias_of_sequence(bias_by_distance(self.relative_attention_bias), length, key_length, past)
+        if implementation(self.config).bias_holds_mask:
+            dtype = product_dtype(hidden_states) or hidden_states.dtype
+            return masked_bias(position_bias[None], mask, past, dtype), None
         return position_bias[None], mask
 
     def route_memory(

@@ -53,12 +53,15 @@ class CoLT5SelfAttention(CoLT5Attention):
         layer_idx: int,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[batch, n, d_model] → the same shape, and the weights where the implementation gives them; `layer_idx` is
-        where the cache has this layer."""
+        where the cache has this layer. The bias is `masked_bias` where the implementation
+        says so."""
         states = project(hidden_states, self.q, self.k, self.v, head_size=self.d_kv)
         query, key, value = (part.transpose(1, 2) for part in states)
         if cache is not None:
             key, value = cache.update(key, value, layer_idx)
-        output, weights = self.attend(query, key, value, position_bias, plan.mask, plan.implementation.attention)
+        holds_mask = plan.implementation.bias_holds_mask
+        bias, mask = (None, position_bias.to(query.dtype)) if holds_mask else (position_bias, plan.mask)
+        output, weights = self.attend(query, key, value, bias, mask, plan.implementation.attention)
         return self.o(output.flatten(-2)), weights
 
 
@@ -353,8 +356,8 @@ class CoLT5DecoderBlock(GradientCheckpointingLayer):
 
         Args:
             hidden_states: [batch, n, d_model].
-            position_bias: of T5's self-attention, [1, heads, n, keys]; of a causally routed layer's light branch, what
-                `CausalPlan.light_bias` gives.
+            position_bias: of T5's self-attention, [1, heads, n, keys], or `masked_bias` where the implementation
+                says so; of a causally routed layer's light branch, what `CausalPlan.light_bias` gives.
             heavy_bias_table: of a routed layer's heavy branch; None where there is none.
             encoder_hidden_states: for the cross-attention; None without an encoder.
             plan: of the pass.

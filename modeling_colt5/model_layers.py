@@ -216,6 +216,34 @@ class CoLT5LayerNorm(nn.Module):
         return rms_norm_scores(hidden_states, self.weight, router_weights, self.eps, kernel_backend, dtype)
 
 
+def masked_bias(
+    position_bias: torch.Tensor, mask: torch.Tensor | None, past: int | torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """Causal self-attention's bias and mask as one tensor, the additive mask that PyTorch's attention takes.
+
+    Transformers' function for "sdpa" would make it in each layer, and each would be kept for the backward pass. T5's
+    layers have one bias in common, so that one serves them all.
+
+    Args:
+        position_bias: [1, heads, queries, keys].
+        mask: bool (True = attend) or additive [batch, 1, queries, keys]; None where each query sees its own position
+            and all before.
+        past: position of the first query; the keys' are 0, 1, ...
+        dtype: of the queries.
+
+    Returns:
+        [batch or 1, heads, queries, keys] in that dtype.
+    """
+    position_bias = position_bias.to(dtype)
+    queries, keys = position_bias.shape[-2:]
+    if mask is None:
+        query, key = (torch.arange(length, device=position_bias.device) for length in (queries, keys))
+        mask = key <= query[:, None] + past
+    if mask.dtype == torch.bool:
+        return torch.where(mask, position_bias, torch.finfo(dtype).min)
+    return position_bias + mask.to(dtype)
+
+
 def attention_interface(implementation: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
     """The implementation of dense attention that Transformers has under this name."""
     return ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)

@@ -28,6 +28,11 @@ class Implementation:
         return Implementation("triton" if uses_triton(states, self.kernel_backend) else "torch", self.attention)
 
     @property
+    def bias_holds_mask(self) -> bool:
+        """Whether the layers of T5's decoder get their bias with the mask in it, as one tensor (`masked_bias`)."""
+        return self.attention == "sdpa"
+
+    @property
     def fuses_attention(self) -> bool:
         """Whether fused kernels stand in for "sdpa"; "eager" is for those who want to see the weights."""
         return self.kernel_backend == "triton" and self.attention == "sdpa"
@@ -119,7 +124,8 @@ class DecoderPlan:
 
     Args:
         implementation: who computes.
-        mask: of T5's self-attention, as Transformers makes it; None for all earlier tokens, and in routed layers.
+        mask: of T5's self-attention, as Transformers makes it; None for all earlier tokens, in routed layers, and
+            where the bias holds it.
         windows: of causally routed layers (`CausalPlan` of run_causal_plan.py); None in T5's.
         memory_mask: bool [batch, encoder length or slots], True for real tokens; None for all, and without an encoder.
         asking: for tokens that choose themselves what they read of the memory; None where they do not.

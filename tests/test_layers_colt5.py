@@ -16,7 +16,13 @@ from modeling_colt5 import CoLT5EncoderModel, CoLT5ForConditionalGeneration
 from modeling_colt5.kernel_backend import product_dtype
 from modeling_colt5.model_decoder_layer import CoLT5CrossAttention, CoLT5SelfAttention
 from modeling_colt5.model_encoder_layer import CoLT5LayerConditionalFF, CoLT5LocalAttention, CoLT5RoutedAttention
-from modeling_colt5.model_layers import CoLT5Attention, CoLT5DenseActDense, CoLT5LayerNorm, clamp_half
+from modeling_colt5.model_layers import (
+    CoLT5Attention,
+    CoLT5DenseActDense,
+    CoLT5LayerNorm,
+    clamp_half,
+    masked_bias,
+)
 from modeling_colt5.model_router import CoLT5Router
 from modeling_colt5.run_budgets import routed_budget, routed_capacity
 from modeling_colt5.run_plan import DecoderPlan, EncoderPlan, Implementation
@@ -348,6 +354,9 @@ def test_eager_and_sdpa_agree_in_every_attention(dtype, groups):
     assert {kind: sum(type(module) is kind for module, _, _ in calls) for kind in kinds} == kinds
     for module, args, (eager, weights, *_) in calls:
         by_sdpa = Implementation("torch", "sdpa")
+        if isinstance(module, CoLT5SelfAttention):
+            states, bias, plan, *rest = args
+            args = [states, masked_bias(bias, plan.mask, 0, dtype), plan, *rest]
         args = [
             replace(arg, implementation=by_sdpa) if isinstance(arg, EncoderPlan | DecoderPlan) else arg for arg in args
         ]

@@ -8,7 +8,12 @@ from transformers import T5Config
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from modeling_colt5 import CoLT5EncoderModel, CoLT5ForCausalLM, CoLT5ForConditionalGeneration
-from modeling_colt5.model_layers import CoLT5RelativePositionBias, bias_by_distance, relative_position_bucket
+from modeling_colt5.model_layers import (
+    CoLT5RelativePositionBias,
+    bias_by_distance,
+    masked_bias,
+    relative_position_bucket,
+)
 from modeling_colt5.op_attention import bias_by_position, bias_of_sequence
 
 BUCKETS = [(32, 128), (32, 17), (8, 20), (4, 3), (4, 128), (64, 1000)]
@@ -149,3 +154,50 @@ def test_adapters_of_a_bias_train_it_and_merge_into_it(model_class, fields, way)
     assert type(merged.get_submodule(biases[0])) is CoLT5RelativePositionBias
     with torch.no_grad():
         assert_same_but_for_rounding(merged(**inputs).logits, adapted)
+
+
+@pytest.mark.parametrize("mask_kind", [None, "bool", "additive"])
+@pytest.mark.parametrize(("queries", "keys", "past"), [(5, 5, 0), (3, 7, 4), (3, 7, 0), (1, 4, 3)])
+def test_bias_and_mask_are_one_tensor_entry_by_entry(queries, keys, past, mask_kind):
+    """Of a static cache the keys behind the queries are empty."""
+    generator = torch.Generator().manual_seed(0)
+    bias = torch.randn(1, 2, queries, keys, generator=generator)
+    sees = torch.rand(3, 1, queries, keys, generator=generator) < 0.6
+    added = torch.randn(3, 1, queries, keys, generator=generator)
+    mask = {None: None, "bool": sees, "additive": added}[mask_kind]
+    made = masked_bias(bias, mask, past, torch.float64)
+    rows = 1 if mask is None else 3
+    assert made.shape == (rows, 2, queries, keys) and made.dtype == torch.float64
+    for row in range(rows):
+        for query in range(queries):
+            for key in range(keys):
+                number = bias[0, :, query, key].double()
+                if mask_kind == "additive":
+                    number = number + added[row, 0, query, key].double()
+                elif not (key <= past + query if mask is None else sees[row, 0, query, key]):
+                    number = torch.full_like(number, torch.finfo(torch.float64).min)
+                assert torch.equal(made[row, :, query, key], number)
+
+
+@pytest.mark.parametrize("has_mask", [False, True])
+@pytest.mark.parametrize("under_autocast", [False, True])
+def test_layers_share_the_bias_with_the_mask_in_it(has_mask, under_autocast, monkeypatch):
+    """Kept once for the backward pass, of n² numbers a head, whatever the number of layers."""
+    model = tiny_model(CoLT5ForCausalLM, num_decoder_layers=3).train()
+    ids = random_ids(2, 12)
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    seen = []
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def noting(*args, attn_mask=None, **kwargs):
+        seen.append(attn_mask)
+        return attend(*args, attn_mask=attn_mask, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noting)
+    with torch.autocast("cpu", torch.bfloat16, enabled=under_autocast):
+        loss = model(ids, attention_mask=mask if has_mask else None, labels=ids).loss
+    loss.backward()
+    assert len(seen) == 3 and len({id(given) for given in seen}) == 1
+    assert seen[0].dtype == (torch.bfloat16 if under_autocast else torch.float32)
+    assert model.decoder.relative_attention_bias.weight.grad.any()
