@@ -11,7 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from huggingface_hub.errors import StrictDataclassError
-from model_arguments import ModelArguments, load_tokenizer
+from model_arguments import ModelArguments, Share, load_tokenizer
 from sources import check_source, one_line
 
 from modeling_colt5 import CoLT5Config
@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> None:
     for name in BUDGETS:
         default = fields[f"routed_{name}"]
         parser.add_argument(
-            f"--{name.replace('_', '-')}", type=Fraction, help=f"budget, such as 1/8; default: {Fraction(default)}"
+            f"--{name.replace('_', '-')}", type=Share, help=f"budget, such as 1/8; default: {Fraction(default)}"
         )
     parser.add_argument("--routed-cross-key-values", type=int, help="default: cross-attention reads all tokens")
     options = parser.parse_args(argv)

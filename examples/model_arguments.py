@@ -26,6 +26,19 @@ from modeling_colt5.dense_start import DenseStart, DenseStartCallback, learned_r
 from modeling_colt5.router_health import RouterHealthCallback
 
 
+class Share(Fraction):
+    """A budget on the command line, such as 1/8."""
+
+    def __new__(cls, *given: Any) -> "Share":
+        """Raises:
+        ValueError: also for a division by 0, as the parser of arguments names what raises that.
+        """
+        try:
+            return super().__new__(cls, *given)
+        except ZeroDivisionError as error:
+            raise ValueError(f"{given[0]} is no number") from error
+
+
 @dataclass
 class ModelArguments:
     """The model, its tokenizer, its budgets."""
@@ -37,11 +50,11 @@ class ModelArguments:
         default=None, metadata={"help": "fields of a new model, as in 'd_model=64,num_layers=2'"}
     )
     # fractions, so that 1/8 may be written as it is
-    query_fraction: Fraction | None = field(
+    query_fraction: Share | None = field(
         default=None, metadata={"help": "another budget of routed queries, such as 1/8"}
     )
-    key_value_fraction: Fraction | None = field(default=None, metadata={"help": "the same of routed keys and values"})
-    feed_forward_fraction: Fraction | None = field(default=None, metadata={"help": "the same of the feed-forward"})
+    key_value_fraction: Share | None = field(default=None, metadata={"help": "the same of routed keys and values"})
+    feed_forward_fraction: Share | None = field(default=None, metadata={"help": "the same of the feed-forward"})
 
 
 @dataclass

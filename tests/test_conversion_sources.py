@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import convert_t5
+import finetune_seq2seq
 import pytest
 import torch
 from example_runs import TINY_T5, TOKENIZER
@@ -222,6 +223,10 @@ def test_sizes_budgets_and_radius_on_the_command_line(tmp_path, capsys):
     with pytest.raises(SystemExit):
         convert_folder(folder, tmp_path / "other", "--sample", str(blank), "--sample-length", "0")
     assert "--sample-length is 0; it must be at least 1" in capsys.readouterr().err
+    for script, option in ((convert_t5, "--query-fraction"), (finetune_seq2seq, "--query_fraction")):
+        with pytest.raises(SystemExit):
+            script.main([f"{option}=1/0"])
+        assert "invalid Share value: '1/0'" in capsys.readouterr().err
     for name, value in (
         ("query-fraction", "2"),
         ("local-radius", "-1"),

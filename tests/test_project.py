@@ -19,8 +19,9 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 # Transformers reads vocabulary files with these
 READ_BY_TRANSFORMERS = {"protobuf", "sentencepiece"}
 
-# tests that use these skip where they are not installed; CI has a job that installs them
-SKIPPED_WITHOUT = {"kernels", "lm-eval", "mteb"}
+# tests and benchmarks leave out what needs these where they are not installed; CI has a job that installs all but
+# fla, which is for a GPU
+SKIPPED_WITHOUT = {"fla", "kernels", "lm-eval", "mteb"}
 
 
 def names(requirements: list[str]) -> set[str]:
