@@ -616,6 +616,14 @@ class CoLT5ForTokenClassification(CoLT5EncoderHeadModel):
         return CoLT5TokenClassifierOutput(loss=loss, logits=logits, **outputs)
 
 
+def leave_out_padding(positions: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Positions int64 [batch], with n, which is beyond the input, for those that bool [batch, n] has as padding."""
+    n = mask.shape[1]
+    positions = positions.reshape(-1).to(mask.device)
+    is_real = mask.gather(1, positions.clamp(0, n - 1)[:, None])[:, 0]
+    return torch.where(is_real, positions, n)
+
+
 class CoLT5ForQuestionAnswering(CoLT5EncoderHeadModel):
     """The encoder with a head for the first and the last token of an answer."""
 
@@ -639,7 +647,8 @@ class CoLT5ForQuestionAnswering(CoLT5EncoderHeadModel):
         **kwargs: Unpack[ForwardFlags],
     ) -> CoLT5QuestionAnsweringOutput:
         """Find answers; beside `CoLT5Encoder.forward`'s arguments takes `start_positions` and `end_positions`, int64
-        [batch]. Gives start and end logits [batch, n]; padding's are the least number of their dtype."""
+        [batch]. Gives start and end logits [batch, n]; padding's are the least number of their dtype. The loss leaves
+        out an answer that begins or ends in padding, as it does one beyond the input."""
         outputs = self.encode(input_ids, attention_mask, inputs_embeds, **kwargs)
         hidden_states = outputs.pop("last_hidden_state")
         logits = self.qa_outputs(hidden_states)
@@ -651,5 +660,8 @@ class CoLT5ForQuestionAnswering(CoLT5EncoderHeadModel):
         if start_positions is not None and end_positions is not None:
             check_labels("start_positions", start_positions, start_logits, 1)
             check_labels("end_positions", end_positions, end_logits, 1)
-            loss = self.loss_function(start_logits, end_logits, start_positions, end_positions)
+            answer: list[torch.Tensor] = [start_positions, end_positions]
+            if mask is not None:
+                answer = [leave_out_padding(positions, mask) for positions in answer]
+            loss = self.loss_function(start_logits, end_logits, *answer)
         return CoLT5QuestionAnsweringOutput(loss=loss, start_logits=start_logits, end_logits=end_logits, **outputs)

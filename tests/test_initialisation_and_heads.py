@@ -312,3 +312,22 @@ def test_labels_are_shifted_once_and_normalised_by_the_count_given():
     assert torch.equal(model.prepare_decoder_input_ids_from_labels(labels), shifted)
     # T5's documentation calls this for the model without a head
     assert torch.equal(tiny_model(CoLT5Model)._shift_right(labels), shifted)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("shape", [(3,), (3, 1)])
+def test_an_answer_in_padding_is_left_out_of_the_loss(side, shape):
+    """As one beyond the input is; the least number of a dtype would be its loss else."""
+    model = tiny_model(CoLT5ForQuestionAnswering)
+    batch = pad([random_ids(12), random_ids(12), random_ids(7)], side)
+    inside, padded = 7, {"left": 2, "right": 9}[side]
+    positions = torch.tensor([inside, inside, padded]).reshape(shape)
+    given = {"start_positions": positions, "end_positions": positions}
+    whole = model(**batch, **given)
+    others = model(
+        **{name: part[:2] for name, part in batch.items()}, **{name: part[:2] for name, part in given.items()}
+    )
+    torch.testing.assert_close(whole.loss, others.loss)
+    beyond = positions.clone()
+    beyond[2] = 12
+    torch.testing.assert_close(whole.loss, model(**batch, start_positions=beyond, end_positions=beyond).loss)
