@@ -61,7 +61,10 @@ def main(argv: list[str] | None = None) -> None:
         tokenizer = load_tokenizer(ModelArguments(model_name_or_path=options.source))
         samples = None
         if options.sample is not None:
-            text = options.sample.read_text(encoding="utf-8")
+            try:
+                text = options.sample.read_text(encoding="utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{options.sample} is not UTF-8: {error}") from error
             if not text.strip():
                 raise ValueError(f"{options.sample} has no text to measure on; without --sample the weights are read")
             ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"]

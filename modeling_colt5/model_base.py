@@ -221,6 +221,7 @@ class CoLT5PreTrainedModel(PreTrainedModel):
             progress: from 0 to 1, or None to end the dense start.
 
         Raises:
+            TypeError: for a progress of another type.
             ValueError: for a number outside of that, or a model without learned routers.
         """
         if not any(part.routing == "learned" for part in self.modules() if isinstance(part, CoLT5Router)):

@@ -2,6 +2,7 @@
 
 from functools import reduce
 from itertools import chain
+from numbers import Real
 from typing import Any
 
 import torch
@@ -71,8 +72,11 @@ def set_dense_start(network: nn.Module, progress: float | None) -> None:
         progress: from 0 to 1, or None to end the dense start.
 
     Raises:
+        TypeError: for a progress of another type.
         ValueError: for a number outside of that, or a network without a module that knows a dense start.
     """
+    if not isinstance(progress, Real | None):
+        raise TypeError(f"progress is a {type(progress).__name__}; it must be None, or a number from 0 to 1")
     if progress is not None and not 0 <= progress <= 1:
         raise ValueError(f"progress is {progress}; it must be None, or a number from 0 to 1")
     parts: list[Any] = [module for module in network.modules() if "dense_start" in vars(module)]

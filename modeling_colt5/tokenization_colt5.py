@@ -28,6 +28,9 @@ def _check_vocabulary(vocab: Any, unk_token: str) -> None:
             f"vocab is a {type(vocab).__name__}; it must be a list of Unigram's pieces with their scores. A model may "
             "keep a tokenizer of another kind (BPE, words, bytes): load that with AutoTokenizer"
         )
+    for number, piece in enumerate(vocab):
+        if isinstance(piece, str) or len(piece) != 2:
+            raise TypeError(f"vocab has {piece!r} at {number}; each entry must be a piece and its score, ('▁a', -2.5)")
     if len(vocab) < 3 or vocab[2][0] != unk_token:
         raise ValueError(
             f"vocab has {[piece for piece, _ in vocab[:3]]} as its first pieces; the third must be the unknown token "
@@ -59,7 +62,7 @@ class CoLT5Tokenizer(T5Tokenizer):
         kwargs: `T5Tokenizer`'s, among them `extra_ids` (number of sentinels, 100).
 
     Raises:
-        TypeError: for a vocabulary of another kind than Unigram's.
+        TypeError: for a vocabulary of another kind than Unigram's, or pieces without scores.
         ValueError: for a vocabulary whose unknown token is not at 2, where T5's tokenizer looks for it.
     """
 

@@ -380,6 +380,8 @@ def test_a_dense_start_gives_every_token_a_weight(kind: str) -> None:
     set_dense_start(module, None)
     _, routing = call(kind, module[0], states, output_routing=True)
     assert tokens[kind]().sum() < 30
+    with pytest.raises(TypeError, match="progress is a str; it must be None, or a number from 0 to 1"):
+        set_dense_start(module, "a")
     with pytest.raises(ValueError, match="progress is 2"):
         set_dense_start(module, 2)
     with pytest.raises(ValueError, match="Linear has no routers"):

@@ -218,8 +218,9 @@ def test_sizes_budgets_and_radius_on_the_command_line(tmp_path, capsys):
         and "0.5 of the feed-forward's tokens, 0.25 of the queries" in said
     )
     assert "31 nearest tokens" in said and "2 means" in said and "Train it further" in said
-    no_text, blank = folder / "model.safetensors", tmp_path / "blank.txt"
+    no_text, blank, latin = folder / "model.safetensors", tmp_path / "blank.txt", tmp_path / "latin.txt"
     blank.write_text(" \n")
+    latin.write_bytes("Überschrift".encode("latin-1"))
     with pytest.raises(SystemExit):
         convert_folder(folder, tmp_path / "other", "--sample", str(blank), "--sample-length", "0")
     assert "--sample-length is 0; it must be at least 1" in capsys.readouterr().err
@@ -233,11 +234,14 @@ def test_sizes_budgets_and_radius_on_the_command_line(tmp_path, capsys):
         ("light-heads", "0"),
         ("sample", no_text),
         ("sample", blank),
+        ("sample", latin),
     ):
         with pytest.raises(SystemExit):
             convert_folder(folder, tmp_path / "other", f"--{name}", str(value))
         # one line, whatever other libraries make of it
-        assert re.fullmatch(r"\S+: error: [^\n]+\n", capsys.readouterr().err), name
+        said = capsys.readouterr().err
+        assert re.fullmatch(r"\S+: error: [^\n]+\n", said), name
+        assert name != "sample" or str(value) in said
         assert not (tmp_path / "other").exists()
 
 

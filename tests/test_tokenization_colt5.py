@@ -143,6 +143,13 @@ def test_the_number_of_sentinels_is_an_argument(tmp_path):
     assert more.get_sentinel_token_ids() == [first + 3, first + 2, first + 1, first, first + 4, first + 5]
 
 
+@pytest.mark.parametrize("piece", ["▁a", ("▁a",), ("▁a", -2.0, 1)])
+def test_pieces_without_a_score_are_refused(piece):
+    scored = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    with pytest.raises(TypeError, match=r"vocab has .*▁a.* at 3; each entry must be a piece and its score"):
+        CoLT5Tokenizer(vocab=[*scored, piece])
+
+
 def test_mode_tokens_are_one_token_each_and_survive(t5_folder, tmp_path):
     tokenizer = CoLT5Tokenizer.from_pretrained(t5_folder, mode_tokens=True)
     size = len(PIECES) + 100
