@@ -60,6 +60,7 @@ class Variant:
         after: the routing after the dense start, where it is another one: a control that has had the same start, but
             that nothing opens, as it has no choice to learn.
         start: the dense start's schedule.
+        later_ratio: `soft_topk_ratio` from the end of the dense start on, where it is another one.
         cross: whether the decoder reads the encoder's output through routed cross-attention.
         fields: more of the configuration.
     """
@@ -70,6 +71,7 @@ class Variant:
     drawn: bool = False
     after: str | None = None
     start: DenseStart = START
+    later_ratio: float | None = None
     cross: bool = False
     fields: dict[str, Any] = field(default_factory=dict)
 
@@ -108,6 +110,8 @@ OTHERS = {
     # more of the chosen tokens have a weight near 1
     "colt5-ratio-2-16": Variant(fields={"soft_topk_ratio": 2}),
     "colt5-ratio-4-16": Variant(fields={"soft_topk_ratio": 4}),
+    "colt5-learned-16-whole-then-ratio-4": Variant(parts=4, later_ratio=4),
+    "colt5-learned-16-brief-then-ratio-4": Variant(parts=4, start=BRIEF_START, later_ratio=4),
     # AdamW as it is, at one learning rate for all parameters
     "colt5-one-rate-16": Variant(),
     "colt5-descent-16": Variant(fields={"soft_topk_solver": "coordinate_descent", "num_soft_topk_iterations": 50}),
@@ -412,6 +416,8 @@ class Training:
             batch = in_parts(batch, self.own.parts, self.own.drawn)
         elif self.has_dense_start:
             self.model.set_dense_start(None)
+            if self.own.later_ratio is not None:
+                self.model.config.soft_topk_ratio = self.own.later_ratio
             if self.own.after:
                 for router in learned_routers(self.model):
                     router.routing = self.own.after

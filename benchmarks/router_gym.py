@@ -13,7 +13,8 @@ Arms: "learned", the paper's routing after a dense start (docs/routers.md); "as_
 and "random", routing that cannot learn; "none", light branches only; "none_wide", the same with a light feed-forward
 so wide that a step costs as many operations as learned routing; "dense", every token in the heavy branches
 throughout. Made only where they are asked for: "learned_ratio_2" and "learned_ratio_4", "learned" with another
-`soft_topk_ratio`, so that the weights of routed tokens are nearer to 1.
+`soft_topk_ratio`, so that the weights of routed tokens are nearer to 1; and "learned_then_ratio_4", which has it from
+the end of the dense start on.
 
 In the task "cross" the budget of queries is that of `routed_cross_key_values` as well, and an arm's routing is that of
 encoder and cross-attention alike. The encoder's local radius is 0: with more, evenly spaced tokens gather the facts
@@ -46,6 +47,9 @@ from modeling_colt5.parameter_groups import size_scaled_groups
 ARMS = ("learned", "as_shipped", "even", "random", "none", "none_wide", "dense")
 # further arms, and their `soft_topk_ratio`
 RATIOS = {"learned_ratio_2": 2, "learned_ratio_4": 4}
+# the same, from the end of the dense start on
+LATER_RATIOS = {"learned_then_ratio_4": 4}
+OTHER_ARMS = (*RATIOS, *LATER_RATIOS)
 FILE = "router_gym.jsonl"
 DECODER_LAYERS = 2
 # inputs of the dense start, where the task fits into so few tokens; more rows make up for it
@@ -62,7 +66,7 @@ class Run:
 
     Attributes:
         task: its name, of router_tasks.py.
-        arm: of `ARMS` or `RATIOS`.
+        arm: of `ARMS` or `OTHER_ARMS`.
         length: tokens of an input.
         query_fraction: of queries, of the feed-forward and of what cross-attention reads; keys and values have twice
             as much.
@@ -83,7 +87,7 @@ class Arguments:
     """What to do."""
 
     tasks: list[str] = field(default_factory=lambda: list(TASKS[:2]), metadata={"help": " ".join(TASKS)})
-    arms: list[str] = field(default_factory=lambda: list(ARMS), metadata={"help": " ".join((*ARMS, *RATIOS))})
+    arms: list[str] = field(default_factory=lambda: list(ARMS), metadata={"help": " ".join((*ARMS, *OTHER_ARMS))})
     lengths: list[int] = field(default_factory=lambda: [2048], metadata={"help": "tokens of an input"})
     budgets: list[int] = field(default_factory=lambda: [16, 64], metadata={"help": "one query among so many tokens"})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2, 3, 4], metadata={"help": "all arms with each in turn"})
@@ -340,7 +344,7 @@ def train(run: Run, settings: Settings, device: torch.device) -> dict[str, Any]:
     generator = torch.Generator(device).manual_seed(1000 + run.seed)
     held_out = task.draw(settings.eval_rows, run.length, torch.Generator(device).manual_seed(7))
     probe = task.draw(settings.batch, run.length, torch.Generator(device).manual_seed(8))
-    start = settings.start if run.arm in ("learned", *RATIOS) else None
+    start = settings.start if run.arm in ("learned", *OTHER_ARMS) else None
     start_length = min(run.length, max(START_LENGTH, task.shortest))
     curve: list[dict[str, Any]] = []
     flops = 0
@@ -354,6 +358,9 @@ def train(run: Run, settings: Settings, device: torch.device) -> dict[str, Any]:
         if start is not None:
             model.set_dense_start(progress)
         starting = progress is not None
+        if not starting and run.arm in LATER_RATIOS:
+            # graphs of the third part are recorded from here on
+            model.config.soft_topk_ratio = LATER_RATIOS[run.arm]
         rows, n = (settings.start_rows * settings.batch, start_length) if starting else (settings.batch, run.length)
         flops += training_flops(config, config.routing, starting, rows, n)
         examples = task.draw(rows, n, generator)
@@ -429,7 +436,7 @@ def main(argv: list[str] | None = None, settings: Settings | None = None) -> Non
     """Do the runs that are missing, then write the table and the picture."""
     (arguments,) = HfArgumentParser(Arguments, description=__doc__).parse_args_into_dataclasses(argv)
     settings = replace(settings or Settings(), start_rows=arguments.start_rows)
-    for name, known in (("tasks", TASKS), ("arms", (*ARMS, *RATIOS))):
+    for name, known in (("tasks", TASKS), ("arms", (*ARMS, *OTHER_ARMS))):
         if unknown := set(getattr(arguments, name)) - set(known):
             raise ValueError(f"{name} has {', '.join(sorted(unknown))}; there are {', '.join(known)}")
     deadline = time.time() + arguments.seconds

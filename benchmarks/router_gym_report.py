@@ -20,6 +20,7 @@ NAMES = {
     "dense": "every token in the heavy branches",
     "learned_ratio_2": "learned, after a dense start, ratio 2",
     "learned_ratio_4": "learned, after a dense start, ratio 4",
+    "learned_then_ratio_4": "learned, after a dense start, ratio 4 from then on",
 }
 Line = dict[str, Any]
 # task, length, share of queries, steps, times as many inputs in a step of the dense start

@@ -44,6 +44,8 @@ NAMES = {
     "longt5-transient-global": "LongT5, transient-global",
     "colt5-ratio-2-16": "learned, 1/16, no dense start, ratio 2",
     "colt5-ratio-4-16": "learned, 1/16, no dense start, ratio 4",
+    "colt5-learned-16-whole-then-ratio-4": "learned, 1/16, dense start on whole inputs, then ratio 4",
+    "colt5-learned-16-brief-then-ratio-4": "learned, 1/16, brief dense start on whole inputs, then ratio 4",
     "colt5-learned-16-brief": "learned, 1/16, brief dense start on whole inputs",
     "colt5-even-16-brief": "even, 1/16, after a brief dense start on whole inputs",
     "colt5-learned-16-cross-whole": "learned, 1/16, routed cross-attention, dense start on whole inputs",
@@ -86,6 +88,8 @@ START_PAIRS = (
 # at equal operations: some of these runs have more steps
 EQUAL_PAIRS = (
     ("colt5-as-shipped-16", "colt5-even-16"),
+    ("colt5-learned-16-whole-then-ratio-4", "colt5-even-16"),
+    ("colt5-learned-16-brief-then-ratio-4", "colt5-even-16"),
     ("colt5-ratio-2-16", "colt5-even-16"),
     ("colt5-ratio-4-16", "colt5-even-16"),
     ("colt5-ratio-2-16", "colt5-as-shipped-16"),

@@ -185,6 +185,24 @@ def test_a_start_ends_before_a_controls_routers_change(variant: str, batch: dict
     assert kinds == {learning.COLT5[variant].after or "learned"}
 
 
+def test_a_later_ratio_is_in_force_after_the_start(batch: dict[str, torch.Tensor]) -> None:
+    settings = learning.Settings(**TINY | {"length": 512})
+    training = learning.Training("colt5-learned-16-whole-then-ratio-4", 0, settings, CPU)
+    losses = []
+    for progress in (0.0, None):
+        training(batch, progress)
+        for variant in ("colt5-as-shipped-16", "colt5-ratio-4-16"):
+            other = learning.make_model(variant, settings)
+            assert not other.load_state_dict(training.model.state_dict(), strict=False).missing_keys
+            with torch.no_grad():
+                losses.append((training.model.eval()(**batch).loss - other.eval()(**batch).loss).abs().item())
+        training.model.train()
+    during, after = losses[:2], losses[2:]
+    # a model with these weights and this ratio gives the same, one with the other ratio does not
+    assert during[0] == pytest.approx(0, abs=1e-5) and during[1] > 1e-4
+    assert after[1] == pytest.approx(0, abs=1e-5) and after[0] > 1e-4
+
+
 # seven runs of two steps: ten seconds, most of them for the head over the vocabulary
 @pytest.mark.slow
 def test_learning_is_drawn_from_the_runs_there_are(tokens: Path, tmp_path: Path) -> None:

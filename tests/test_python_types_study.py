@@ -72,8 +72,8 @@ def test_the_arms_are_what_they_are_called():
     ]  # fmt: skip
     assert made["learned-64"].config.routed_query_fraction == 1 / 64
     assert made["learned-cross"].config.routed_cross_key_values == 256
-    assert [name for name in PLANS["strength"].arms if ARMS[name].has_dense_start] == ["learned", "learned-ratio"]
-    assert [made[name].config.soft_topk_ratio for name in PLANS["strength"].arms] == [4, 9 / 8, 9 / 8, 9 / 8, 4]
+    assert [name for name in PLANS["strength"].arms if ARMS[name].has_dense_start] == ["learned", "learned-then-ratio"]
+    assert [made[name].config.soft_topk_ratio for name in PLANS["strength"].arms] == [4, 9 / 8, 9 / 8, 9 / 8, 9 / 8]
     assert made["longt5-global"].config.encoder_attention_type == "transient-global"
     sizes = {name: model.num_parameters() for name, model in made.items()}
     # T5 and LongT5 have one width for the feed-forwards of encoder and decoder, and so a larger decoder
@@ -119,7 +119,7 @@ def test_an_arm_trains_and_answers(name, corpus, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["learned", "longt5-local"])
+@pytest.mark.parametrize("name", ["learned-then-ratio", "longt5-local"])
 def test_a_run_learns_and_knows_what_it_knew_before(name, corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(study, "WARMUP", 1)
     monkeypatch.setattr("python_types.predict.LONGEST_ANSWER", 2)
@@ -129,6 +129,7 @@ def test_a_run_learns_and_knows_what_it_knew_before(name, corpus, tmp_path, monk
     run = study.Run(arguments, ARMS[name], 0, Size(**SIZE))
     curve, mean_weights, earlier = study.trained(run, tmp_path / "run.pt", 40, 20)
     assert all(map(torch.equal, mean_weights, run.mean))
+    assert getattr(run.model.config, "soft_topk_ratio", None) == ARMS[name].later_ratio
     # what was trained is there for the next try
     monkeypatch.setattr(run, "train", None)
     again = study.trained(run, tmp_path / "run.pt", 40, 20)

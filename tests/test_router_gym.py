@@ -168,9 +168,13 @@ def test_runs_are_kept_and_not_repeated(tmp_path: Path, capsys: pytest.CaptureFi
 def test_arms_with_another_ratio_have_a_dense_start(tmp_path: Path) -> None:
     settings = dataclasses.replace(router_gym.Settings(), batch=2, eval_rows=2, eval_every=2)
     arguments = ["--tasks", "facts", "--lengths", "128", "--budgets", "16", "--steps", "3", "--seeds", "0"]
-    router_gym.main([*arguments, "--out", str(tmp_path), "--arms", "learned", "learned_ratio_4"], settings)
-    plain, other = router_gym.read_lines(tmp_path)
-    assert plain["flops"] == other["flops"] and plain["curve"][0] != other["curve"][0]
+    arms = ["learned", "learned_ratio_4", "learned_then_ratio_4"]
+    router_gym.main([*arguments, "--out", str(tmp_path), "--arms", *arms], settings)
+    plain, other, later = router_gym.read_lines(tmp_path)
+    assert plain["flops"] == other["flops"] == later["flops"] and plain["curve"][0] != other["curve"][0]
+    # of three steps two are the dense start's
+    losses = [[point["loss"] for point in line["curve"]] for line in (plain, later)]
+    assert losses[0][:2] == losses[1][:2] and losses[0][2] != losses[1][2]
     assert "ratio 4" in (tmp_path / "router_gym.md").read_text()
     assert (
         router_gym.make_config(router_gym.Run("facts", "learned_ratio_4", 128, 1 / 16, 0), settings).soft_topk_ratio

@@ -36,6 +36,7 @@ class Arm:
         learning_rate: the highest, relative to each parameter's size.
         is_captured: whether its steps can be CUDA graphs. LongT5's cannot: its masks come from the host.
         is_started: whether routers that learn have a dense start.
+        later_ratio: `soft_topk_ratio` from the end of the dense start on; None where it stays.
     """
 
     kind: str = "colt5"
@@ -47,6 +48,7 @@ class Arm:
     learning_rate: float = 2e-2
     is_captured: bool = True
     is_started: bool = True
+    later_ratio: float | None = None
 
     @property
     def has_dense_start(self) -> bool:
@@ -119,7 +121,7 @@ ARMS = {
     # what a dense start is worth, and routed tokens whose weights are nearer to 1
     "unstarted": Arm(is_started=False),
     "unstarted-ratio": Arm(is_started=False, config={"soft_topk_ratio": 4}),
-    "learned-ratio": Arm(config={"soft_topk_ratio": 4}),
+    "learned-then-ratio": Arm(later_ratio=4),
     # first weights, on short inputs
     "own-weights": Arm(is_looking=False, learning_rate=1e-2),
     "looking": Arm(learning_rate=1e-2),

@@ -102,7 +102,7 @@ PLANS = {
             "learned-cross",
         )
     ),
-    "strength": Plan(("unstarted-ratio", "even", "unstarted", "learned", "learned-ratio")),
+    "strength": Plan(("unstarted-ratio", "even", "unstarted", "learned", "learned-then-ratio")),
     "first-weights": Plan(
         ("looking", "own-weights", "looking-3e-2", "t5-looking"),
         seeds=(0,),
@@ -226,6 +226,8 @@ class Run:
             start = self.schedule.progress(number, steps)
             self.model.set_dense_start(start)
             self.model.config.routers_trained = start is None
+            if start is None and self.arm.later_ratio is not None:
+                self.model.config.soft_topk_ratio = self.arm.later_ratio
         task, batch = next(self.batches)
         batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
         losses = self.step(batch, self.phases[phase].name, rate_share(number))
