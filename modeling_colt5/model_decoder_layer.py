@@ -53,8 +53,7 @@ class CoLT5SelfAttention(CoLT5Attention):
         layer_idx: int,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[batch, n, d_model] → the same shape, and the weights where the implementation gives them; `layer_idx` is
-        where the cache has this layer. The bias is `masked_bias` where the implementation
-        says so."""
+        where the cache has this layer. The bias is `masked_bias` where the implementation says so."""
         states = project(hidden_states, self.q, self.k, self.v, head_size=self.d_kv)
         query, key, value = (part.transpose(1, 2) for part in states)
         if cache is not None:

@@ -617,7 +617,8 @@ class CoLT5ForTokenClassification(CoLT5EncoderHeadModel):
 
 
 def leave_out_padding(positions: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Positions int64 [batch], with n, which is beyond the input, for those that bool [batch, n] has as padding."""
+    """Positions int64 [batch] or [batch, 1] as [batch]; those that the mask, bool [batch, n], has as padding become n,
+    which is beyond the input."""
     n = mask.shape[1]
     positions = positions.reshape(-1).to(mask.device)
     is_real = mask.gather(1, positions.clamp(0, n - 1)[:, None])[:, 0]
