@@ -49,6 +49,7 @@ from .run_inputs import (
     check_document,
     check_label_type,
     check_labels,
+    leave_out_padding,
     padding_mask,
     read_arguments,
 )
@@ -614,15 +615,6 @@ class CoLT5ForTokenClassification(CoLT5EncoderHeadModel):
                 logits=logits, labels=labels, config=self.config, num_items_in_batch=num_items_in_batch
             )
         return CoLT5TokenClassifierOutput(loss=loss, logits=logits, **outputs)
-
-
-def leave_out_padding(positions: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Positions int64 [batch] or [batch, 1] as [batch]; those that the mask, bool [batch, n], has as padding become n,
-    which is beyond the input."""
-    n = mask.shape[1]
-    positions = positions.reshape(-1).to(mask.device)
-    is_real = mask.gather(1, positions.clamp(0, n - 1)[:, None])[:, 0]
-    return torch.where(is_real, positions, n)
 
 
 class CoLT5ForQuestionAnswering(CoLT5EncoderHeadModel):

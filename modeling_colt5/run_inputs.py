@@ -420,6 +420,15 @@ def _check_label_shape(name: str, labels: Tensor, logits: Tensor, dims: int) -> 
         raise _shape_error(name, labels, f"{meaning}, here {tuple(shape)}")
 
 
+def leave_out_padding(positions: Tensor, mask: Tensor) -> Tensor:
+    """Positions int64 [batch] or [batch, 1] as [batch]; those that the mask, bool [batch, n], has as padding become n,
+    which is beyond the input."""
+    n = mask.shape[1]
+    positions = positions.reshape(-1).to(mask.device)
+    is_real = mask.gather(1, positions.clamp(0, n - 1)[:, None])[:, 0]
+    return torch.where(is_real, positions, n)
+
+
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
 

@@ -461,7 +461,8 @@ def test_lora_with_trained_routers(tmp_path: Path) -> None:
     assert all(any(part in name for name in moved) for part in ("k.lora_A", "v.lora_B", "cross_routing"))
     model.save_pretrained(tmp_path / "adapter")
     base = CoLT5ForConditionalGeneration.from_pretrained(tmp_path / "base")
-    loaded = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    # PEFT puts what it loads on a GPU where there is one
+    loaded = PeftModel.from_pretrained(base, tmp_path / "adapter", torch_device="cpu").eval()
     with torch.no_grad():
         expected = model.eval()(**inputs).logits
         torch.testing.assert_close(loaded(**inputs).logits, expected, rtol=0, atol=TOLERANCE)

@@ -176,10 +176,8 @@ def test_arms_with_another_ratio_have_a_dense_start(tmp_path: Path) -> None:
     losses = [[point["loss"] for point in line["curve"]] for line in (plain, later)]
     assert losses[0][:2] == losses[1][:2] and losses[0][2] != losses[1][2]
     assert "ratio 4" in (tmp_path / "router_gym.md").read_text()
-    assert (
-        router_gym.make_config(router_gym.Run("facts", "learned_ratio_4", 128, 1 / 16, 0), settings).soft_topk_ratio
-        == 4
-    )
+    run = router_gym.Run("facts", "learned_ratio_4", 128, 1 / 16, 0)
+    assert router_gym.make_config(run, settings).soft_topk_ratio == 4
 
 
 @pytest.mark.slow
