@@ -201,19 +201,19 @@ def test_cross_attention_and_its_gradients_are_the_equation(float64_statistics: 
 
 @pytest.mark.parametrize("kernel_backend", ["torch", "triton"])
 @pytest.mark.parametrize("kind", MAKERS)
-def test_gradients_in_fp32_are_those_of_float64(kind: str, kernel_backend: str) -> None:
+def test_gradients_in_fp32_are_those_of_float64(kind: str, kernel_backend: str, device: torch.device) -> None:
     if kernel_backend == "triton":
         pytest.importorskip("triton")
-    module = make(kind, kernel_backend=kernel_backend)
+    module = make(kind, kernel_backend=kernel_backend).to(device)
     reference = copy.deepcopy(module).double()
-    states, mask = torch.randn(2, 19, 32), real([19, 11], 19)
+    states, mask = torch.randn(2, 19, 32, device=device), real([19, 11], 19).to(device)
     gradients = []
     for own in (module, reference):
         dtype = next(own.parameters()).dtype
         inputs = states.to(dtype).requires_grad_()
         output = call(kind, own, inputs, mask)
         output = output if kind == "cross-attention" else output[mask]
-        goal = torch.linspace(-1, 1, output.numel(), dtype=dtype).view(output.shape)
+        goal = torch.linspace(-1, 1, output.numel(), dtype=dtype, device=device).view(output.shape)
         gradients.append([output, *torch.autograd.grad((output * goal).sum(), [inputs, *own.parameters()])])
     for ours, expected in zip(*gradients, strict=True):
         # fp32 sums of some hundred terms

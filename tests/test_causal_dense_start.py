@@ -73,14 +73,15 @@ def test_no_weight_is_above_one_where_the_budget_is_all_tokens() -> None:
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("progress", [0.0, 0.5])
-def test_pools_hold_all_earlier_windows(backend: str, progress: float) -> None:
+def test_pools_hold_all_earlier_windows(backend: str, progress: float, device: torch.device) -> None:
     torch.manual_seed(0)
     windows, budget = 3, 12
     length = windows * WINDOW
-    scores = torch.randn(2, length, requires_grad=True)
-    k = torch.tensor([size(window * WINDOW, budget, progress) if window else 0.0 for window in range(windows + 1)])
+    scores = torch.randn(2, length).to(device).requires_grad_()
+    sizes = [size(window * WINDOW, budget, progress) if window else 0.0 for window in range(windows + 1)]
+    k = torch.tensor(sizes, device=device)
     pools = routed_pools(
-        scores, WINDOW, length, None, dense_start=(k.repeat(2), torch.tensor(progress)), epsilon=1.0,
+        scores, WINDOW, length, None, dense_start=(k.repeat(2), torch.tensor(progress, device=device)), epsilon=1.0,
         soft_topk_ratio=9 / 8, kernel_backend=backend,
     )  # fmt: skip
     for row in range(2):
@@ -95,7 +96,7 @@ def test_pools_hold_all_earlier_windows(backend: str, progress: float) -> None:
     (gradient,) = torch.autograd.grad(pools.tokens.weights.sum(), scores)
     # the threshold is a constant: each weight's derivative is itself, summed over the pools that hold the token
     weights = pools.tokens.weights.masked_fill(~pools.tokens.valid, 0)
-    expected = torch.zeros(2, length).scatter_add_(
+    expected = torch.zeros(2, length, device=device).scatter_add_(
         1, pools.tokens.indices.clamp(max=length - 1).flatten(1), weights.detach().flatten(1)
     )
     torch.testing.assert_close(gradient, expected * (progress > 0), atol=1e-5, rtol=1e-4)
@@ -140,10 +141,10 @@ def test_padding_changes_nothing(side: str) -> None:
 
 
 @pytest.mark.slow
-def test_kernels_agree_with_pytorch() -> None:
-    model, found = training_model(num_decoder_layers=1), []
+def test_kernels_agree_with_pytorch(device: torch.device) -> None:
+    model, found = training_model(num_decoder_layers=1).to(device), []
     model.set_dense_start(0.4)
-    batch = pad([random_ids(12), random_ids(9)])
+    batch = {name: tensor.to(device) for name, tensor in pad([random_ids(12), random_ids(9)]).items()}
     for backend in ("torch", "triton"):
         model.config.kernel_backend = backend
         logits = model(**batch).logits

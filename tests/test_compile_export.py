@@ -23,14 +23,15 @@ SHORTEST = 256
         ("triton", "aot_eager", (70, 133)),
     ],
 )
-def test_encoder_compiles_without_a_break(kernel_backend, backend, lengths):
+def test_encoder_compiles_without_a_break(kernel_backend, backend, lengths, device):
     """On the "triton" backend too, whose operators are opaque to the compiler: in interpreter mode on the CPU."""
-    model = tiny_model(CoLT5EncoderModel, num_layers=1, kernel_backend=kernel_backend)
+    model = tiny_model(CoLT5EncoderModel, num_layers=1, kernel_backend=kernel_backend).to(device)
     # Dynamo's tracing is what a change can break most easily; with "aot_eager" AOTAutograd's too, which takes longer.
     # Inductor is PyTorch's own.
     compiled = torch.compile(model.encoder, fullgraph=True, dynamic=True, backend=backend)
     for length in lengths:
         batch = pad([random_ids(length), random_ids(length // 2)])
+        batch = {name: tensor.to(device) for name, tensor in batch.items()}
         expected = model.encoder(**batch).last_hidden_state
         torch.testing.assert_close(compiled(**batch).last_hidden_state, expected, rtol=1e-5, atol=1e-5)
 

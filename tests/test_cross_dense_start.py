@@ -37,12 +37,14 @@ def soft_size(length: int, progress: float) -> float:
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("progress", [0.0, 0.5])
 @torch.no_grad()
-def test_every_token_is_read_with_the_weight_of_the_soft_top_k(backend: str, progress: float) -> None:
-    model = training_model(num_cross_routers=2, kernel_backend=backend)
+def test_every_token_is_read_with_the_weight_of_the_soft_top_k(
+    backend: str, progress: float, device: torch.device
+) -> None:
+    model = training_model(num_cross_routers=2, kernel_backend=backend).to(device)
     model.set_dense_start(progress)
     # of the second row the budget holds every token
-    lengths, memory = (20, 4), torch.randn(2, 20, 32)
-    mask = torch.arange(20) < torch.tensor(lengths)[:, None]
+    lengths, memory = (20, 4), torch.randn(2, 20, 32).to(device)
+    mask = torch.arange(20, device=device) < torch.tensor(lengths, device=device)[:, None]
     rows, layers = route(model, memory, mask)
     assert model.decoder.cross_routing.used_slots(memory, mask, BUDGET).tolist() == mask.tolist()
     routers = iter(model.decoder.cross_routing.routers)
@@ -99,11 +101,12 @@ def test_routers_are_constant_while_closed_and_learn_while_opening() -> None:
             assert bool(parameter.grad.any()) is (learns or "router" not in name), name
 
 
-def test_kernels_agree_with_pytorch() -> None:
-    model = training_model(num_decoder_layers=1, num_cross_routers=2)
+def test_kernels_agree_with_pytorch(device: torch.device) -> None:
+    model = training_model(num_decoder_layers=1, num_cross_routers=2).to(device)
     model.set_dense_start(0.4)
-    routing, memory = model.decoder.cross_routing, torch.randn(2, 24, 32, requires_grad=True)
-    mask, direction = torch.arange(24) < torch.tensor([[24], [5]]), torch.randn(2, 2 * 24, 32)
+    routing, memory = model.decoder.cross_routing, torch.randn(2, 24, 32, device=device, requires_grad=True)
+    mask = torch.arange(24, device=device) < torch.tensor([[24], [5]], device=device)
+    direction = torch.randn(2, 2 * 24, 32, device=device)
     leaves, found = [memory, *routing.parameters()], []
     for backend in ("torch", "triton"):
         model.config.kernel_backend = backend

@@ -168,10 +168,11 @@ def test_every_parameter_gets_a_gradient():
         assert gradient.abs().max() > 0, name
 
 
-def test_triton_kernels_give_the_references_values_and_gradients():
+def test_triton_kernels_give_the_references_values_and_gradients(device: torch.device) -> None:
     # small: the interpreter takes seconds a layer
-    model = routed_model(8, num_layers=1, num_decoder_layers=1, num_cross_routers=2, kernel_backend="torch")
+    model = routed_model(8, num_layers=1, num_decoder_layers=1, num_cross_routers=2, kernel_backend="torch").to(device)
     inputs = {**pad([random_ids(24), random_ids(5)]), "labels": random_ids(2, 6)}
+    inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
     logits: list[torch.Tensor] = []
     model.register_forward_hook(lambda module, args, output: logits.append(output.logits.detach()))
     expected = gradients(model, inputs)
@@ -484,12 +485,13 @@ def test_training_step_compiles_without_a_break() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kernel_backend", ["torch", "triton"])
 @torch.no_grad()
-def test_decoder_compiles_without_a_break(kernel_backend: str) -> None:
-    model = routed_model(8, num_decoder_layers=1, num_cross_routers=2, kernel_backend=kernel_backend)
+def test_decoder_compiles_without_a_break(kernel_backend: str, device: torch.device) -> None:
+    model = routed_model(8, num_decoder_layers=1, num_cross_routers=2, kernel_backend=kernel_backend).to(device)
     compiled = torch.compile(model.decoder, fullgraph=True, dynamic=True, backend="aot_eager")
     for length in (50, 71):
-        memory = {"encoder_hidden_states": torch.randn(2, length, 32), "encoder_attention_mask": torch.ones(2, length)}
-        ids = random_ids(2, 5)
+        states, mask = torch.randn(2, length, 32, device=device), torch.ones(2, length, device=device)
+        memory = {"encoder_hidden_states": states, "encoder_attention_mask": mask}
+        ids = random_ids(2, 5).to(device)
         expected = model.decoder(ids, **memory, use_cache=False)[0]
         torch.testing.assert_close(compiled(ids, **memory, use_cache=False)[0], expected, rtol=1e-5, atol=1e-5)
 

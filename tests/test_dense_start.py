@@ -85,12 +85,13 @@ def test_saturated_weights_have_a_gradient_and_closed_ones_none() -> None:
         *(pytest.param("triton", progress, marks=pytest.mark.slow) for progress in (0.0, 1.0)),
     ],
 )
-def test_every_token_is_routed_and_weights_sum_to_the_soft_budget(backend: str, progress: float) -> None:
-    model = training_model(kernel_backend=backend, num_layers=1 if backend == "triton" else 2)
+def test_every_token_is_routed_and_weights_sum_to_the_soft_budget(
+    backend: str, progress: float, device: torch.device
+) -> None:
+    model = training_model(kernel_backend=backend, num_layers=1 if backend == "triton" else 2).to(device)
     model.set_dense_start(progress)
-    rows = [random_ids(30), random_ids(17)]
-    batch = pad(rows)
-    lengths = torch.tensor([30, 17])
+    batch = {name: tensor.to(device) for name, tensor in pad([random_ids(30), random_ids(17)]).items()}
+    lengths = torch.tensor([30, 17], device=device)
     config = model.config
     for layer in routed(model, **batch):
         for name, tokens in (
@@ -105,13 +106,14 @@ def test_every_token_is_routed_and_weights_sum_to_the_soft_budget(backend: str, 
             torch.testing.assert_close(tokens.weights.sum(1), lengths * share, rtol=1e-4, atol=1e-4)
 
 
-def test_kernels_agree_with_pytorch() -> None:
+def test_kernels_agree_with_pytorch(device: torch.device) -> None:
     results = {}
     for backend in ("torch", "triton"):
         # the interpreter takes some five seconds a layer
-        model = training_model(kernel_backend=backend, num_layers=1)
+        model = training_model(kernel_backend=backend, num_layers=1).to(device)
         model.set_dense_start(0.4)
         batch = pad([random_ids_seeded(30), random_ids_seeded(17)])
+        batch = {name: tensor.to(device) for name, tensor in batch.items()}
         out = model(**batch).last_hidden_state * batch["attention_mask"][..., None]
         torch.manual_seed(1)
         (out * torch.randn_like(out)).sum().backward()

@@ -66,11 +66,13 @@ def kept(model: CoLT5PreTrainedModel, dense: bool, **inputs: torch.Tensor) -> in
     ],
     ids=["torch", "torch, dropout", "triton"],
 )
-def test_memory_of_a_dense_start_is_what_autograd_keeps(n: int, fields: dict[str, object]) -> None:
-    model = encoder(**fields).train()
+def test_memory_of_a_dense_start_is_what_autograd_keeps(
+    n: int, fields: dict[str, object], device: torch.device
+) -> None:
+    model = encoder(**fields).train().to(device)
     fused = fields.get("kernel_backend") == "triton"
     costs = DenseStartCosts.of(model.config, n, 0.25, fused_attention=fused)
-    ids = torch.randint(2, 96, (1, n))
+    ids = torch.randint(2, 96, (1, n)).to(device)
     measured = kept(model, True, input_ids=ids[:, : n // 4]) / kept(model, False, input_ids=ids)
     # the formula has the large tensors alone
     assert costs.memory == pytest.approx(measured, rel=0.15)
@@ -79,7 +81,9 @@ def test_memory_of_a_dense_start_is_what_autograd_keeps(n: int, fields: dict[str
 # more routers are the same kernel, which the interpreter takes seconds for
 @pytest.mark.slow
 @pytest.mark.parametrize(("backend", "routers"), [("torch", 1), ("torch", 2), ("triton", 1)])
-def test_memory_of_routed_cross_attention_is_what_autograd_keeps(backend: str, routers: int) -> None:
+def test_memory_of_routed_cross_attention_is_what_autograd_keeps(
+    backend: str, routers: int, device: torch.device
+) -> None:
     """The difference between one decoder layer and two: of a target of one token, a layer's own tensors are small."""
     sizes = {}
     for layers in (1, 2):
@@ -88,12 +92,12 @@ def test_memory_of_routed_cross_attention_is_what_autograd_keeps(backend: str, r
             kernel_backend=backend, routed_cross_key_values=256, num_cross_routers=routers,
             num_cross_key_value_heads=routers, use_cache=False,
         )  # fmt: skip
-        model = CoLT5ForConditionalGeneration(config).train()
+        model = CoLT5ForConditionalGeneration(config).train().to(device)
         # encoded already, as the interpreter takes long for an encoder
-        inputs = {"decoder_input_ids": torch.ones(1, 1, dtype=torch.int64)}
+        inputs = {"decoder_input_ids": torch.ones(1, 1, dtype=torch.int64, device=device)}
         for dense, length in ((False, 384), (True, 192)):
             expected = kept_values(config, length, dense=dense, fused_attention=backend == "triton")
-            inputs["encoder_outputs"] = torch.randn(1, length, 96)
+            inputs["encoder_outputs"] = torch.randn(1, length, 96, device=device)
             sizes[layers, dense] = (kept(model, dense, **inputs), 4 * expected)
     for dense in (False, True):
         measured, expected = (more - less for more, less in zip(sizes[2, dense], sizes[1, dense], strict=True))

@@ -349,8 +349,8 @@ def may_run(states: torch.Tensor, solver: str) -> bool:
     return layer_encoder.straight_pass(states, settings, plan) is not None
 
 
-def test_modes_that_take_the_modules() -> None:
-    states = torch.zeros(1, 4, 8)
+def test_modes_that_take_the_modules(device: torch.device) -> None:
+    states = torch.zeros(1, 4, 8, device=device)
     assert may_run(states, "exact")
     hook = nn.modules.module.register_module_forward_hook(lambda *arguments: None)
     assert not may_run(states, "exact")
@@ -365,7 +365,7 @@ def test_modes_that_take_the_modules() -> None:
     with torch._subclasses.FakeTensorMode():
         assert not may_run(states, "exact")
     # more tokens than coordinate descent has a kernel for
-    assert not may_run(torch.zeros(1, 20_000, 1), "coordinate_descent")
+    assert not may_run(torch.zeros(1, 20_000, 1, device=device), "coordinate_descent")
     asked = []
     torch.func.grad(lambda x: asked.append(may_run(x, "exact")) or x.sum())(states)
     assert asked == [False]

@@ -43,13 +43,13 @@ def test_it_is_a_models_layer() -> None:
 
 # interpreted kernels take five seconds, and have tests of their own
 @pytest.mark.parametrize("kernel_backend", ["torch", pytest.param("triton", marks=pytest.mark.slow)])
-def test_a_picture_computes_in_a_batch_what_it_computes_alone(kernel_backend: str) -> None:
+def test_a_picture_computes_in_a_batch_what_it_computes_alone(kernel_backend: str, device: torch.device) -> None:
     if kernel_backend == "triton":
         pytest.importorskip("triton")
-    module = make(kernel_backend=kernel_backend)
+    module = make(kernel_backend=kernel_backend).to(device)
     sizes = [(7, 5), (3, 9), (1, 1)]
-    grids = [torch.randn(1, *size, 32) for size in sizes]
-    batch, mask = torch.full((3, 8, 10, 32), 1e4), torch.zeros(3, 8, 10)
+    grids = [torch.randn(1, *size, 32).to(device) for size in sizes]
+    batch, mask = torch.full((3, 8, 10, 32), 1e4, device=device), torch.zeros(3, 8, 10, device=device)
     for i, ((height, width), grid) in enumerate(zip(sizes, grids, strict=True)):
         batch[i, :height, :width], mask[i, :height, :width] = grid[0], 1
     batch.requires_grad_()

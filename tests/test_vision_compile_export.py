@@ -20,13 +20,14 @@ class Logits(torch.nn.Module):
 
 
 @pytest.fixture(params=["torch", "triton"])
-def model_and_pictures(request):
+def model_and_pictures(request, device):
     """With PyTorch's operations, and with kernels, whose operators are opaque to the tracers: in interpreter mode on
     the CPU. Two pictures of different sizes in one batch, one of them no multiple of the patch."""
     torch.manual_seed(0)
     model = Logits(tiny_vision_model(num_layers=1, kernel_backend=request.param))
     batch = pad_pictures([torch.randn(3, 40, 52), torch.randn(3, 22, 31)], 40, 52)
-    return model.eval(), (batch["pixel_values"], batch["pixel_mask"])
+    batch = {name: tensor.to(device) for name, tensor in batch.items()}
+    return model.eval().to(device), (batch["pixel_values"], batch["pixel_mask"])
 
 
 @pytest.mark.slow
@@ -38,7 +39,7 @@ def test_an_exported_classifier_gives_the_same_logits(model_and_pictures):
     torch.testing.assert_close(program(*inputs), model(*inputs), rtol=1e-5, atol=1e-6)
     # of other pictures and another padding too
     others = pad_pictures([torch.randn(3, 17, 52), torch.randn(3, 40, 9)], 40, 52)
-    others = others["pixel_values"], others["pixel_mask"]
+    others = tuple(others[name].to(inputs[0].device) for name in ("pixel_values", "pixel_mask"))
     torch.testing.assert_close(program(*others), model(*others), rtol=1e-5, atol=1e-6)
 
 
@@ -54,7 +55,7 @@ def test_a_classifier_compiles_without_a_break(model_and_pictures):
 def test_a_training_step_compiles_without_a_break(model_and_pictures):
     model, inputs = model_and_pictures
     model.train()
-    weight = torch.randn(2, model.model.config.num_labels)
+    weight = torch.randn(2, model.model.config.num_labels, device=inputs[0].device)
     (model(*inputs) * weight).sum().backward()
     expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     model.zero_grad()
