@@ -44,10 +44,10 @@ NAMES = {
     "longt5-transient-global": "LongT5, transient-global",
     "colt5-ratio-2-16": "learned, 1/16, no dense start, ratio 2",
     "colt5-ratio-4-16": "learned, 1/16, no dense start, ratio 4",
-    "colt5-learned-16-whole-then-ratio-4": "learned, 1/16, dense start on whole inputs, then ratio 4",
-    "colt5-learned-16-brief-then-ratio-4": "learned, 1/16, brief dense start on whole inputs, then ratio 4",
     "colt5-learned-16-brief": "learned, 1/16, brief dense start on whole inputs",
+    "colt5-learned-16-brief-then-ratio-4": "learned, 1/16, brief dense start on whole inputs, then ratio 4",
     "colt5-even-16-brief": "even, 1/16, after a brief dense start on whole inputs",
+    "colt5-learned-16-whole-then-ratio-4": "learned, 1/16, dense start on whole inputs, then ratio 4",
     "colt5-learned-16-cross-whole": "learned, 1/16, routed cross-attention, dense start on whole inputs",
     "colt5-even-16-cross-whole": "even, 1/16, routed cross-attention, after a dense start on whole inputs",
 }
@@ -88,8 +88,6 @@ START_PAIRS = (
 # at equal operations: some of these runs have more steps
 EQUAL_PAIRS = (
     ("colt5-as-shipped-16", "colt5-even-16"),
-    ("colt5-learned-16-whole-then-ratio-4", "colt5-even-16"),
-    ("colt5-learned-16-brief-then-ratio-4", "colt5-even-16"),
     ("colt5-ratio-2-16", "colt5-even-16"),
     ("colt5-ratio-4-16", "colt5-even-16"),
     ("colt5-ratio-2-16", "colt5-as-shipped-16"),
@@ -100,7 +98,13 @@ EQUAL_PAIRS = (
     ("colt5-even-16-whole", "colt5-even-16"),
     ("colt5-learned-16-brief", "colt5-even-16-brief"),
     ("colt5-learned-16-brief", "colt5-as-shipped-16"),
+    ("colt5-learned-16-brief-then-ratio-4", "colt5-learned-16-brief"),
+    ("colt5-learned-16-brief-then-ratio-4", "colt5-even-16-brief"),
+    ("colt5-learned-16-whole-then-ratio-4", "colt5-learned-16-whole"),
+    ("colt5-learned-16-whole-then-ratio-4", "colt5-even-16-whole"),
 )
+# of the study's own runs, those that cost as many operations as the runs with more steps
+AS_MANY_OPERATIONS = ("colt5-learned-16-whole", "colt5-learned-16-whole-then-ratio-4", "colt5-even-16-whole")
 STUDY = tuple(dict.fromkeys(variant for pair in PAIRS for variant in pair))
 EXACT, DESCENT, ONE_RATE = "colt5-as-shipped-16", "colt5-descent-16", "colt5-one-rate-16"
 # differences of loss up to this are level, decided before any run
@@ -423,8 +427,7 @@ def blocks(runs: Runs, equal: Runs, first: Runs, small: Runs, folder: Path) -> d
         if own := of_these(runs, tuple(dict.fromkeys(new))):
             parts[name] = [table(own), pair_table(runs, pairs)]
     if equal:
-        # these have as many operations in the study itself
-        equal = equal | of_these(runs, ("colt5-learned-16-whole", "colt5-even-16-whole"))
+        equal = equal | of_these(runs, AS_MANY_OPERATIONS)
         parts["equal"] = [equal_table(equal), pair_table(equal, EQUAL_PAIRS)]
     if crossed := of_these(runs, CROSS_PAIRS[0][:1]):
         parts["cross"].append(routing_table(crossed))
