@@ -124,7 +124,9 @@ def test_an_answer_that_was_cut_off_gives_no_example(page):
 def test_pipelines_give_what_plain_calls_give(page):
     tokenizer = page["tokenizer"]
     texts = ["def main(): pass", "import os, sys"]
-    batch = tokenizer(texts, padding=True, return_tensors="pt")
+    # pipelines put their models on a GPU where there is one
+    device = page["classify"].model.device
+    batch = tokenizer(texts, padding=True, return_tensors="pt").to(device)
     logits = page["classify"].model(**batch).logits
     names = page["classify"].model.config.id2label
     results = page["classify"](texts, batch_size=2)
@@ -138,11 +140,11 @@ def test_pipelines_give_what_plain_calls_give(page):
         for (begin, stop), kind in zip(offsets, kinds, strict=True):
             assert {by_place.get(place) for place in range(begin, stop)} == {kind}
 
-    ids = tokenizer("import os", return_tensors="pt")["input_ids"]
+    ids = tokenizer("import os", return_tensors="pt")["input_ids"].to(device)
     # pipelines run in inference mode; the same operations
-    torch.testing.assert_close(page["states"], page["read"].model(ids).last_hidden_state)
+    torch.testing.assert_close(page["states"], page["read"].model(ids).last_hidden_state.cpu())
     padded = page["read"](texts, batch_size=2, return_tensors=True)
-    states = page["read"].model(**batch).last_hidden_state
+    states = page["read"].model(**batch).last_hidden_state.cpu()
     torch.testing.assert_close(padded[1][0][: len(ids[0])], states[1, : len(ids[0])], rtol=1e-4, atol=1e-4)
 
 
