@@ -5,6 +5,7 @@ import os
 from typing import NamedTuple
 
 import torch
+from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 
 HALF_DTYPES = (torch.float16, torch.bfloat16)
@@ -151,6 +152,20 @@ class Mode(NamedTuple):
         if self.autocast is None:
             return dtype
         return self.autocast if dtype in (self.autocast, torch.float32) else None
+
+    def takes_straight_lines(self, states: torch.Tensor) -> bool:
+        """Whether straight lines of kernels may stand for the modules of a pass over these states, as far as that is
+        no matter of the modules: nobody looks at operations or tensors of their own kind, or wants what the lines
+        do not give."""
+        return (
+            self.is_eager
+            and not self.is_watched
+            and not self.is_deterministic
+            and type(states) in (torch.Tensor, torch.nn.Parameter)
+            and states.numel() > 0
+            and self.dtype_of_products(states.dtype) is not None
+            and forward_ad._current_level < 0
+        )
 
     @property
     def is_plain_inference(self) -> bool:

@@ -71,7 +71,7 @@ class PlainRoutedLayer(PlainDecoderLayer):
     def parts(cls, block: Any) -> Parts:
         attention, feed_forward = block.layer[0], block.layer[-1]
         parts: Parts = {"self_layer": ("causal_attention", attention)}
-        parts |= parts_of_sublayer("self", attention, "residual_dropout")
+        parts |= parts_of_sublayer("self", attention, "dropout")
         parts |= parts_of_attention("light", "local_attention", attention.light_attention)
         if hasattr(attention, "heavy_attention"):
             parts |= parts_of_attention("heavy", "routed_attention", attention.heavy_attention)
@@ -82,7 +82,7 @@ class PlainRoutedLayer(PlainDecoderLayer):
         if not hasattr(feed_forward, "router"):
             return parts | cls.parts_of_feed_forward(feed_forward)
         parts |= {"ff": ("causal_feed_forward", feed_forward), "router": ("router", feed_forward.router)}
-        parts |= parts_of_sublayer("ff", feed_forward, "residual_dropout")
+        parts |= parts_of_sublayer("ff", feed_forward, "dropout")
         for name in ("light", "heavy"):
             parts |= parts_of_dense(f"{name}_ff", getattr(feed_forward, f"{name}_feed_forward"))
         return parts

@@ -56,18 +56,14 @@ class PlainDecoderLayer(PlainLayer):
         super().__init__(block, parts)
         self.before: _Before | None = None
         self.eps, self.d_kv = self.values("eps"), self.values("d_kv")
-        self.kind = (self.weighted, self.eps, self.d_kv)
-
-    @property
-    def is_supported(self) -> bool:
-        return super().is_supported and not self.drops_something
+        self.kind = (self.weighted, self.eps, self.d_kv, self.drops_something)
 
     @classmethod
     def parts(cls, block: Any) -> Parts:
         attention = block.layer[0]
         return {
             "self_layer": ("self_layer", attention),
-            **parts_of_sublayer("self", attention, "residual_dropout"),
+            **parts_of_sublayer("self", attention, "dropout"),
             **parts_of_attention("self", "self_attention", attention.SelfAttention),
             **cls.parts_of_cross(block),
             **cls.parts_of_feed_forward(block.layer[-1]),
@@ -81,7 +77,7 @@ class PlainDecoderLayer(PlainLayer):
         _, cross, _ = block.layer
         return {
             "cross_layer": ("cross_layer", cross),
-            **parts_of_sublayer("cross", cross, "residual_dropout"),
+            **parts_of_sublayer("cross", cross, "dropout"),
             **parts_of_attention("cross", "cross_attention", cross.EncDecAttention, "qo"),
         }
 
@@ -90,7 +86,7 @@ class PlainDecoderLayer(PlainLayer):
         """T5's feed-forward."""
         return {
             "ff": ("feed_forward", feed_forward),
-            **parts_of_sublayer("ff", feed_forward, "residual_dropout"),
+            **parts_of_sublayer("ff", feed_forward, "dropout"),
             **parts_of_dense("dense", feed_forward.DenseReluDense),
         }
 
@@ -281,7 +277,7 @@ class TokenStep:
             if kind == before:
                 lists, first, _ = runs.pop()
                 runs.append((lists, first, number + 1))
-            elif cls.fits(of_pass, layer):
+            elif not layer.plain.drops_something and cls.fits(of_pass, layer):
                 runs.append(({}, number, number + 1))
             else:
                 return None

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from .kernel_backend import triton_is_available
 from .layer_backward import Backward, Gradients
@@ -46,13 +45,7 @@ def straight_pass(hidden_states: Tensor, settings: EncoderSettings, plan: Encode
         and plan.implementation.fuses_attention
         and settings.routing == "learned"
         and plan.dense_start is None
-        and mode.is_eager
-        and not mode.is_watched
-        and type(hidden_states) in (Tensor, torch.nn.Parameter)
-        and hidden_states.numel() > 0
-        and mode.dtype_of_products(hidden_states.dtype) is not None
-        and not mode.is_deterministic
-        and forward_ad._current_level < 0
+        and mode.takes_straight_lines(hidden_states)
         and kernels_take(hidden_states.shape[1], settings.soft_topk.solver, hidden_states.device)
         and not (mode.keeps_gradients and hidden_states.dtype == torch.float16)
     )

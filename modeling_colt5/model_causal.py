@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .model_layers import CoLT5Attention, CoLT5DenseActDense, CoLT5LayerNorm, clamp_half, project
+from .model_layers import CoLT5Attention, CoLT5DenseActDense, CoLT5Dropout, CoLT5LayerNorm, clamp_half, project
 from .model_router import CoLT5Router, router_weights
 from .op_attention import local_attention, local_attention_reference, routed_attention, routed_attention_reference
 from .op_gates import Gates, causal_gates, dense_gates
@@ -331,7 +331,7 @@ class CoLT5LayerCausalAttention(nn.Module):
             )
             if unrouted_vector:
                 self.unrouted = nn.Parameter(torch.empty(d_model))
-        self.dropout = nn.Dropout(dropout_rate)
+        self.dropout = CoLT5Dropout(dropout_rate)
 
     def forward(
         self,
@@ -405,7 +405,7 @@ class CoLT5LayerCausalFF(nn.Module):
         self.light_feed_forward = CoLT5DenseActDense(d_model, light_d_ff, feed_forward_proj, dropout_rate)
         self.router = CoLT5Router(d_model)
         self.heavy_feed_forward = CoLT5DenseActDense(d_model, heavy_d_ff, feed_forward_proj, dropout_rate)
-        self.dropout = nn.Dropout(dropout_rate)
+        self.dropout = CoLT5Dropout(dropout_rate)
 
     def forward(self, hidden_states: Tensor, plan: CausalPlan, cache: Any) -> tuple[Tensor, Tensor]:
         """X + LightFF(X) + s̃ · HeavyFF(X); the new hidden states and the routing weights [batch, n]."""

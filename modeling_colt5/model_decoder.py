@@ -15,6 +15,7 @@ from .configuration_colt5 import CoLT5Config
 from .kernel_backend import Mode, is_hooked, product_dtype
 from .layer_causal import RoutedStep
 from .layer_decoder import StraightStep, goes_on, may_run_straight
+from .layer_decoder_parts import DecoderPass
 from .layer_plain import PlainStack
 from .model_base import CoLT5Stack
 from .model_decoder_layer import PLAIN, CoLT5DecoderBlock
@@ -270,7 +271,11 @@ class CoLT5Decoder(CoLT5Stack):
         """
         position_bias, heavy_bias_table, mask, windows = own
         asking = cross_settings(self.config) if self.asks else None
-        plan = DecoderPlan(implementation(self.config), mask, windows, encoder_mask, asking)
+        who = implementation(self.config).for_states(hidden_states)
+        straight = None
+        if self.attends_to_all and who.fuses_attention:
+            straight = DecoderPass.of(hidden_states, Mode.of_now(hidden_states))
+        plan = DecoderPlan(who, mask, windows, encoder_mask, asking, straight)
         asked = []
         for layer_idx, (block, memory) in enumerate(zip(self.block, memories, strict=True)):
             # Gradient checkpointing hands gradients through arguments by position alone, and looks for the cache by

@@ -1,5 +1,8 @@
 """The decoder's layer: self-attention and feed-forward, T5's or routed, with cross-attention between."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from einops import rearrange
 from torch import nn
@@ -9,7 +12,7 @@ from transformers.utils.generic import maybe_autocast
 
 from .kernel_backend import accumulation_dtype
 from .layer_causal import PlainRoutedLayer
-from .layer_decoder import PlainDecoderLayer
+from .layer_decoder_parts import Drop, PlainT5Layer, StraightParts
 from .layer_plain import PlainBlock, kinds_of
 from .model_causal import (
     CoLT5CausalLocalAttention,
@@ -24,11 +27,14 @@ from .model_layers import (
     CoLT5Dropout,
     CoLT5LayerNorm,
     clamp_half,
+    drop,
+    drop_rate,
     eager_attention_forward,
     project,
 )
 from .model_outputs import CoLT5CausalLayerRouting
 from .model_router import CoLT5Router, CoLT5Routing, run_routers
+from .op_dropout import draw_seeds
 from .op_routing import RoutedTokens
 from .run_budgets import RoutingBudget
 from .run_causal_cache import routed_layer
@@ -56,12 +62,27 @@ class CoLT5SelfAttention(CoLT5Attention):
         where the cache has this layer. The bias is `masked_bias` where the implementation says so."""
         states = project(hidden_states, self.q, self.k, self.v, head_size=self.d_kv)
         query, key, value = (part.transpose(1, 2) for part in states)
+        attended, weights = self.read(query, key, value, position_bias, plan, cache, layer_idx)
+        return self.o(attended), weights
+
+    def read(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        position_bias: torch.Tensor,
+        plan: DecoderPlan,
+        cache: Cache | None,
+        layer_idx: int,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The attention without its projections, [batch, heads, n, d_kv] → [batch, n, heads * d_kv], and the weights
+        where the implementation gives them; other arguments as of `forward`."""
         if cache is not None:
             key, value = cache.update(key, value, layer_idx)
         holds_mask = plan.implementation.bias_holds_mask
         bias, mask = (None, position_bias.to(query.dtype)) if holds_mask else (position_bias, plan.mask)
         output, weights = self.attend(query, key, value, bias, mask, plan.implementation.attention)
-        return self.o(output.flatten(-2)), weights
+        return output.flatten(-2), weights
 
 
 class CoLT5CrossAttention(CoLT5Attention):
@@ -136,15 +157,28 @@ class CoLT5CrossAttention(CoLT5Attention):
         `encoder_hidden_states` is [batch, encoder length, d_model], or the routed rows [batch, routers * slots,
         d_model], and not read where the cache has its keys and values. `layer_idx` is where the cache has this layer.
         """
-        key, value = self.keys_and_values(encoder_hidden_states, plan, cache, layer_idx)
         query = self.split_heads(self.q(hidden_states)).transpose(1, 2)
+        attended, weights = self.read(query, encoder_hidden_states, plan, cache, layer_idx)
+        return self.o(attended), weights, None
+
+    def read(
+        self,
+        query: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        plan: DecoderPlan,
+        cache: Cache | None,
+        layer_idx: int,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The attention without the projections of queries and result, [batch, heads, n, d_kv] → [batch, n, heads *
+        d_kv], and the weights where the implementation gives them; other arguments as of `forward`."""
+        key, value = self.keys_and_values(encoder_hidden_states, plan, cache, layer_idx)
         mask = None if plan.memory_mask is None else plan.memory_mask[:, None, None, :]
-        if hidden_states.shape[1] == 1 and plan.implementation.attention == "sdpa" and not self.training:
+        if query.shape[2] == 1 and plan.implementation.attention == "sdpa" and not self.training:
             # One token has few queries: the kernels behind "sdpa" would walk along all keys with one processor a row.
             output, weights = eager_attention_forward(self, query, key, value, mask)[0], None
         else:
             output, weights = self.attend(query, key, value, None, mask, plan.implementation.attention)
-        return self.o(output.flatten(-2)), weights, None
+        return output.flatten(-2), weights
 
 
 class CoLT5AskingCrossAttention(CoLT5CrossAttention):
@@ -238,7 +272,7 @@ class CoLT5LayerSelfAttention(nn.Module):
         super().__init__()
         self.SelfAttention = CoLT5SelfAttention(d_model, d_kv, num_heads, dropout_rate)
         self.layer_norm = CoLT5LayerNorm(d_model, layer_norm_epsilon)
-        self.dropout = nn.Dropout(dropout_rate)
+        self.dropout = CoLT5Dropout(dropout_rate)
 
     def forward(
         self,
@@ -247,11 +281,12 @@ class CoLT5LayerSelfAttention(nn.Module):
         plan: DecoderPlan,
         cache: Cache | None,
         layer_idx: int,
+        seed: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """[batch, n, d_model] → the same shape, and the attention weights."""
+        """[batch, n, d_model] → the same shape, and the attention weights; `seed` is that of dropout."""
         normed, _ = self.layer_norm(hidden_states, None, plan.kernel_backend, for_products=True)
         output, weights = self.SelfAttention(normed, position_bias, plan, cache, layer_idx)
-        return clamp_half(hidden_states + self.dropout(output)), weights
+        return clamp_half(hidden_states + drop(self.dropout, output, seed)), weights
 
 
 class CoLT5LayerCrossAttention(nn.Module):
@@ -279,7 +314,7 @@ class CoLT5LayerCrossAttention(nn.Module):
                 d_model, d_kv, num_heads, num_key_value_heads, num_routers, dropout_rate
             )
         self.layer_norm = CoLT5LayerNorm(d_model, layer_norm_epsilon)
-        self.dropout = nn.Dropout(dropout_rate)
+        self.dropout = CoLT5Dropout(dropout_rate)
 
     def forward(
         self,
@@ -288,11 +323,13 @@ class CoLT5LayerCrossAttention(nn.Module):
         plan: DecoderPlan,
         cache: Cache | None,
         layer_idx: int,
+        seed: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, RoutedTokens | None]:
-        """[batch, n, d_model] → the same shape, the attention weights, and what each token chose where it does."""
+        """[batch, n, d_model] → the same shape, the attention weights, and what each token chose where it does; `seed`
+        is that of dropout."""
         normed, _ = self.layer_norm(hidden_states, None, plan.kernel_backend, for_products=True)
         output, weights, tokens = self.EncDecAttention(normed, encoder_hidden_states, plan, cache, layer_idx)
-        return clamp_half(hidden_states + self.dropout(output)), weights, tokens
+        return clamp_half(hidden_states + drop(self.dropout, output, seed)), weights, tokens
 
 
 class CoLT5LayerFF(nn.Module):
@@ -310,12 +347,19 @@ class CoLT5LayerFF(nn.Module):
         super().__init__()
         self.DenseReluDense = CoLT5DenseActDense(d_model, d_ff, feed_forward_proj, dropout_rate)
         self.layer_norm = CoLT5LayerNorm(d_model, layer_norm_epsilon)
-        self.dropout = nn.Dropout(dropout_rate)
+        self.dropout = CoLT5Dropout(dropout_rate)
 
-    def forward(self, hidden_states: torch.Tensor, plan: DecoderPlan) -> torch.Tensor:
-        """[batch, n, d_model] → the same shape."""
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        plan: DecoderPlan,
+        activation_seed: torch.Tensor | None = None,
+        seed: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """[batch, n, d_model] → the same shape; the seeds are those of dropout: of activations, and of the result."""
         normed, _ = self.layer_norm(hidden_states, None, plan.kernel_backend, for_products=True)
-        return clamp_half(hidden_states + self.dropout(self.DenseReluDense(normed, plan.kernel_backend)))
+        output = self.DenseReluDense(normed, plan.kernel_backend, activation_seed)
+        return clamp_half(hidden_states + drop(self.dropout, output, seed))
 
 
 class CoLT5DecoderBlock(GradientCheckpointingLayer):
@@ -332,7 +376,7 @@ class CoLT5DecoderBlock(GradientCheckpointingLayer):
         self.has_cross_attention = cross_attention is not None
         self.layer = nn.ModuleList(filter(None, (attention, cross_attention, feed_forward)))
         is_routed = isinstance(attention, CoLT5LayerCausalAttention)
-        self.plain = PlainBlock(PlainRoutedLayer if is_routed else PlainDecoderLayer)
+        self.plain = PlainBlock(PlainRoutedLayer if is_routed else PlainT5Layer)
 
     def forward(
         self,
@@ -368,10 +412,19 @@ class CoLT5DecoderBlock(GradientCheckpointingLayer):
             routed (None in T5's layer), and what each token's cross-attention chose (None where it does not).
         """
         cache = one_cache(cache, past_key_values)
+        parts = self.straight_parts(plan)
+        if parts is not None:
+            results = self.run_in_parts(
+                parts, hidden_states, position_bias, encoder_hidden_states, plan, layer_idx, cache
+            )
+            return *results, None, None
         self_cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
         weights = cross_weights = routing = asked = None
+        seeds = self.draw_seeds(plan, hidden_states.device)
         if plan.windows is None:
-            hidden_states, weights = self.layer[0](hidden_states, position_bias, plan, self_cache, layer_idx)
+            hidden_states, weights = self.layer[0](
+                hidden_states, position_bias, plan, self_cache, layer_idx, seeds[Drop.SELF]
+            )
         else:
             routing = CoLT5CausalLayerRouting()
             self_cache = routed_layer(self_cache, layer_idx)
@@ -380,14 +433,62 @@ class CoLT5DecoderBlock(GradientCheckpointingLayer):
             )
         if self.has_cross_attention:
             hidden_states, cross_weights, asked = self.layer[1](
-                hidden_states, encoder_hidden_states, plan, cache, layer_idx
+                hidden_states, encoder_hidden_states, plan, cache, layer_idx, seeds[Drop.CROSS]
             )
         if isinstance(self.layer[-1], CoLT5LayerCausalFF):
             assert routing is not None
             hidden_states, routing.feed_forward = self.layer[-1](hidden_states, plan.windows, self_cache)
         else:
-            hidden_states = self.layer[-1](hidden_states, plan)
+            hidden_states = self.layer[-1](hidden_states, plan, seeds[Drop.ACTIVATION], seeds[Drop.FEED_FORWARD])
         return hidden_states, weights, cross_weights, routing, asked
+
+    def drop_rates(self) -> tuple[float, ...]:
+        """With which probabilities T5's layer drops now, by the places of `Drop`."""
+        attention, *cross, feed_forward = self.layer
+        dense: Any = getattr(feed_forward, "DenseReluDense", None)
+        return tuple(map(drop_rate, (attention, cross[0] if cross else None, dense, feed_forward)))
+
+    def draw_seeds(self, plan: DecoderPlan, device: torch.device) -> Sequence[torch.Tensor | None]:
+        """The seeds of what the layer drops, by the places of `Drop`; None where PyTorch drops.
+
+        PyTorch's dropout would keep its masks, and what a layer drops must not depend on how it runs.
+        """
+        if plan.windows is not None or plan.kernel_backend != "triton" or not any(self.drop_rates()):
+            return (None,) * 4
+        return draw_seeds(4, device)[:, :1].unbind()
+
+    def straight_parts(self, plan: DecoderPlan) -> StraightParts | None:
+        """This block as straight lines of kernels between its attentions, where it is plain and may run so; None for
+        modules."""
+        if plan.straight is None:
+            return None
+        found = self.plain.read(self, PLAIN)
+        return None if found is None else StraightParts.of(plan.straight, *found)
+
+    def run_in_parts(
+        self,
+        parts: StraightParts,
+        hidden_states: torch.Tensor,
+        position_bias: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None,
+        plan: DecoderPlan,
+        layer_idx: int,
+        cache: Cache | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """T5's layer as straight lines with its attentions between them: the new hidden states, and self-attention and
+        cross-attention weights (None where not given); other arguments as of `forward`."""
+        self_cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+        cross_weights = None
+        layers: Any = self.layer
+        query, key, value = parts(0, hidden_states)
+        attended, weights = layers[0].SelfAttention.read(query, key, value, position_bias, plan, self_cache, layer_idx)
+        if self.has_cross_attention:
+            hidden_states, query = parts(1, hidden_states, attended)
+            attended, cross_weights = layers[1].EncDecAttention.read(
+                query, encoder_hidden_states, plan, cache, layer_idx
+            )
+        (hidden_states,) = parts(-1, hidden_states, attended)
+        return hidden_states, weights, cross_weights
 
 
 # What a plain block is made of.
@@ -402,7 +503,6 @@ PLAIN = kinds_of(
     norm=CoLT5LayerNorm,
     linear=nn.Linear,
     dropout=CoLT5Dropout,
-    residual_dropout=nn.Dropout,
     activation=GELU,
     causal_attention=CoLT5LayerCausalAttention,
     local_attention=CoLT5CausalLocalAttention,

@@ -302,13 +302,14 @@ class CoLT5Attention(nn.Module):
         key, value = key.to(query.dtype), value.to(query.dtype)
         heads, groups = query.shape[1], key.shape[1]
         if heads > groups:
-            # Heads that share a key/value head are just more queries for it.
-            query = rearrange(query, "b (g h) n d -> b g (h n) d", g=groups)
+            # Heads that share a key/value head are just more queries for it. All of a token lie side by side, as the
+            # projections leave them, so that one such head takes no copy.
+            query = rearrange(query, "b (g h) n d -> b g (n h) d", g=groups)
         output, weights = interface(self, query, key, value, mask, dropout=dropout, scaling=1.0, position_bias=bias)
         if heads > groups:
-            output = rearrange(output, "b (h n) g d -> b n (g h) d", h=heads // groups)
+            output = rearrange(output, "b (n h) g d -> b n (g h) d", h=heads // groups)
             if weights is not None:
-                weights = rearrange(weights, "b g (h n) k -> b (g h) n k", h=heads // groups)
+                weights = rearrange(weights, "b g (n h) k -> b (g h) n k", h=heads // groups)
         return output, weights
 
     def weigh(

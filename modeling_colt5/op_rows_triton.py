@@ -80,7 +80,7 @@ def combine_kernel(
     valid2_ptr, weights2_ptr, capacity2, seed_ptr, out_ptr, n,
     d: tl.constexpr, DROPOUT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out = base + light + the routed rows of one or two routings, one block of positions a program. With a seed all
+    """out = base + light + the routed rows of up to two routings, one block of positions a program. With a seed all
     but the base is dropped."""
     blocks = tl.cdiv(n, ROWS)
     batch = (tl.program_id(0) // blocks).to(tl.int64)
@@ -94,9 +94,11 @@ def combine_kernel(
         total += tl.load(base_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     if light_ptr is not None:
         total += tl.load(light_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    total += routed_rows(
-        positions, batch, columns, column_mask, updates_ptr, indices_ptr, valid_ptr, weights_ptr, capacity, d, ROWS
-    )
+    if updates_ptr is not None:
+        total += routed_rows(
+            positions, batch, columns, column_mask, updates_ptr, indices_ptr, valid_ptr, weights_ptr, capacity, d,
+            ROWS,
+        )  # fmt: skip
     if updates2_ptr is not None:
         total += routed_rows(
             positions, batch, columns, column_mask, updates2_ptr, indices2_ptr, valid2_ptr, weights2_ptr, capacity2,
@@ -155,9 +157,9 @@ def gather_kernel(
 def combine_into(
     base: Tensor | None,
     light: Tensor | None,
-    updates: Tensor,
-    indices: Tensor,
-    valid: Tensor,
+    updates: Tensor | None,
+    indices: Tensor | None,
+    valid: Tensor | None,
     weights: Tensor | None,
     updates2: Tensor | None,
     indices2: Tensor | None,
@@ -168,15 +170,15 @@ def combine_into(
     seed: Tensor | None = None,
     dropout: float = 0.0,
 ) -> None:
-    """Write `combine_reference` of op_rows.py to `out`. With a seed what is added to the base is dropped as `dropout`
-    of op_dropout.py does."""
+    """Write `combine_reference` of op_rows.py to `out`; without updates the sum of base and light branch. With a seed
+    what is added to the base is dropped as `dropout` of op_dropout.py does."""
     batch, _, d = out.shape
     first = map(adjacent, (base, light, updates, indices, valid, weights))
     second = map(adjacent, (updates2, indices2, valid2, weights2))
     rows, block, warps = tile_shape(d)
     launch(
         combine_kernel, (batch * cdiv(length, rows),),
-        *first, updates.shape[1], *second, 0 if updates2 is None else updates2.shape[1],
+        *first, 0 if updates is None else updates.shape[1], *second, 0 if updates2 is None else updates2.shape[1],
         seed, out, length, d, dropout, rows, block, num_warps=warps,
     )  # fmt: skip
 

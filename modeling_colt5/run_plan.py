@@ -129,6 +129,8 @@ class DecoderPlan:
         windows: of causally routed layers (`CausalPlan` of run_causal_plan.py); None in T5's.
         memory_mask: bool [batch, encoder length or slots], True for real tokens; None for all, and without an encoder.
         asking: for tokens that choose themselves what they read of the memory; None where they do not.
+        straight: what straight lines of kernels have in common (`DecoderPass` of layer_decoder_parts.py), where plain
+            blocks may run as such; None where all run as modules.
     """
 
     implementation: Implementation
@@ -136,6 +138,7 @@ class DecoderPlan:
     windows: Any = None
     memory_mask: torch.Tensor | None = None
     asking: CrossSettings | None = None
+    straight: Any = None
 
     @property
     def kernel_backend(self) -> str:

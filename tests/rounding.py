@@ -12,6 +12,7 @@ sure, the test computes in float64, in which no two scores lie within rounding o
 """
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 
@@ -61,3 +62,19 @@ def assert_trained_alike(
     for name, weight in weights.items():
         distance = (weight - expected[name]).detach().square().mean().sqrt().item()
         assert distance < 0.01 * learning_rate, f"{name} differs by {distance:.1e}"
+
+
+def assert_same_gradients(
+    actual: dict[str, Any], expected: dict[str, Any], rounded_to: torch.dtype | None = None
+) -> None:
+    """The same but for rounding, by the size of the tensor; one in which all cancels is nothing but rounding of the
+    larger ones that it was summed of."""
+    assert actual.keys() == expected.keys()
+    largest = max(gradient.abs().max().item() for gradient in expected.values() if gradient is not None)
+    for name, gradient in expected.items():
+        assert (gradient is None) == (actual[name] is None), name
+        if gradient is not None:
+            atol = ROUNDING[rounded_to or gradient.dtype] * max(gradient.abs().max().item(), 0.1 * largest)
+            torch.testing.assert_close(
+                actual[name], gradient, rtol=0, atol=atol, msg=lambda text, at=name: f"{at}: {text}"
+            )

@@ -10,7 +10,7 @@ import pytest
 import torch
 from launch_lists import interpreting_launcher
 from models import checkpoint_activations, pad, random_ids, tiny_config, tiny_model
-from rounding import ROUNDING, assert_same_but_for_rounding
+from rounding import assert_same_but_for_rounding, assert_same_gradients
 from torch import nn
 from vision import pad_pictures, tiny_vision_model
 
@@ -387,22 +387,6 @@ def gradients_of(model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, 
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     gradients |= {name: part.grad for name, part in batch.items() if part.requires_grad}
     return {"output": output.detach(), **gradients}
-
-
-def assert_same_gradients(
-    actual: dict[str, Any], expected: dict[str, Any], rounded_to: torch.dtype | None = None
-) -> None:
-    """The same but for rounding, by the size of the tensor; one in which all cancels is nothing but rounding of the
-    larger ones that it was summed of."""
-    assert actual.keys() == expected.keys()
-    largest = max(gradient.abs().max().item() for gradient in expected.values() if gradient is not None)
-    for name, gradient in expected.items():
-        assert (gradient is None) == (actual[name] is None), name
-        if gradient is not None:
-            atol = ROUNDING[rounded_to or gradient.dtype] * max(gradient.abs().max().item(), 0.1 * largest)
-            torch.testing.assert_close(
-                actual[name], gradient, rtol=0, atol=atol, msg=lambda text, at=name: f"{at}: {text}"
-            )
 
 
 TRAINED = {name: CASES[name] for name in ("one row", "bf16", "coordinate descent", "one token")}

@@ -1,0 +1,282 @@
+"""T5 decoder layers whose attentions stand between straight lines: they give what the modules give."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from launch_lists import interpreting_launcher
+from models import checkpoint_activations, pad, random_ids, tiny_model
+from rounding import assert_same_but_for_rounding, assert_same_gradients
+from torch import nn
+
+pytest.importorskip("triton")
+
+from modeling_colt5 import (  # noqa: E402
+    CoLT5ForCausalLM,
+    CoLT5ForConditionalGeneration,
+    layer_decoder_parts,
+    run_launch_list_triton,
+)
+from modeling_colt5.layer_decoder_parts import StraightParts  # noqa: E402
+from modeling_colt5.run_release import CACHE  # noqa: E402
+
+
+@pytest.fixture
+def layers(monkeypatch: pytest.MonkeyPatch) -> list[StraightParts]:
+    """The layers that ran as straight lines."""
+    ran = []
+    of = StraightParts.of.__func__
+
+    def counted(cls: type[StraightParts], *arguments: Any) -> StraightParts | None:
+        parts = of(cls, *arguments)
+        ran.extend([] if parts is None else [parts])
+        return parts
+
+    monkeypatch.setattr(StraightParts, "of", classmethod(counted))
+    return ran
+
+
+def model_of(device: torch.device, dtype: torch.dtype = torch.float32, model_class: Any = None, **fields: Any) -> Any:
+    """A model whose encoder takes no part: "none" has light branches alone, which are the quickest."""
+    fields = {"routing": "none", "num_layers": 1, "num_decoder_layers": 2} | fields
+    return tiny_model(model_class or CoLT5ForConditionalGeneration, dtype, kernel_backend="triton", **fields).to(
+        device
+    )
+
+
+def batch_of(device: torch.device, *lengths: int, masked: bool = True) -> dict[str, torch.Tensor]:
+    """Inputs and labels of such lengths; those of the labels are half as many."""
+    batch = pad([random_ids(length) for length in lengths])
+    labels = pad([random_ids(1 + length // 2) for length in lengths])
+    batch["labels"] = labels["input_ids"].masked_fill(labels["attention_mask"] == 0, -100)
+    if not masked:
+        del batch["attention_mask"]
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def as_modules(call: Callable[[], Any]) -> Any:
+    """What a call gives where all decoder blocks run as modules."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layer_decoder_parts, "enabled", False)
+        return call()
+
+
+def gradients_of(model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor | None]:
+    """The scores, and the gradients of all parameters for the loss."""
+    model.zero_grad(set_to_none=True)
+    torch.manual_seed(3)
+    output = model(**batch)
+    output.loss.backward()
+    return {"scores": output.logits.detach(), **{name: part.grad for name, part in model.named_parameters()}}
+
+
+def repeats(device: torch.device) -> range:
+    """On a GPU the first call notes the launches that the others repeat."""
+    return range(1 if device.type == "cpu" else 3)
+
+
+CASES = {
+    "padded": (torch.float32, (11, 6), True, {}),
+    "no mask": (torch.float32, (8, 8), False, {}),
+    "bf16": (torch.bfloat16, (9,), True, {"num_decoder_layers": 1}),
+    "one token": (torch.float32, (1,), False, {"num_decoder_layers": 1}),
+    "dropout": (torch.float32, (9, 5), True, {"dropout_rate": 0.3}),
+    "key/value heads": (torch.float32, (7,), True, {"num_cross_key_value_heads": 2}),
+    "routed memory": (torch.float32, (12,), True, {"routing": "learned", "routed_cross_key_values": 4}),
+    "eager attention of other sizes": (torch.float32, (7,), True, {"num_heads": 3, "d_kv": 4, "d_ff": 20}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_are_those_of_the_modules(case: str, device: torch.device, layers: list) -> None:
+    dtype, lengths, masked, fields = CASES[case]
+    model = model_of(device, dtype, **fields).train()
+    batch = batch_of(device, *lengths, masked=masked)
+    expected = as_modules(lambda: gradients_of(model, batch))
+    assert not layers
+    for _ in repeats(device):
+        assert_same_gradients(gradients_of(model, batch), expected)
+    assert len(layers) == len(model.decoder.block) * len(repeats(device))
+
+
+def test_a_stack_without_an_encoder(device: torch.device, layers: list) -> None:
+    model = model_of(
+        device, model_class=CoLT5ForCausalLM, causal_attention="full", causal_feed_forward="dense"
+    ).train()
+    batch = batch_of(device, 9, 5)
+    batch["labels"] = batch["input_ids"]
+    expected = as_modules(lambda: gradients_of(model, batch))
+    for _ in repeats(device):
+        assert_same_gradients(gradients_of(model, batch), expected)
+    assert layers
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+def test_autocast_is_that_of_the_modules(rate: float, device: torch.device, layers: list) -> None:
+    model = model_of(device, num_decoder_layers=1, dropout_rate=rate).train()
+    batch = batch_of(device, 9)
+
+    def call() -> dict[str, Any]:
+        with torch.autocast(device.type, torch.bfloat16):
+            return gradients_of(model, batch)
+
+    expected = as_modules(call)
+    for _ in repeats(device):
+        actual = call()
+        # products are rounded to bf16
+        assert_same_gradients(actual, expected, torch.bfloat16)
+        assert {part.grad.dtype for part in model.parameters()} == {torch.float32}
+    assert layers
+
+
+def test_a_forward_pass_with_a_cache_goes_on_as_the_modules(device: torch.device, layers: list) -> None:
+    model = model_of(device).eval()
+    batch = batch_of(device, 9, 6)
+    ids = random_ids(5).to(device)[None].expand(2, -1)
+    memory = model.encoder(batch["input_ids"], attention_mask=batch["attention_mask"])
+
+    def call() -> list[torch.Tensor]:
+        common = {"encoder_outputs": memory, "attention_mask": batch["attention_mask"], "use_cache": True}
+        with torch.no_grad():
+            first = model(decoder_input_ids=ids[:, :3], **common)
+            second = model(decoder_input_ids=ids[:, 3:], **{CACHE: first[CACHE]}, **common)
+        return [first.logits, second.logits]
+
+    expected = as_modules(call)
+    for _ in repeats(device):
+        for actual, wanted in zip(call(), expected, strict=True):
+            assert_same_but_for_rounding(actual, wanted)
+    assert len(layers) == 4 * len(repeats(device))
+
+
+def test_frozen_weights_get_no_gradients(device: torch.device, layers: list) -> None:
+    model = model_of(device).train()
+    frozen = ("decoder.block.0", ".q.", "wo", "EncDecAttention.o", "layer.1.layer_norm", "shared")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not any(part in name for part in frozen))
+    batch = batch_of(device, 7)
+    expected = as_modules(lambda: gradients_of(model, batch))
+    assert any(gradient is not None for gradient in expected.values())
+    for _ in repeats(device):
+        assert_same_gradients(gradients_of(model, batch), expected)
+    assert layers
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointed_layers_drop_the_same_again(use_reentrant: bool, device: torch.device, layers: list) -> None:
+    model = model_of(device, dropout_rate=0.3).train()
+    batch = batch_of(device, 7, 5)
+    expected = as_modules(lambda: gradients_of(model, batch))
+    checkpoint_activations(model, use_reentrant)
+    assert_same_gradients(gradients_of(model, batch), expected)
+    assert len(layers) == 2 * len(model.decoder.block)
+
+
+def test_a_hook_inside_changes_nothing_that_is_dropped(device: torch.device, layers: list) -> None:
+    model = model_of(device, dropout_rate=0.3).train()
+    batch = batch_of(device, 7, 5)
+    expected = gradients_of(model, batch)
+    assert len(layers) == len(model.decoder.block)
+    seen: list[torch.Tensor] = []
+    feed_forward = model.decoder.block[0].layer[-1].DenseReluDense.wo
+    handle = feed_forward.register_forward_hook(lambda module, args, output: seen.append(output))
+    assert_same_gradients(gradients_of(model, batch), expected)
+    assert len(seen) == 1 and len(layers) == 2 * len(model.decoder.block) - 1
+    handle.remove()
+    assert_same_gradients(gradients_of(model, batch), expected)
+    assert len(layers) == 3 * len(model.decoder.block) - 1
+
+
+def test_an_unused_result_has_no_part_in_the_gradient(device: torch.device, layers: list) -> None:
+    model = model_of(device).train()
+    batch = batch_of(device, 7)
+
+    def call() -> list[torch.Tensor | None]:
+        # the states between the layers alone: nobody asks the last layer for a gradient
+        states = model(**batch, output_hidden_states=True).decoder_hidden_states[1]
+        return list(torch.autograd.grad(states.square().sum(), list(model.parameters()), allow_unused=True))
+
+    expected = as_modules(call)
+    for _ in repeats(device):
+        named = (dict(enumerate(gradients)) for gradients in (call(), expected))
+        assert_same_gradients(*named)
+    assert layers
+
+
+def test_second_derivatives_are_refused(device: torch.device, layers: list) -> None:
+    model = model_of(device).train()
+    loss = model(**batch_of(device, 5)).loss
+    with pytest.raises(RuntimeError, match="create_graph"):
+        torch.autograd.grad(loss, list(model.decoder.block.parameters()), create_graph=True)
+    assert layers
+
+
+def test_weights_that_changed_before_the_backward_pass_are_noticed(device: torch.device, layers: list) -> None:
+    model = model_of(device).train()
+    loss = model(**batch_of(device, 5)).loss
+    with torch.no_grad():
+        model.decoder.block[0].layer[0].SelfAttention.q.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    assert layers
+
+
+def test_weights_are_those_of_now(device: torch.device, layers: list) -> None:
+    model = model_of(device).eval()
+    batch = batch_of(device, 6)
+    with torch.no_grad():
+        before = model(**batch).logits
+        model.decoder.block[1].layer[-1].DenseReluDense.wo.weight.mul_(-2)
+        expected = as_modules(lambda: model(**batch).logits)
+        assert not torch.allclose(before, expected)
+        assert_same_but_for_rounding(model(**batch).logits, expected)
+    assert len(layers) == 2 * len(model.decoder.block)
+
+
+@pytest.mark.parametrize("fields", [{"attn_implementation": "eager"}, {"kernel_backend": "torch"}], ids=str)
+def test_other_ways_to_compute_run_modules(fields: dict[str, Any], device: torch.device, layers: list) -> None:
+    model = model_of(device).eval()
+    if "attn_implementation" in fields:
+        model.set_attn_implementation(fields["attn_implementation"])
+    else:
+        model.config.kernel_backend = fields["kernel_backend"]
+    with torch.no_grad():
+        model(**batch_of(device, 5))
+    assert not layers
+
+
+# lists of launches
+
+
+@pytest.fixture
+def lists(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """As on a GPU the first call of a kind notes its launches, and the next ones repeat them; what was repeated."""
+    repeated: list[str] = []
+    monkeypatch.setattr(run_launch_list_triton, "launcher", interpreting_launcher(monkeypatch, repeated))
+    monkeypatch.setattr(layer_decoder_parts, "programs", {})
+    monkeypatch.setattr(layer_decoder_parts, "may_repeat", lambda states: True)
+    return repeated
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there the calls above are repeated from lists themselves")
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+@pytest.mark.parametrize("is_cast", [False, True])
+def test_lists_read_and_write_what_they_should(rate: float, is_cast: bool, lists: list[str]) -> None:
+    device = torch.device("cpu")
+    model = model_of(device, dropout_rate=rate).train()
+    first, second = batch_of(device, 9, 5), batch_of(device, 9, 5)
+
+    def call(batch: dict[str, torch.Tensor]) -> dict[str, Any]:
+        # the interpreting launcher has no products in bf16
+        with torch.autocast("cpu", torch.float16, enabled=is_cast):
+            return gradients_of(model, batch)
+
+    # the first calls of each kind; both layers are of one kind, so that the second repeats the first
+    call(first)
+    assert lists
+    expected = as_modules(lambda: call(second))
+    lists.clear()
+    assert_same_gradients(call(second), expected, torch.bfloat16 if is_cast else None)
+    # of each layer 14 launches and products forward, and 25 backward, at least
+    assert len(lists) >= 2 * 39
