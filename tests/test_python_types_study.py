@@ -19,6 +19,7 @@ from python_types.study import (
     Plan,
     counted,
     difference,
+    lines_of,
     percent,
     phase_at,
     phases_of,
@@ -73,7 +74,8 @@ def test_the_arms_are_what_they_are_called():
     assert made["learned-64"].config.routed_query_fraction == 1 / 64
     assert made["learned-cross"].config.routed_cross_key_values == 256
     assert [name for name in PLANS["strength"].arms if ARMS[name].has_dense_start] == ["learned", "learned-then-ratio"]
-    assert [made[name].config.soft_topk_ratio for name in PLANS["strength"].arms] == [4, 9 / 8, 9 / 8, 9 / 8, 9 / 8]
+    ratios = {name: made[name].config.soft_topk_ratio for name in PLANS["strength"].arms}
+    assert ratios == {**dict.fromkeys(ratios, 9 / 8), "unstarted-ratio": 4}
     assert made["longt5-global"].config.encoder_attention_type == "transient-global"
     sizes = {name: model.num_parameters() for name, model in made.items()}
     # T5 and LongT5 have one width for the feed-forwards of encoder and decoder, and so a larger decoder
@@ -214,6 +216,20 @@ def line_of(arm: str, seed: int, right: dict[str, int]) -> dict:
     shares = {"30%": {"all": {module: [known, 4] for module, known in right.items()}}}
     line = {"arm": arm, "seed": seed, "parameters": 1, "steps": 2, "seconds": 3.0, "steps_of_equal_time": 2}
     return line | {"at_steps": shares, "at_time": shares}
+
+
+def test_a_plan_takes_the_lines_of_plans_that_differ_in_their_arms_alone(tmp_path: Path) -> None:
+    lines = [("routing", "learned"), ("routing", "random"), ("strength", "unstarted"), ("first-weights", "looking")]
+    results = tmp_path / "study.jsonl"
+    results.write_text("".join(json.dumps({"plan": plan, "arm": arm}) + "\n" for plan, arm in lines))
+    found = {plan: [line["arm"] for line in lines_of(results, plan)] for plan in PLANS}
+    # "learned" is an arm of the tiny plan as well, which has other lengths
+    assert found == {
+        "routing": ["learned", "random"],
+        "strength": ["learned", "unstarted"],
+        "first-weights": ["looking"],
+        "tiny": [],
+    }
 
 
 def test_runs_that_cannot_be_compared_are_refused():

@@ -25,7 +25,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate
 from multiprocessing import Pool
@@ -102,7 +102,6 @@ PLANS = {
             "learned-cross",
         )
     ),
-    "strength": Plan(("unstarted-ratio", "even", "unstarted", "learned", "learned-then-ratio")),
     "first-weights": Plan(
         ("looking", "own-weights", "looking-3e-2", "t5-looking"),
         seeds=(0,),
@@ -116,6 +115,13 @@ PLANS = {
     # to try the command, on a CPU too
     "tiny": Plan(("learned", "t5-window"), (0,), (128,), (256,), batch_tokens=256),
 }
+
+
+# What a dense start and weights nearer to 1 are worth: the same runs, and three arms more. The fastest one is among
+# them, so that equal time is the same.
+PLANS["strength"] = replace(
+    PLANS["routing"], arms=("unstarted", "even", "none", "learned", "unstarted-ratio", "learned-then-ratio")
+)
 
 
 @dataclass(frozen=True)
@@ -476,11 +482,17 @@ def conduct(arguments: Arguments, argv: Sequence[str]) -> None:
 
 
 def lines_of(results: Path, plan: str) -> list[dict[str, Any]]:
-    """The plan's lines in a file of results; none where there is no file."""
+    """The plan's lines in a file of results, and those of plans that differ in their arms alone; none where there is
+    no file."""
     if not results.exists():
         return []
+    wanted = PLANS[plan]
     lines = [json.loads(line) for line in results.read_text().splitlines()]
-    return [line for line in lines if line["plan"] == plan]
+    return [
+        line
+        for line in lines
+        if line["arm"] in wanted.arms and replace(PLANS[line["plan"]], arms=wanted.arms) == wanted
+    ]
 
 
 def in_common(runs: Sequence[dict[str, list[int]]]) -> set[str]:
