@@ -19,7 +19,6 @@ from python_types.study import (
     Plan,
     counted,
     difference,
-    lines_of,
     percent,
     phase_at,
     phases_of,
@@ -73,8 +72,9 @@ def test_the_arms_are_what_they_are_called():
     ]  # fmt: skip
     assert made["learned-64"].config.routed_query_fraction == 1 / 64
     assert made["learned-cross"].config.routed_cross_key_values == 256
-    assert [name for name in PLANS["strength"].arms if ARMS[name].has_dense_start] == ["learned", "learned-then-ratio"]
-    ratios = {name: made[name].config.soft_topk_ratio for name in PLANS["strength"].arms}
+    started = {"learned", "learned-64", "learned-cross", "learned-then-ratio"}
+    assert {name for name in PLANS["routing"].arms if ARMS[name].has_dense_start} == started
+    ratios = {name: made[name].config.soft_topk_ratio for name in started | {"unstarted", "unstarted-ratio"}}
     assert ratios == {**dict.fromkeys(ratios, 9 / 8), "unstarted-ratio": 4}
     assert made["longt5-global"].config.encoder_attention_type == "transient-global"
     sizes = {name: model.num_parameters() for name, model in made.items()}
@@ -218,18 +218,13 @@ def line_of(arm: str, seed: int, right: dict[str, int]) -> dict:
     return line | {"at_steps": shares, "at_time": shares}
 
 
-def test_a_plan_takes_the_lines_of_plans_that_differ_in_their_arms_alone(tmp_path: Path) -> None:
-    lines = [("routing", "learned"), ("routing", "random"), ("strength", "unstarted"), ("first-weights", "looking")]
+def test_runs_on_other_data_are_not_continued(tmp_path: Path) -> None:
     results = tmp_path / "study.jsonl"
-    results.write_text("".join(json.dumps({"plan": plan, "arm": arm}) + "\n" for plan, arm in lines))
-    found = {plan: [line["arm"] for line in lines_of(results, plan)] for plan in PLANS}
-    # "learned" is an arm of the tiny plan as well, which has other lengths
-    assert found == {
-        "routing": ["learned", "random"],
-        "strength": ["learned", "unstarted"],
-        "first-weights": ["looking"],
-        "tiny": [],
-    }
+    results.write_text(json.dumps(line_of("even", 0, {"a": 1}) | {"plan": "routing", "data": "of yesterday"}) + "\n")
+    (tmp_path / "tokens.npz.xz").write_bytes(b"of today")
+    arguments = ["--plan", "routing", "--results", str(results), "--tokens", str(tmp_path), "--out", str(tmp_path)]
+    with pytest.raises(ValueError, match="were trained on other data .of yesterday. than"):
+        study.main([*arguments, "--arms", "even", "--seeds", "0"])
 
 
 def test_runs_that_cannot_be_compared_are_refused():
@@ -245,6 +240,8 @@ def test_runs_are_compared_on_the_modules_that_all_were_asked_about():
     tables = report(lines, PLANS["routing"])
     assert tables.count("8 types of 2 modules that all runs were asked about") == 2
     assert "| learned | 62.5 % | 50.0, 75.0 |  |\n| even | 25.0 % | 25.0, 25.0 | +37.5 (+25.0 to +50.0) |" in tables
+    tables = report(lines, PLANS["routing"], "even")
+    assert "| learned | 62.5 % | 50.0, 75.0 | -37.5 (-50.0 to -25.0) |\n| even | 25.0 % | 25.0, 25.0 |  |" in tables
 
 
 def test_a_difference_is_of_the_seeds_means():
@@ -260,8 +257,11 @@ def test_what_has_a_line_is_not_run_again(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "in_lanes", lambda commands, *_: begun.append(list(commands)))
     monkeypatch.setattr(study, "prepare", lambda *_: None)
     results = tmp_path / "results.jsonl"
-    results.write_text(json.dumps({"plan": "routing", "arm": "learned", "seed": 1}) + "\n")
+    (tmp_path / "tokens.npz.xz").write_bytes(b"")
+    line = {"plan": "routing", "arm": "learned", "seed": 1, "data": study.data_of(tmp_path)}
+    results.write_text(json.dumps(line) + "\n")
     arguments = ["--plan", "routing", "--results", str(results), "--out", str(tmp_path / "out"), "--seeds", "1", "2"]
+    arguments += ["--tokens", str(tmp_path)]
     (tmp_path / "out").mkdir()
     for arm in ("learned", "even", "learned-64"):
         (tmp_path / f"out/pace-{arm}.json").write_text("{}")

@@ -18,6 +18,7 @@ runs, and "equal" is that of the last step of the fastest arm that the command h
 time belong into one command, or into commands with one `--out`, which keeps what was timed.
 """
 
+import hashlib
 import json
 import os
 import pickle
@@ -25,7 +26,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
 from multiprocessing import Pool
@@ -100,6 +101,9 @@ PLANS = {
             "learned-64",
             "even-64",
             "learned-cross",
+            "unstarted",
+            "unstarted-ratio",
+            "learned-then-ratio",
         )
     ),
     "first-weights": Plan(
@@ -115,13 +119,6 @@ PLANS = {
     # to try the command, on a CPU too
     "tiny": Plan(("learned", "t5-window"), (0,), (128,), (256,), batch_tokens=256),
 }
-
-
-# What a dense start and weights nearer to 1 are worth: the same runs, and three arms more. The fastest one is among
-# them, so that equal time is the same.
-PLANS["strength"] = replace(
-    PLANS["routing"], arms=("unstarted", "even", "none", "learned", "unstarted-ratio", "learned-then-ratio")
-)
 
 
 @dataclass(frozen=True)
@@ -175,6 +172,9 @@ class Arguments:
     seconds: float = field(default=1e9, metadata={"help": "of the whole command"})
     paced: int = field(default=20, metadata={"help": "steps of each phase that are timed"})
     report: bool = field(default=False, metadata={"help": "print the tables of --results, and stop"})
+    against: str | None = field(
+        default=None, metadata={"help": "arm that the tables compare with the others; default: the plan's first"}
+    )
     run: str | None = field(default=None, metadata={"help": "ARM:SEED, one run in this process"})
     pace: str | None = field(default=None, metadata={"help": "ARM, whose steps are timed in this process"})
 
@@ -368,6 +368,7 @@ def train_one(arguments: Arguments, size: Size, name: str, seed: int) -> None:
         "seconds": round(times[name][-1], 2),
         "milliseconds": {phase: round(1000 * pace, 2) for phase, pace in paces[name].items()},
         "parameters": run.model.num_parameters(),
+        "data": data_of(arguments.tokens),
         "device": torch.cuda.get_device_name() if run.device.type == "cuda" else "cpu",
         "curve": curve,
     }
@@ -450,7 +451,14 @@ def conduct(arguments: Arguments, argv: Sequence[str]) -> None:
     """All runs of the plan that have no line yet, and a line for each that is done."""
     ends = time.monotonic() + arguments.seconds
     plan = PLANS[arguments.plan]
-    done = {(line["arm"], line["seed"]) for line in lines_of(arguments.results, arguments.plan)}
+    there = lines_of(arguments.results, arguments.plan)
+    data = data_of(arguments.tokens)
+    if others := {line["data"] for line in there} - {data}:
+        raise ValueError(
+            f"results is {arguments.results}, whose runs were trained on other data ({', '.join(sorted(others))}) "
+            f"than what is in {arguments.tokens} ({data}); must be another file, as such runs cannot be compared"
+        )
+    done = {(line["arm"], line["seed"]) for line in there}
     runs = [
         (arm, seed)
         # all arms with the first seed before any with the next, so that what there is can be compared
@@ -482,17 +490,16 @@ def conduct(arguments: Arguments, argv: Sequence[str]) -> None:
 
 
 def lines_of(results: Path, plan: str) -> list[dict[str, Any]]:
-    """The plan's lines in a file of results, and those of plans that differ in their arms alone; none where there is
-    no file."""
+    """The plan's lines in a file of results; none where there is no file."""
     if not results.exists():
         return []
-    wanted = PLANS[plan]
     lines = [json.loads(line) for line in results.read_text().splitlines()]
-    return [
-        line
-        for line in lines
-        if line["arm"] in wanted.arms and replace(PLANS[line["plan"]], arms=wanted.arms) == wanted
-    ]
+    return [line for line in lines if line["plan"] == plan]
+
+
+def data_of(tokens: Path) -> str:
+    """What tells the training data in a folder apart from other data."""
+    return hashlib.sha256((tokens / "tokens.npz.xz").read_bytes()).hexdigest()[:12]
 
 
 def in_common(runs: Sequence[dict[str, list[int]]]) -> set[str]:
@@ -536,17 +543,29 @@ def head(*cells: str) -> str:
     return f"| {' | '.join(cells)} |\n| {' | '.join(['---'] * len(cells))} |"
 
 
-def report(lines: Sequence[dict[str, Any]], plan: Plan) -> str:
-    """The tables, in Markdown: of each arm the mean of the seeds, their range, and the first arm's lead over it.
+def report(lines: Sequence[dict[str, Any]], plan: Plan, against: str | None = None) -> str:
+    """The tables, in Markdown: of each arm the mean of the seeds, their range, and one arm's lead over it.
 
     They count the modules that all runs were asked about.
+
+    Args:
+        lines: of the runs.
+        plan: what they belong to.
+        against: the arm with which all others are compared; None for the plan's first.
+
+    Raises:
+        ValueError: where there is no line of that arm, or no module that all runs were asked about.
     """
     by_arm: dict[str, list[dict[str, Any]]] = {}
     for line in lines:
         by_arm.setdefault(line["arm"], []).append(line)
     arms = {arm: by_arm[arm] for arm in plan.arms if arm in by_arm}
-    if plan.arms[0] not in arms:
-        raise ValueError(f"there is no line of {plan.arms[0]}, with which the others are compared")
+    first = against or plan.arms[0]
+    if first not in arms:
+        raise ValueError(
+            f"there is no line of {first}, with which the others are compared; there are lines of "
+            f"{', '.join(arms) or 'no arm'}"
+        )
     texts = [head("arm", "parameters", "seeds", "steps", "seconds of training", "steps in equal time")]
     for arm, runs in arms.items():
         one = runs[0]
@@ -563,7 +582,6 @@ def report(lines: Sequence[dict[str, Any]], plan: Plan) -> str:
                 f"{last['encoder_spans']:.2f} |"
             )
         return "\n\n".join(texts)
-    first = plan.arms[0]
     for moment, title in MOMENTS.items():
         for share in arms[first][0][moment]:
             asked = in_common([run[moment][share]["all"] for runs in arms.values() for run in runs])
@@ -602,7 +620,7 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.plan not in PLANS:
         raise ValueError(f"plan is {arguments.plan!r}; must be one of {', '.join(PLANS)}")
     if arguments.report:
-        print(report(lines_of(arguments.results, arguments.plan), PLANS[arguments.plan]))
+        print(report(lines_of(arguments.results, arguments.plan), PLANS[arguments.plan], arguments.against))
     elif arguments.run is not None:
         name, seed = arguments.run.split(":")
         train_one(arguments, size, name, int(seed))
