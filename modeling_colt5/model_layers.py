@@ -249,6 +249,16 @@ def attention_interface(implementation: str) -> Callable[..., tuple[torch.Tensor
     return ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
 
 
+def _trains_bias_alone(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None, mask: torch.Tensor | None
+) -> bool:
+    """Whether autograd wants a gradient of the bias, which the mask may hold, and of nothing else in an attention: in
+    layers that are frozen below all that is trained, since they share the bias with the others."""
+    if not torch.is_grad_enabled() or any(part.requires_grad for part in (query, key, value)):
+        return False
+    return any(part is not None and part.requires_grad for part in (bias, mask))
+
+
 class CoLT5Attention(nn.Module):
     """T5's projections for a number of heads; the kinds of attention derive from it."""
 
@@ -289,12 +299,15 @@ class CoLT5Attention(nn.Module):
         """Dense attention by the implementation that Transformers has under this name; shapes as in `Attend`, and
         where there are fewer key/value heads than heads, no bias and a mask that all queries share.
 
-        Written out, whatever that is, in exported programs whose number of queries is free: "sdpa" asks if it is 1.
+        Written out, whatever that is, in exported programs whose number of queries is free: "sdpa" asks if it is 1;
+        and where a gradient is wanted of the bias alone, for which PyTorch's kernels keep nothing.
         """
         dropout = self.dropout if self.training else 0.0
         bias = None if bias is None else bias.to(query.dtype)
         interface = attention_interface(implementation)
         if not self.is_causal and is_free(query.shape[2]):
+            interface = eager_attention_forward
+        if _trains_bias_alone(query, key, value, bias, mask):
             interface = eager_attention_forward
         if interface is eager_attention_forward:
             return eager_attention_forward(self, query, key, value, mask, dropout, position_bias=bias)
