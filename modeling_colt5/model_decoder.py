@@ -28,7 +28,7 @@ from .model_from_config import (
     layer_norm,
     position_bias,
 )
-from .model_layers import bias_by_distance, masked_bias
+from .model_layers import bias_by_distance, masked_bias, project
 from .model_outputs import CoLT5DecoderOutput
 from .op_attention import bias_of_sequence
 from .op_routing import RoutedTokens
@@ -275,7 +275,8 @@ class CoLT5Decoder(CoLT5Stack):
         straight = None
         if self.attends_to_all and who.fuses_attention:
             straight = DecoderPass.of(hidden_states, Mode.of_now(hidden_states))
-        plan = DecoderPlan(who, mask, windows, encoder_mask, asking, straight)
+        projected = None if straight is None or cache is not None else self.projected_memory(memories[0])
+        plan = DecoderPlan(who, mask, windows, encoder_mask, asking, straight, projected)
         asked = []
         for layer_idx, (block, memory) in enumerate(zip(self.block, memories, strict=True)):
             # Gradient checkpointing hands gradients through arguments by position alone, and looks for the cache by
@@ -284,6 +285,27 @@ class CoLT5Decoder(CoLT5Stack):
             hidden_states, *_, tokens = block(hidden_states, *inputs, **{CACHE: cache})
             asked.append((tokens,))
         return hidden_states, tuple(asked)
+
+    def projected_memory(self, memory: torch.Tensor | None) -> tuple[torch.Tensor, ...] | None:
+        """The keys and values of a memory [batch, encoder length, d_model] for all layers, as `DecoderPlan` has them;
+        None where each layer makes its own.
+
+        In training all of them are kept for the backward pass in any case. Together they are one product, and the
+        memory's gradient is summed in it, not in a sum over layers that is rounded after each.
+        """
+        if memory is None or self.asks or self.is_cross_routed or not torch.is_grad_enabled():
+            return None
+        # What is computed again in the backward pass must not keep them. And outside of its block a weight of another
+        # device, or one that the block's hooks gather, could not be read.
+        if self.gradient_checkpointing or self.plain.read(self.block, PLAIN) is None:
+            return None
+        blocks: Any = self.block
+        attentions = [block.layer[1].EncDecAttention for block in blocks]
+        projections = [projection for attention in attentions for projection in (attention.k, attention.v)]
+        weights = [getattr(projection, "weight", None) for projection in projections]
+        if any(getattr(weight, "device", None) != memory.device for weight in weights):
+            return None
+        return project(memory, *projections, head_size=attentions[0].d_kv)
 
     def inputs_of_self_attention(
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, cache: Cache | None

@@ -128,6 +128,9 @@ class CoLT5CrossAttention(CoLT5Attention):
         layer_idx: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """[batch, groups, encoder length or slots, d_kv], the cache's where it has them; arguments as of `forward`."""
+        if plan.projected is not None:
+            key, value = plan.projected[2 * layer_idx : 2 * layer_idx + 2]
+            return key.transpose(1, 2), value.transpose(1, 2)
         cache = cache if isinstance(cache, EncoderDecoderCache) else None
         if cache is not None and cache.is_updated.get(layer_idx):
             layer = cache.cross_attention_cache.layers[layer_idx]

@@ -131,6 +131,8 @@ class DecoderPlan:
         asking: for tokens that choose themselves what they read of the memory; None where they do not.
         straight: what straight lines of kernels have in common (`DecoderPass` of layer_decoder_parts.py), where plain
             blocks may run as such; None where all run as modules.
+        projected: the memory's keys and values, [batch, encoder length, key/value heads, d_kv] each, of one layer
+            after another; None where each layer projects the memory itself.
     """
 
     implementation: Implementation
@@ -139,6 +141,7 @@ class DecoderPlan:
     memory_mask: torch.Tensor | None = None
     asking: CrossSettings | None = None
     straight: Any = None
+    projected: tuple[torch.Tensor, ...] | None = None
 
     @property
     def kernel_backend(self) -> str:

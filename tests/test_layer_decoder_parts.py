@@ -16,6 +16,7 @@ from modeling_colt5 import (  # noqa: E402
     CoLT5ForCausalLM,
     CoLT5ForConditionalGeneration,
     layer_decoder_parts,
+    model_layers,
     run_launch_list_triton,
 )
 from modeling_colt5.layer_decoder_parts import StraightParts  # noqa: E402
@@ -84,7 +85,7 @@ CASES = {
     "dropout": (torch.float32, (9, 5), True, {"dropout_rate": 0.3}),
     "key/value heads": (torch.float32, (7,), True, {"num_cross_key_value_heads": 2}),
     "routed memory": (torch.float32, (12,), True, {"routing": "learned", "routed_cross_key_values": 4}),
-    "eager attention of other sizes": (torch.float32, (7,), True, {"num_heads": 3, "d_kv": 4, "d_ff": 20}),
+    "other sizes": (torch.float32, (7,), True, {"num_heads": 3, "d_kv": 4, "d_ff": 20}),
 }
 
 
@@ -98,6 +99,36 @@ def test_gradients_are_those_of_the_modules(case: str, device: torch.device, lay
     for _ in repeats(device):
         assert_same_gradients(gradients_of(model, batch), expected)
     assert len(layers) == len(model.decoder.block) * len(repeats(device))
+
+
+@pytest.mark.parametrize("joined", [True, False])
+def test_all_layers_keys_and_values_of_the_memory_are_one_product(
+    joined: bool, device: torch.device, layers: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_of(device, num_cross_key_value_heads=2).train()
+    batch = batch_of(device, 11, 6)
+    expected = as_modules(lambda: gradients_of(model, batch))
+    monkeypatch.setattr(model_layers, "is_one_product", lambda *sizes: joined)
+    seen: list[tuple[torch.Tensor, ...] | None] = []
+    project = type(model.decoder).projected_memory
+    monkeypatch.setattr(
+        type(model.decoder), "projected_memory", lambda *inputs: seen.append(project(*inputs)) or seen[-1]
+    )
+    assert_same_gradients(gradients_of(model, batch), expected)
+    (made,) = seen
+    assert made is not None and len(made) == 2 * len(model.decoder.block)
+    # an adapter's or a hook's projection is called as the module that it is
+    called: list[int] = []
+    key = model.decoder.block[1].layer[1].EncDecAttention.k
+    handle = key.register_forward_hook(lambda *inputs: called.append(1))
+    assert_same_gradients(gradients_of(model, batch), expected)
+    handle.remove()
+    assert called == [1] and seen[-1] is not None
+    # a block that is not plain, or is computed again, makes its own
+    model.decoder.block[0].layer[-1].DenseReluDense.wo.register_forward_hook(lambda *inputs: None)
+    assert_same_gradients(gradients_of(model, batch), expected)
+    assert seen[-1] is None
+    assert len(layers) == 3 * len(model.decoder.block) - 1
 
 
 def test_a_stack_without_an_encoder(device: torch.device, layers: list) -> None:
@@ -163,7 +194,7 @@ def test_frozen_weights_get_no_gradients(device: torch.device, layers: list) -> 
     assert layers
 
 
-@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("use_reentrant", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_checkpointed_layers_drop_the_same_again(use_reentrant: bool, device: torch.device, layers: list) -> None:
     model = model_of(device, dropout_rate=0.3).train()
     batch = batch_of(device, 7, 5)
@@ -260,8 +291,9 @@ def lists(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there the calls above are repeated from lists themselves")
-@pytest.mark.parametrize("rate", [0.0, 0.3])
-@pytest.mark.parametrize("is_cast", [False, True])
+@pytest.mark.parametrize(
+    ("rate", "is_cast"), [(0.0, True), (0.3, False), pytest.param(0.3, True, marks=pytest.mark.slow)]
+)
 def test_lists_read_and_write_what_they_should(rate: float, is_cast: bool, lists: list[str]) -> None:
     device = torch.device("cpu")
     model = model_of(device, dropout_rate=rate).train()
