@@ -368,7 +368,7 @@ class CoLT5ForConditionalGeneration(CoLT5Seq2SeqPreTrainedModel, CoLT5Generation
             past_key_values, cache: the decoder's cache, under the name of Transformers up to 5.23 or from 5.24 on.
             inputs_embeds, decoder_inputs_embeds: [batch, n or m, d_model], instead of ids.
             labels: int64 [batch, m]; -100 is left out of the loss.
-            use_cache: whether to fill a cache.
+            use_cache: whether to fill a cache; by default as the configuration says, and not where there are labels.
             num_items_in_batch: what the summed loss is divided by, `Trainer`'s count of labels over all
                 accumulated batches; None for the mean over this batch.
             kwargs: `output_hidden_states`, `output_attentions`, `output_routing` and `return_dict`.
@@ -385,7 +385,7 @@ class CoLT5ForConditionalGeneration(CoLT5Seq2SeqPreTrainedModel, CoLT5Generation
             decoder_inputs_embeds=decoder_inputs_embeds,
             encoder_outputs=encoder_outputs,
             cache=cache_of_forward(cache, past_key_values),
-            use_cache=use_cache,
+            use_cache=False if use_cache is None and labels is not None else use_cache,
             **kwargs,
         )
         hidden_states = outputs.pop("last_hidden_state")
@@ -456,7 +456,7 @@ class CoLT5ForCausalLM(CoLT5EmbeddingModel, CoLT5GenerationMixin):
                 on.
             inputs_embeds: [batch, n, d_model], instead of `input_ids`.
             labels: int64 [batch, n], the tokens themselves, shifted here; -100 is left out of the loss.
-            use_cache: whether to fill a cache.
+            use_cache: whether to fill a cache; by default as the configuration says, and not where there are labels.
             logits_to_keep: how many of the last tokens get logits, 0 for all; or their positions.
             kwargs: `num_items_in_batch`, `output_hidden_states`, `output_attentions`, `output_routing` and
                 `return_dict`.
@@ -470,7 +470,7 @@ class CoLT5ForCausalLM(CoLT5EmbeddingModel, CoLT5GenerationMixin):
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
             cache=cache_of_forward(cache, past_key_values),
-            use_cache=use_cache,
+            use_cache=False if use_cache is None and labels is not None else use_cache,
         )
         hidden_states = outputs.pop("last_hidden_state")
         # The decoder's output has a place for these weights even where there is no cross-attention.

@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from models import pad, shallow_model
+from models import pad, random_ids, shallow_model
 from rounding import assert_same_but_for_rounding
 from transformers.generation import GenerateBeamEncoderDecoderOutput, GenerateEncoderDecoderOutput
 
 from modeling_colt5 import CoLT5EncoderModel, CoLT5ForConditionalGeneration
+from modeling_colt5.run_release import CACHE
 
 LENGTHS = (40, 23, 9)
 NEW_TOKENS = 7
@@ -235,3 +236,17 @@ def test_generation_parameters_are_not_in_the_config(tmp_path) -> None:
     }
     loaded = CoLT5ForConditionalGeneration.from_pretrained(tmp_path)
     assert loaded.generation_config.num_beams == 3 and loaded.generation_config.eos_token_id == 1
+
+
+@pytest.mark.parametrize("asked", [None, True, False])
+def test_labels_need_no_cache(asked: bool | None) -> None:
+    model = make_model()
+    ids, labels = random_ids(1, 6), random_ids(1, 4)
+    decoder_ids = model.prepare_decoder_input_ids_from_labels(labels)
+    with torch.no_grad():
+        scored = model(ids, labels=labels, use_cache=asked)
+        read = model(ids, decoder_input_ids=decoder_ids, use_cache=asked)
+    # who reads on wants the cache, unless it is refused; who scores gets one where it is asked for
+    assert (getattr(scored, CACHE) is not None) == (asked is True)
+    assert (getattr(read, CACHE) is not None) == (asked is not False)
+    assert_same_but_for_rounding(scored.logits, read.logits)
