@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from .kernel_backend import Mode, normed_dtype, triton_is_available
 from .layer_decoder import PlainDecoderLayer
-from .layer_program import Places, Room
+from .layer_program import MOST_TOKENS_OF_A_LIST, PassStates, Places, Room
 from .op_dropout import draw_seeds
 from .run_operator import refuse_derivatives_of_kernels
 
@@ -37,18 +37,16 @@ if triton_is_available():
 enabled = True
 
 _DTYPE, _SHAPE = attrgetter("dtype"), attrgetter("shape")
-# Calls of more tokens are launched one by one: they do not wait for the host.
-MOST_TOKENS_OF_A_LIST = 131_072
 
 
-class Drop:
+class DecoderDrop:
     """The places where a layer drops, in the order of its seeds: what self-attention adds, what cross-attention adds,
     the feed-forward's activations, and what it adds."""
 
     SELF, CROSS, ACTIVATION, FEED_FORWARD = range(4)
 
 
-# Modules that drop, by the places of `Drop`.
+# Modules that drop, by the places of `DecoderDrop`.
 _DROPOUTS = ("self.dropout", "cross.dropout", "dense.dropout", "ff.dropout")
 
 
@@ -61,7 +59,7 @@ class Part(NamedTuple):
         follows: whether it begins with what an attention gave.
         d_kv: features of a head of the projections' results; None in the feed-forward.
         eps: of the norm.
-        drops: places of `Drop`: of what the attention adds, and of the feed-forward's activations and result.
+        drops: places of `DecoderDrop`: of what the attention adds, and of the feed-forward's activations and result.
         rates: the probability of each.
     """
 
@@ -78,31 +76,31 @@ class PlainT5Layer(PlainDecoderLayer):
     """A plain block of T5's decoder.
 
     Attributes:
-        rates: with which probabilities it drops, by the places of `Drop`.
-        split: what it runs as.
+        rates: with which probabilities it drops, by the places of `DecoderDrop`.
+        sequence: the parts that it runs as.
     """
 
-    __slots__ = ("rates", "split")
+    __slots__ = ("rates", "sequence")
 
-    def __init__(self, block: Any, parts: dict[str, nn.Module]):
-        super().__init__(block, parts)
+    def __init__(self, block: Any, modules: dict[str, nn.Module]):
+        super().__init__(block, modules)
         self.rates = tuple(self.named[name, "p"] if self.named.get((name, "training")) else 0.0 for name in _DROPOUTS)
         # what each part drops, and features of a head; it begins with a norm, or with the projection before that
-        parts_of_pass: list[tuple[tuple[int, ...], int | None]] = [((), self.d_kv[0])]
-        last = Drop.SELF
+        contents: list[tuple[tuple[int, ...], int | None]] = [((), self.d_kv[0])]
+        last = DecoderDrop.SELF
         if "cross.q" in self.weighted:
-            parts_of_pass.append(((Drop.SELF,), self.d_kv[1]))
-            last = Drop.CROSS
-        parts_of_pass.append(((last, Drop.ACTIVATION, Drop.FEED_FORWARD), None))
+            contents.append(((DecoderDrop.SELF,), self.d_kv[1]))
+            last = DecoderDrop.CROSS
+        contents.append(((last, DecoderDrop.ACTIVATION, DecoderDrop.FEED_FORWARD), None))
         norms = [place for place, name in enumerate(self.weighted) if name.endswith(".layer_norm")]
         places = [0, *[norm - 1 for norm in norms[1:]], len(self.weighted)]
-        self.split = tuple(
+        self.sequence = tuple(
             Part(first, end, first > 0, d_kv, eps, drops, tuple(self.rates[place] for place in drops))
-            for first, end, (drops, d_kv), eps in zip(places, places[1:], parts_of_pass, self.eps, strict=False)
+            for first, end, (drops, d_kv), eps in zip(places, places[1:], contents, self.eps, strict=False)
         )
 
 
-class DecoderPass:
+class DecoderPass(PassStates):
     """What the parts of all layers have in common in one pass.
 
     Args:
@@ -111,11 +109,9 @@ class DecoderPass:
     """
 
     def __init__(self, hidden_states: Tensor, mode: Mode):
-        self.batch, self.n, self.d = hidden_states.shape
-        # of the states, and of products
-        self.hidden_dtype, self.device = hidden_states.dtype, hidden_states.device
+        super().__init__(hidden_states)
+        # of products
         self.dtype = mode.dtype_of_products(self.hidden_dtype) or self.hidden_dtype
-        self.device_index = hidden_states.get_device()
         precision = torch.backends.cuda.matmul.fp32_precision if self.dtype == torch.float32 else ""
         self.key = (self.batch, self.n, self.d, self.hidden_dtype, self.dtype, self.device, precision)
         tokens = self.batch * self.n
@@ -141,7 +137,8 @@ class PartProgram:
     """Sizes, places and lists of launches of a part, of one kind of call.
 
     Attributes:
-        kept: what a backward pass reads besides the inputs, the weights and the results.
+        kept: what a backward pass reads besides the inputs, the weights and the results; copies of matrices in another
+            dtype are among it.
         lists: for each kind of call its launches; None where they cannot be repeated.
     """
 
@@ -215,7 +212,7 @@ class StraightParts:
         common: of the pass.
         weights: of the layer.
         parts: the programs of the layer's parts.
-        seeds: of what the layer drops, int64 [4, 2] by the places of `Drop`; None where it drops nothing.
+        seeds: of what the layer drops, int64 [4, 2] by the places of `DecoderDrop`; None where it drops nothing.
     """
 
     def __init__(
@@ -236,7 +233,7 @@ class StraightParts:
         }:
             return None
         parts: list[PartProgram] = []
-        for part in layer.split:
+        for part in layer.sequence:
             program = PartProgram.of(common, part, weights[part.first : part.end])
             if program is None:
                 return None
@@ -515,7 +512,7 @@ class _Part(torch.autograd.Function):
         weight_grads = [
             torch.empty_like(weight) if need else None for weight, need in zip(weights, needs, strict=True)
         ]
-        written = [part for part in (*own, out, attended_grad, *weight_grads) if part is not None]
+        written = [each for each in (*own, out, attended_grad, *weight_grads) if each is not None]
         kind = (*needs, *[grad is None for grad in grads])
         recorder = repeated_or_recorder(program.lists, kind, [[*saved, *written]], common.repeats)
         if recorder is not None:
@@ -530,7 +527,7 @@ def _in_rows(grad: Tensor, program: PartProgram) -> Tensor:
     """The gradient of a result: of states as they are, of a projection's heads as [batch * n, width]."""
     if grad.dim() == 3:
         return grad.contiguous()
-    return grad.transpose(1, 2).reshape(program.batch * program.n, -1)
+    return grad.transpose(1, 2).reshape(program.batch * program.n, -1).contiguous()
 
 
 _apply = super(torch.autograd.Function, _Part).apply

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .kernel_backend import is_hooked, triton_is_available
+from .kernel_backend import is_hooked, runs_eagerly, triton_is_available
 
 if triton_is_available():
     from .layer_plain_triton import weights_as_seen
@@ -61,7 +61,9 @@ class PlainBlock:
 
     def read(self, block: nn.Module, kinds: Kinds) -> "tuple[Any, tuple[Tensor, ...]] | None":
         """The layer, of the kind that this object was made for, and its weights in the order of `weighted`; None where
-        the block, which holds this object, is not plain."""
+        the block, which holds this object, is not plain, or is traced: one block may be compiled in an eager pass."""
+        if not runs_eagerly():
+            return None
         layer = self._layer
         weights = None if layer is None else layer.weights(block)
         if weights is None:

@@ -1,6 +1,6 @@
 """What an encoder layer as a straight line is made of: weights and numbers of a block, and the places of its tensors.
 
-Sizes and places are those of a kind of call.
+Sizes and places are those of a kind of call. The decoder's straight lines share `PassStates` and `Room`.
 """
 
 from operator import attrgetter, itemgetter
@@ -96,7 +96,28 @@ _DTYPE, _SHAPE = attrgetter("dtype"), attrgetter("shape")
 MOST_TOKENS_OF_A_LIST = 131_072
 
 
-class StraightPass:
+class PassStates:
+    """What the states between the layers of one pass have in common.
+
+    Args:
+        hidden_states: [batch, n, d_model], what goes into the first layer.
+    """
+
+    def __init__(self, hidden_states: Tensor):
+        self.shape, self.hidden_dtype, self.device = hidden_states.shape, hidden_states.dtype, hidden_states.device
+        self.batch, self.n, self.d = hidden_states.shape
+        self.device_index = hidden_states.get_device()
+
+    def takes(self, states: Tensor) -> bool:
+        """Whether states differ from the pass's in their numbers alone: a hook may have put others in their place."""
+        return (
+            type(states) in (Tensor, nn.Parameter)
+            and (states.shape, states.dtype) == (self.shape, self.hidden_dtype)
+            and states.get_device() == self.device_index
+        )
+
+
+class StraightPass(PassStates):
     """What the straight lines of one pass have in common: sizes, budgets and masks.
 
     Args:
@@ -107,11 +128,9 @@ class StraightPass:
     def __init__(self, hidden_states: Tensor, plan: EncoderPlan):
         attention, feed_forward, settings = plan.attention, plan.feed_forward, plan.settings
         assert attention is not None and feed_forward is not None
-        self.batch, self.n, _ = hidden_states.shape
-        # of the states, and of products
-        self.hidden_dtype, self.device = hidden_states.dtype, hidden_states.device
+        super().__init__(hidden_states)
+        # of products
         self.dtype = plan.mode.dtype_of_products(self.hidden_dtype) or self.hidden_dtype
-        self.device_index = hidden_states.get_device()
         self.mask, self.width = plan.mask, plan.width
         self.capacities = (*attention.capacities, *feed_forward.capacities)
         # as the routing kernels take them

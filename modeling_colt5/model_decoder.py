@@ -28,7 +28,7 @@ from .model_from_config import (
     layer_norm,
     position_bias,
 )
-from .model_layers import bias_by_distance, masked_bias, project
+from .model_layers import bias_by_distance, is_plain_linear, masked_bias, project
 from .model_outputs import CoLT5DecoderOutput
 from .op_attention import bias_of_sequence
 from .op_routing import RoutedTokens
@@ -47,7 +47,7 @@ from .run_inputs import (
     refuse_jit_trace,
     warn_of_missing_attentions,
 )
-from .run_plan import DecoderPlan
+from .run_plan import DecoderPlan, is_one_product
 from .run_release import CACHE, cache_of_forward
 
 
@@ -290,20 +290,28 @@ class CoLT5Decoder(CoLT5Stack):
         """The keys and values of a memory [batch, encoder length, d_model] for all layers, as `DecoderPlan` has them;
         None where each layer makes its own.
 
-        In training all of them are kept for the backward pass in any case. Together they are one product, and the
-        memory's gradient is summed in it, not in a sum over layers that is rounded after each.
+        In training the backward pass needs all of them in any case. As one product they take the host less time, and
+        the memory's gradient is one product too: it is rounded once, and not after each layer.
         """
         if memory is None or self.asks or self.is_cross_routed or not torch.is_grad_enabled():
             return None
-        # What is computed again in the backward pass must not keep them. And outside of its block a weight of another
-        # device, or one that the block's hooks gather, could not be read.
+        # Checkpointing is to compute them again. And here a block's own hooks have not run yet, which may bring its
+        # weights: a block with hooks is not plain.
         if self.gradient_checkpointing or self.plain.read(self.block, PLAIN) is None:
             return None
         blocks: Any = self.block
         attentions = [block.layer[1].EncDecAttention for block in blocks]
         projections = [projection for attention in attentions for projection in (attention.k, attention.v)]
-        weights = [getattr(projection, "weight", None) for projection in projections]
-        if any(getattr(weight, "device", None) != memory.device for weight in weights):
+        # The projections are not among what was read above.
+        if not all(map(is_plain_linear, projections)):
+            return None
+        weights = [projection.weight for projection in projections]
+        results, d = sum(map(len, weights)), memory.shape[-1]
+        if (
+            not any(part.requires_grad for part in (memory, *weights))
+            or any(weight.device != memory.device for weight in weights)
+            or not is_one_product(memory.numel() // d, results, d, memory.device)
+        ):
             return None
         return project(memory, *projections, head_size=attentions[0].d_kv)
 

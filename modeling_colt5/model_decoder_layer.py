@@ -12,7 +12,7 @@ from transformers.utils.generic import maybe_autocast
 
 from .kernel_backend import accumulation_dtype
 from .layer_causal import PlainRoutedLayer
-from .layer_decoder_parts import Drop, PlainT5Layer, StraightParts
+from .layer_decoder_parts import DecoderDrop, PlainT5Layer, StraightParts
 from .layer_plain import PlainBlock, kinds_of
 from .model_causal import (
     CoLT5CausalLocalAttention,
@@ -415,7 +415,7 @@ class CoLT5DecoderBlock(GradientCheckpointingLayer):
             routed (None in T5's layer), and what each token's cross-attention chose (None where it does not).
         """
         cache = one_cache(cache, past_key_values)
-        parts = self.straight_parts(plan)
+        parts = self.straight_parts(hidden_states, plan)
         if parts is not None:
             results = self.run_in_parts(
                 parts, hidden_states, position_bias, encoder_hidden_states, plan, layer_idx, cache
@@ -426,7 +426,7 @@ class CoLT5DecoderBlock(GradientCheckpointingLayer):
         seeds = self.draw_seeds(plan, hidden_states.device)
         if plan.windows is None:
             hidden_states, weights = self.layer[0](
-                hidden_states, position_bias, plan, self_cache, layer_idx, seeds[Drop.SELF]
+                hidden_states, position_bias, plan, self_cache, layer_idx, seeds[DecoderDrop.SELF]
             )
         else:
             routing = CoLT5CausalLayerRouting()
@@ -436,23 +436,25 @@ class CoLT5DecoderBlock(GradientCheckpointingLayer):
             )
         if self.has_cross_attention:
             hidden_states, cross_weights, asked = self.layer[1](
-                hidden_states, encoder_hidden_states, plan, cache, layer_idx, seeds[Drop.CROSS]
+                hidden_states, encoder_hidden_states, plan, cache, layer_idx, seeds[DecoderDrop.CROSS]
             )
         if isinstance(self.layer[-1], CoLT5LayerCausalFF):
             assert routing is not None
             hidden_states, routing.feed_forward = self.layer[-1](hidden_states, plan.windows, self_cache)
         else:
-            hidden_states = self.layer[-1](hidden_states, plan, seeds[Drop.ACTIVATION], seeds[Drop.FEED_FORWARD])
+            hidden_states = self.layer[-1](
+                hidden_states, plan, seeds[DecoderDrop.ACTIVATION], seeds[DecoderDrop.FEED_FORWARD]
+            )
         return hidden_states, weights, cross_weights, routing, asked
 
     def drop_rates(self) -> tuple[float, ...]:
-        """With which probabilities T5's layer drops now, by the places of `Drop`."""
+        """With which probabilities T5's layer drops now, by the places of `DecoderDrop`."""
         attention, *cross, feed_forward = self.layer
         dense: Any = getattr(feed_forward, "DenseReluDense", None)
         return tuple(map(drop_rate, (attention, cross[0] if cross else None, dense, feed_forward)))
 
     def draw_seeds(self, plan: DecoderPlan, device: torch.device) -> Sequence[torch.Tensor | None]:
-        """The seeds of what the layer drops, by the places of `Drop`; None where PyTorch drops.
+        """The seeds of what the layer drops, by the places of `DecoderDrop`; None where PyTorch drops.
 
         PyTorch's dropout would keep its masks, and what a layer drops must not depend on how it runs.
         """
@@ -460,10 +462,10 @@ class CoLT5DecoderBlock(GradientCheckpointingLayer):
             return (None,) * 4
         return draw_seeds(4, device)[:, :1].unbind()
 
-    def straight_parts(self, plan: DecoderPlan) -> StraightParts | None:
-        """This block as straight lines of kernels between its attentions, where it is plain and may run so; None for
-        modules."""
-        if plan.straight is None:
+    def straight_parts(self, hidden_states: torch.Tensor, plan: DecoderPlan) -> StraightParts | None:
+        """This block as straight lines of kernels between its attentions, where it is plain and may run so for these
+        states; None for modules."""
+        if plan.straight is None or not plan.straight.takes(hidden_states):
             return None
         found = self.plain.read(self, PLAIN)
         return None if found is None else StraightParts.of(plan.straight, *found)

@@ -63,7 +63,7 @@ def run_layers(
     try:
         block: Any
         for block in blocks:
-            line = block.straight_line(tables, plan) if leaves_sums else None
+            line = block.straight_line(states, tables, plan) if leaves_sums else None
             states = block(total_of(states), *tables, plan)[0] if line is None else line.run(states)
         return total_of(states)
     finally:

@@ -106,7 +106,7 @@ def project(states: torch.Tensor, *projections: nn.Linear, head_size: int | None
     Returns:
         Each projection's [batch, n, width], or [batch, n, width / head_size, head_size].
     """
-    widths = [linear.out_features for linear in projections] if all(map(_is_plain, projections)) else None
+    widths = [linear.out_features for linear in projections] if all(map(is_plain_linear, projections)) else None
     # The tracer is asked for before the length: it must not meet a choice by a length that it keeps open.
     d = states.shape[-1]
     if not widths or not runs_eagerly() or not is_one_product(states.numel() // d, sum(widths), d, states.device):
@@ -122,7 +122,7 @@ def project(states: torch.Tensor, *projections: nn.Linear, head_size: int | None
     return joined.view(*joined.shape[:-1], sum(heads), head_size).split_with_sizes(heads, -2)
 
 
-def _is_plain(linear: nn.Module) -> bool:
+def is_plain_linear(linear: nn.Module) -> bool:
     """Whether a call of the module is no more than a product with its weight: not with adapters, hooks, or a weight
     that is quantised, which is another class's or not a plain parameter. All others are called as modules."""
     return type(linear) is nn.Linear and type(linear.weight) is nn.Parameter and not is_hooked(linear)

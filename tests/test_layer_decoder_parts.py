@@ -16,6 +16,7 @@ from modeling_colt5 import (  # noqa: E402
     CoLT5ForCausalLM,
     CoLT5ForConditionalGeneration,
     layer_decoder_parts,
+    model_decoder,
     model_layers,
     run_launch_list_triton,
 )
@@ -101,14 +102,14 @@ def test_gradients_are_those_of_the_modules(case: str, device: torch.device, lay
     assert len(layers) == len(model.decoder.block) * len(repeats(device))
 
 
-@pytest.mark.parametrize("joined", [True, False])
 def test_all_layers_keys_and_values_of_the_memory_are_one_product(
-    joined: bool, device: torch.device, layers: list, monkeypatch: pytest.MonkeyPatch
+    device: torch.device, layers: list, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = model_of(device, num_cross_key_value_heads=2).train()
     batch = batch_of(device, 11, 6)
     expected = as_modules(lambda: gradients_of(model, batch))
-    monkeypatch.setattr(model_layers, "is_one_product", lambda *sizes: joined)
+    for module in (model_layers, model_decoder):
+        monkeypatch.setattr(module, "is_one_product", lambda *sizes: True)
     seen: list[tuple[torch.Tensor, ...] | None] = []
     project = type(model.decoder).projected_memory
     monkeypatch.setattr(
@@ -117,18 +118,29 @@ def test_all_layers_keys_and_values_of_the_memory_are_one_product(
     assert_same_gradients(gradients_of(model, batch), expected)
     (made,) = seen
     assert made is not None and len(made) == 2 * len(model.decoder.block)
-    # an adapter's or a hook's projection is called as the module that it is
+    # where a projection is more than its product, or a block is not plain, each layer makes its own
     called: list[int] = []
-    key = model.decoder.block[1].layer[1].EncDecAttention.k
-    handle = key.register_forward_hook(lambda *inputs: called.append(1))
-    assert_same_gradients(gradients_of(model, batch), expected)
-    handle.remove()
-    assert called == [1] and seen[-1] is not None
-    # a block that is not plain, or is computed again, makes its own
-    model.decoder.block[0].layer[-1].DenseReluDense.wo.register_forward_hook(lambda *inputs: None)
-    assert_same_gradients(gradients_of(model, batch), expected)
+    first, second = model.decoder.block
+    for module in (second.layer[1].EncDecAttention.k, first.layer[-1].DenseReluDense.wo):
+        handle = module.register_forward_hook(lambda *inputs: called.append(1))
+        assert_same_gradients(gradients_of(model, batch), expected)
+        handle.remove()
+        assert seen[-1] is None
+    assert called == [1, 1]
+    # and where no gradient is wanted, nothing is kept for one
+    model.requires_grad_(False)
+    assert_same_but_for_rounding(model(**batch).logits, expected["scores"])
     assert seen[-1] is None
-    assert len(layers) == 3 * len(model.decoder.block) - 1
+    assert len(layers) == 4 * len(model.decoder.block) - 1
+
+
+def test_products_of_the_memory_that_are_not_one_stay_in_their_layers(device: torch.device, layers: list) -> None:
+    model = model_of(device).train()
+    # more results than PyTorch copies weights together for
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model_decoder, "is_one_product", lambda *sizes: False)
+        memory = torch.randn(1, 5, model.config.d_model, device=device, requires_grad=True)
+        assert model.decoder.projected_memory(memory) is None
 
 
 def test_a_stack_without_an_encoder(device: torch.device, layers: list) -> None:
@@ -217,6 +229,36 @@ def test_a_hook_inside_changes_nothing_that_is_dropped(device: torch.device, lay
     handle.remove()
     assert_same_gradients(gradients_of(model, batch), expected)
     assert len(layers) == 3 * len(model.decoder.block) - 1
+
+
+def test_states_that_a_hook_has_changed_go_through_modules(device: torch.device, layers: list) -> None:
+    model = model_of(device, torch.bfloat16).eval()
+    batch = batch_of(device, 6)
+
+    def steered(module: nn.Module, inputs: Any, output: Any) -> Any:
+        states, *others = output
+        return states.float() + 1, *others
+
+    def call() -> torch.Tensor:
+        with torch.no_grad():
+            return model(**batch).logits
+
+    call()
+    model.decoder.block[0].register_forward_hook(steered)
+    expected = as_modules(call)
+    layers.clear()
+    assert_same_but_for_rounding(call(), expected)
+    # the second block got states of another dtype
+    assert len(layers) == 1
+
+
+def test_a_block_may_be_compiled_alone(device: torch.device, layers: list) -> None:
+    model = model_of(device).train()
+    batch = batch_of(device, 6)
+    expected = as_modules(lambda: gradients_of(model, batch))
+    model.decoder.block[1].compile(backend="eager", fullgraph=True)
+    assert_same_gradients(gradients_of(model, batch), expected)
+    assert len(layers) == 1
 
 
 def test_an_unused_result_has_no_part_in_the_gradient(device: torch.device, layers: list) -> None:

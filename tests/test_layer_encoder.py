@@ -138,6 +138,29 @@ def test_a_hook_on_a_block_sees_what_the_modules_give(device: torch.device, laye
     assert torch.equal(routing.query.indices, expected.routing[0].query.indices)
 
 
+def test_states_that_a_hook_has_changed_go_through_modules(device: torch.device, layers: list) -> None:
+    model = encoder(device, torch.bfloat16)
+    batch = batch_of(device, 8)
+
+    def call() -> torch.Tensor:
+        return model(**batch).last_hidden_state
+
+    _, second = model.encoder.block
+    second.register_forward_pre_hook(lambda module, inputs: (inputs[0].float() + 1, *inputs[1:]))
+    expected = as_modules(call, by_kernels=True)
+    assert_same_but_for_rounding(call(), expected)
+    assert len(layers) == 1
+
+
+def test_a_block_may_be_compiled_alone(device: torch.device, layers: list) -> None:
+    model = encoder(device)
+    batch = batch_of(device, 8)
+    expected = as_modules(lambda: gradients_of(model, batch))
+    model.encoder.block[1].compile(backend="eager", fullgraph=True)
+    assert_same_gradients(gradients_of(model, batch), expected)
+    assert len(layers) == 1
+
+
 def test_who_asks_for_what_was_routed_gets_the_modules(device: torch.device, layers: list) -> None:
     model = encoder(device, num_layers=1)
     with torch.no_grad():

@@ -232,6 +232,11 @@ def test_runs_that_cannot_be_compared_are_refused():
         report([line_of("learned", 0, {"a": 1}), line_of("even", 0, {"b": 1})], PLANS["routing"])
     with pytest.raises(ValueError, match="there is no line of learned"):
         report([], PLANS["routing"])
+    with pytest.raises(ValueError, match="were trained on different data .new, old."):
+        report(
+            [line_of("learned", 0, {"a": 1}) | {"data": "old"}, line_of("even", 0, {"a": 1}) | {"data": "new"}],
+            PLANS["routing"],
+        )
 
 
 def test_runs_are_compared_on_the_modules_that_all_were_asked_about():

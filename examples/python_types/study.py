@@ -453,7 +453,7 @@ def conduct(arguments: Arguments, argv: Sequence[str]) -> None:
     plan = PLANS[arguments.plan]
     there = lines_of(arguments.results, arguments.plan)
     data = data_of(arguments.tokens)
-    if others := {line["data"] for line in there} - {data}:
+    if others := {line.get("data", "without a name") for line in there} - {data}:
         raise ValueError(
             f"results is {arguments.results}, whose runs were trained on other data ({', '.join(sorted(others))}) "
             f"than what is in {arguments.tokens} ({data}); must be another file, as such runs cannot be compared"
@@ -554,8 +554,12 @@ def report(lines: Sequence[dict[str, Any]], plan: Plan, against: str | None = No
         against: the arm with which all others are compared; None for the plan's first.
 
     Raises:
-        ValueError: where there is no line of that arm, or no module that all runs were asked about.
+        ValueError: where there is no line of that arm, or no module that all runs were asked about, or where they were
+            trained on different data.
     """
+    data = sorted({line.get("data", "without a name") for line in lines})
+    if len(data) > 1:
+        raise ValueError(f"the runs were trained on different data ({', '.join(data)}); must be the same for all")
     by_arm: dict[str, list[dict[str, Any]]] = {}
     for line in lines:
         by_arm.setdefault(line["arm"], []).append(line)
