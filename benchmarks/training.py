@@ -16,6 +16,7 @@ from encoder import release, verify
 from measure import make_parser, parse, synchronize
 from peers import BASE, COLT5, DEVICE, GLOBAL, LOCAL, TINY, make_seq2seq
 from results import Row, Table
+from torch.profiler import ProfilerActivity, profile
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from modeling_colt5.router_health import RouterHealthCallback
@@ -25,7 +26,8 @@ TITLE = (
     "512 tokens of output; medians. Accumulated: documents a step that had to be taken one by one. Compiled: "
     '`torch_compile=True`; with graphs: `torch_compile_mode="reduce-overhead"` too. One thread: with '
     "`torch.autograd.set_multithreading_enabled(False)`. Health: the routers' health is measured at every step, which "
-    "is otherwise done at every hundredth. Compilation: what the first three steps took beyond three others"
+    "is otherwise done at every hundredth. GPU: what its kernels take in one step, which PyTorch's profiler looks at. "
+    "Compilation: what the first three steps took beyond three others"
 )
 BATCH = 2
 EAGER, ONE_THREAD, COMPILED, WITH_GRAPHS = "eager", "eager, one thread", "compiled", "compiled with graphs"
@@ -66,14 +68,28 @@ class RandomDocuments(torch.utils.data.Dataset):
 
 
 class StepTimes(TrainerCallback):
-    """Wall time at the end of each step, the device waited for."""
+    """Wall time at the end of each step but the last, the device waited for; and milliseconds of kernels in the last,
+    which a profiler makes slower."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
+        self.gpu_ms: float | None = None
+        self._profiler: Any = None
 
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == state.max_steps - 1 and DEVICE.type == "cuda":
+            self._profiler = profile(activities=[ProfilerActivity.CUDA])
+            self._profiler.start()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         synchronize()
-        self.times.append(time.perf_counter())
+        if state.global_step < state.max_steps:
+            self.times.append(time.perf_counter())
+        elif self._profiler is not None:
+            self._profiler.stop()
+            on_gpu = torch.autograd.DeviceType.CUDA
+            events = [event for event in self._profiler.events() if event.device_type == on_gpu]
+            self.gpu_ms = 1e-3 * sum(event.time_range.elapsed_us() for event in events)
 
 
 def compile_options(mode: str, tiny: bool) -> dict[str, Any]:
@@ -119,6 +135,7 @@ def measure(name: str, mode: str, data: RandomDocuments, accumulated: int, steps
     compilation = {} if mode in NOT_COMPILED else {"compilation s": times.times[2] - start - 3 * step}
     return {
         "step ms": 1e3 * step,
+        "GPU ms": times.gpu_ms,
         "input tokens/s": data.inputs.shape[1] * BATCH / step,
         "peak MiB": torch.cuda.max_memory_allocated() / 2**20 if on_gpu else None,
         **compilation,
