@@ -23,7 +23,7 @@ from modeling_colt5.router_health import RouterHealthCallback
 
 TITLE = (
     "A training step through Trainer, base size, bf16 autocast, AdamW, no dropout: two documents of 16,384 tokens, "
-    "512 tokens of output; medians. Accumulated: documents a step that had to be taken one by one. Compiled: "
+    "512 tokens of output; medians of the time from one step's end to the next's. Accumulated: documents a step that had to be taken one by one. Compiled: "
     '`torch_compile=True`; with graphs: `torch_compile_mode="reduce-overhead"` too. One thread: with '
     "`torch.autograd.set_multithreading_enabled(False)`. Health: the routers' health is measured at every step, which "
     "is otherwise done at every hundredth. GPU: what its kernels take in one step, which PyTorch's profiler looks at. "
@@ -68,8 +68,8 @@ class RandomDocuments(torch.utils.data.Dataset):
 
 
 class StepTimes(TrainerCallback):
-    """Wall time at the end of each step but the last, the device waited for; and milliseconds of kernels in the last,
-    which a profiler makes slower."""
+    """Wall time at the end of each step but the last; and milliseconds of kernels in the last, which a profiler makes
+    slower. The device is not waited for here: Trainer does that in each step, for its loss."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -82,10 +82,10 @@ class StepTimes(TrainerCallback):
             self._profiler.start()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        synchronize()
         if state.global_step < state.max_steps:
             self.times.append(time.perf_counter())
         elif self._profiler is not None:
+            synchronize()
             self._profiler.stop()
             on_gpu = torch.autograd.DeviceType.CUDA
             events = [event for event in self._profiler.events() if event.device_type == on_gpu]

@@ -9,6 +9,8 @@ implementation that Transformers has for them. With the states x and what an att
     cross   x ← x + dropout(W_o a), q = W_q norm(x); not without an encoder
     ff      x ← x + dropout(W_o a), x ← x + dropout(FF(norm(x)))
 
+All layers' keys and values of the memory are one product in training (`project_memory`).
+
 The first call of a part with certain shapes, dtypes and numbers launches one kernel after another and notes them. From
 then on the list is repeated by one call of C (run_launch_list_triton.py), with other tensors' addresses.
 """
@@ -116,6 +118,10 @@ class DecoderPass(PassStates):
         self.key = (self.batch, self.n, self.d, self.hidden_dtype, self.dtype, self.device, precision)
         tokens = self.batch * self.n
         self.repeats = not mode.is_captured and tokens <= MOST_TOKENS_OF_A_LIST and may_repeat(hidden_states)
+        # of matrices: autocast takes all of these
+        self.takes_matrices = {self.dtype}
+        if self.dtype != self.hidden_dtype:
+            self.takes_matrices = {torch.float32, torch.bfloat16, torch.float16}
         # the last program of each part
         self.programs: dict[int, PartProgram] = {}
 
@@ -194,13 +200,11 @@ def _fits(common: DecoderPass, part: Part, weights: Sequence[Tensor]) -> bool:
     if part.follows:
         expected.insert(0, (d, shapes[0][-1]))
     matrices = [weight for weight in weights if weight is not norm]
-    # autocast takes all of these
-    dtypes = (common.dtype,) if common.dtype == common.hidden_dtype else (torch.float32, torch.bfloat16, torch.float16)
     return (
         tuple(norm.shape) == (d,)
         and [tuple(matrix.shape) for matrix in matrices] == expected
         and normed_dtype(common.hidden_dtype, norm.dtype, None) == common.hidden_dtype
-        and all(matrix.dtype in dtypes for matrix in matrices)
+        and {matrix.dtype for matrix in matrices} <= common.takes_matrices
         and max(part.rates, default=0.0) < 1
     )
 
@@ -530,4 +534,61 @@ def _in_rows(grad: Tensor, program: PartProgram) -> Tensor:
     return grad.transpose(1, 2).reshape(program.batch * program.n, -1).contiguous()
 
 
+def project_memory(
+    common: DecoderPass, memory: Tensor, weights: Sequence[Tensor], head_size: int
+) -> tuple[Tensor, ...]:
+    """Keys and values of a memory for all layers, as one product; its gradient, too, is rounded once and not after
+    each layer.
+
+    Args:
+        common: of the pass.
+        memory: [batch, encoder length, d_model].
+        weights: of the projections, each [heads * head_size, d_model].
+        head_size: features of a head.
+
+    Returns:
+        Each projection's [batch, encoder length, heads, head_size], in the products' dtype. A projection whose result
+        nobody uses gets no gradient, as if it were a module.
+    """
+    return _apply_memory(head_size, memory.to(common.dtype), *weights)
+
+
+class _Memory(torch.autograd.Function):
+    """The projections of a memory, and their gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, head_size: int, memory: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        joined = torch.cat(weights).to(memory.dtype)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(memory, joined)
+        ctx.widths, ctx.weight_dtypes = [len(weight) for weight in weights], list(map(_DTYPE, weights))
+        heads = [width // head_size for width in ctx.widths]
+        return (memory @ joined.t()).unflatten(-1, (-1, head_size)).split_with_sizes(heads, -2)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        refuse_derivatives_of_kernels("decoder_layer")
+        memory, joined = ctx.saved_tensors
+        _, needs_memory, *needs = ctx.needs_input_grad
+        used = [place for place, grad in enumerate(grads) if grad is not None]
+        wanted = [place for place in used if needs[place]]
+        memory_grad, weight_grads = None, [None] * len(needs)
+        if needs_memory and used:
+            matrices = joined.split(ctx.widths)
+            matrix = joined if len(used) == len(grads) else torch.cat([matrices[place] for place in used])
+            memory_grad = (_joined_rows(grads, used) @ matrix).view_as(memory)
+        if wanted:
+            products = _joined_rows(grads, wanted).t() @ memory.flatten(0, 1)
+            for place, grad in zip(wanted, products.split([ctx.widths[place] for place in wanted]), strict=True):
+                weight_grads[place] = grad.to(ctx.weight_dtypes[place])
+        return None, memory_grad, *weight_grads
+
+
+def _joined_rows(grads: Sequence[Tensor | None], places: Sequence[int]) -> Tensor:
+    """Gradients [batch, n, heads, head_size] at some places, beside each other: [batch * n, all their features]."""
+    rows = [grad for grad in (grads[place] for place in places) if grad is not None]
+    return torch.cat([grad.flatten(-2) for grad in rows], -1).flatten(0, 1)
+
+
 _apply = super(torch.autograd.Function, _Part).apply
+_apply_memory = super(torch.autograd.Function, _Memory).apply

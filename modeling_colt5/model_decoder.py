@@ -15,7 +15,7 @@ from .configuration_colt5 import CoLT5Config
 from .kernel_backend import Mode, is_hooked, product_dtype
 from .layer_causal import RoutedStep
 from .layer_decoder import StraightStep, goes_on, may_run_straight
-from .layer_decoder_parts import DecoderPass
+from .layer_decoder_parts import DecoderPass, project_memory
 from .layer_plain import PlainStack
 from .model_base import CoLT5Stack
 from .model_decoder_layer import PLAIN, CoLT5DecoderBlock
@@ -28,7 +28,7 @@ from .model_from_config import (
     layer_norm,
     position_bias,
 )
-from .model_layers import bias_by_distance, is_plain_linear, masked_bias, project
+from .model_layers import bias_by_distance, is_plain_linear, masked_bias
 from .model_outputs import CoLT5DecoderOutput
 from .op_attention import bias_of_sequence
 from .op_routing import RoutedTokens
@@ -275,7 +275,7 @@ class CoLT5Decoder(CoLT5Stack):
         straight = None
         if self.attends_to_all and who.fuses_attention:
             straight = DecoderPass.of(hidden_states, Mode.of_now(hidden_states))
-        projected = None if straight is None or cache is not None else self.projected_memory(memories[0])
+        projected = None if straight is None or cache is not None else self.projected_memory(straight, memories[0])
         plan = DecoderPlan(who, mask, windows, encoder_mask, asking, straight, projected)
         asked = []
         for layer_idx, (block, memory) in enumerate(zip(self.block, memories, strict=True)):
@@ -286,12 +286,11 @@ class CoLT5Decoder(CoLT5Stack):
             asked.append((tokens,))
         return hidden_states, tuple(asked)
 
-    def projected_memory(self, memory: torch.Tensor | None) -> tuple[torch.Tensor, ...] | None:
+    def projected_memory(self, straight: DecoderPass, memory: torch.Tensor | None) -> tuple[torch.Tensor, ...] | None:
         """The keys and values of a memory [batch, encoder length, d_model] for all layers, as `DecoderPlan` has them;
         None where each layer makes its own.
 
-        In training the backward pass needs all of them in any case. As one product they take the host less time, and
-        the memory's gradient is one product too: it is rounded once, and not after each layer.
+        In training the backward pass needs all of them in any case, and as one product they take the host less time.
         """
         if memory is None or self.asks or self.is_cross_routed or not torch.is_grad_enabled():
             return None
@@ -310,10 +309,11 @@ class CoLT5Decoder(CoLT5Stack):
         if (
             not any(part.requires_grad for part in (memory, *weights))
             or any(weight.device != memory.device for weight in weights)
+            or not {weight.dtype for weight in weights} <= straight.takes_matrices
             or not is_one_product(memory.numel() // d, results, d, memory.device)
         ):
             return None
-        return project(memory, *projections, head_size=attentions[0].d_kv)
+        return project_memory(straight, memory, weights, attentions[0].d_kv)
 
     def inputs_of_self_attention(
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, cache: Cache | None

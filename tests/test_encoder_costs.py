@@ -66,25 +66,45 @@ def kept(model: CoLT5PreTrainedModel, dense: bool, **inputs: torch.Tensor) -> in
     ],
     ids=["torch", "torch, dropout", "triton"],
 )
-def test_memory_of_a_dense_start_is_what_autograd_keeps(
-    n: int, fields: dict[str, object], device: torch.device
-) -> None:
-    model = encoder(**fields).train().to(device)
+def test_memory_of_a_dense_start_is_what_autograd_keeps(n: int, fields: dict[str, object]) -> None:
+    """On the CPU: of so few tokens a GPU keeps as much beside the large tensors."""
+    model = encoder(**fields).train()
     fused = fields.get("kernel_backend") == "triton"
     costs = DenseStartCosts.of(model.config, n, 0.25, fused_attention=fused)
-    ids = torch.randint(2, 96, (1, n)).to(device)
+    ids = torch.randint(2, 96, (1, n))
     measured = kept(model, True, input_ids=ids[:, : n // 4]) / kept(model, False, input_ids=ids)
     # the formula has the large tensors alone
     assert costs.memory == pytest.approx(measured, rel=0.15)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("rate", [0.0, 0.1])
+def test_memory_of_a_dense_start_is_what_a_gpu_keeps(rate: float) -> None:
+    n = 16_384
+    model = encoder(kernel_backend="auto", d_model=384, d_kv=32, light_d_ff=512, heavy_d_ff=4096, dropout_rate=rate)
+    model = model.train().to("cuda")
+    ids = torch.randint(2, 96, (1, n), device="cuda")
+
+    def allocated(dense: bool, inputs: torch.Tensor) -> int:
+        model.set_dense_start(0.0 if dense else None)
+        # the first call makes what later ones use again
+        model(input_ids=inputs)
+        before = torch.cuda.memory_allocated()
+        states = model(input_ids=inputs).last_hidden_state
+        assert states.requires_grad
+        return torch.cuda.memory_allocated() - before
+
+    measured = allocated(True, ids[:, : n // 4]) / allocated(False, ids)
+    # the formula has the large tensors alone
+    assert DenseStartCosts.of(model.config, n, 0.25).memory == pytest.approx(measured, rel=0.15)
+
+
 # more routers are the same kernel, which the interpreter takes seconds for
 @pytest.mark.slow
 @pytest.mark.parametrize(("backend", "routers"), [("torch", 1), ("torch", 2), ("triton", 1)])
-def test_memory_of_routed_cross_attention_is_what_autograd_keeps(
-    backend: str, routers: int, device: torch.device
-) -> None:
-    """The difference between one decoder layer and two: of a target of one token, a layer's own tensors are small."""
+def test_memory_of_routed_cross_attention_is_what_autograd_keeps(backend: str, routers: int) -> None:
+    """The difference between one decoder layer and two: of a target of one token, a layer's own tensors are small. On
+    the CPU: of so few tokens a GPU keeps as much beside the large tensors."""
     sizes = {}
     for layers in (1, 2):
         config = CoLT5Config(
@@ -92,12 +112,12 @@ def test_memory_of_routed_cross_attention_is_what_autograd_keeps(
             kernel_backend=backend, routed_cross_key_values=256, num_cross_routers=routers,
             num_cross_key_value_heads=routers, use_cache=False,
         )  # fmt: skip
-        model = CoLT5ForConditionalGeneration(config).train().to(device)
+        model = CoLT5ForConditionalGeneration(config).train()
         # encoded already, as the interpreter takes long for an encoder
-        inputs = {"decoder_input_ids": torch.ones(1, 1, dtype=torch.int64, device=device)}
+        inputs = {"decoder_input_ids": torch.ones(1, 1, dtype=torch.int64)}
         for dense, length in ((False, 384), (True, 192)):
             expected = kept_values(config, length, dense=dense, fused_attention=backend == "triton")
-            inputs["encoder_outputs"] = torch.randn(1, length, 96, device=device)
+            inputs["encoder_outputs"] = torch.randn(1, length, 96)
             sizes[layers, dense] = (kept(model, dense, **inputs), 4 * expected)
     for dense in (False, True):
         measured, expected = (more - less for more, less in zip(sizes[2, dense], sizes[1, dense], strict=True))

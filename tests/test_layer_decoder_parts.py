@@ -17,10 +17,10 @@ from modeling_colt5 import (  # noqa: E402
     CoLT5ForConditionalGeneration,
     layer_decoder_parts,
     model_decoder,
-    model_layers,
     run_launch_list_triton,
 )
-from modeling_colt5.layer_decoder_parts import StraightParts  # noqa: E402
+from modeling_colt5.kernel_backend import Mode  # noqa: E402
+from modeling_colt5.layer_decoder_parts import DecoderPass, StraightParts  # noqa: E402
 from modeling_colt5.run_release import CACHE  # noqa: E402
 
 
@@ -102,14 +102,18 @@ def test_gradients_are_those_of_the_modules(case: str, device: torch.device, lay
     assert len(layers) == len(model.decoder.block) * len(repeats(device))
 
 
+@pytest.fixture
+def one_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All layers' keys and values of the memory are one product, which is otherwise so where it pays."""
+    monkeypatch.setattr(model_decoder, "is_one_product", lambda *sizes: True)
+
+
 def test_all_layers_keys_and_values_of_the_memory_are_one_product(
-    device: torch.device, layers: list, monkeypatch: pytest.MonkeyPatch
+    device: torch.device, layers: list, one_product: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = model_of(device, num_cross_key_value_heads=2).train()
     batch = batch_of(device, 11, 6)
     expected = as_modules(lambda: gradients_of(model, batch))
-    for module in (model_layers, model_decoder):
-        monkeypatch.setattr(module, "is_one_product", lambda *sizes: True)
     seen: list[tuple[torch.Tensor, ...] | None] = []
     project = type(model.decoder).projected_memory
     monkeypatch.setattr(
@@ -140,7 +144,28 @@ def test_products_of_the_memory_that_are_not_one_stay_in_their_layers(device: to
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model_decoder, "is_one_product", lambda *sizes: False)
         memory = torch.randn(1, 5, model.config.d_model, device=device, requires_grad=True)
-        assert model.decoder.projected_memory(memory) is None
+        common = DecoderPass.of(memory, Mode.of_now(memory))
+        assert common is not None and model.decoder.projected_memory(common, memory) is None
+
+
+def test_gradients_of_the_one_product_go_where_they_are_wanted(
+    device: torch.device, layers: list, one_product: None
+) -> None:
+    model = model_of(device).train()
+    batch = batch_of(device, 9)
+    first, second = (block.layer[1].EncDecAttention for block in model.decoder.block)
+    for frozen in (
+        [first.k.weight],
+        [second.v.weight],
+        [*model.encoder.parameters()],
+        [first.k.weight, first.v.weight],
+    ):
+        for weight in frozen:
+            weight.requires_grad_(False)
+        expected = as_modules(lambda: gradients_of(model, batch))
+        assert_same_gradients(gradients_of(model, batch), expected)
+        model.requires_grad_(True)
+    assert len(layers) == 4 * len(model.decoder.block)
 
 
 def test_a_stack_without_an_encoder(device: torch.device, layers: list) -> None:
@@ -156,7 +181,7 @@ def test_a_stack_without_an_encoder(device: torch.device, layers: list) -> None:
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.3])
-def test_autocast_is_that_of_the_modules(rate: float, device: torch.device, layers: list) -> None:
+def test_autocast_is_that_of_the_modules(rate: float, device: torch.device, layers: list, one_product: None) -> None:
     model = model_of(device, num_decoder_layers=1, dropout_rate=rate).train()
     batch = batch_of(device, 9)
 
@@ -261,7 +286,11 @@ def test_a_block_may_be_compiled_alone(device: torch.device, layers: list) -> No
     assert len(layers) == 1
 
 
-def test_an_unused_result_has_no_part_in_the_gradient(device: torch.device, layers: list) -> None:
+@pytest.mark.parametrize("is_one", [False, True])
+def test_an_unused_result_has_no_part_in_the_gradient(
+    is_one: bool, device: torch.device, layers: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model_decoder, "is_one_product", lambda *sizes: is_one)
     model = model_of(device).train()
     batch = batch_of(device, 7)
 
