@@ -23,8 +23,9 @@ from modeling_colt5.router_health import RouterHealthCallback
 
 TITLE = (
     "A training step through Trainer, base size, bf16 autocast, AdamW, no dropout: two documents of 16,384 tokens, "
-    "512 tokens of output; medians of the time from one step's end to the next's. Accumulated: documents a step that had to be taken one by one. Compiled: "
-    '`torch_compile=True`; with graphs: `torch_compile_mode="reduce-overhead"` too. One thread: with '
+    "512 tokens of output; medians of the time from one step's end to the next's. Accumulated: documents a step that "
+    "had to be taken one by one. Compiled: `torch_compile=True`; with graphs: "
+    '`torch_compile_mode="reduce-overhead"` too. One thread: with '
     "`torch.autograd.set_multithreading_enabled(False)`. Health: the routers' health is measured at every step, which "
     "is otherwise done at every hundredth. GPU: what its kernels take in one step, which PyTorch's profiler looks at. "
     "Compilation: what the first three steps took beyond three others"
