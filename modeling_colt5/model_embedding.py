@@ -164,9 +164,15 @@ class CoLT5EmbeddingModel(CoLT5PreTrainedModel):
         start = f"{prefix}." if prefix else ""
         others = [f"{start}{name}.embed_tokens" for name in self.stacks()]
         within = tuple(f"{name}." for name in others)
-        for name, module in super().named_modules(memo, prefix, remove_duplicate):
-            if name not in others and not name.startswith(within):
-                yield name, module
+        listed = super().named_modules(memo, prefix, remove_duplicate)
+        if remove_duplicate and next(iter(self._modules), None) == "shared":
+            # What comes first is not listed again. Trainer asks for all parameters several times in each step, and to
+            # compare each name takes longer than the list.
+            yield from listed
+        else:
+            yield from (
+                (name, module) for name, module in listed if name not in others and not name.startswith(within)
+            )
         if is_new:
             yield from ((name, CoLT5OtherName()) for name in others)
 
