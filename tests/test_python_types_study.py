@@ -71,7 +71,10 @@ def test_the_arms_are_what_they_are_called():
         "learned", "even", "random", "none"
     ]  # fmt: skip
     assert made["learned-64"].config.routed_query_fraction == 1 / 64
-    assert made["learned-cross"].config.routed_cross_key_values == 256
+    crossed = {name: made[name].config for name in ("learned-cross", "even-cross")}
+    assert [(config.routing, config.routed_cross_key_values) for config in crossed.values()] == [
+        ("learned", 256), ("even", 256)
+    ]  # fmt: skip
     started = {"learned", "learned-64", "learned-cross", "learned-then-ratio"}
     assert {name for name in PLANS["routing"].arms if ARMS[name].has_dense_start} == started
     ratios = {name: made[name].config.soft_topk_ratio for name in started | {"unstarted", "unstarted-ratio"}}
@@ -95,7 +98,7 @@ def test_without_routing_the_encoder_costs_as_much():
 
 # one of each kind of model and of inputs; the others are these with another number
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["none", "longt5-global", "t5-window", "learned-cross", "unstarted-ratio"])
+@pytest.mark.parametrize("name", ["none", "longt5-global", "t5-window", "even-cross", "unstarted-ratio"])
 def test_an_arm_trains_and_answers(name, corpus, tmp_path, monkeypatch):
     monkeypatch.setattr("python_types.predict.LONGEST_ANSWER", 2)
     monkeypatch.setattr("python_types.predict.MEAN_ANSWER", 2)

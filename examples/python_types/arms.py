@@ -116,8 +116,9 @@ ARMS = {
     "t5-window": Arm("t5", window=WINDOW),
     "learned-64": Arm(size={"budget": 64}),
     "even-64": Arm(size={"routing": "even", "budget": 64}),
-    # the decoder reads what cross-attention's routers chose
+    # the decoder reads what cross-attention's routers chose, or as many that are evenly spaced
     "learned-cross": Arm(config={"routed_cross_key_values": 256}),
+    "even-cross": Arm(size={"routing": "even"}, config={"routed_cross_key_values": 256}),
     # what a dense start is worth, and routed tokens whose weights are nearer to 1
     "unstarted": Arm(is_started=False),
     "unstarted-ratio": Arm(is_started=False, config={"soft_topk_ratio": 4}),

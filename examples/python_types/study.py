@@ -101,6 +101,7 @@ PLANS = {
             "learned-64",
             "even-64",
             "learned-cross",
+            "even-cross",
             "unstarted",
             "unstarted-ratio",
             "learned-then-ratio",
