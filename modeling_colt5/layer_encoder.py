@@ -5,9 +5,11 @@ kernels take a GPU. A block that nothing looks into (`PlainBlock` of layer_plain
 kernels in the same order, without a module, an operator or a view between them.
 
 The first call with certain shapes, dtypes and numbers launches one kernel after another and notes them. From then on
-the list is repeated by one call of C (run_launch_list_triton.py), with other tensors' addresses.
+the list is repeated by one call of C (run_launch_list_triton.py), with other tensors' addresses. Without gradients one
+such call repeats it for all layers of a stack.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,14 +18,14 @@ from torch import Tensor
 from .kernel_backend import triton_is_available
 from .layer_backward import Backward, Gradients
 from .layer_forward import Line, attention, combined, feed_forward, parts_of
-from .layer_program import WEIGHTS, Drop, PlainEncoderLayer, Program, Room, StraightPass
+from .layer_program import WEIGHTS, Drop, PlainEncoderLayer, Program, StraightPass
 from .op_dropout import draw_seeds
 from .run_operator import refuse_derivatives_of_kernels
 from .run_plan import EncoderPlan, EncoderSettings
 
 if triton_is_available():
     from .op_routing_triton import kernels_take
-    from .run_launch_list_triton import repeated_or_recorder
+    from .run_launch_list_triton import Recorder, repeat_or_note, repeated_or_recorder
 
 # False lets every block run as modules, for a comparison.
 enabled = True
@@ -86,7 +88,7 @@ class StraightLayer:
         records: whether autograd records.
     """
 
-    __slots__ = ("common", "memory", "plan", "program", "records", "tables", "weights")
+    __slots__ = ("common", "plan", "program", "records", "tables", "weights")
 
     def __init__(
         self,
@@ -98,7 +100,6 @@ class StraightLayer:
     ):
         self.program, self.weights, self.tables, self.plan, self.records = program, weights, tables, plan, records
         self.common: StraightPass = plan.straight
-        self.memory: Tensor | None = None
 
     @classmethod
     def of(
@@ -125,61 +126,76 @@ class StraightLayer:
             return None
         return cls(program, weights, tables, plan, records)
 
-    def line(
-        self, kind: Any, memories: list[Tensor], layout: Room, memory: Tensor, seeds: Tensor | None = None
-    ) -> Line | None:
-        """What computes a call; None where a list of launches was repeated.
-
-        Args:
-            kind, memories: as of `repeated_or_recorder`; `memories` is one call's.
-            layout, memory: of what outlives the call, one of the memories.
-            seeds: of what the layer drops; None where it drops nothing.
-        """
-        recorder = repeated_or_recorder(self.program.lists, kind, [memories], self.common.repeats)
-        return None if recorder is None else Line(self, recorder, layout, memory, seeds)
-
     def __call__(self, hidden_states: Tensor) -> Tensor:
         """From states to states [batch, n, d_model], for a backward pass where autograd records."""
         if not self.records:
-            return self.run(hidden_states).total()
+            return run_without_gradients([self], hidden_states)
         # `Function.apply` would look through the arguments for what torch.func left behind.
         return _apply(self, hidden_states, *self.tables, *self.weights)
 
-    def run(self, incoming: "Tensor | StraightLayer") -> "StraightLayer":
-        """Without gradients, from states [batch, n, d_model], or from another layer's sum, in whose memory it may be
-        written. Returns this layer, which has left a sum: its branches, and what they are to be added to."""
-        program = self.program
-        if isinstance(incoming, StraightLayer) and incoming.program is program:
-            states, memory = None, incoming.memory
-        else:
-            states, memory = total_of(incoming).contiguous(), program.outgoing.take(program.device)
-        assert memory is not None
-        self.memory = memory
-        memories = [memory, *self.tables, *self.weights, *self.common.read]
-        memories += [] if states is None else [states]
-        kind = "sum" if states is None else "states"
-        line = self.line(kind, memories, program.outgoing, memory)
-        if line is not None:
-            with line.recorder:
-                feed_forward(line, [*attention(line, states)])
-        return self
 
-    def total(self) -> Tensor:
-        """The states [batch, n, d_model] that the layer's sum is."""
-        program, memory = self.program, self.memory
-        assert memory is not None
-        total = torch.empty((program.batch, program.n, program.d), dtype=program.hidden_dtype, device=program.device)
-        memories = [memory, total]
-        line = self.line("total", memories, program.outgoing, memory)
-        if line is not None:
-            with line.recorder:
-                combined(line, parts_of(line), total, Drop.FEED_FORWARD)
-        return total
+def layers_of_stack(
+    read: Sequence[tuple[PlainEncoderLayer, tuple[Tensor, ...]]], tables: tuple[Tensor, Tensor], plan: EncoderPlan
+) -> list[StraightLayer] | None:
+    """All layers of a stack as straight lines of one program, for `run_without_gradients`; None where they are not.
+
+    Args:
+        read: what `PlainStack.read` gave.
+        tables, plan: as of `StraightLayer`.
+    """
+    layers: list[StraightLayer] = []
+    for layer, weights in read:
+        line = StraightLayer.of(layer, weights, tables, plan)
+        if line is None or line.records or (layers and line.program is not layers[0].program):
+            return None
+        layers.append(line)
+    return layers or None
 
 
-def total_of(states: Tensor | StraightLayer) -> Tensor:
-    """States [batch, n, d_model] as they are, or the sum that a layer has left."""
-    return states.total() if isinstance(states, StraightLayer) else states
+def run_without_gradients(layers: Sequence[StraightLayer], hidden_states: Tensor) -> Tensor:
+    """Layers of one program, one after another: from states to states [batch, n, d_model].
+
+    Each leaves a sum to the norm of the next: its branches, and what they are to be added to. All write theirs into
+    one memory.
+    """
+    program, common = layers[0].program, layers[0].common
+    states, memory = hidden_states.contiguous(), program.outgoing.take(program.device)
+    total = torch.empty(states.shape, dtype=program.hidden_dtype, device=program.device)
+    # the first layer begins with states, the others with a sum
+    for kind, own, incoming in (("states", layers[:1], states), ("sum", layers[1:], None)):
+        read = [] if incoming is None else [incoming]
+        calls = [[memory, *layer.tables, *layer.weights, *common.read, *read] for layer in own]
+
+        def compute(
+            number: int, recorder: "Recorder", own: Sequence[StraightLayer] = own, incoming: Tensor | None = incoming
+        ) -> None:
+            line = Line(own[number], recorder, program.outgoing, memory)
+            feed_forward(line, [*attention(line, incoming)])
+
+        repeat_or_note(program.lists, kind, calls, common.repeats, compute)
+
+    def add(_: int, recorder: "Recorder") -> None:
+        line = Line(layers[-1], recorder, program.outgoing, memory)
+        combined(line, parts_of(line), total, Drop.FEED_FORWARD)
+
+    repeat_or_note(program.lists, "total", [[memory, total]], common.repeats, add)
+    return total
+
+
+def _with_gradients(
+    layer: StraightLayer, kind: Any, memories: list[Tensor], kept: Tensor, seeds: Sequence[Tensor]
+) -> Line | None:
+    """What computes a call of a layer that autograd records, or its gradient; None where a list of launches was
+    repeated.
+
+    Args:
+        layer: whose call it is.
+        kind, memories: as of `repeated_or_recorder`; `memories` is one call's.
+        kept: the memory of what the backward pass reads, one of the memories.
+        seeds: of what the layer drops; none where it drops nothing.
+    """
+    recorder = repeated_or_recorder(layer.program.lists, kind, [memories], layer.common.repeats)
+    return None if recorder is None else Line(layer, recorder, layer.program.kept, kept, *seeds)
 
 
 class _Straight(torch.autograd.Function):
@@ -193,7 +209,7 @@ class _Straight(torch.autograd.Function):
         result = torch.empty(states.shape, dtype=program.hidden_dtype, device=program.device)
         seeds = [draw_seeds(len(program.drops), program.device)] if any(program.drops) else []
         memories = [states, *inputs, *layer.common.read, kept, result, *seeds]
-        line = layer.line("training", memories, program.kept, kept, *seeds)
+        line = _with_gradients(layer, "training", memories, kept, seeds)
         if line is not None:
             with line.recorder:
                 combined(line, feed_forward(line, [*attention(line, states)]), result, Drop.FEED_FORWARD)
@@ -222,8 +238,7 @@ class _Straight(torch.autograd.Function):
         )
         memories = [*saved, *layer.common.read, out, *gradients.memories]
         memories += [table for table in (light, heavy) if table is not None]
-        kind = needs[2:]
-        line = layer.line(kind, memories, program.kept, kept, *seeds)
+        line = _with_gradients(layer, needs[2:], memories, kept, seeds)
         if line is not None:
             with line.recorder:
                 Backward(line, gradients, (light, heavy)).run(grad, states, out)

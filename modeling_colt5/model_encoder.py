@@ -12,8 +12,8 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_colt5 import CoLT5Config
 from .kernel_backend import Mode, uses_triton
-from .layer_encoder import StraightLayer, encoder_plan, total_of
-from .layer_plain import is_called_as_written
+from .layer_encoder import encoder_plan, layers_of_stack, run_without_gradients
+from .layer_plain import PlainStack
 from .model_base import CoLT5Stack
 from .model_encoder_layer import PLAIN, CoLT5EncoderBlock, branch_biases
 from .model_from_config import add_branch_biases, encoder_block, encoder_settings, layer_norm
@@ -43,6 +43,7 @@ def heavy_attentions_too(forward: Callable) -> Callable:
 
 def run_layers(
     blocks: nn.ModuleList,
+    plain: PlainStack,
     hidden_states: torch.Tensor,
     tables: tuple[torch.Tensor, torch.Tensor | None],
     plan: EncoderPlan,
@@ -51,21 +52,22 @@ def run_layers(
 
     Args:
         blocks: the layers.
+        plain: what reads them all at once.
         hidden_states: what goes into the first.
         tables: what `branch_biases` gives.
         plan: of the pass.
     """
-    # Without gradients, and where nobody sees what goes from block to block, a straight line leaves its last sum
-    # to the norm of the next one.
-    leaves_sums = plan.straight is not None and not plan.mode.keeps_gradients
-    leaves_sums = leaves_sums and all(is_called_as_written(block, PLAIN) for block in blocks)
-    states: torch.Tensor | StraightLayer = hidden_states
+    light_table, heavy_table = tables
     try:
-        block: Any
+        # Without gradients, and where nobody sees what goes from block to block, one call computes all of them.
+        if plan.straight is not None and heavy_table is not None and not plan.mode.keeps_gradients:
+            read = plain.read(blocks, PLAIN) if plan.straight.takes(hidden_states) else None
+            layers = None if read is None else layers_of_stack(read, (light_table, heavy_table), plan)
+            if layers is not None:
+                return run_without_gradients(layers, hidden_states)
         for block in blocks:
-            line = block.straight_line(states, tables, plan) if leaves_sums else None
-            states = block(total_of(states), *tables, plan)[0] if line is None else line.run(states)
-        return total_of(states)
+            hidden_states = block(hidden_states, *tables, plan)[0]
+        return hidden_states
     finally:
         # The recording of a CUDA graph that an error breaks off can end only with all of its streams joined.
         plan.join()
@@ -85,6 +87,7 @@ class CoLT5Encoder(CoLT5Stack):
         super().__init__(config)
         add_branch_biases(self, config)
         self.block = nn.ModuleList([encoder_block(config, layer_idx) for layer_idx in range(config.num_layers)])
+        self.plain = PlainStack()
         self.final_layer_norm = layer_norm(config)
         self.dropout = nn.Dropout(config.dropout_rate)
         self.gradient_checkpointing = False
@@ -156,5 +159,5 @@ class CoLT5Encoder(CoLT5Stack):
         """
         dense_start = self.dense_start if self.training else None
         plan = encoder_plan(encoder_settings(self.config), hidden_states, mask, dense_start, records_blocks)
-        hidden_states = run_layers(self.block, hidden_states, branch_biases(self), plan)
+        hidden_states = run_layers(self.block, self.plain, hidden_states, branch_biases(self), plan)
         return self.final_layer_norm(hidden_states, None, plan.kernel_backend)[0]

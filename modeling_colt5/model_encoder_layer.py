@@ -296,7 +296,7 @@ class CoLT5EncoderBlock(GradientCheckpointingLayer):
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, CoLT5LayerRouting | None]:
         """The new hidden states [batch, n, d_model]; where the block runs as modules also light and heavy attention
         weights (None where not given), and what was routed."""
-        line = self.straight_line(hidden_states, (light_bias_table, heavy_bias_table), plan)
+        line = self.straight_line(hidden_states, light_bias_table, heavy_bias_table, plan)
         if line is not None:
             return line(hidden_states), None, None, None
         attention_seeds = feed_forward_seeds = None
@@ -312,22 +312,17 @@ class CoLT5EncoderBlock(GradientCheckpointingLayer):
 
     def straight_line(
         self,
-        states: torch.Tensor | StraightLayer,
-        tables: tuple[torch.Tensor, torch.Tensor | None],
+        hidden_states: torch.Tensor,
+        light_bias_table: torch.Tensor,
+        heavy_bias_table: torch.Tensor | None,
         plan: EncoderPlan,
     ) -> StraightLayer | None:
-        """This block as a straight line of kernels, where it is plain and may run so; None for modules.
-
-        Args:
-            states: what goes into the block, or the layer before that has left a sum.
-            tables: light and heavy bias table.
-            plan: of the pass.
-        """
-        light_bias_table, heavy_bias_table = tables
+        """This block as a straight line of kernels, where it is plain and may run so; None for modules. Arguments are
+        those of `forward`."""
         # a hook is to see what was routed, which a straight line does not give
         if plan.straight is None or heavy_bias_table is None or shows_results(self):
             return None
-        if isinstance(states, torch.Tensor) and not plan.straight.takes(states):
+        if not plan.straight.takes(hidden_states):
             return None
         found = self.plain.read(self, PLAIN)
         if found is None:

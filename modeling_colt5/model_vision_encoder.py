@@ -9,6 +9,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_colt5_vision import CoLT5VisionConfig
 from .layer_encoder import encoder_plan
+from .layer_plain import PlainStack
 from .model_base import CoLT5PreTrainedModel
 from .model_encoder import CoLT5Encoder, heavy_attentions_too, run_layers
 from .model_encoder_layer import branch_biases
@@ -62,6 +63,7 @@ class CoLT5VisionEncoder(CoLT5VisionPreTrainedModel):
         self.patch_embedding = CoLT5PatchEmbedding(config.patch_size, config.num_channels, config.d_model)
         add_branch_biases(self, config)
         self.block = nn.ModuleList([encoder_block(config, layer_idx) for layer_idx in range(config.num_layers)])
+        self.plain = PlainStack()
         self.final_layer_norm = layer_norm(config)
         self.dropout = nn.Dropout(config.dropout_rate)
         self.gradient_checkpointing = False
@@ -114,5 +116,5 @@ class CoLT5VisionEncoder(CoLT5VisionPreTrainedModel):
         settings, dense_start = encoder_settings(self.config), self.dense_start if self.training else None
         hidden_states, mask = patches.flatten(1, 2), None if mask is None else mask.flatten(1)
         plan = encoder_plan(settings, hidden_states, mask, dense_start, records_blocks, patches.shape[2])
-        hidden_states = run_layers(self.block, hidden_states, branch_biases(self), plan)
+        hidden_states = run_layers(self.block, self.plain, hidden_states, branch_biases(self), plan)
         return self.final_layer_norm(hidden_states, None, plan.kernel_backend)[0]

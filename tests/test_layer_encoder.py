@@ -484,6 +484,36 @@ def test_lists_read_and_write_what_they_should(lengths: tuple[int, ...], rate: f
     assert len(lists) - count >= 2 * 20
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there the calls above are repeated from lists themselves")
+def test_without_gradients_all_layers_are_one_call(lists: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cpu")
+    model = encoder(device, num_layers=3)
+    first, second = batch_of(device, 6), batch_of(device, 6)
+    run, calls = run_launch_list_triton.LaunchList.__call__, []
+
+    def counted(launches: Any, each: Any, *others: Any) -> bool:
+        calls.append(len(each))
+        return run(launches, each, *others)
+
+    monkeypatch.setattr(run_launch_list_triton.LaunchList, "__call__", counted)
+    with torch.no_grad():
+        expected = as_modules(lambda: model(**second).last_hidden_state)
+        model(**first)
+        calls.clear()
+        assert_same_but_for_rounding(model(**second).last_hidden_state, expected)
+        # the first layer, the others, and the last one's sum
+        assert calls == [1, 2, 1]
+        # a block that somebody looks into, and one with other numbers, each by itself
+        handle = model.encoder.block[1].layer[1].layer_norm.register_forward_hook(lambda *inputs: None)
+        assert_same_but_for_rounding(model(**second).last_hidden_state, expected)
+        handle.remove()
+        model.encoder.block[2].layer[0].layer_norm.eps = 1e-3
+        expected = as_modules(lambda: model(**second).last_hidden_state)
+        calls.clear()
+        assert_same_but_for_rounding(model(**second).last_hidden_state, expected)
+    assert all(count == 1 for count in calls)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there the calls above are repeated from lists themselves")
 def test_lists_of_frozen_weights_and_of_autocast(lists: list[str]) -> None:
