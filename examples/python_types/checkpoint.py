@@ -35,12 +35,12 @@ tags: [colt5, code, python, type-inference]
 # The types of a Python module
 
 A CoLT5 encoder–decoder of {parameters:.1f} M parameters that reads a whole Python module and gives the annotations of
-parameters and returns that it lacks, all of them in one pass. It is small: a help to whoever adds types to a module by
-hand, and an example of what routed long inputs are good for.
+parameters and returns that it lacks, all of them in one pass. It is small: it helps people who add types to a module
+by hand, and is an example of what routed long inputs are good for.
 
-    python examples/annotate_types.py module.py              # a diff; --write, --score
+    python examples/annotate_types.py module.py              # prints a diff; --help lists the options
 
-In Python, with this package, or without it and `trust_remote_code=True`:
+In Python, without this package (with it, `import modeling_colt5` makes `trust_remote_code=True` unnecessary):
 
     from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
@@ -49,18 +49,19 @@ In Python, with this package, or without it and `trust_remote_code=True`:
     code = "def count(path: Path, skip_empty:<extra_id_0> = False) -><extra_id_1> :\\n    return len(read(path))\\n"
     print(tokenizer.decode(model.generate(**tokenizer(code, return_tensors="pt"))[0]))
 
-The input has a sentinel for each annotation that is wanted, a hundred at most; the output is sentinel, type, sentinel,
-type, ..., in T5's form.
+The input has a sentinel, such as `<extra_id_0>`, for each annotation that is wanted, a hundred at most. The output is
+sentinel, type, sentinel, type, ..., in T5's form.
 
 ## How good it is
 
-On modules of packages that were not trained on, drawn at random; the tables say how many. A type is right if it is the
-author's own to the character, but for spaces and quotes: `Optional[int]` for `int | None` is wrong. "Copied by name"
-is the commonest type of that parameter's name in the rest of the module, else in the training data; "nearest" is that
-of the nearest of that name. "Copied in the module" is the nearest of that name in the module alone, and wrong where
-there is none; "tool" is what `annotate_types.py` writes: that one where the model's probability is below
-{copy_below:.0%}, else the model's. The threshold was chosen on other packages. The interval is of 95 %, by a paired
-bootstrap over modules. No module is longer than {most:,} tokens; it was trained on up to {trained:,}.
+It was tested on modules drawn at random from packages that were not trained on; the tables say how many. A type is
+right if it is the author's own to the character, but for spaces and quotes: `Optional[int]` for `int | None` is
+wrong. The model is compared with copying: "copied by name" is the commonest type of that parameter's name in the rest
+of the module, else in the training data, and "nearest of that name" is the nearest one. "Copied in the module" is the
+nearest in the module alone, and wrong where there is none. "Tool" is what `annotate_types.py` writes: the type copied
+in the module where the model's probability is below {copy_below:.0%}, else the model's. The threshold was chosen on
+other packages. The intervals are of 95 %, by a paired bootstrap over modules. No module is longer than {most:,}
+tokens; the model was trained on up to {trained:,}.
 
 {tables}
 ## What it was trained on
@@ -69,24 +70,23 @@ bootstrap over modules. No module is longer than {most:,} tokens; it was trained
 near-duplicates were dropped, across splits too. All are under permissive licences, which the table names; their texts
 belong to their authors. `examples/python_types/corpus.py` makes the same corpus again.
 
-{summary}
-15 to 100 % of a module's annotations were hidden at random each time that it was read; the other batches were span
-corruption of the same text. Half of the inputs or more had other words in the place of the module's own, so that the
-model had to look instead of to know by heart. Training began with weights that look at neighbours, and the encoder had
-a loss of its own at the sentinels. {steps:,} steps in {minutes:.1f} minutes of training on {gpus}, bf16{runs}: a dense
-start on inputs that grow from {shortest:,} to {start:,} tokens, then learned routing (one query and one token of the
-feed-forward among {budget}, keys and values twice as many) on inputs of up to {trained:,}.
+{summary} In some batches 15 to 100 % of a module's annotations were hidden, at random each time that it was read; the
+others were span corruption of the same text. In half of the inputs or more, other words replaced the module's own, so
+that the model had to look instead of knowing by heart. Training began with weights that look at neighbours, and the
+encoder had a loss of its own at the sentinels. It took {steps:,} steps in {minutes:.1f} minutes of training on
+{gpus}, bf16{runs}: a dense start on inputs that grow from {shortest:,} to {start:,} tokens, then learned routing (one
+query and one token of the feed-forward among {budget}, keys and values twice as many) on inputs of up to {trained:,}.
 {notes}`examples/python_types/train.py` is the recipe.
 
 ## What it is not
 
-- It has seen about {rounded:,} annotations. Types that only your project has are known to it from what stands in the
-  module; of a module without any annotation it knows them from names and imports alone.
-- It does not check anything: a type that it gives parses, and may be wrong. Run a type checker.
+- It has seen about {rounded:,} annotations. It knows types that only your project has from the
+  module that it reads; if that has no annotation, from names and imports alone.
+- It does not check anything: a type that it gives can be parsed, but may be wrong. Run a type checker.
 - Its probabilities are of the answer as it is spelt, and are not calibrated.
 - Code of the packages with split "train", and so of the standard library, torch and transformers, was trained on:
   numbers on these say nothing.
-- It writes no comments, imports or stubs, and nothing but annotations.
+- It writes annotations only: no comments, imports or stubs.
 """
 
 
