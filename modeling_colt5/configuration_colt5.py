@@ -154,7 +154,7 @@ def activation_name(feed_forward_proj: str) -> str:
 class CoLT5BaseConfig(PreTrainedConfig):
     """What the configurations of all CoLT5 models share: the fields of conditional layers, and how they are saved.
 
-    A field that is declared again in a class below has that class's default. See `CoLT5Config` for what they mean.
+    A field that a derived class declares again has that class's default. See `CoLT5Config` for what they mean.
 
     Attributes:
         dimensions: of the positions of tokens, 2 for pictures.
@@ -216,7 +216,7 @@ class CoLT5BaseConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As of every configuration; fields that would be left out for a slip in their name are warned of."""
+        """Transformers' `from_dict`, with a warning for misspelt fields, which would be left out."""
         if not kwargs.get("return_unused_kwargs"):
             for name in kwargs:
                 cls._warn_of_slip(name)
@@ -316,8 +316,8 @@ class CoLT5BaseConfig(PreTrainedConfig):
 class CoLT5Config(CoLT5BaseConfig):
     """The configuration of a CoLT5 model (Ainslie et al. 2023); the defaults are the paper's base size.
 
-    T5's fields have T5's meaning, and `num_heads` and `d_ff` are the decoder's. Every field is checked at creation
-    and at assignment; what cannot be is refused with an error that names field, value and rule.
+    T5's fields have T5's meaning, and `num_heads` and `d_ff` are the decoder's. Every field is checked at creation and
+    at assignment; an impossible value is refused with an error that names field, value and rule.
 
     Args:
         num_light_heads: heads of the local attention that every encoder token goes through.
@@ -333,7 +333,7 @@ class CoLT5Config(CoLT5BaseConfig):
             1) and "none" (no heavy branch) are controls for ablations and have no routers.
         routers_trained: whether the routers have been through a dense start, or need none for another reason;
             `DenseStartCallback` sets it, and leaves such a model as it is.
-        soft_topk_ratio: size of the soft top-k over the number of routed tokens.
+        soft_topk_ratio: size of the soft top-k, divided by the number of routed tokens.
         routing_epsilon: the soft top-k's temperature, in units of the scores.
         soft_topk_solver: "exact", or "coordinate_descent" as in the paper.
         num_soft_topk_iterations: iterations of the coordinate descent.
@@ -353,14 +353,14 @@ class CoLT5Config(CoLT5BaseConfig):
             heavy branch, of the sizes above.
         causal_window: tokens of a window of the causal routing.
         causal_routed_keys: keys/values that a window's heavy attention reads, out of all windows before it.
-        causal_capacity_ratio: how many queries, or tokens of the heavy feed-forward, a window may route at most, over
-            how many it is to route on average.
+        causal_capacity_ratio: the most queries, or tokens of the heavy feed-forward, that a window may route, divided
+            by how many it is to route on average.
         num_causal_key_value_routers: routers of the causal heavy attention's keys/values, each for a group of heads.
         causal_unrouted_vector: whether tokens without a heavy part of the causal attention get a learned vector.
         feed_forward_proj: an activation of Transformers, with "gated-" before it for a gated feed-forward.
         scale_decoder_outputs: whether the decoder's output is scaled by d_model^-½ before the head (T5 1.0).
         kernel_backend: "auto" (Triton kernels on CUDA where triton is installed, PyTorch elsewhere), "triton" or
-            "torch". The environment variable COLT5_KERNEL_BACKEND, where set at import, has the last word.
+            "torch". The environment variable COLT5_KERNEL_BACKEND, where set at import, overrides it.
         use_cuda_graphs: whether inference on CUDA replays the encoder as a CUDA graph from the third call of a shape
             on, up to 65,536 tokens; a graph keeps the memory of one call. Not in a process that also runs
             `torch.compile(mode="reduce-overhead")` on an encoder: see docs/operators.md.

@@ -20,7 +20,7 @@ CLASSIFIER_POOLINGS = ("attention", "mean")
 class CoLT5VisionConfig(CoLT5BaseConfig):
     """The configuration of a CoLT5 model over pictures; the defaults are the paper's base encoder.
 
-    The tokens are square patches, and what is a distance for text goes here by rows and by columns. All fields of
+    The tokens are square patches. A distance has two parts here, one in rows and one in columns. All fields of
     conditional layers are those of `CoLT5Config`, with the same rules.
 
     Args:
@@ -29,9 +29,9 @@ class CoLT5VisionConfig(CoLT5BaseConfig):
         local_radius: patches to each side, of rows and of columns, that a patch's light attention sees.
         routed_feed_forward_fraction, routed_query_fraction, routed_key_value_fraction: shares of a picture's patches,
             without its padding, that are routed.
-        relative_attention_num_buckets: of a dimension; each pair of buckets has a bias of its own.
-        classifier_pooling: how image classification makes one state of all patches: by
-            "attention", in which a learned query chooses among them, or by their "mean".
+        relative_attention_num_buckets: of each dimension; each pair of buckets has a bias of its own.
+        classifier_pooling: how image classification makes one state of all patches: "attention" of a learned query, or
+            their "mean".
 
     Raises:
         StrictDataclassError: for a value of another type than declared, or one that breaks a rule.
@@ -60,8 +60,8 @@ class CoLT5VisionConfig(CoLT5BaseConfig):
     def image_processor(self, **kwargs: Any) -> Any:
         """Transformers' own image processor for this model: ViLT's, which pads pictures of several sizes.
 
-        It gives `pixel_values` and `pixel_mask`. Pictures keep their size, as small things in large pictures are what
-        the model is for. It is saved with its own `save_pretrained`, and `AutoImageProcessor` loads it.
+        It gives `pixel_values` and `pixel_mask`. Pictures keep their size, because the model is for small things in
+        large pictures. Save it with its own `save_pretrained`; `AutoImageProcessor` loads it.
 
         Args:
             kwargs: the processor's arguments, in the place of these: pictures become RGB where the model has three

@@ -91,10 +91,10 @@ class CoLT5PreTrainedModel(PreTrainedModel):
         output_loading_info: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """Transformers' `from_pretrained`, which never begins with random layers.
+        """Transformers' `from_pretrained`, which refuses a checkpoint without the model's stacks and kinds of layers.
 
-        An Auto class gives the class that the checkpoint names for it: a class of a user's code, which needs
-        `trust_remote_code=True`, and for `AutoModel` the encoder where there is no decoder.
+        An Auto class gives the class that the checkpoint names for it. This may be a class of a user's code, which
+        needs `trust_remote_code=True`. For `AutoModel` it is the encoder where there is no decoder.
 
         Raises:
             ValueError: where the checkpoint lacks a stack of the model, or holds one with layers of other kinds; where
@@ -212,17 +212,17 @@ class CoLT5PreTrainedModel(PreTrainedModel):
 
         While the model is in training mode, every token takes the heavy branches, and its weight says how much of them
         it receives; routed cross-attention reads every token, times its weight, and a window of a causally routed
-        decoder every token of the windows before it. At progress 0 the weights are near 1
-        and constant. From there to 1 they shrink until they sum to the configured budgets, and the routers have a
-        gradient. In evaluation mode, and after None, routing is the paper's. Nothing of this is saved. `DenseStart` of
-        dense_start.py calls it at every step of a training run.
+        decoder every token of the windows before it. At progress 0 the weights are near 1 and constant. Up to progress
+        1 they shrink until they sum to the configured budgets, and the routers have a gradient. In evaluation mode,
+        and after None, routing is the paper's. Nothing of this is saved. `DenseStart` of dense_start.py calls it at
+        every step of a training run.
 
         Args:
             progress: from 0 to 1, or None to end the dense start.
 
         Raises:
             TypeError: for a progress of another type.
-            ValueError: for a number outside of that, or a model without learned routers.
+            ValueError: for a number outside of 0 to 1, or a model without learned routers.
         """
         if not any(part.routing == "learned" for part in self.modules() if isinstance(part, CoLT5Router)):
             raise ValueError(
@@ -232,7 +232,7 @@ class CoLT5PreTrainedModel(PreTrainedModel):
         set_dense_start(self, progress)
 
     def records_blocks(self, flags: dict[str, Any]) -> bool:
-        """Whether something of the layers is to be returned, by a call's flags or by the configuration."""
+        """Whether a call's flags or the configuration ask for something from inside the layers."""
         names = (f"output_{name}" for name in self._can_record_outputs)
         asked = (flags.get(name, getattr(self.config, name, None)) for name in names)
         # The number 0 asks for something, as it is the first of the hidden states.

@@ -1,4 +1,4 @@
-"""The models' layers on their own, for networks of a user's: states in, states out, built from plain numbers."""
+"""The models' layers on their own, for a user's networks: states in, states out, built from plain numbers."""
 
 from dataclasses import replace
 from typing import Any
@@ -38,7 +38,7 @@ SOFT_TOPK = SoftTopK()
 
 
 def config_of(arguments: dict[str, Any], config_class: Any = CoLT5Config, **others: Any) -> Any:
-    """The configuration that a module's arguments are, all of which have the names and the rules of its fields.
+    """The configuration made of a module's arguments, all of which have the names and the rules of its fields.
 
     Args:
         arguments: all local names at the beginning of a module's `__init__`.
@@ -84,8 +84,8 @@ class EncoderStandAlone(_StandAlone):
     """What the stand-alone modules of the encoder's layers share.
 
     Attributes:
-        settings: budgets, soft top-k, and who computes. Another object of its class in its place changes the budgets
-            of a module that is already there.
+        settings: budgets, soft top-k, and who computes. To change a module's budgets, assign another object of this
+            class.
         dense_start: fp32 [], how far a dense start has come; `set_dense_start` sets it.
     """
 
@@ -237,7 +237,8 @@ class CoLT5ConditionalAttention(EncoderStandAlone):
 
 class CoLT5ConditionalBlock(EncoderStandAlone):
     """A whole layer of the encoder: conditional attention, then the conditional feed-forward, each with its norm and
-    its residual. Where kernels run and nobody looks inside, it is one straight line of launches, as in a model.
+    its residual. Where kernels run and no hook or adapter is inside, it is one straight line of launches, as in a
+    model.
 
     Args:
         d_model, light_d_ff, heavy_d_ff: as of `CoLT5ConditionalFeedForward`.
@@ -357,7 +358,7 @@ class CoLT5CausalConditionalAttention(_CausalStandAlone):
         causal_window: tokens of a window of the routing.
         causal_routed_keys: keys/values that a window's heavy branch reads, out of all windows before it.
         routed_query_fraction: share of a window's tokens that are queries of the heavy branch, on average.
-        causal_capacity_ratio: how many queries a window may route at most, over how many it is to route on average.
+        causal_capacity_ratio: the most queries that a window may route, divided by how many it is to route on average.
         num_causal_key_value_routers: routers of the heavy branch's keys/values, each for a group of heads.
         causal_unrouted_vector: whether tokens without a heavy part get a learned vector.
         relative_attention_num_buckets, relative_attention_max_distance: of T5's biases by distance.
@@ -408,10 +409,9 @@ class CoLT5CausalConditionalAttention(_CausalStandAlone):
         """[batch, n, d_model] → the same shape.
 
         Args:
-            hidden_states: floating point [batch, n, d_model]; behind a cache the new tokens alone, one or many.
+            hidden_states: floating point [batch, n, d_model]; with a cache the new tokens alone, one or many.
             mask: [batch, n], 1 or True for real tokens; None for all. What padding holds is never read.
-            cache: what `make_cache` made, which this call continues, and fills in place; None for a text from its
-                beginning that nothing will continue.
+            cache: what `make_cache` made, which this call continues, and fills in place; None for a whole text.
             output_routing: whether to return what was routed beside the states.
 
         Returns:
@@ -439,7 +439,7 @@ class CoLT5CausalConditionalFeedForward(_CausalStandAlone):
             `CoLT5ConditionalFeedForward`.
         causal_window: tokens of a window of the routing.
         routed_feed_forward_fraction: share of a window's tokens that go through the heavy branch, on average.
-        causal_capacity_ratio: how many a window may route at most, over how many it is to route on average.
+        causal_capacity_ratio: the most tokens that a window may route, divided by how many it is to route on average.
         soft_topk: of the router; its solver is "exact".
 
     Raises:
@@ -512,8 +512,7 @@ class CoLT5ConditionalCrossAttention(_StandAlone):
         attn_implementation: "sdpa" or "eager".
 
     Attributes:
-        settings: budget and soft top-k. Another object of its class in its place changes the budget of a module that
-            is already there.
+        settings: budget and soft top-k. To change a module's budget, assign another object of this class.
 
     Raises:
         StrictDataclassError: for a number that the rule of the configuration's field of that name refuses.

@@ -20,7 +20,7 @@ from .run_causal_plan import CausalPlan, take
 
 
 def _with_earlier(states: Tensor, plan: CausalPlan, cache: Any, name: str) -> Tensor:
-    """New tokens by rank [batch, n, ...] behind those that the cache's ring of this name keeps, as `plan.join` puts
+    """New tokens by rank [batch, n, ...] after those that the cache's ring of this name keeps, as `plan.join` puts
     them; the ring then goes on to the last new token. Without a cache the new tokens alone."""
     if cache is None:
         return states
@@ -134,7 +134,7 @@ class CoLT5CausalLocalAttention(CoLT5Attention):
 
 @dataclass
 class HandedPool:
-    """The pool that window 0 was handed by a cache, of each group.
+    """The pool of each group that a cache hands to window 0.
 
     Args:
         key, value: [batch, groups, size, heads, d_kv].

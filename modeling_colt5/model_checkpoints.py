@@ -1,4 +1,4 @@
-"""What a saved folder holds: the code behind its Auto classes, made independent of the package, and its layers."""
+"""What a saved folder holds: the code of its Auto classes, made independent of the package, and its layers."""
 
 import re
 from collections.abc import Iterable
@@ -26,12 +26,12 @@ def code_file(reference: str | list[str | None]) -> str:
 
 
 def import_copies(folder: Path, file: str) -> None:
-    """Let a file of a user's in a saved folder, and the files it imports there, import the copies of this project's
-    code beside them in place of the package, which is not installed everywhere that the folder is loaded.
+    """Let a user's file in a saved folder, and the files that it imports there, import the copies of this project's
+    code beside them instead of the package, which may not be installed where the folder is loaded.
 
     `from modeling_colt5 import …` becomes `from .modeling_colt5 import …`, or beside a model over pictures
-    `from .modeling_colt5_vision import …`; `from modeling_colt5.x import …` becomes `from .x import …`. Another form
-    is warned of: with it the folder loads only where the package is.
+    `from .modeling_colt5_vision import …`; `from modeling_colt5.x import …` becomes `from .x import …`. For another
+    form there is a warning: with it the folder loads only where the package is.
 
     Args:
         folder: the saved folder.

@@ -192,9 +192,9 @@ class CoLT5Decoder(CoLT5Stack):
         flags: dict[str, Any],
     ) -> torch.Tensor | None:
         """The states [batch, 1, d_model] of one new token in each row, through layers that run as straight lines; None
-        where they may not, for which nothing has changed then.
+        where they may not, and then nothing has changed.
 
-        The arguments are those of `forward`. A call of the decoder takes the host as long as a few layers of a token:
+        The arguments are those of `forward`. A call of the decoder takes the host as long as a few layers of a token,
         so models whose decoder `is_called_as_written` ask this first.
         """
         tokens, embedding = inputs_embeds if input_ids is None else input_ids, self.embed_tokens
@@ -215,7 +215,8 @@ class CoLT5Decoder(CoLT5Stack):
 
     @property
     def is_called_as_written(self) -> bool:
-        """Whether a call of the decoder is no more than its forward: no hook, and no other class or forward."""
+        """Whether a call of the decoder is no more than its forward: it has no hook, and its class and forward are
+        ours."""
         return type(self) is CoLT5Decoder and CoLT5Decoder.forward is _FORWARD and not is_hooked(self)
 
     @property
@@ -224,7 +225,8 @@ class CoLT5Decoder(CoLT5Stack):
         return self.dense_start if self.training and self.is_causally_routed else None
 
     def may_step_straight(self, flags: dict[str, Any]) -> bool:
-        """Whether a call with one new token in each row may run as straight lines, but for blocks and cache."""
+        """Whether a call with one new token in each row may run as straight lines; blocks and cache are asked
+        elsewhere."""
         # What the embedding gives is like its weight.
         like = self.embed_tokens.weight
         return (

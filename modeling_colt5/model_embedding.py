@@ -42,19 +42,19 @@ def _forgive_other_names(model: "CoLT5EmbeddingModel", incompatible_keys: Any) -
 
 
 class CoLT5OtherName(nn.Module):
-    """What stands in lists of modules under another name of the embedding; by that name one gets the embedding itself.
+    """A placeholder in lists of modules for another name of the embedding; that name itself gives the embedding.
 
     It has no parts, so that what is done for each module or tensor of a list is done to the embedding once.
     """
 
 
 class CoLT5EmbeddingModel(CoLT5PreTrainedModel):
-    """What all models but the stacks share: the embedding, one module that is `shared` here and `embed_tokens` in each
+    """What all models but the stacks share: the embedding, one module called `shared` here and `embed_tokens` in each
     stack.
 
     One module, not several that share a weight: FSDP2 takes a weight for one group of modules only, and a hook
-    (NEFTune's) then sees the calls of all stacks. Whoever replaces it under one of its names, as adapters do, replaces
-    it under all of them.
+    (NEFTune's) then sees the calls of all stacks. To replace it under one of its names, as adapters do, replaces it
+    under all of them.
     """
 
     all_tied_weights_keys: dict[str, str]
@@ -70,7 +70,7 @@ class CoLT5EmbeddingModel(CoLT5PreTrainedModel):
     def from_pretrained(
         cls, pretrained_model_name_or_path: Any, *model_args: Any, output_loading_info: bool = False, **kwargs: Any
     ) -> Any:
-        """As of every CoLT5 model. Where the head is tied in the checkpoint and is not to be tied here, it begins as a
+        """As in every CoLT5 model. Where the head is tied in the checkpoint and is not to be tied here, it begins as a
         copy of the embedding."""
         model, info = super().from_pretrained(
             pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
@@ -96,8 +96,8 @@ class CoLT5EmbeddingModel(CoLT5PreTrainedModel):
         state_dict: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """As of every model. A head that is no longer tied is saved with a weight of its own; the model stays as it
-        is, as an optimizer may hold its weights."""
+        """As in every model. A head that is no longer tied is saved with a weight of its own; the model stays as it
+        is, since an optimizer may hold its weights."""
         if self._is_still_shared():
             state_dict = dict(self.state_dict() if state_dict is None else state_dict)
             if "shared.weight" in state_dict:
@@ -105,7 +105,7 @@ class CoLT5EmbeddingModel(CoLT5PreTrainedModel):
         super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
 
     def tie_weights(self, *args: Any, **kwargs: Any) -> Any:
-        """As of every model. A head that is no longer tied gets a weight of its own, with the same numbers."""
+        """As in every model. A head that is no longer tied gets a weight of its own, with the same numbers."""
         result = super().tie_weights(*args, **kwargs)
         if self._is_still_shared():
             weight = self.lm_head.weight
@@ -196,8 +196,8 @@ class CoLT5EmbeddingModel(CoLT5PreTrainedModel):
         return dict.fromkeys(names, "shared.weight")
 
     def mark_tied_weights_as_initialized(self, loading_info: Any) -> None:
-        """As in Transformers, for the head alone: a mark on a stack's embedding would be one on `shared`, and where a
-        checkpoint has no embedding, nobody would make one."""
+        """As in Transformers, for the head alone: a mark on a stack's embedding would also mark `shared`, which would
+        then not be initialised where a checkpoint has no embedding."""
         tied = self.all_tied_weights_keys
         self.all_tied_weights_keys = {name: source for name, source in tied.items() if "embed_tokens" not in name}
         super().mark_tied_weights_as_initialized(loading_info)

@@ -133,7 +133,7 @@ class CoLT5Encoder(CoLT5Stack):
     def warn_of_padding(self, input_ids: torch.Tensor) -> None:
         """Transformers' warning of ids that look padded and come without a mask.
 
-        To look is to wait for the device: on CUDA the first such call does, and none whose kernels are captured."""
+        To look waits for the device. On CUDA only the first such call looks, and none whose kernels are captured."""
         if input_ids.is_cuda:
             if self.has_looked_for_padding:
                 return
@@ -144,7 +144,7 @@ class CoLT5Encoder(CoLT5Stack):
         self.warn_if_padding_and_no_attention_mask(input_ids, None)
 
     def replays(self, hidden_states: torch.Tensor) -> bool:
-        """Whether this call may be a replayed graph: wanted, and fused."""
+        """Whether this call may be a replayed graph: graphs are wanted, and kernels run."""
         config = self.config
         if self.training and self.dense_start is not None:
             return False

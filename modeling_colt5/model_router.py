@@ -16,7 +16,7 @@ from .run_plan import RouterPlan
 
 @use_kernel_forward_from_hub("CoLT5Routing")
 class CoLT5Routing(nn.Module):
-    """The routing operation as a layer without weights, for whom `kernels` can put another forward in its place."""
+    """The routing operation as a layer without weights, so that the package `kernels` can replace its forward."""
 
     def forward(
         self,
@@ -60,10 +60,10 @@ class TritonLayers:
 
 
 def set_dense_start(network: nn.Module, progress: float | None) -> None:
-    """Say how far the dense start of a network's routers has come: of models, and of the stand-alone modules.
+    """Say how far the dense start of a network's routers has come, in models and in stand-alone modules.
 
     While a module is in training mode, every token takes its heavy branches, and its weight says how much of them it
-    receives. At progress 0 the weights are near 1 and constant. From there to 1 they shrink until they sum to the
+    receives. At progress 0 the weights are near 1 and constant. Up to progress 1 they shrink until they sum to the
     budgets, and the routers have a gradient. In evaluation mode, and after None, routing is the paper's. Nothing of
     this is saved. `DenseStart` of dense_start.py has a schedule.
 
@@ -73,7 +73,7 @@ def set_dense_start(network: nn.Module, progress: float | None) -> None:
 
     Raises:
         TypeError: for a progress of another type.
-        ValueError: for a number outside of that, or a network without a module that knows a dense start.
+        ValueError: for a number outside of 0 to 1, or a network without a module that has a dense start.
     """
     if not isinstance(progress, Real | None):
         raise TypeError(f"progress is a {type(progress).__name__}; it must be None, or a number from 0 to 1")
@@ -112,7 +112,8 @@ class CoLT5Router(nn.Module):
             self.weight = nn.Parameter(torch.empty(d_model))
 
     def forward(self) -> torch.Tensor | None:
-        """The learned vector [d_model], None for controls: to call it is what lets a hook bring an offloaded one."""
+        """The learned vector [d_model], None for controls. It is got by a call, so that a hook can bring an offloaded
+        vector."""
         return self.weight if self.routing == "learned" else None
 
     def control_scores(

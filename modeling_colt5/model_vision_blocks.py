@@ -1,4 +1,4 @@
-"""The layers over pictures on their own, for networks of a user's: grids of states in, grids of states out."""
+"""The layers over pictures on their own, for a user's networks: grids of states in, grids of states out."""
 
 from dataclasses import replace
 

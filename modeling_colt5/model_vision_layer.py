@@ -1,4 +1,4 @@
-"""What stands before and behind the layers over pictures: patches, which are their tokens, and pooling for a head."""
+"""What comes before and after the layers over pictures: patches, which are their tokens, and pooling for a head."""
 
 import torch
 import torch.nn.functional as F
@@ -41,9 +41,9 @@ class CoLT5PatchEmbedding(nn.Module):
 class CoLT5AttentionPooling(nn.Module):
     """One state of many: a learned query attends to the real ones.
 
-    Few patches of a large picture may decide, and in a mean over all of them little is left of those. There is no
-    projection: the product of a learned query with linear keys is a linear score, and what a layer gives can be taken
-    as it is. At a query of 0 this is the mean.
+    A few patches of a large picture may decide, and little is left of these in a mean over all. Keys and values are
+    the states themselves: the product of a learned query with projected keys would be a linear score too. With a query
+    of 0 this is the mean.
     """
 
     def __init__(self, d_model: int):

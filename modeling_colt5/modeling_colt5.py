@@ -86,10 +86,10 @@ class CoLT5GenerationMixin(GenerationMixin):
     """`generate`, with the masks of a causally routed decoder, which reads no mask of queries and keys."""
 
     def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As of every model that generates; takes a cache under either of its names.
+        """Transformers' `generate`, which takes a cache under either of its names, `past_key_values` or `cache`.
 
         Raises:
-            TypeError: for one under both.
+            TypeError: for a cache under both names.
         """
         given = one_cache(kwargs.pop("cache", None), kwargs.pop("past_key_values", None))
         if given is not None:
@@ -120,11 +120,11 @@ class CoLT5GenerationMixin(GenerationMixin):
         is_first_iteration: bool | None = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """As of every model that generates, but of tokens that a filled cache has already, only the rest is read.
+        """Transformers' own, except that tokens which a filled cache already has are left out.
 
-        Transformers takes those off where it knows a mask of them all. An encoder–decoder's `generate` makes none, so
-        that it would read the whole beginning a second time, behind itself. An assistant begins anew, with its cache,
-        at each round of proposals, which Transformers does not call a first iteration.
+        Transformers leaves them out where it has a mask of all tokens. An encoder–decoder's `generate` makes no such
+        mask, so it would read these tokens a second time. An assistant model starts again, with its cache, at each
+        round of proposals, which Transformers does not call a first iteration.
         """
         cache = kwargs.get(CACHE)
         is_whole = self.config.is_encoder_decoder and kwargs.get("decoder_attention_mask") is None
@@ -175,7 +175,8 @@ class CoLT5GenerationMixin(GenerationMixin):
 
 
 class CoLT5Seq2SeqPreTrainedModel(CoLT5EmbeddingModel):
-    """What the models with encoder and decoder share: stacks, and running the one, then the other."""
+    """What the models with encoder and decoder share: both stacks, and a call that runs the encoder, then the
+    decoder."""
 
     def __init__(self, config: CoLT5Config):
         super().__init__(_with_encoder_decoder(config, True))
@@ -213,8 +214,8 @@ class CoLT5Seq2SeqPreTrainedModel(CoLT5EmbeddingModel):
         """Encode, unless `encoder_outputs` are given, and decode; the arguments are those of `forward`.
 
         Returns:
-            The fields of `CoLT5Seq2SeqModelOutput`. An output itself would take the host, at every new token, as long
-            as a layer.
+            The fields of `CoLT5Seq2SeqModelOutput`. No output object is made: at every new token that would take the
+            host as long as a layer.
         """
         kwargs = read_arguments(
             self, kwargs, attention_mask=attention_mask, decoder_attention_mask=decoder_attention_mask
@@ -369,8 +370,8 @@ class CoLT5ForConditionalGeneration(CoLT5Seq2SeqPreTrainedModel, CoLT5Generation
             inputs_embeds, decoder_inputs_embeds: [batch, n or m, d_model], instead of ids.
             labels: int64 [batch, m]; -100 is left out of the loss.
             use_cache: whether to fill a cache; by default as the configuration says, and not where there are labels.
-            num_items_in_batch: what the summed loss is divided by, `Trainer`'s count of labels over all
-                accumulated batches; None for the mean over this batch.
+            num_items_in_batch: what the summed loss is divided by: `Trainer`'s count of labels in all accumulated
+                batches; None for the mean over this batch.
             kwargs: `output_hidden_states`, `output_attentions`, `output_routing` and `return_dict`.
         """
         if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
@@ -403,7 +404,7 @@ class CoLT5ForConditionalGeneration(CoLT5Seq2SeqPreTrainedModel, CoLT5Generation
         return CoLT5Seq2SeqLMOutput(loss=loss, logits=logits, **outputs)
 
     def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As of every model that generates; takes `encoder_outputs` in each form that `forward` takes."""
+        """Transformers' `generate`, which takes `encoder_outputs` in each form that `forward` takes."""
         if kwargs.get("encoder_outputs") is not None:
             # This is a copy: for beams Transformers repeats the rows in place, and a second call with the same output
             # would get the repeated ones.
@@ -493,7 +494,7 @@ class CoLT5ForCausalLM(CoLT5EmbeddingModel, CoLT5GenerationMixin):
 
 
 class CoLT5EncoderHeadModel(CoLT5EmbeddingModel):
-    """What the models without a decoder share; they load an encoder–decoder's checkpoint and leave its decoder."""
+    """What the models without a decoder share; they load an encoder–decoder's checkpoint without its decoder."""
 
     _keys_to_ignore_on_load_unexpected = [r"^decoder\.", r"^lm_head\."]
 
@@ -567,7 +568,7 @@ class CoLT5ForSequenceClassification(CoLT5EncoderHeadModel):
         labels: torch.Tensor | None = None,
         **kwargs: Unpack[ForwardFlags],
     ) -> CoLT5SequenceClassifierOutput:
-        """Classify; beside `CoLT5Encoder.forward`'s arguments takes `labels`: int64 [batch], or floats [batch] or
+        """Classify. Takes `CoLT5Encoder.forward`'s arguments and `labels`: int64 [batch], or floats [batch] or
         [batch, num_labels] for regression and several labels. Gives logits [batch, num_labels]."""
         outputs = self.encode(input_ids, attention_mask, inputs_embeds, **kwargs)
         hidden_states = outputs.pop("last_hidden_state")
@@ -603,9 +604,9 @@ class CoLT5ForTokenClassification(CoLT5EncoderHeadModel):
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Unpack[ForwardFlags],
     ) -> CoLT5TokenClassifierOutput:
-        """Label tokens; beside `CoLT5Encoder.forward`'s arguments takes `labels`, int64 [batch, n] with -100 for
-        tokens left out, and `num_items_in_batch`, see `CoLT5ForConditionalGeneration.forward`. Gives logits [batch,
-        n, num_labels]."""
+        """Label tokens. Takes `CoLT5Encoder.forward`'s arguments, `labels`, int64 [batch, n] with -100 for tokens that
+        are left out, and `num_items_in_batch`, see `CoLT5ForConditionalGeneration.forward`. Gives logits
+        [batch, n, num_labels]."""
         outputs = self.encode(input_ids, attention_mask, inputs_embeds, **kwargs)
         logits = self.classifier(self.dropout(outputs.pop("last_hidden_state")))
         loss = None
@@ -639,9 +640,9 @@ class CoLT5ForQuestionAnswering(CoLT5EncoderHeadModel):
         end_positions: torch.LongTensor | None = None,
         **kwargs: Unpack[ForwardFlags],
     ) -> CoLT5QuestionAnsweringOutput:
-        """Find answers; beside `CoLT5Encoder.forward`'s arguments takes `start_positions` and `end_positions`, int64
-        [batch]. Gives start and end logits [batch, n]; padding's are the least number of their dtype. The loss leaves
-        out an answer that begins or ends in padding, as it does one beyond the input."""
+        """Find answers. Takes `CoLT5Encoder.forward`'s arguments, `start_positions` and `end_positions`, int64
+        [batch]. Gives start and end logits [batch, n]; those of padding are the least number of their dtype. The loss
+        leaves out answers that begin or end in padding or beyond the input."""
         outputs = self.encode(input_ids, attention_mask, inputs_embeds, **kwargs)
         hidden_states = outputs.pop("last_hidden_state")
         logits = self.qa_outputs(hidden_states)

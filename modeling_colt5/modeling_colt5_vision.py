@@ -96,8 +96,8 @@ class CoLT5ForImageClassification(CoLT5VisionHeadModel):
         labels: torch.Tensor | None = None,
         **kwargs: Unpack[ForwardFlags],
     ) -> CoLT5ImageClassifierOutput:
-        """Classify; beside `CoLT5VisionEncoder.forward`'s arguments takes `labels`: int64 [batch], or floats [batch]
-        or [batch, num_labels] for regression and several labels. Gives logits [batch, num_labels]."""
+        """Classify. Takes `CoLT5VisionEncoder.forward`'s arguments and `labels`: int64 [batch], or floats [batch] or
+        [batch, num_labels] for regression and several labels. Gives logits [batch, num_labels]."""
         outputs = self.encode(pixel_values, pixel_mask, **kwargs)
         hidden_states = outputs.pop("last_hidden_state")
         pool = mean_of_real if self.attention_pooling is None else self.attention_pooling

@@ -1,4 +1,4 @@
-"""How many tokens routers take: the one formula of budgets, in numbers that may be symbols, and a batch's budgets.
+"""How many tokens routers take: the formula of budgets, for numbers that may be symbols, and a batch's budgets.
 
 Compilers and exporters put symbols in place of a length that they keep free.
 """
@@ -22,7 +22,7 @@ def computed_size(size: Tensor, most: int) -> int:
     """A size that the exported program computes itself when it runs, out of an int64 tensor [1]: from 1 to `most`.
 
     An expression of symbols would not do: operations compare it with other sizes while the program is made, and the
-    program then holds only for lengths where all comparisons come out as they did for the example.
+    program is then valid only for lengths where all comparisons give the same results as for the example.
     """
     number: int = size.item()  # type: ignore[assignment]
     torch._check(number >= 1)
@@ -49,7 +49,7 @@ def share_of(length: Any, fraction: float) -> Any:
     """ceil(fraction · length - 1e-6), exact: no rounding of a product decides how many tokens are routed.
 
     A fraction in floating point is p / 2^s with integers, so the result is (p · length + a constant) >> s. It is
-    computed in parts of 31 bits, so that nothing exceeds 64: devices without float64 have integers of those.
+    computed in parts of 31 bits, so that nothing exceeds 64 bits: devices without float64 have int64.
 
     Args:
         length: number of tokens, below 2^31: an integer, a symbolic one, or an int64 tensor.

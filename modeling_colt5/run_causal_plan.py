@@ -1,6 +1,6 @@
 """Where a call's tokens stand in the windows of a causally routed decoder: by rank among the real tokens of a row.
 
-A call has a whole sequence, a chunk of tokens behind earlier ones, or one token behind them: three classes with one
+A call has a whole sequence, a chunk of tokens after earlier ones, or one token after them: three classes with one
 interface, so that a layer does not ask which of them it has.
 """
 
@@ -37,7 +37,7 @@ def _spread(mask: Tensor, dims: int) -> Tensor:
 def take(states: Tensor, index: Tensor) -> Tensor:
     """Entries `index` int64 [batch, k] of [batch, n, ...] → [batch, k, ...].
 
-    Where the states have a gradient no two entries may be the same: CUDA would add theirs in no fixed order.
+    Where the states have a gradient no two entries may be the same: CUDA would add their gradients in no fixed order.
     """
     return _take_rows(states, _rows(index, states.shape[1]))
 
@@ -51,7 +51,7 @@ class CausalSettings:
         radius: tokens that the light attention looks back.
         pool_size: keys/values that a window's heavy attention reads.
         query_fraction, feed_forward_fraction: shares of a window's tokens that are routed on average.
-        capacity_ratio: how many more a window may route at most.
+        capacity_ratio: the most that a window may route, divided by the average.
         soft_topk_ratio, epsilon: of the soft top-k.
     """
 
@@ -347,7 +347,7 @@ class WholePlan(CausalPlan):
 
 @dataclass
 class ChunkPlan(CausalPlan):
-    """Tokens behind those of a cache."""
+    """Tokens after those of a cache."""
 
     past: Tensor
 
@@ -421,7 +421,7 @@ class ChunkPlan(CausalPlan):
 
 @dataclass
 class StepPlan(ChunkPlan):
-    """One token behind those of a cache, as in generation: the ring has room for it, in the place of one that is no
+    """One token after those of a cache, as in generation: the ring has room for it, in the place of one that is no
     longer read, and it is a row of its own to the heavy branches."""
 
     is_one_token = True

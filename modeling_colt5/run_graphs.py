@@ -164,10 +164,10 @@ _broken: list[torch.cuda.CUDAGraph] = []
 def graph_stream(device: torch.device, branch: int) -> torch.cuda.Stream:
     """A stream for what is recorded on a device, the same one for each branch of all graphs.
 
-    Memory belongs to the stream that took it, so graphs on one stream can share memory. PyTorch hands its streams
-    out in turn, 32 of a priority, and what somebody else launches on a stream that records is recorded too. This one
-    therefore has a priority that few ask for. PyTorch's own stream for captures is of one device only, and when one of
-    its graphs is freed, the stream's cuBLAS workspaces go too.
+    Memory belongs to the stream that took it, so graphs on one stream can share memory. PyTorch hands out its streams
+    in turn, 32 of each priority, and whatever is launched on a stream that records is recorded too. This one therefore
+    has a priority that few ask for. PyTorch's own stream for captures is of one device only, and when one of its
+    graphs is freed, the stream's cuBLAS workspaces go too.
     """
     return torch.cuda.Stream(device, priority=-1)
 
@@ -176,9 +176,9 @@ def replayed(module: nn.Module, settings: Hashable, call: Callable[..., Tensor],
     """`call(*inputs)`; from the third call of a kind on, a replay of the CUDA graph of its kernels.
 
     A graph is of one kind of call: shapes, dtypes, settings, stream, PyTorch's switches for matrix products, and where
-    the weights lie, which may change their values. Whatever a graph does not have takes the ordinary way: gradients,
-    training, autocast, tracing, hooks, adapters, sharded or quantised weights, a second thread while the first one
-    runs. So does everything after a recording that failed, with a warning.
+    the weights lie, which may change their values. These calls run in the ordinary way: those with gradients,
+    training, autocast, tracing, hooks, adapters, sharded or quantised weights, and those of a second thread while the
+    first one runs. So do all calls after a recording that failed, with a warning.
 
     Args:
         module: whose parameters `call` reads; all of its parts are looked at, their plain attributes excepted.

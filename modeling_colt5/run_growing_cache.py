@@ -65,11 +65,11 @@ class _Rooms:
 
 
 class CoLT5GrowingLayer(DynamicLayer):
-    """Transformers' dynamic layer, with room behind the last token: a step writes its keys and values there, where the
+    """Transformers' dynamic layer, with room after the last token: a step writes its keys and values there, where the
     dynamic layer copies the whole cache.
 
-    `keys` and `values` are what they are in a dynamic layer, [batch, heads, length, d_kv]; here they are views of
-    rooms, made when they are read. Assigning others drops the room, and the next step makes another one.
+    `keys` and `values` are as in a dynamic layer, [batch, heads, length, d_kv]; here they are views of larger tensors,
+    the room, made when they are read. Assigning others drops the room, and the next step makes another one.
 
     Where autograd records, and where compilers or transforms trace, it is a dynamic layer: a backward pass needs each
     step's keys as they were, and tracers would note a room's length as a constant.
@@ -152,8 +152,8 @@ class CoLT5GrowingLayer(DynamicLayer):
         return self.keys, self.values
 
     def room_for_token(self, length: int) -> tuple[Tensor, Tensor] | None:
-        """Where the keys and values of one token more in each row are to be written, behind those of the others, as
-        contiguous tensors [batch, heads, room, d_kv]; None where the layer has no tokens, or not so many as asked.
+        """Where the keys and values of one more token in each row are to be written, after the others, as contiguous
+        tensors [batch, heads, room, d_kv]; None where the layer has no tokens, or not so many as asked.
 
         Only without autograd. Nothing has changed before `count_token` is called.
         """
@@ -170,7 +170,7 @@ class CoLT5GrowingLayer(DynamicLayer):
         return rooms.keys, rooms.values
 
     def count_token(self) -> None:
-        """Count one token more in each row, whose keys and values are where `room_for_token` said."""
+        """Count one more token in each row, whose keys and values are where `room_for_token` said."""
         assert self.rooms is not None
         self.rooms.length += 1
         self._parts = [None, None]

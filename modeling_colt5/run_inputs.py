@@ -1,4 +1,4 @@
-"""What the inputs of a call must be: shapes that fit each other, forms that are understood, arguments that are read.
+"""Checks of a call's inputs: shapes that fit each other, forms that are understood, arguments that are read.
 
 Only shapes, dtypes and Python values are looked at: nothing here waits for a device.
 """
@@ -76,11 +76,11 @@ def _named_arguments(forward: Callable) -> list[str]:
 
 
 def read_arguments(model: nn.Module, arguments: Mapping[str, Any], **masks: Tensor | None) -> dict[str, Any]:
-    """Those of a call's further arguments that somebody reads.
+    """Those of a call's further arguments that are read.
 
-    What would change the result if it were understood is refused; of everything else that nobody reads there is one
-    warning a model and name. None is never refused. A forward must not name such arguments itself: `generate` makes
-    the position ids that a forward names, and Trainer keeps the columns.
+    An argument that is not read is refused if reading it would change the result; for any other there is one warning
+    for each model and name. None is never refused. A forward must not name such arguments itself: `generate` makes the
+    position ids that a forward names, and Trainer keeps the columns.
 
     Args:
         model: whose forward it is.
@@ -374,7 +374,7 @@ def check_memory(memory: Tensor, states: Tensor) -> Tensor:
 
 
 def check_document(memory: Tensor, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> None:
-    """Check a document that comes with its encoder's output [batch, n, d_model], which is what counts: they must be
+    """Check a document that comes with its encoder's output [batch, n, d_model], which is used instead: they must be
     of one shape.
 
     Raises:

@@ -1,10 +1,11 @@
-"""Lists of kernel launches and products: noted while a function runs for the first time, repeated by one call of C.
+"""Lists of kernel launches and products: noted while a function runs for the first time, repeated by one call of a C
+function.
 
 Between two launches of a list there is no Python. A list holds no tensor: it says of each address in which of the
 call's memories it lies and how far from its beginning, so that it serves all calls with memories of the same kinds.
 
-Where a caller's memories stay, as those of a cache do from one generated token to the next, the same launches come
-again with the same addresses. They are one launch then, of a CUDA graph.
+Where a caller's memories keep their addresses, as those of a cache do from one generated token to the next, the same
+launches come again with the same addresses. They are then one launch, of a CUDA graph.
 """
 
 import ctypes
@@ -310,7 +311,7 @@ def _cublas() -> ctypes.CDLL:
 @functools.cache
 def launcher() -> Any:
     """The C code that runs lists, compiled as Triton compiles its own and kept in Triton's cache; None, with a
-    warning, where that does not work: what would be repeated then runs each time as the first time."""
+    warning, where that does not work: every call then runs like the first one."""
     try:
         # this needs a C compiler, as Triton's own kernels do, and no setting of Triton's
         made = compile_module_from_src(src=SOURCE, name="colt5_launches")

@@ -1,4 +1,4 @@
-"""Launching Triton kernels with little host time: a kernel compiled once is called past Triton's own inspection."""
+"""Launching Triton kernels with little host time: a compiled kernel is called without Triton's own inspection."""
 
 import threading
 from collections.abc import Callable

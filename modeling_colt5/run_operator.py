@@ -16,10 +16,10 @@ Launch = Callable[..., None] | None
 
 
 def own_schema(schema: str) -> str:
-    """The schema under a name that no copy of the code in another version holds with another one.
+    """The schema under a name that no other version of the code uses for another schema.
 
     The package and any number of Hub copies can be loaded in one process; the first one's operators serve all of the
-    same schema, and one of another schema has a checksum behind its name.
+    same schema, and one of another schema has a checksum at the end of its name.
     """
     name, signature = schema.split("(", 1)
     held = getattr(torch.ops.colt5, name, None)
@@ -29,8 +29,8 @@ def own_schema(schema: str) -> str:
 
 
 def refuse_derivatives_of_kernels(name: str) -> None:
-    """For a backward that launches Triton kernels: who asks for a graph of it, for a second derivative, would get one
-    without the kernels' part.
+    """Refuse a graph of a backward pass that launches Triton kernels: a second derivative would lack the kernels'
+    part.
 
     Raises:
         RuntimeError: where such a graph is asked for.

@@ -39,7 +39,7 @@ def _check_vocabulary(vocab: Any, unk_token: str) -> None:
 
 
 class CoLT5Tokenizer(T5Tokenizer):
-    """T5's Unigram tokenizer; the ids of every T5 vocabulary are `T5Tokenizer`'s.
+    """T5's Unigram tokenizer; for every T5 vocabulary it gives the ids that `T5Tokenizer` gives.
 
     What differs from `T5Tokenizer`:
 
@@ -132,7 +132,7 @@ class CoLT5Tokenizer(T5Tokenizer):
     def convert_from_spm_model(cls, vocab: list[tuple[str, float]], extra_ids: int = 100, **kwargs: Any) -> dict:
         """Append the sentinels to the pieces of a `spiece.model`, the last sentinel first, as T5 does.
 
-        The base class knows T5's order by the class name `T5Tokenizer` only, and calls this for other classes.
+        The base class uses T5's order for a class named `T5Tokenizer` only, and calls this for other classes.
         """
         # Sentencepiece's control symbols (pad, eos) are named tokens already.
         kwargs.pop("additional_special_tokens", None)
