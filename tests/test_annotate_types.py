@@ -156,8 +156,8 @@ def test_a_failed_writing_leaves_the_file(answers, file, monkeypatch):
         ("def f(:\n", "line 1: is not Python"),
         ("", "is empty"),
         (" \n", "is empty"),
-        ("x = 1\n", "has no place to annotate"),
-        ("def f(x: int) -> int: ...\n", "has no place to annotate"),
+        ("x = 1\n", "nothing to fill in"),
+        ("def f(x: int) -> int: ...\n", "nothing to fill in"),
         (None, "is not a file"),
     ],
 )

@@ -313,9 +313,9 @@ def test_a_file_keeps_its_bytes(tmp_path, data):
         (b"# coding: nonsense\n", "module.py, line 1: has no encoding.*nonsense"),
         (b"# coding: rot13\n", "module.py, line 1: has no encoding"),
         (b"x = " + b"(" * 5000 + b")" * 5000, "module.py.*: is "),
-        (b"x = 1\n", "has no place to annotate: there is no function; must"),
-        (b"def f(a: int) -> int: ...\n", "has no place to annotate: every annotation.* is there; must"),
-        (b"class A:\n  def f(self) -> int: ...\n", "has no place to annotate: every"),
+        (b"x = 1\n", "nothing to fill in: it has no function; it must"),
+        (b"def f(a: int) -> int: ...\n", "nothing to fill in: all .* are annotated already; it must"),
+        (b"class A:\n  def f(self) -> int: ...\n", "nothing to fill in: all"),
     ],
 )
 def test_files_that_cannot_be_annotated(tmp_path, data, message):

@@ -76,7 +76,7 @@ def test_the_budget_is_the_routers(page):
         ("", "module.py: is empty"),
         (" \n", "module.py: is empty"),
         ("def f(:\n", "module.py, line 1: is not Python"),
-        ("x = 1\n", "has no place to annotate"),
+        ("x = 1\n", "nothing to fill in"),
         ("def f(a): ...\n" + "#" * app.MOST_CHARACTERS, "must have at most 200,000: split the module"),
         ("if a" + ".b" * 600 + ": pass\ndef f(a): ...\n", "is nested too deeply"),
         ("def f(a): ...\n# \ud800\n", "line 2: UTF-8 has no"),

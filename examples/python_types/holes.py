@@ -249,8 +249,10 @@ def holes_to_fill(source: Source) -> list[Hole]:
     holes = holes_of(source.text, str(source.path))
     missing = [hole for hole in holes if hole.annotation is None]
     if not missing:
-        what = "every annotation of its functions is there" if holes else "there is no function"
-        raise SourceError(f"{source.path}: has no place to annotate: {what}; must have a parameter or return without")
+        what = "all parameters and returns are annotated already" if holes else "it has no function"
+        raise SourceError(
+            f"{source.path}: nothing to fill in: {what}; it must have a parameter or a return without an annotation"
+        )
     return missing
 
 
