@@ -140,11 +140,9 @@ class Mode(NamedTuple):
         """The mode of a pass over these states."""
         is_eager = runs_eagerly()
         is_captured = is_eager and states.is_cuda and torch.cuda.is_current_stream_capturing()
-        # PyTorch answers with the hooks themselves
-        is_watched = bool(torch_module._has_any_global_hook())
         autocast = torch.get_autocast_dtype(states.device.type) if is_autocast(states) else None
         is_deterministic = is_eager and torch.are_deterministic_algorithms_enabled()
-        return cls(is_eager, torch.is_grad_enabled(), is_captured, is_watched, autocast, is_deterministic)
+        return cls(is_eager, torch.is_grad_enabled(), is_captured, is_watched(), autocast, is_deterministic)
 
     def dtype_of_products(self, dtype: torch.dtype) -> torch.dtype | None:
         """The dtype of products of states of a dtype; None where autocast takes other states than those of fp32 to
@@ -176,6 +174,12 @@ class Mode(NamedTuple):
 def can_look(tensor: torch.Tensor) -> bool:
     """Whether a tensor's values can be looked at: they are there, and nobody waits for a device."""
     return tensor.device.type == "cpu" and runs_eagerly()
+
+
+def is_watched() -> bool:
+    """Whether hooks are on all modules of the process, so that each call of a module is to be one."""
+    # PyTorch answers with the hooks themselves
+    return bool(torch_module._has_any_global_hook())
 
 
 def is_hooked(module: torch.nn.Module) -> bool:

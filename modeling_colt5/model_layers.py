@@ -12,7 +12,15 @@ from transformers.activations import ACT2FN
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_colt5 import activation_name, is_gated
-from .kernel_backend import accumulation_dtype, is_autocast, is_hooked, product_dtype, records_now, runs_eagerly
+from .kernel_backend import (
+    accumulation_dtype,
+    is_autocast,
+    is_hooked,
+    is_watched,
+    product_dtype,
+    records_now,
+    runs_eagerly,
+)
 from .op_dropout import dropout
 from .op_gelu import gated_gelu
 from .op_norm import rms_norm_scores
@@ -21,6 +29,8 @@ from .run_plan import is_one_product
 
 # the class of the activation that the fused kernel has, T5's tanh form of the GELU
 GELU = type(ACT2FN["gelu_new"])
+# as PyTorch wrote it: others' code may have put another in its place since
+_LINEAR_FORWARD = nn.Linear.forward
 
 
 def product_by_heads(states: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
@@ -96,11 +106,12 @@ def project(states: torch.Tensor, *projections: nn.Linear, head_size: int | None
     """Several projections of the same states [batch, n, d], as one matrix product where that pays.
 
     `is_one_product` says where it does in eager calls, as the weights are copied together for it. Compilers decide for
-    themselves; adapters, quantised weights and hooks are called as the modules they are.
+    themselves; what is more than a product with a weight is called as the module that it is, and all are where hooks
+    on all modules of the process watch.
 
     Args:
         states: [batch, n, d].
-        projections: without bias.
+        projections: without bias, as they are made.
         head_size: where the results are to be seen as heads.
 
     Returns:
@@ -109,7 +120,8 @@ def project(states: torch.Tensor, *projections: nn.Linear, head_size: int | None
     widths = [linear.out_features for linear in projections] if all(map(is_plain_linear, projections)) else None
     # The tracer is asked for before the length: it must not meet a choice by a length that it keeps open.
     d = states.shape[-1]
-    if not widths or not runs_eagerly() or not is_one_product(states.numel() // d, sum(widths), d, states.device):
+    is_eager = runs_eagerly() and not is_watched()
+    if not widths or not is_eager or not is_one_product(states.numel() // d, sum(widths), d, states.device):
         projected = tuple(linear(states) for linear in projections)
         if head_size is None:
             return projected
@@ -123,9 +135,16 @@ def project(states: torch.Tensor, *projections: nn.Linear, head_size: int | None
 
 
 def is_plain_linear(linear: nn.Module) -> bool:
-    """Whether a call of the module is no more than a product with its weight: not with adapters, hooks, or a weight
-    that is quantised, which is another class's or not a plain parameter. All others are called as modules."""
-    return type(linear) is nn.Linear and type(linear.weight) is nn.Parameter and not is_hooked(linear)
+    """Whether a call of the module is no more than a product with its weight: not with adapters, hooks, a bias that a
+    user's module has, another forward of the class, or a weight that is quantised, which is another class's or not a
+    plain parameter. All others are called as modules."""
+    return (
+        type(linear) is nn.Linear
+        and type(linear.weight) is nn.Parameter
+        and linear.bias is None
+        and nn.Linear.forward is _LINEAR_FORWARD
+        and not is_hooked(linear)
+    )
 
 
 @contextlib.contextmanager
