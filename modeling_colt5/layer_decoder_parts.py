@@ -26,7 +26,7 @@ from .kernel_backend import Mode, normed_dtype, triton_is_available
 from .layer_decoder import PlainDecoderLayer
 from .layer_program import MOST_TOKENS_OF_A_LIST, PassStates, Places, Room
 from .op_dropout import draw_seeds
-from .run_operator import refuse_derivatives_of_kernels
+from .run_operator import check_backward_of_kernels
 
 if triton_is_available():
     from .op_dropout_triton import dropout_into
@@ -497,7 +497,7 @@ class _Part(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        refuse_derivatives_of_kernels("decoder_layer")
+        check_backward_of_kernels("decoder_layer", grads)
         program, common = ctx.of_pass
         part, count = program.part, len(program.dtypes)
         # The inputs are the call, the states, what an attention gave, and the weights.
@@ -567,7 +567,7 @@ class _Memory(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        refuse_derivatives_of_kernels("decoder_layer")
+        check_backward_of_kernels("decoder_layer", grads)
         memory, joined = ctx.saved_tensors
         _, needs_memory, *needs = ctx.needs_input_grad
         used = [place for place, grad in enumerate(grads) if grad is not None]

@@ -20,7 +20,7 @@ from .layer_backward import Backward, Gradients
 from .layer_forward import Line, attention, combined, feed_forward, parts_of
 from .layer_program import WEIGHTS, Drop, PlainEncoderLayer, Program, StraightPass
 from .op_dropout import draw_seeds
-from .run_operator import refuse_derivatives_of_kernels
+from .run_operator import check_backward_of_kernels
 from .run_plan import EncoderPlan, EncoderSettings
 
 if triton_is_available():
@@ -220,7 +220,7 @@ class _Straight(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        refuse_derivatives_of_kernels("encoder_layer")
+        check_backward_of_kernels("encoder_layer", (grad,))
         # The inputs are the layer, its states, two tables, and the weights.
         if grad is None:
             return (None,) * (4 + len(WEIGHTS))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .kernel_backend import accumulation_dtype, records_now, triton_is_available, uses_triton
-from .run_operator import ComposedGradient, Launch, Operator, refuse_derivatives_of_kernels
+from .run_operator import ComposedGradient, Launch, Operator, check_backward_of_kernels
 
 combine_into: Launch = None
 gather_into: Launch = None
@@ -250,7 +250,7 @@ class _ShareAndGather(torch.autograd.Function):
     def backward(
         ctx: Any, grad_shared: Tensor | None, grad: Tensor | None, grad2: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        refuse_derivatives_of_kernels("token_gather")
+        check_backward_of_kernels("token_gather", (grad_shared, grad, grad2))
         return _gather_gradients(ctx, grad_shared, grad, grad2)
 
 

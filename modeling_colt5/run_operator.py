@@ -2,17 +2,22 @@
 
 import functools
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 
 from .kernel_backend import is_transformed, kernel_takes, runs_eagerly, uses_triton
 
 # A function that launches kernels, or None where Triton is not installed.
 Launch = Callable[..., None] | None
+
+_TORCH_INSTEAD = (
+    'use kernel_backend="torch" in the configuration (or COLT5_KERNEL_BACKEND=torch), where all is plain PyTorch'
+)
 
 
 def own_schema(schema: str) -> str:
@@ -28,18 +33,26 @@ def own_schema(schema: str) -> str:
     return f"{name}_{zlib.crc32(signature.encode()):08x}({signature}"
 
 
-def refuse_derivatives_of_kernels(name: str) -> None:
-    """Refuse a graph of a backward pass that launches Triton kernels: a second derivative would lack the kernels'
-    part.
+def check_backward_of_kernels(name: str, grads: Iterable[Any]) -> None:
+    """Refuse what a backward pass that launches Triton kernels cannot give: a graph of it, as a second derivative
+    would lack the kernels' part, and gradients in a batch, whose numbers kernels cannot read.
+
+    Args:
+        name: of what ran in the forward pass.
+        grads: of its results.
 
     Raises:
-        RuntimeError: where such a graph is asked for.
+        RuntimeError: where such a graph is asked for, or a batch comes.
     """
     if torch.is_grad_enabled():
         raise RuntimeError(
             f"colt5::{name} ran as a Triton kernel, whose gradient has no derivative, and create_graph=True asks for "
-            'one: use kernel_backend="torch" in the configuration (or COLT5_KERNEL_BACKEND=torch), where all is plain '
-            "PyTorch"
+            f"one: {_TORCH_INSTEAD}"
+        )
+    if is_transformed() or any(grad is not None and is_legacy_batchedtensor(grad) for grad in grads):
+        raise RuntimeError(
+            f"colt5::{name} ran as a Triton kernel, whose gradient takes no batch of gradients, as is_grads_batched="
+            f"True, vectorize=True and vmap give it: {_TORCH_INSTEAD}"
         )
 
 
@@ -51,8 +64,8 @@ def refuse_transforms_of_kernels(name: str) -> None:
     """
     if is_transformed():
         raise RuntimeError(
-            f"colt5::{name} runs as a Triton kernel, which torch.func (grad, vmap and others) cannot transform: use "
-            'kernel_backend="torch" in the configuration (or COLT5_KERNEL_BACKEND=torch), where all is plain PyTorch'
+            f"colt5::{name} runs as a Triton kernel, which torch.func (grad, vmap and others) cannot transform: "
+            f"{_TORCH_INSTEAD}"
         )
 
 
@@ -133,7 +146,7 @@ class Operator:
             return results
 
         def backward_once(ctx: Any, *grads: Any) -> Any:
-            refuse_derivatives_of_kernels(self.name)
+            check_backward_of_kernels(self.name, grads)
             return backward(ctx, *grads)
 
         members = {"forward": staticmethod(forward), "backward": staticmethod(backward_once)}

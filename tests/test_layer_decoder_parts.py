@@ -314,6 +314,27 @@ def test_second_derivatives_are_refused(device: torch.device, layers: list) -> N
     assert layers
 
 
+def test_batches_of_gradients_are_refused(device: torch.device, layers: list, one_product: None) -> None:
+    model = model_of(device).train()
+    batch = batch_of(device, 5)
+    # between a layer's parts, at their end, and at what they read of the memory
+    attention = model.decoder.block[1].layer[0].SelfAttention
+    seen: list[torch.Tensor] = []
+    read = attention.read
+    attention.read = lambda query, *others: seen.append(query) or read(query, *others)
+    states = model(**batch, output_hidden_states=True).decoder_hidden_states[1]
+    memory = torch.randn(1, 5, model.config.d_model, device=device, requires_grad=True)
+    common = DecoderPass.of(memory, Mode.of_now(memory))
+    assert common is not None
+    projected = model.decoder.projected_memory(common, memory)
+    assert len(layers) == 2 and len(seen) == 1 and projected is not None
+    weights = list(model.parameters())
+    for result in (*seen, states, projected[0]):
+        with pytest.raises(RuntimeError, match="takes no batch of gradients"):
+            grads = torch.ones(2, *result.shape, device=device)
+            torch.autograd.grad(result, weights, grads, is_grads_batched=True, allow_unused=True)
+
+
 def test_weights_that_changed_before_the_backward_pass_are_noticed(device: torch.device, layers: list) -> None:
     model = model_of(device).train()
     loss = model(**batch_of(device, 5)).loss

@@ -166,6 +166,24 @@ def test_kernels_refuse_in_the_first_backward_that_asks(name, device):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_kernels_refuse_batches_of_gradients(name, device):
+    def batched(outputs, inputs):
+        return torch.autograd.grad(outputs, inputs, torch.stack([torch.ones_like(outputs)] * 2), is_grads_batched=True)
+
+    def mapped(outputs, inputs):
+        return vmap(lambda grads: torch.autograd.grad(outputs, inputs, grads))(
+            torch.ones(2, *outputs.shape).to(outputs)
+        )
+
+    operation, inputs = operations(torch.float32, device, kernel_backend="triton")[name]
+    for ask in (batched, mapped):
+        outputs = operation(*inputs)
+        outputs = outputs if isinstance(outputs, torch.Tensor) else outputs[0]
+        with pytest.raises(RuntimeError, match='takes no batch of gradients.*kernel_backend="torch"'):
+            ask(outputs, inputs)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_kernels_refuse_transforms(name, device):
     operation, inputs = operations(torch.float32, device, kernel_backend="triton")[name]
 
