@@ -176,11 +176,14 @@ class PartProgram:
         if last is not None and (last.part, last.dtypes, last.shapes) == (part, dtypes, shapes):
             return last
         key = (common.key, part, tuple(dtypes), tuple(shapes))
-        if key not in programs:
+        # one look, as another thread may clear them after it
+        try:
+            program = programs[key]
+        except KeyError:
+            program = PartProgram(common, part, weights) if _fits(common, part, weights) else None
             if len(programs) >= MOST_PROGRAMS:
                 programs.clear()
-            programs[key] = PartProgram(common, part, weights) if _fits(common, part, weights) else None
-        program = programs[key]
+            programs[key] = program
         if program is not None:
             common.programs[part.first] = program
         return program

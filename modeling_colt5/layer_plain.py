@@ -150,14 +150,13 @@ class PlainStack:
 
     It reads what `PlainBlock` reads, of all blocks at once: for one new token, block by block would take too long.
 
-    A copied or unpickled object has read nothing yet.
+    A copied or unpickled object has read nothing yet. Threads may read at the same time: what one has found is put
+    down and taken up as a whole.
     """
 
     def __init__(self) -> None:
-        self._blocks: list[nn.Module] = []
-        self._layers: list[PlainLayer] = []
-        self._seen: Seen | None = None
-        self._holders: list[Any] = []
+        # the blocks, what holds their sublayers, their layers, and what makes all of them plain
+        self._found: tuple[list[nn.Module], list[Any], list[PlainLayer], Seen] | None = None
 
     def __reduce__(self) -> Any:
         return PlainStack, ()
@@ -169,18 +168,20 @@ class PlainStack:
         if not all(is_called_as_written(block, kinds) for block in own):
             return None
         holders = [block.__dict__["_modules"].get("layer") for block in own]
-        weights = self._seen.weights() if self._seen is not None and own == self._blocks else None
-        if weights is None or holders != self._holders:
-            read = [block.plain.read(block, kinds) for block in own]
-            self._seen = None
-            if any(found is None for found in read):
-                return None
-            self._blocks, self._holders = own, holders
-            self._layers = [layer for layer, _ in read]
-            self._seen = Seen.together([layer.seen for layer in self._layers])
-            return read
-        numbers = iter(weights)
-        return [(layer, tuple(islice(numbers, len(layer.weighted)))) for layer in self._layers]
+        found = self._found
+        if found is not None and (found[0], found[1]) == (own, holders):
+            _, _, layers, seen = found
+            weights = seen.weights()
+            if weights is not None:
+                numbers = iter(weights)
+                return [(layer, tuple(islice(numbers, len(layer.weighted)))) for layer in layers]
+        read = [block.plain.read(block, kinds) for block in own]
+        if any(each is None for each in read):
+            self._found = None
+            return None
+        layers = [layer for layer, _ in read]
+        self._found = own, holders, layers, Seen.together([layer.seen for layer in layers])
+        return read
 
 
 class PlainLayer:

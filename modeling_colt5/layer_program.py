@@ -364,9 +364,10 @@ class Program:
         if last is not None and (last.numbers, last.dtypes, last.shapes) == (layer.numbers, dtypes, shapes):
             return last
         key = (common.key, tuple(layer.numbers), tuple(dtypes), tuple(shapes), tables[0].shape, tables[1].shape)
-        if key in programs:
+        # one look, as another thread may clear them after it
+        try:
             program = programs[key]
-        else:
+        except KeyError:
             program = Program(common, layer, weights) if _fits(common, layer, weights, tables) else None
             if len(programs) >= MOST_PROGRAMS:
                 programs.clear()

@@ -1,7 +1,9 @@
 """One new token of the decoder as straight lines: against recomputation at every step, and who gets modules."""
 
 import copy
+import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from typing import Any
 
@@ -587,6 +589,35 @@ def test_a_stack_follows_its_blocks(look: None) -> None:
     del blocks[2]
     assert other.read(blocks, PLAIN) is not None
     assert_read()
+
+
+def test_threads_read_a_stack_at_the_same_time() -> None:
+    fields = {"num_layers": 1, "num_decoder_layers": 2}
+    stacks = {eps: tiny_model(**fields, layer_norm_epsilon=eps).decoder.block for eps in (1e-6, 1e-3)}
+    stack = PlainStack()
+
+    def read_often(eps: float) -> bool:
+        """Whether all that was read was of the blocks that were asked for."""
+        blocks = stacks[eps]
+        for _ in range(3000):
+            read = stack.read(blocks, PLAIN)
+            assert read is not None
+            if {eps for layer, _ in read for eps in layer.eps} != {eps}:
+                return False
+            if any(
+                weights[0] is not block.layer[0].layer_norm.weight
+                for block, (_, weights) in zip(blocks, read, strict=True)
+            ):
+                return False
+        return True
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(3) as pool:
+            assert all(pool.map(read_often, [1e-6, 1e-3, 1e-6]))
+    finally:
+        sys.setswitchinterval(interval)
 
 
 def test_modes_that_take_the_modules() -> None:

@@ -16,6 +16,7 @@ from modeling_colt5 import (  # noqa: E402
     CoLT5ForCausalLM,
     CoLT5ForConditionalGeneration,
     layer_decoder_parts,
+    layer_program,
     model_decoder,
     run_launch_list_triton,
 )
@@ -355,6 +356,28 @@ def test_weights_are_those_of_now(device: torch.device, layers: list) -> None:
         assert not torch.allclose(before, expected)
         assert_same_but_for_rounding(model(**batch).logits, expected)
     assert len(layers) == 2 * len(model.decoder.block)
+
+
+class ClearedAfterEachLook(dict):
+    """As if another thread, for which there are too many programs, cleared them after each look."""
+
+    def __contains__(self, key: object) -> bool:
+        found = super().__contains__(key)
+        self.clear()
+        return found
+
+
+def test_another_thread_may_clear_the_programs(
+    device: torch.device, layers: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (layer_decoder_parts, layer_program):
+        monkeypatch.setattr(module, "programs", ClearedAfterEachLook())
+    model = model_of(device, routing="learned").eval()
+    with torch.no_grad():
+        first, second = (model(**batch_of(device, 12, masked=False)).loss for _ in range(2))
+    assert first.isfinite() and second.isfinite()
+    assert len(layers) == 2 * len(model.decoder.block)
+    assert layer_decoder_parts.programs and layer_program.programs
 
 
 @pytest.mark.parametrize("fields", [{"attn_implementation": "eager"}, {"kernel_backend": "torch"}], ids=str)
