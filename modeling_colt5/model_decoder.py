@@ -296,11 +296,14 @@ class CoLT5Decoder(CoLT5Stack):
         """
         if memory is None or self.asks or self.is_cross_routed or not torch.is_grad_enabled():
             return None
-        # Checkpointing is to compute them again. And here a block's own hooks have not run yet, which may bring its
-        # weights: a block with hooks is not plain.
-        if self.gradient_checkpointing or self.plain.read(self.block, PLAIN) is None:
+        # Here a block's own hooks have not run yet, which may bring its weights: a block with hooks is not plain.
+        if self.plain.read(self.block, PLAIN) is None:
             return None
         blocks: Any = self.block
+        # A block that is checkpointed is to compute them again, and its gradients go through its arguments alone, not
+        # through the plan.
+        if any(block.gradient_checkpointing for block in blocks):
+            return None
         attentions = [block.layer[1].EncDecAttention for block in blocks]
         projections = [projection for attention in attentions for projection in (attention.k, attention.v)]
         # The projections are not among what was read above.

@@ -1,6 +1,7 @@
 """T5 decoder layers whose attentions stand between straight lines: they give what the modules give."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from launch_lists import interpreting_launcher
 from models import checkpoint_activations, pad, random_ids, tiny_model
 from rounding import assert_same_but_for_rounding, assert_same_gradients
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("triton")
 
@@ -240,6 +242,20 @@ def test_checkpointed_layers_drop_the_same_again(use_reentrant: bool, device: to
     checkpoint_activations(model, use_reentrant)
     assert_same_gradients(gradients_of(model, batch), expected)
     assert len(layers) == 2 * len(model.decoder.block)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_a_single_layer_may_be_checkpointed(
+    use_reentrant: bool, device: torch.device, layers: list, one_product: None
+) -> None:
+    model = model_of(device, dropout_rate=0.3).train()
+    batch = batch_of(device, 7, 5)
+    expected = as_modules(lambda: gradients_of(model, batch))
+    block = model.decoder.block[1]
+    block.gradient_checkpointing = True
+    block._gradient_checkpointing_func = partial(checkpoint, use_reentrant=use_reentrant)
+    assert_same_gradients(gradients_of(model, batch), expected)
+    assert len(layers) == 3
 
 
 def test_a_hook_inside_changes_nothing_that_is_dropped(device: torch.device, layers: list) -> None:
