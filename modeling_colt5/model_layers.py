@@ -206,8 +206,10 @@ def drop_rate(module: nn.Module | None) -> float:
 
 
 def drops(dropout: nn.Module) -> bool:
-    """Whether a dropout is to be called at all: not PyTorch's or ours where it would give back what it gets."""
-    return not isinstance(dropout, nn.Dropout) or drop_rate(dropout) > 0
+    """Whether a dropout is to be called at all: not PyTorch's or ours where it would give back what it gets and no
+    hook looks on. A subclass may drop in evaluation too."""
+    is_known = type(dropout) in (nn.Dropout, CoLT5Dropout) and not is_hooked(dropout)
+    return not is_known or drop_rate(dropout) > 0
 
 
 class CoLT5LayerNorm(nn.Module):

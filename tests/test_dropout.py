@@ -171,3 +171,43 @@ def test_an_output_that_passes_nothing_on(backend: str, seed: Tensor) -> None:
     for output in (dropout(states, seed, 0.3, backend), added):
         (found,) = torch.autograd.grad(_NoGradient.apply(output).sum() + states.sum(), states)
         assert torch.equal(found, torch.ones_like(states))
+
+
+class Doubles(nn.Dropout):
+    """As a user's dropout that does something in evaluation too."""
+
+    def forward(self, states: Tensor) -> Tensor:
+        return 2 * states
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_dropout_is_called_in_evaluation_where_that_is_noticed(number):
+    """What feed-forwards do without when nobody looks, they call when somebody does."""
+    model = tiny_model(num_layers=1, num_decoder_layers=1)
+    inputs = {"input_ids": random_ids(1, 12), "decoder_input_ids": random_ids(1, 4)}
+    feed_forward = model.encoder.block[0].layer[1].light_feed_forward, model.decoder.block[0].layer[2].DenseReluDense
+    layer = feed_forward[number]
+    before = model(**inputs).logits
+    seen = []
+    handle = layer.dropout.register_forward_hook(lambda module, args, output: seen.append(output))
+    assert_same_but_for_rounding(model(**inputs).logits, before)
+    handle.remove()
+    assert len(seen) == 1
+    # twice the activations are twice what the last product gives
+    layer.dropout = Doubles(0.1).eval()
+    doubled = model(**inputs).logits
+    layer.dropout = nn.Dropout(0.1).eval()
+    layer.wo.weight.data *= 2
+    assert_same_but_for_rounding(doubled, model(**inputs).logits)
+    assert (doubled - before).abs().max() > 1e-4
+
+
+def test_an_encoder_layers_dropout_is_called_in_evaluation_where_a_hook_is():
+    model = tiny_model(num_layers=1, num_decoder_layers=1)
+    inputs = {"input_ids": random_ids(1, 12), "decoder_input_ids": random_ids(1, 4)}
+    before = model(**inputs).logits
+    seen = []
+    for layer in model.encoder.block[0].layer:
+        layer.dropout.register_forward_hook(lambda module, args, output: seen.append(module))
+    assert_same_but_for_rounding(model(**inputs).logits, before)
+    assert seen == [layer.dropout for layer in model.encoder.block[0].layer]
