@@ -160,24 +160,23 @@ def run_without_gradients(layers: Sequence[StraightLayer], hidden_states: Tensor
     """
     program, common = layers[0].program, layers[0].common
     states, memory = hidden_states.contiguous(), program.outgoing.take(program.device)
-    total = torch.empty(states.shape, dtype=program.hidden_dtype, device=program.device)
-    # the first layer begins with states, the others with a sum
-    for kind, own, incoming in (("states", layers[:1], states), ("sum", layers[1:], None)):
-        read = [] if incoming is None else [incoming]
-        calls = [[memory, *layer.tables, *layer.weights, *common.read, *read] for layer in own]
 
-        def compute(
-            number: int, recorder: "Recorder", own: Sequence[StraightLayer] = own, incoming: Tensor | None = incoming
-        ) -> None:
+    def run(kind: str, own: Sequence[StraightLayer], incoming: Tensor | None) -> None:
+        def compute(number: int, recorder: "Recorder") -> None:
             line = Line(own[number], recorder, program.outgoing, memory)
             feed_forward(line, [*attention(line, incoming)])
 
+        read = common.read if incoming is None else [*common.read, incoming]
+        calls = [[memory, *layer.tables, *layer.weights, *read] for layer in own]
         repeat_or_note(program.lists, kind, calls, common.repeats, compute)
 
     def add(_: int, recorder: "Recorder") -> None:
         line = Line(layers[-1], recorder, program.outgoing, memory)
         combined(line, parts_of(line), total, Drop.FEED_FORWARD)
 
+    run("states", layers[:1], states)
+    run("sum", layers[1:], None)
+    total = torch.empty(states.shape, dtype=program.hidden_dtype, device=program.device)
     repeat_or_note(program.lists, "total", [[memory, total]], common.repeats, add)
     return total
 
