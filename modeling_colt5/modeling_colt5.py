@@ -222,8 +222,10 @@ class CoLT5Seq2SeqPreTrainedModel(CoLT5EmbeddingModel):
         )
         if decoder_input_ids is None and decoder_inputs_embeds is None:
             raise ValueError(
-                "neither of decoder_input_ids and decoder_inputs_embeds given; exactly one is needed. The encoder "
-                "alone, for example for embeddings of texts, needs a folder of its own, with the tokenizer beside it: "
+                "neither of decoder_input_ids and decoder_inputs_embeds given; exactly one is needed. Trainer with "
+                "label_smoothing_factor takes the labels away from the model: DataCollatorForSeq2Seq(tokenizer, "
+                "model=model) makes decoder_input_ids of them. The encoder alone, for example for embeddings of "
+                "texts, needs a folder of its own, with the tokenizer beside it: "
                 f"AutoModelForTextEncoding.from_pretrained({self.name_or_path!r}, trust_remote_code=True)"
                 ".save_pretrained('encoder')"
             )

@@ -493,7 +493,10 @@ def test_return_dict_false_gives_a_tuple():
         ({"input_ids": (1, 5), "inputs_embeds": (1, 5, 32)}, "both of input_ids and inputs_embeds"),
         ({"input_ids": (1, 5), "attention_mask": (1, 4)}, r"attention_mask has shape \(1, 4\).*\(1, 5\)"),
         ({"input_ids": (2, 5), "attention_mask": (2, 1, 1, 5)}, r"attention_mask has shape \(2, 1, 1, 5\).*\(2, 5\)"),
-        ({"input_ids": (1, 5), "decoder_input_ids": None}, "neither of decoder_input_ids and decoder_inputs_embeds"),
+        (
+            {"input_ids": (1, 5), "decoder_input_ids": None},
+            "neither of decoder_input_ids and decoder_inputs_embeds.*DataCollatorForSeq2Seq",
+        ),
         ({"input_ids": (1, 5), "decoder_inputs_embeds": (1, 2, 32)}, "both of decoder_input_ids"),
         ({"encoder_outputs": (1, 5, 32), "attention_mask": (1, 6)}, r"attention_mask has shape \(1, 6\).*\(1, 5\)"),
     ],
