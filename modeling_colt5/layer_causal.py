@@ -36,7 +36,7 @@ if triton_is_available():
     from .op_pools_triton import LONGEST_UNION, hand_pool_into
     from .op_rows_triton import MOST_JOINS, MOST_PARTS, combine_into, join_into
     from .op_step_attention_triton import local_step_attention_into, pool_step_attention_into
-    from .run_launch_list_triton import Recorder, repeat_or_note
+    from .run_launch_list_triton import Recorder, calls_to_compute
 
 _SHAPE = attrgetter("shape")
 # what a layer's cache holds that a token reads or writes: first rings, then what is carried
@@ -197,12 +197,10 @@ class RoutedStep(TokenStep):
         shared = [hidden, *branches, self.past, self.total, *self.tables]
         shared += [] if self.memory_mask is None else [self.memory_mask]
         for lists, layers in self.layers:
-
-            def compute(number: int, recorder: "Recorder", layers: list[StepLayer] = layers) -> None:
-                _RoutedLine(self, layers[number], recorder).run(hidden, branches)
-
             calls = [[*shared, *layer.tensors] for layer in layers]
-            repeat_or_note(lists, self.may_end, calls, self.repeats, compute, self.room)
+            for number, recorder in calls_to_compute(lists, self.may_end, calls, self.repeats, self.room):
+                with recorder:
+                    _RoutedLine(self, layers[number], recorder).run(hidden, branches)
         counters = first.cache.counters_after_token(self.lengths, self.real, self.may_end)
         for _, layers in self.layers:
             for layer in layers:

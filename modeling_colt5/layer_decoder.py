@@ -32,7 +32,7 @@ if triton_is_available():
     from .op_norm_triton import norm_into
     from .op_step_attention_triton import number_of_parts, step_attention_into
     from .op_step_products_triton import step_products_into
-    from .run_launch_list_triton import Lists, Recorder, may_repeat, repeat_or_note
+    from .run_launch_list_triton import Lists, Recorder, calls_to_compute, may_repeat
 
 # False lets every block run as modules, for a comparison
 enabled = True
@@ -363,12 +363,10 @@ class StraightStep(TokenStep):
         length = self.buffers.empty("length", (1,), torch.int32, self.device).fill_(self.length)
         shared = [hidden, update, length, self.table, *[mask for mask in self.masks if mask is not None]]
         for lists, layers in self.layers:
-
-            def compute(number: int, recorder: "Recorder", layers: list[StepLayer] = layers) -> None:
-                _Line(self, layers[number], recorder).run(hidden, update, length)
-
             calls = [[*shared, *layer.tensors] for layer in layers]
-            repeat_or_note(lists, None, calls, self.repeats, compute, self.room)
+            for number, recorder in calls_to_compute(lists, None, calls, self.repeats, self.room):
+                with recorder:
+                    _Line(self, layers[number], recorder).run(hidden, update, length)
             for layer in layers:
                 layer.cache.count_token()
         return hidden + update

@@ -25,7 +25,7 @@ from .run_plan import EncoderPlan, EncoderSettings
 
 if triton_is_available():
     from .op_routing_triton import kernels_take
-    from .run_launch_list_triton import Recorder, repeat_or_note, repeated_or_recorder
+    from .run_launch_list_triton import calls_to_compute, repeated_or_recorder
 
 # False lets every block run as modules, for a comparison.
 enabled = True
@@ -160,24 +160,20 @@ def run_without_gradients(layers: Sequence[StraightLayer], hidden_states: Tensor
     """
     program, common = layers[0].program, layers[0].common
     states, memory = hidden_states.contiguous(), program.outgoing.take(program.device)
-
-    def run(kind: str, own: Sequence[StraightLayer], incoming: Tensor | None) -> None:
-        def compute(number: int, recorder: "Recorder") -> None:
-            line = Line(own[number], recorder, program.outgoing, memory)
-            feed_forward(line, [*attention(line, incoming)])
-
+    # the first layer begins with states, the others with a sum
+    for kind, own, incoming in (("states", layers[:1], states), ("sum", layers[1:], None)):
         read = common.read if incoming is None else [*common.read, incoming]
         calls = [[memory, *layer.tables, *layer.weights, *read] for layer in own]
-        repeat_or_note(program.lists, kind, calls, common.repeats, compute)
-
-    def add(_: int, recorder: "Recorder") -> None:
-        line = Line(layers[-1], recorder, program.outgoing, memory)
-        combined(line, parts_of(line), total, Drop.FEED_FORWARD)
-
-    run("states", layers[:1], states)
-    run("sum", layers[1:], None)
+        for number, recorder in calls_to_compute(program.lists, kind, calls, common.repeats):
+            with recorder:
+                line = Line(own[number], recorder, program.outgoing, memory)
+                feed_forward(line, [*attention(line, incoming)])
     total = torch.empty(states.shape, dtype=program.hidden_dtype, device=program.device)
-    repeat_or_note(program.lists, "total", [[memory, total]], common.repeats, add)
+    last_sum = repeated_or_recorder(program.lists, "total", [[memory, total]], common.repeats)
+    if last_sum is not None:
+        with last_sum:
+            line = Line(layers[-1], last_sum, program.outgoing, memory)
+            combined(line, parts_of(line), total, Drop.FEED_FORWARD)
     return total
 
 

@@ -17,7 +17,7 @@ import threading
 import warnings
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -538,26 +538,26 @@ def repeated_or_recorder(
     return Recorder(device, repeats and kind not in lists, (lists, kind, memories))
 
 
-def repeat_or_note(
+def calls_to_compute(
     lists: Lists,
     kind: Any,
     calls: Sequence[list[Tensor]],
     repeats: bool,
-    compute: Callable[[int, Recorder], None],
     keep: Callable[[int], Tensor] | None = None,
-) -> None:
-    """Make calls of one kind: the first ones by computing them, until there is a list that can be repeated.
+) -> Iterator[tuple[int, Recorder]]:
+    """The calls of one kind that the caller has to compute, until there is a list that can be repeated for the rest.
 
     Args:
         lists, kind, calls, repeats, keep: as of `repeated_or_recorder`.
-        compute: what computes the call of a number, with what notes it.
+
+    Yields:
+        The number of a call, and what notes it, under `with`, before the next one is asked for.
     """
     for number in range(len(calls)):
         recorder = repeated_or_recorder(lists, kind, calls[number:], repeats, keep)
         if recorder is None:
             return
-        with recorder:
-            compute(number, recorder)
+        yield number, recorder
 
 
 class _Elsewhere(Exception):
