@@ -6,7 +6,7 @@ kernels in the same order, without a module, an operator or a view between them.
 
 The first call with certain shapes, dtypes and numbers launches one kernel after another and notes them. From then on
 the list is repeated by one call of C (run_launch_list_triton.py), with other tensors' addresses. Without gradients one
-such call repeats it for all layers of a stack.
+such call repeats it for all layers of a stack but the first, which begins with states and not with a sum.
 """
 
 from collections.abc import Sequence

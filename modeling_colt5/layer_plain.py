@@ -148,7 +148,8 @@ class Seen:
 class PlainStack:
     """What straight lines read of all blocks of a stack, as long as all are plain.
 
-    It reads what `PlainBlock` reads, of all blocks at once: for one new token, block by block would take too long.
+    It reads what `PlainBlock` reads, of all blocks at once. Block by block would take too long for one new token, and
+    an encoder without gradients computes all of its layers together.
 
     A copied or unpickled object has read nothing yet. Threads may read at the same time: what one has found is put
     down and taken up as a whole.

@@ -59,7 +59,7 @@ def run_layers(
     """
     light_table, heavy_table = tables
     try:
-        # Without gradients, and where nobody sees what goes from block to block, one call computes all of them.
+        # Without gradients, and where nobody sees what goes from block to block, all of them are computed together.
         if plan.straight is not None and heavy_table is not None and not plan.mode.keeps_gradients:
             read = plain.read(blocks, PLAIN) if plan.straight.takes(hidden_states) else None
             layers = None if read is None else layers_of_stack(read, (light_table, heavy_table), plan)
