@@ -492,6 +492,35 @@ def test_a_failing_evaluation_keeps_the_weights(corpus, tmp_path, monkeypatch, c
     assert load_weights(tmp_path)[1]["step"] == 1 and "out of memory" in capsys.readouterr().err
 
 
+class Heard(train.Processes):
+    """Works alone, and keeps what it would have waited for the others with."""
+
+    def mean(self, tensor):
+        self.exchanged.append(tensor.shape)
+        return tensor
+
+    def of_first(self, number):
+        self.exchanged.append("of the first")
+        return number
+
+
+def test_each_process_waits_for_the_others_in_the_same_places(corpus, tmp_path):
+    arguments = ["--tokens", f"{corpus}/tokens", "--out", str(tmp_path), "--start_lengths", "256", "--steps", "1"]
+    size, own = parsed(arguments)
+    runs = []
+    for rank in (0, 1):
+        processes = Heard(rank, 1, torch.device("cpu"))
+        # frozen, as `Processes` is
+        object.__setattr__(processes, "exchanged", [])
+        runs.append(train.Training(own, size, processes, time.time() + 60))
+    # the slower process ends when the first one's state is written already
+    for run in runs:
+        run.run()
+    assert runs[0].processes.exchanged == runs[1].processes.exchanged
+    # the held-out loss is the last that all work out together
+    assert runs[1].processes.exchanged[-1] == (4,)
+
+
 @pytest.mark.slow
 def test_two_processes_train_as_one_with_both_batches(corpus, tmp_path):
     arguments = ["--tokens", f"{corpus}/tokens", "--out", str(tmp_path), "--dropout", "0", "--steps", "3"]

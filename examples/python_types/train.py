@@ -572,7 +572,9 @@ class Training:
         arguments, progress, processes = self.arguments, self.progress, self.processes
         # seconds of training of the whole run, and of a step
         total = processes.of_first(progress.seconds + self.ends - time.time())
-        began, pace, chunk, saved, told = 0.0, 0.0, COMPILING_STEPS, progress.seconds, time.time()
+        began, pace, chunk, told = 0.0, 0.0, COMPILING_STEPS, time.time()
+        # of the state that is saved: seconds for the clock, steps to know whether any came after
+        saved, saved_step = progress.seconds, progress.step
 
         def share(seconds: float) -> float:
             done = progress.step / arguments.steps if arguments.steps else seconds / max(1e-9, total)
@@ -598,9 +600,10 @@ class Training:
             if progress.seconds - saved > 60 * arguments.save_minutes:
                 self.save()
                 self.held_out()
-                saved = progress.seconds
+                saved, saved_step = progress.seconds, progress.step
         self.say(step=progress.step, seconds=progress.seconds, share=share(progress.seconds))
-        if saved < progress.seconds or not self.state.exists():
+        # not whether the file exists: the first process may have written it by now, and all have to go the same way
+        if progress.step > saved_step:
             self.save()
             self.held_out()
 
