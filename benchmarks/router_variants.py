@@ -36,7 +36,6 @@ from transformers import HfArgumentParser
 
 from modeling_colt5 import CoLT5Config, model_from_config
 from modeling_colt5.model_encoder_layer import CoLT5LayerConditionalAttention, CoLT5RoutedAttention
-from modeling_colt5.model_layers import project
 from modeling_colt5.model_router import CoLT5Routing
 from modeling_colt5.op_attention import routed_attention, routed_attention_reference
 from modeling_colt5.op_routing import RoutedTokens, route
@@ -131,7 +130,7 @@ class NullAttention(CoLT5RoutedAttention):
     ) -> tuple[Tensor, None]:
         """As of the class that this one stands in for, without dropout, which the gym has none of."""
         query = self.split_heads(self.q(query_states))
-        key, value = project(key_value_states, self.k, self.v, head_size=self.d_kv)
+        key, value = (self.split_heads(part(key_value_states)) for part in (self.k, self.v))
         null_key, null_value = (part.to(key.dtype).expand(len(key), 1, -1, -1) for part in self.null)
         places = nn.functional.pad(keys.indices, (1, 0), value=-(10**6))
         valid = nn.functional.pad(keys.valid, (1, 0), value=True)

@@ -38,6 +38,18 @@ def is_called_as_written(block: nn.Module, kinds: Kinds) -> bool:
     return type(block) is known and known.forward is forward and not is_hooked(block)
 
 
+def is_plain_linear(linear: nn.Module) -> bool:
+    """Whether a projection of a plain block is no more than a product with its weight: not with adapters, hooks, a
+    bias that a user's module has, or a weight that is quantised, which is another class's or not a plain
+    parameter."""
+    return (
+        type(linear) is nn.Linear
+        and type(linear.weight) is nn.Parameter
+        and linear.bias is None
+        and not is_hooked(linear)
+    )
+
+
 class PlainBlock:
     """What a straight line reads of a block, as long as the block is plain.
 

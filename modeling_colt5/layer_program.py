@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .kernel_backend import normed_dtype, triton_is_available
 from .layer_plain import Parts, PlainLayer, parts_of_attention, parts_of_dense, parts_of_sublayer
-from .run_plan import EncoderPlan, is_one_product
+from .run_plan import EncoderPlan
 
 if triton_is_available():
     from .run_launch_list_triton import LaunchList, may_repeat
@@ -252,6 +252,22 @@ class Slots:
 
 # Both sublayers' rooms begin with these: the norm's reciprocal root mean squares, and the router scores.
 RSTD, SCORES = range(2)
+
+# How many numbers of weights a GPU copies in less time than the host takes to launch another product.
+FEW_WEIGHTS = 1 << 21
+
+
+def is_one_product(states: int, results: int, width: int, device: torch.device) -> bool:
+    """Whether products of the same states are made as one, for which their weights are copied together.
+
+    Args:
+        states: how many.
+        results: of each state, those of all products.
+        width: of a state.
+        device: where.
+    """
+    return states >= 2 * results or (device.type == "cuda" and results * width <= FEW_WEIGHTS)
+
 
 # Programs by all that they depend on. Each new length adds one, so there is a limit.
 programs: dict[Any, "Program | None"] = {}

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .model_layers import CoLT5Attention, CoLT5DenseActDense, CoLT5Dropout, CoLT5LayerNorm, clamp_half, project
+from .model_layers import CoLT5Attention, CoLT5DenseActDense, CoLT5Dropout, CoLT5LayerNorm, clamp_half
 from .model_router import CoLT5Router, router_weights
 from .op_attention import local_attention, local_attention_reference, routed_attention, routed_attention_reference
 from .op_gates import Gates, causal_gates, dense_gates
@@ -113,7 +113,7 @@ class CoLT5CausalLocalAttention(CoLT5Attention):
 
     def forward(self, hidden_states: Tensor, bias: Tensor, plan: CausalPlan, cache: Any) -> Tensor:
         """[batch, n, d_model] by rank → the same shape; `bias` is what `plan.light_bias` gives."""
-        query, key, value = project(hidden_states, self.q, self.k, self.v, head_size=self.d_kv)
+        query, key, value = (self.split_heads(part(hidden_states)) for part in (self.q, self.k, self.v))
         keys = plan.recent(_with_earlier(key, plan, cache, "light_key"))
         values = plan.recent(_with_earlier(value, plan, cache, "light_value"))
         mask, before = plan.light_mask, plan.num_before
@@ -206,7 +206,7 @@ class CoLT5CausalRoutedAttention(CoLT5Attention):
         settings, groups, batch = plan.settings, self.groups, len(hidden_states)
         handed = HandedPool.of(plan, cache)
         # As W_k (s̃ x) = s̃ W_k x, each token is projected once, and scaled anew in every window's pool.
-        key, value = project(hidden_states, self.k, self.v, head_size=self.d_kv)
+        key, value = (self.split_heads(part(hidden_states)) for part in (self.k, self.v))
         key = plan.pooled(_with_earlier(key, plan, cache, "heavy_key"))
         value = plan.pooled(_with_earlier(value, plan, cache, "heavy_value"))
         known = plan.frame_joined(_with_earlier(scores, plan, cache, "key_value_scores")).transpose(1, 2)

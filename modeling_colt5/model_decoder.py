@@ -16,7 +16,8 @@ from .kernel_backend import Mode, is_hooked, product_dtype
 from .layer_causal import RoutedStep
 from .layer_decoder import StraightStep, goes_on, may_run_straight
 from .layer_decoder_parts import DecoderPass, project_memory
-from .layer_plain import PlainStack
+from .layer_plain import PlainStack, is_plain_linear
+from .layer_program import is_one_product
 from .model_base import CoLT5Stack
 from .model_decoder_layer import PLAIN, CoLT5DecoderBlock
 from .model_from_config import (
@@ -28,7 +29,7 @@ from .model_from_config import (
     layer_norm,
     position_bias,
 )
-from .model_layers import bias_by_distance, is_plain_linear, masked_bias
+from .model_layers import bias_by_distance, masked_bias
 from .model_outputs import CoLT5DecoderOutput
 from .op_attention import bias_of_sequence
 from .op_routing import RoutedTokens
@@ -47,7 +48,7 @@ from .run_inputs import (
     refuse_jit_trace,
     warn_of_missing_attentions,
 )
-from .run_plan import DecoderPlan, is_one_product
+from .run_plan import DecoderPlan
 from .run_release import CACHE, cache_of_forward
 
 

@@ -30,7 +30,6 @@ from .model_layers import (
     drop,
     drop_rate,
     eager_attention_forward,
-    project,
 )
 from .model_outputs import CoLT5CausalLayerRouting
 from .model_router import CoLT5Router, CoLT5Routing, run_routers
@@ -60,8 +59,8 @@ class CoLT5SelfAttention(CoLT5Attention):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[batch, n, d_model] → the same shape, and the weights where the implementation gives them; `layer_idx` is
         where the cache has this layer. The bias is `masked_bias` where the implementation says so."""
-        states = project(hidden_states, self.q, self.k, self.v, head_size=self.d_kv)
-        query, key, value = (part.transpose(1, 2) for part in states)
+        projections = (self.q, self.k, self.v)
+        query, key, value = (self.split_heads(part(hidden_states)).transpose(1, 2) for part in projections)
         attended, weights = self.read(query, key, value, position_bias, plan, cache, layer_idx)
         return self.o(attended), weights
 
@@ -136,8 +135,7 @@ class CoLT5CrossAttention(CoLT5Attention):
             layer = cache.cross_attention_cache.layers[layer_idx]
             key, value = layer.keys, layer.values
         else:
-            states = project(encoder_hidden_states, self.k, self.v)
-            key, value = map(self.split_routers, states)
+            key, value = (self.split_routers(part(encoder_hidden_states)) for part in (self.k, self.v))
             if cache is not None:
                 key, value = cache.cross_attention_cache.update(key, value, layer_idx)
                 cache.is_updated[layer_idx] = True

@@ -25,7 +25,6 @@ from .model_layers import (
     drop_rate,
     drops,
     eager_attention_forward,
-    project,
 )
 from .model_outputs import CoLT5LayerRouting
 from .model_router import CoLT5Router, CoLT5Routing, router_weights, run_routers
@@ -90,7 +89,7 @@ class CoLT5LocalAttention(CoLT5Attention):
         seed: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[batch, n, d_model] → the same shape, and the weights where the implementation gives them."""
-        query, key, value = project(hidden_states, self.q, self.k, self.v, head_size=self.d_kv)
+        query, key, value = (self.split_heads(part(hidden_states)) for part in (self.q, self.k, self.v))
         inputs = (query, key, value, bias_table, self.radius, plan.mask)
         if plan.implementation.fuses_attention:
             return self.o(local_attention(*inputs, drop_rate(self), seed, plan.width).flatten(-2)), None
@@ -117,7 +116,7 @@ class CoLT5RoutedAttention(CoLT5Attention):
         """[batch, query slots, d_model], [batch, key/value slots, d_model] → [batch, query slots, d_model], and the
         weights where the implementation gives them."""
         query = self.split_heads(self.q(query_states))
-        key, value = project(key_value_states, self.k, self.v, head_size=self.d_kv)
+        key, value = (self.split_heads(part(key_value_states)) for part in (self.k, self.v))
         inputs = (query, key, value, bias_table, queries.indices, keys.indices, keys.valid)
         if plan.implementation.fuses_attention:
             return self.o(routed_attention(*inputs, drop_rate(self), seed, plan.width).flatten(-2)), None

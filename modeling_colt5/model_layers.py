@@ -16,7 +16,6 @@ from .kernel_backend import (
     accumulation_dtype,
     is_autocast,
     is_hooked,
-    is_watched,
     product_dtype,
     records_now,
     runs_eagerly,
@@ -25,12 +24,9 @@ from .op_dropout import dropout
 from .op_gelu import gated_gelu
 from .op_norm import rms_norm_scores
 from .run_budgets import is_free
-from .run_plan import is_one_product
 
 # the class of the activation that the fused kernel has, T5's tanh form of the GELU
 GELU = type(ACT2FN["gelu_new"])
-# as PyTorch wrote it: others' code may have put another in its place since
-_LINEAR_FORWARD = nn.Linear.forward
 
 
 def product_by_heads(states: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
@@ -100,51 +96,6 @@ def clamp_half(hidden_states: torch.Tensor) -> torch.Tensor:
         return hidden_states
     limit = torch.finfo(torch.float16).max - 1000
     return hidden_states.clamp(-limit, limit)
-
-
-def project(states: torch.Tensor, *projections: nn.Linear, head_size: int | None = None) -> tuple[torch.Tensor, ...]:
-    """Several projections of the same states [batch, n, d], as one matrix product where that pays.
-
-    `is_one_product` says where it does in eager calls, as the weights are copied together for it. Compilers decide for
-    themselves; what is more than a product with a weight is called as the module that it is, and all are where hooks
-    on all modules of the process watch.
-
-    Args:
-        states: [batch, n, d].
-        projections: without bias, as they are made.
-        head_size: where the results are to be seen as heads.
-
-    Returns:
-        Each projection's [batch, n, width], or [batch, n, width / head_size, head_size].
-    """
-    widths = [linear.out_features for linear in projections] if all(map(is_plain_linear, projections)) else None
-    # The tracer is asked for before the length: it must not meet a choice by a length that it keeps open.
-    d = states.shape[-1]
-    is_eager = runs_eagerly() and not is_watched()
-    if not widths or not is_eager or not is_one_product(states.numel() // d, sum(widths), d, states.device):
-        projected = tuple(linear(states) for linear in projections)
-        if head_size is None:
-            return projected
-        return tuple(part.view(*part.shape[:-1], part.shape[-1] // head_size, head_size) for part in projected)
-    joined = nn.functional.linear(states, torch.cat([linear.weight for linear in projections]))
-    # `Tensor.split` would inspect its arguments first.
-    if head_size is None:
-        return joined.split_with_sizes(widths, -1)
-    heads = [width // head_size for width in widths]
-    return joined.view(*joined.shape[:-1], sum(heads), head_size).split_with_sizes(heads, -2)
-
-
-def is_plain_linear(linear: nn.Module) -> bool:
-    """Whether a call of the module is no more than a product with its weight: not with adapters, hooks, a bias that a
-    user's module has, another forward of the class, or a weight that is quantised, which is another class's or not a
-    plain parameter. All others are called as modules."""
-    return (
-        type(linear) is nn.Linear
-        and type(linear.weight) is nn.Parameter
-        and linear.bias is None
-        and nn.Linear.forward is _LINEAR_FORWARD
-        and not is_hooked(linear)
-    )
 
 
 @contextlib.contextmanager
@@ -380,7 +331,7 @@ class CoLT5DenseActDense(nn.Module):
         """[..., d_model] → the same shape, in the dtype of `wo`; `seed` is that of dropout."""
         if not self.is_gated_act:
             return self.project_out(drop(self.dropout, self.act(self.wi(hidden_states)), seed))
-        gate, up = project(hidden_states, self.wi_0, self.wi_1)
+        gate, up = self.wi_0(hidden_states), self.wi_1(hidden_states)
         if not self.has_gated_gelu:
             return self.project_out(drop(self.dropout, self.act(gate) * up, seed))
         activated = gated_gelu(gate, up, kernel_backend)

@@ -38,22 +38,6 @@ class Implementation:
         return self.kernel_backend == "triton" and self.attention == "sdpa"
 
 
-# How many numbers of weights a GPU copies in less time than the host takes to launch another product.
-FEW_WEIGHTS = 1 << 21
-
-
-def is_one_product(states: int, results: int, width: int, device: torch.device) -> bool:
-    """Whether products of the same states are made as one, for which their weights are copied together.
-
-    Args:
-        states: how many.
-        results: of each state, those of all products.
-        width: of a state.
-        device: where.
-    """
-    return states >= 2 * results or (device.type == "cuda" and results * width <= FEW_WEIGHTS)
-
-
 @dataclass(frozen=True)
 class SoftTopK:
     """The soft top-k that gives routed tokens their weights; the arguments are those of `soft_topk`.

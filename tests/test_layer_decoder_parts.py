@@ -141,6 +141,32 @@ def test_all_layers_keys_and_values_of_the_memory_are_one_product(
     assert len(layers) == 4 * len(model.decoder.block) - 1
 
 
+def test_projections_of_the_memory_that_are_more_than_products_are_called(
+    device: torch.device, layers: list, one_product: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_of(device).train()
+    batch = batch_of(device, 9)
+    attention = model.decoder.block[1].layer[1].EncDecAttention
+    # a user's own projection, with a bias
+    attention.k = nn.Linear(model.config.d_model, attention.k.out_features, device=device)
+    nn.init.normal_(attention.k.bias)
+    assert_same_gradients(gradients_of(model, batch), as_modules(lambda: gradients_of(model, batch)))
+    with torch.no_grad():
+        attention.k.bias.zero_()
+    # hooks on all modules of the process, and a class that somebody has patched
+    expected = gradients_of(model, batch)
+    seen: list[nn.Module] = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *others: seen.append(module))
+    assert_same_gradients(gradients_of(model, batch), expected)
+    handle.remove()
+    assert {attention.k, attention.v} <= set(seen)
+    patched: list[nn.Module] = []
+    forward = nn.Linear.forward
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, *inputs: patched.append(self) or forward(self, *inputs))
+    assert_same_gradients(gradients_of(model, batch), expected)
+    assert {attention.k, attention.v} <= set(patched)
+
+
 def test_products_of_the_memory_that_are_not_one_stay_in_their_layers(device: torch.device, layers: list) -> None:
     model = model_of(device).train()
     # more results than PyTorch copies weights together for

@@ -22,11 +22,10 @@ from modeling_colt5.model_layers import (
     CoLT5LayerNorm,
     clamp_half,
     masked_bias,
-    project,
 )
 from modeling_colt5.model_router import CoLT5Router
 from modeling_colt5.run_budgets import routed_budget, routed_capacity
-from modeling_colt5.run_plan import DecoderPlan, EncoderPlan, Implementation, is_one_product
+from modeling_colt5.run_plan import DecoderPlan, EncoderPlan, Implementation
 
 
 def brute_budget(n: int, fraction: float, minimum: int = 1) -> int:
@@ -505,34 +504,3 @@ def test_another_activation_is_used_and_hooks_on_it_see_its_values(model_class):
         assert (model(**inputs)[0] - before).abs().max() > 1e-3
         part.act = own
     torch.testing.assert_close(model(**inputs)[0], before)
-
-
-def test_projections_that_are_more_than_products_are_called_as_they_are(device):
-    # so many tokens that their projections are one product where they may be
-    attention = tiny_model(num_decoder_layers=1, routing="none").to(device).decoder.block[0].layer[0].SelfAttention
-    states = torch.randn(1, 512, 32, device=device)
-    assert is_one_product(512, 3 * 32, 32, states.device)
-    attention.k = nn.Linear(32, 32).to(device)
-    nn.init.normal_(attention.k.bias)
-    expected = [projection(states) for projection in (attention.q, attention.k, attention.v)]
-    for actual, wanted in zip(project(states, attention.q, attention.k, attention.v), expected, strict=True):
-        assert_same_but_for_rounding(actual, wanted)
-
-
-def test_projections_are_called_where_somebody_watches_all_modules(device, monkeypatch):
-    attention = tiny_model(num_decoder_layers=1, routing="none").to(device).decoder.block[0].layer[0].SelfAttention
-    projections = [attention.q, attention.k, attention.v]
-    states = torch.randn(1, 512, 32, device=device)
-    expected = project(states, *projections)
-    seen = []
-    handle = nn.modules.module.register_module_forward_hook(lambda module, *others: seen.append(module))
-    watched = project(states, *projections)
-    handle.remove()
-    assert seen == projections
-    # and where the class has got another forward
-    forward = nn.Linear.forward
-    monkeypatch.setattr(nn.Linear, "forward", lambda self, *inputs: 2 * forward(self, *inputs))
-    doubled = project(states, *projections)
-    for results, factor in ((watched, 1), (doubled, 2)):
-        for actual, wanted in zip(results, expected, strict=True):
-            assert_same_but_for_rounding(actual, factor * wanted)
