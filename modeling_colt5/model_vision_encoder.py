@@ -70,6 +70,12 @@ class CoLT5VisionEncoder(CoLT5VisionPreTrainedModel):
         self.dense_start: torch.Tensor | None = None
         self.post_init()
 
+    def get_input_embeddings(self) -> nn.Module:
+        """The projection of patches: where Transformers lets gradients begin if all of it is frozen, as PEFT needs for
+        re-entrant checkpointing."""
+        # its output is one tensor, unlike that of the module around it
+        return self.patch_embedding.projection
+
     @merge_with_config_defaults
     @heavy_attentions_too
     @capture_outputs

@@ -46,6 +46,10 @@ class CoLT5VisionHeadModel(CoLT5VisionPreTrainedModel):
         super().__init__(config)
         self.encoder = CoLT5VisionEncoder(self.config)
 
+    def get_input_embeddings(self) -> torch.nn.Module:
+        """The projection of patches."""
+        return self.encoder.get_input_embeddings()
+
     def encode(self, pixel_values: torch.Tensor, pixel_mask: torch.Tensor | None, **kwargs: Any) -> dict[str, Any]:
         """The encoder's output by name; the arguments are those of `CoLT5VisionEncoder.forward`."""
         kwargs = read_arguments(self, kwargs)

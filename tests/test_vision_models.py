@@ -6,6 +6,7 @@ import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from models import checkpoint_activations
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 from rounding import assert_same_but_for_rounding
 from transformers import (
@@ -186,6 +187,29 @@ def test_checkpointed_activations_give_the_same_gradients():
         model.zero_grad()
         model(**batch, labels=torch.tensor([0, 1, 2, 3])).loss.backward()
         found.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
+    assert_same_but_for_rounding(found[1], found[0])
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_adapters_get_gradients_with_checkpointed_activations(use_reentrant):
+    """Also of the re-entrant kind, which gives none to what comes after a frozen beginning."""
+    batch = pad_pictures(pictures(torch.float32), 30, 42) | {"labels": torch.tensor([0, 1, 2, 3])}
+    found = []
+    for is_checkpointed in (False, True):
+        torch.manual_seed(0)
+        base = tiny_vision_model().train()
+        if is_checkpointed:
+            checkpoint_activations(base, use_reentrant)
+        lora = LoraConfig(r=2, target_modules=["q", "v", "wi_0", "wo"], modules_to_save=["classification_head"])
+        model = get_peft_model(base, lora)
+        model.enable_input_require_grads()
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+        model(**batch).loss.backward()
+        adapters = [parameter for name, parameter in model.named_parameters() if "lora_" in name]
+        found.append(torch.cat([parameter.grad.flatten() for parameter in adapters]))
+    assert found[0].any()
     assert_same_but_for_rounding(found[1], found[0])
 
 
