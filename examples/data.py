@@ -273,8 +273,8 @@ def load_rows(arguments: DataArguments, text_column: str = "text") -> DatasetDic
 
 
 def hold_out(rows: DatasetDict, share: float) -> DatasetDict:
-    """The splits, with some of the training rows as "validation": the same for every run. Called once the rows are
-    checked, so that errors name a row by its number in the file.
+    """The splits, with some of the training rows as "validation": the same for every run. Called once rows and labels
+    are checked, so that errors name a row by its number in the file, and a rare label that is held out has its number.
 
     Args:
         rows: the splits.
@@ -294,7 +294,14 @@ def hold_out(rows: DatasetDict, share: float) -> DatasetDict:
         return rows
     if "validation" in rows or "train" not in rows:
         raise ValueError("validation_share holds out training rows: leave it out where validation rows are given")
-    parts = rows["train"].train_test_split(share, seed=0)
+    count = len(rows["train"])
+    held_out = math.ceil(share * count)
+    if held_out == count:
+        raise ValueError(
+            f"validation_share is {share}, which holds out all of the {count} training rows; lower it, or "
+            "give more rows"
+        )
+    parts = rows["train"].train_test_split(held_out, seed=0)
     return DatasetDict({"train": parts["train"], "validation": parts["test"]})
 
 
@@ -403,10 +410,13 @@ def number_labels(rows: DatasetDict, column: str, known: Mapping[str, int] | Non
             count where there are no training rows. None for a checkpoint without a head, and for a new model.
 
     Raises:
-        ValueError: for a validation row with a label that is none of these, or validation rows alone without `known`.
+        ValueError: for a validation row with a label that is none of these, training rows without any, or validation
+            rows alone without `known`.
     """
     if "train" in rows:
         found = {label for _, label in labels_of(rows["train"], column)}
+        if not found:
+            raise ValueError(f"no training row has a label: {column} is an empty list in each")
         # numbers in their own order, "10" not before "2"
         ordered = sorted(found, key=lambda label: (isinstance(label, str), label))
         numbers = {str(label): number for number, label in enumerate(ordered)}

@@ -88,7 +88,6 @@ def prepare(argv: list[str] | None = None) -> Callable[[], dict[str, float]]:
     rows = load_rows(task, task.text_column)
     for split, part in rows.items():
         check_rows(part, split, {task.text_column: str, task.label_column: object})
-    rows = hold_out(rows, task.validation_share)
     kind = label_kind(rows, task.label_column, task.problem_type)
     if kind == NUMBERS:
         first = next(iter(rows.values()))[0][task.label_column]
@@ -101,6 +100,7 @@ def prepare(argv: list[str] | None = None) -> Callable[[], dict[str, float]]:
         raise ValueError(
             f"all training rows have the {task.label_column} {next(iter(numbers))!r}; they must have at least two"
         )
+    rows = hold_out(rows, task.validation_share)
 
     tokenizer = load_tokenizer(model_arguments)
     model = load_model(

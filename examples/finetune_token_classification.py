@@ -95,8 +95,8 @@ def prepare(argv: list[str] | None = None) -> Callable[[], dict[str, float]]:
     for split, part in rows.items():
         check_rows(part, split, {task.words_column: list, task.labels_column: list})
         check_lists(part, split, task.words_column, task.labels_column)
-    rows = hold_out(rows, task.validation_share)
     numbers = number_labels(rows, task.labels_column, known_labels(model_arguments.model_name_or_path))
+    rows = hold_out(rows, task.validation_share)
 
     tokenizer = load_tokenizer(model_arguments)
     model = load_model(

@@ -394,6 +394,29 @@ def test_rows_are_held_out(tmp_path, script):
         script.prepare(options)
 
 
+@pytest.mark.parametrize("script", SCRIPTS[2:], ids=lambda script: script.__name__)
+def test_rows_are_held_out_after_their_labels_are_read(tmp_path, script):
+    """A label of one row has its number also where that row is held out, and a bad one is named by its file's row."""
+    rows = [{"text": f"x = {i}", "label": f"n{i}", "tokens": [f"{i}"], "tags": [f"n{i}"]} for i in range(6)]
+    options = [*arguments_of(tmp_path, rows, validation=False), "--validation_share", "0.5"]
+    trainer = script.prepare(options).args[0]
+    assert trainer.model.config.label2id == {f"n{i}": i for i in range(6)}
+    assert len(trainer.train_dataset) == len(trainer.eval_dataset) == 3
+    write_rows(tmp_path / "rows.jsonl", [*rows, {"text": "y", "label": " ", "tokens": ["y"], "tags": []}])
+    with pytest.raises(ValueError, match=r"train has bad rows:\nrow 6: (label|tags) is empty$"):
+        script.prepare(options)
+    write_rows(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(ValueError, match="validation_share is 0.99, which holds out all of the 6 training rows"):
+        script.prepare([*options[:-1], "0.99"])
+
+
+def test_rows_without_any_label_are_refused(tmp_path):
+    options = arguments_of(tmp_path, [{"text": "x", "label": []}] * 2)
+    with pytest.raises(ValueError, match="no training row has a label: label is an empty list in each"):
+        finetune_classification.prepare(options)
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_a_short_run_without_evaluation_says(tmp_path, monkeypatch):
     said: list[str] = []
     for module in (data, run_costs):
