@@ -12,6 +12,7 @@ from typing import IO, Any
 from datasets import Dataset, DatasetDict, load_dataset
 from datasets.exceptions import DatasetGenerationError
 from run_costs import RowShape
+from sources import check_least
 from transformers import BatchEncoding, TrainingArguments
 from transformers.utils import logging
 
@@ -48,6 +49,9 @@ class DataArguments:
     )
     max_train_samples: int | None = field(default=None, metadata={"help": "use the first so many training rows"})
     max_eval_samples: int | None = field(default=None, metadata={"help": "use the first so many evaluation rows"})
+
+    def __post_init__(self) -> None:
+        check_least(1, max_train_samples=self.max_train_samples, max_eval_samples=self.max_eval_samples)
 
 
 def check_files(files: list[str]) -> None:
@@ -240,16 +244,13 @@ def load_rows(arguments: DataArguments, text_column: str = "text") -> DatasetDic
 
     Raises:
         ValueError: without a source, with two, for a file that is missing, empty, broken or of another kind, for a
-            folder without texts or beside a file, for a dataset with neither split, or for a limit below 1.
+            folder without texts or beside a file, or for a dataset with neither split.
     """
     files = {"train": arguments.train_file, "validation": arguments.validation_file}
     files = {split: file for split, file in files.items() if file is not None}
     if (arguments.dataset_name is None) == (not files):
         raise ValueError("give either --dataset_name, or --train_file and/or --validation_file")
     limits = {"train": arguments.max_train_samples, "validation": arguments.max_eval_samples}
-    for limit in limits.values():
-        if limit is not None and limit < 1:
-            raise ValueError(f"max_train_samples and max_eval_samples must be at least 1, one is {limit}")
     folders = [file for file in files.values() if Path(file).is_dir()]
     if arguments.dataset_name is not None:
         dataset = load_dataset(arguments.dataset_name, arguments.dataset_config_name)

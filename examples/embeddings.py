@@ -30,6 +30,7 @@ from sentence_transformers import (
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
 from sklearn.feature_extraction.text import TfidfVectorizer
+from sources import check_least
 from training_defaults import BestOfRouted, TimeLeft, TrainingDefaults, run_script
 from transformers import AutoModelForTextEncoding, set_seed
 
@@ -51,6 +52,12 @@ class TaskArguments(DataArguments):
     rows_of_a_pass: int = field(
         default=8, metadata={"help": "texts that are kept for a backward pass at a time; a batch may be larger"}
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # a token of text, and the end
+        check_least(2, max_length=self.max_length)
+        check_least(1, rows_of_a_pass=self.rows_of_a_pass)
 
 
 @dataclass

@@ -41,6 +41,7 @@ from model_arguments import (
 )
 from run_costs import decide_costs
 from run_record import known_labels, run
+from sources import check_least
 from training_defaults import TimeLeft, TrainingDefaults, run_script
 from transformers import (
     AutoModelForSequenceClassification,
@@ -63,6 +64,12 @@ class TaskArguments(DataArguments):
     )
     max_length: int = field(default=16_384, metadata={"help": "tokens of input at most"})
     pad_to_multiple_of: int | None = field(default=128, metadata={"help": "pad batches to a multiple of this"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # a token of text, and the end
+        check_least(2, max_length=self.max_length)
+        check_least(1, pad_to_multiple_of=self.pad_to_multiple_of)
 
 
 @dataclass

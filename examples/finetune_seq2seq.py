@@ -28,6 +28,7 @@ from model_arguments import (
 )
 from run_costs import decide_costs
 from run_record import run
+from sources import check_least
 from text_metrics import exact_match_and_f1, rouge
 from training_defaults import TimeLeft, TrainingDefaults, run_script
 from transformers import (
@@ -51,10 +52,22 @@ class TaskArguments(DataArguments):
     max_target_length: int = field(default=512, metadata={"help": "tokens of output at most"})
     pad_to_multiple_of: int | None = field(default=128, metadata={"help": "pad batches to a multiple of this"})
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # a token of text, and the end
+        check_least(2, max_source_length=self.max_source_length, max_target_length=self.max_target_length)
+        check_least(1, pad_to_multiple_of=self.pad_to_multiple_of)
+
 
 @dataclass
 class RunArguments(TrainingDefaults, Seq2SeqTrainingArguments):
     """Trainer's arguments, with the defaults of these scripts."""
+
+    def __post_init__(self) -> None:
+        # a limit counts the token that decoding starts with
+        check_least(2, generation_max_length=self.generation_max_length)
+        check_least(1, generation_num_beams=self.generation_num_beams)
+        super().__post_init__()
 
 
 def prepare(argv: list[str] | None = None) -> Callable[[], dict[str, float]]:

@@ -8,7 +8,7 @@ from fractions import Fraction
 from typing import Any, Literal
 
 import torch
-from sources import check_source
+from sources import check_least, check_source
 from training_defaults import BestOfRouted
 from transformers import (
     AutoTokenizer,
@@ -87,6 +87,22 @@ class RouterArguments:
         metadata={"help": "log what the routers choose at every so many steps, and warn of dead ones; 0 for never"},
     )
 
+    def __post_init__(self) -> None:
+        check_least(0, router_health_steps=self.router_health_steps)
+        self.schedule()
+
+    def schedule(self) -> DenseStart:
+        """The dense start's.
+
+        Raises:
+            ValueError: for a share that it cannot have.
+        """
+        try:
+            return DenseStart(self.dense_start_closed, self.dense_start_opening, self.dense_start_input_share)
+        except ValueError as error:
+            # which calls its fields as the options without this
+            raise ValueError(f"dense_start_{error}") from None
+
 
 @dataclass
 class FineTunedModelArguments(ModelArguments):
@@ -94,6 +110,9 @@ class FineTunedModelArguments(ModelArguments):
 
     lora: bool = field(default=False, metadata={"help": "train low-rank adapters (PEFT) instead of the weights"})
     lora_rank: int = field(default=16, metadata={"help": "the adapters' rank"})
+
+    def __post_init__(self) -> None:
+        check_least(1, lora_rank=self.lora_rank)
 
 
 class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
@@ -275,13 +294,8 @@ def watch_routers(
 
     Returns:
         The dense start's schedule, None where there is none.
-
-    Raises:
-        ValueError: for a share that the schedule cannot have.
     """
-    schedule = DenseStart(
-        arguments.dense_start_closed, arguments.dense_start_opening, arguments.dense_start_input_share
-    )
+    schedule = arguments.schedule()
     routers = learned_routers(trainer.model)
     if not routers:
         return None

@@ -27,6 +27,7 @@ from model_arguments import (
 )
 from run_costs import RowShape, decide_costs
 from run_record import run
+from sources import check_least
 from training_defaults import TimeLeft, TrainingDefaults, run_script
 from transformers import AutoModelForSeq2SeqLM, Trainer, TrainingArguments, set_seed
 
@@ -65,6 +66,9 @@ class CorpusArguments:
     input_length: int = field(default=4096, metadata={"help": "tokens of every input"})
     target_length: int = field(default=910, metadata={"help": "tokens of every target at most"})
     max_eval_chunks: int = field(default=64, metadata={"help": "evaluate on so many inputs"})
+
+    def __post_init__(self) -> None:
+        check_least(1, max_eval_chunks=self.max_eval_chunks)
 
 
 @dataclass

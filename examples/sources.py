@@ -1,4 +1,4 @@
-"""Where a model or tokenizer is loaded from, a folder or a repository of the Hub, and what is said of errors."""
+"""Checks of single options, such as where a model or tokenizer is loaded from, and what is said of errors."""
 
 from pathlib import Path
 
@@ -22,6 +22,21 @@ def check_source(name: str, option: str) -> None:
         validate_repo_id(name)
     except HFValidationError:
         raise ValueError(f"{option} is {name!r}, where no folder is, and which is no Hub id (owner/name)") from None
+
+
+def check_least(least: int, **options: int | None) -> None:
+    """Refuse options that are too small, before anything is read or loaded.
+
+    Args:
+        least: what each must be at least.
+        options: by name; None for one that is not given.
+
+    Raises:
+        ValueError: naming the first of them.
+    """
+    for name, value in options.items():
+        if value is not None and value < least:
+            raise ValueError(f"{name} is {value}; it must be at least {least}")
 
 
 def one_line(error: Exception) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from accelerate.utils import parse_flag_from_env
 from huggingface_hub.errors import StrictDataclassError
-from sources import one_line
+from sources import check_least, one_line
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
@@ -85,8 +85,8 @@ class TrainingDefaults:
     )
 
     def __post_init__(self) -> None:
-        if self.evaluations_per_epoch < 1:
-            raise ValueError(f"evaluations_per_epoch is {self.evaluations_per_epoch}; it must be at least 1")
+        names = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+        check_least(1, **{name: getattr(self, name) for name in ("evaluations_per_epoch", *names)})
         self.has_own_checkpointing = getattr(self, CHECKPOINTING) is None and self.gradient_checkpointing is None
         if self.gradient_checkpointing is None and CHECKPOINTING == "gradient_checkpointing":
             self.gradient_checkpointing = False

@@ -128,5 +128,8 @@ def test_what_cannot_be_is_refused(tmp_path):
         embeddings.main(arguments)
     with pytest.raises(ValueError, match="dry_run has no formula"):
         embeddings.main([*arguments, "--dry_run", "true"])
+    for name, least in (("max_length", 2), ("rows_of_a_pass", 1), ("max_train_samples", 1)):
+        with pytest.raises(ValueError, match=f"^{name} is 0; it must be at least {least}$"):
+            embeddings.main([*arguments, f"--{name}", "0"])
     with pytest.raises(ValueError, match="train has no column answer"):
         embeddings.main([*arguments, "--validation_file", file, "--document_column", "answer"])

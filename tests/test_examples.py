@@ -259,7 +259,7 @@ def test_missing_columns_and_broken_files_are_named_before_anything_is_written(t
         ({"dataset_name": "d", "train_file": "f.csv"}, "give either --dataset_name, or --train_file"),
         ({"train_file": "nowhere.csv"}, "nowhere.csv is missing or empty"),
         ({"train_file": __file__}, r"files end in .py; they must all end in one of .jsonl, .json, .csv, .parquet"),
-        ({"train_file": __file__, "max_train_samples": 0}, "must be at least 1, one is 0"),
+        ({"train_file": __file__, "max_train_samples": 0}, "max_train_samples is 0; it must be at least 1"),
     ],
 )
 def test_sources_that_cannot_be_are_refused(arguments, message):

@@ -556,6 +556,58 @@ def test_errors_of_the_input_are_one_line(tmp_path, monkeypatch, capsys, options
     assert not (tmp_path / "out").exists()
 
 
+# what would fail in the middle of a run, or be read as no limit at all
+TOO_SMALL = {
+    "per_device_train_batch_size": ("0", 1),
+    "per_device_eval_batch_size": ("-1", 1),
+    "gradient_accumulation_steps": ("0", 1),
+    "evaluations_per_epoch": ("0", 1),
+    "router_health_steps": ("-1", 0),
+    "lora_rank": ("0", 1),
+    "max_eval_samples": ("-3", 1),
+    "max_length": ("0", 2),
+    "max_source_length": ("1", 2),
+    "max_target_length": ("-1", 2),
+    "generation_max_length": ("0", 2),
+    "generation_num_beams": ("0", 1),
+    "pad_to_multiple_of": ("0", 1),
+    "max_eval_chunks": ("0", 1),
+}
+
+
+def test_numbers_that_are_too_small_are_refused_by_name(tmp_path):
+    refused = set()
+    for script in SCRIPTS:
+        kinds = [getattr(script, name) for name in ("TaskArguments", "CorpusArguments", "RunArguments")
+                 if hasattr(script, name)]  # fmt: skip
+        model = "ModelArguments" if script is pretrain else "FineTunedModelArguments"
+        kinds += [model_arguments.RouterArguments, getattr(model_arguments, model)]
+        fields = {name for kind in kinds for name in kind.__dataclass_fields__}
+        for name in fields & TOO_SMALL.keys():
+            value, least = TOO_SMALL[name]
+            options = [
+                *NEW_MODEL,
+                *FAST,
+                "--max_steps",
+                "1",
+                "--output_dir",
+                str(tmp_path / "out"),
+                f"--{name}",
+                value,
+            ]
+            with pytest.raises(ValueError, match=f"^{name} is {value}; it must be at least {least}$"):
+                script.prepare(options)
+            refused.add(name)
+    assert refused == TOO_SMALL.keys() and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("name", "value"), [("closed", "1.0"), ("opening", "0"), ("input_share", "2")])
+def test_shares_of_a_dense_start_are_refused_by_the_names_of_their_options(tmp_path, name, value):
+    with pytest.raises(ValueError, match=f"^dense_start_{name} is {float(value)}; it must be"):
+        finetune_classification.prepare([*arguments_of(tmp_path, LABELLED), f"--dense_start_{name}", value])
+    assert not (tmp_path / "out").exists()
+
+
 def test_errors_of_the_run_keep_their_traceback(monkeypatch):
     def prepare(argv: list[str] | None) -> Any:
         def start() -> None:
