@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-from data import DataArguments, check_rows, load_rows
+from data import DataArguments, check_rows, hold_out, load_rows
 from datasets import Dataset, DatasetDict
 from model_arguments import ModelArguments, check_model, load_model, load_tokenizer, parse_arguments
 from sentence_transformers import (
@@ -160,8 +160,12 @@ def prepare(argv: list[str] | None = None) -> Callable[[], dict[str, float]]:
         rows = load_rows(task, task.document_column)
     for split, part in rows.items():
         check_rows(part, split, {task.query_column: str, task.document_column: str})
-    if "validation" not in rows:
-        raise ValueError("embeddings are scored by retrieval: give --validation_file with pairs that are held out")
+    if "validation" not in rows and not task.validation_share:
+        raise ValueError(
+            "embeddings are scored by retrieval: give --validation_file with pairs that are held out, or "
+            "--validation_share 0.1 to hold out a tenth of the training pairs"
+        )
+    rows = hold_out(rows, task.validation_share)
     texts = [list(rows["validation"][column]) for column in (task.query_column, task.document_column)]
 
     tokenizer = load_tokenizer(model_arguments)
@@ -198,9 +202,9 @@ def prepare(argv: list[str] | None = None) -> Callable[[], dict[str, float]]:
 
         scores = {"before": score()}
         if pairs is not None:
-            trainer.train()
+            trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
             scores["after"] = score()
-        model.save_pretrained(training.output_dir)
+        trainer.save_model()
         metrics = {
             f"{when}_{name}": float(found[f"held_out_cosine_{name}"])
             for when, found in scores.items()

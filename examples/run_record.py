@@ -82,7 +82,7 @@ def run(trainer: Trainer, task: str, data: str, dataset: str | None, base_model:
     """Train where there are training data, evaluate where there are evaluation data, and keep what came out.
 
     Args:
-        trainer: the run's; its `resume_from_checkpoint` names a checkpoint, or is "true" for the newest of its folder.
+        trainer: the run's; its `resume_from_checkpoint` is what `checkpoint_to_resume` gives.
         task, data, dataset, base_model: as in `RunRecord`.
 
     Returns:
@@ -90,10 +90,7 @@ def run(trainer: Trainer, task: str, data: str, dataset: str | None, base_model:
     """
     metrics: dict[str, float] = {}
     if trainer.train_dataset is not None:
-        checkpoint = trainer.args.resume_from_checkpoint
-        if checkpoint is not None and checkpoint.lower() == "true":
-            checkpoint = True
-        metrics |= trainer.train(resume_from_checkpoint=checkpoint).metrics
+        metrics |= trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint).metrics
         save_whole(trainer)
     if trainer.eval_dataset is not None:
         metrics |= trainer.evaluate()

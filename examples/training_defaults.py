@@ -14,6 +14,8 @@ from accelerate.utils import parse_flag_from_env
 from huggingface_hub.errors import StrictDataclassError
 from sources import check_least, one_line
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from modeling_colt5.dense_start import DenseStart
@@ -33,6 +35,37 @@ EVALUATIONS = 20
 NEW_MODEL_RATE, RATE = 1e-2, 1e-3
 # of adapters, whose weights begin at zero and have no size: an absolute rate
 ADAPTER_RATE = 2e-4
+
+
+def checkpoint_to_resume(given: str | None, folder: Path) -> str | None:
+    """The checkpoint that a run goes on from, None for a run from the beginning.
+
+    Args:
+        given: a checkpoint's folder, or "true" for the newest whole one; "false" is as None.
+        folder: where the run saves its checkpoints.
+
+    Raises:
+        ValueError: where there is no such checkpoint.
+    """
+    if given is None or given.lower() == "false":
+        return None
+    if given.lower() != "true":
+        if not (Path(given) / TRAINER_STATE_NAME).is_file():
+            raise ValueError(
+                f"resume_from_checkpoint is {given!r}, which has no {TRAINER_STATE_NAME}; it must be the folder of a "
+                f"checkpoint, or true for the newest one in {folder}"
+            )
+        return given
+    steps = [path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-") for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")]
+    for step in sorted((int(step) for step in steps if step.isdecimal()), reverse=True):
+        checkpoint = folder / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+        # what Trainer writes last
+        if (checkpoint / TRAINER_STATE_NAME).is_file():
+            return str(checkpoint)
+        logger.warning(f"{checkpoint} is not whole: the run ended while it was saved. An earlier one is looked for")
+    raise ValueError(
+        f"resume_from_checkpoint is true, and {folder} has no whole checkpoint; leave it out to begin anew"
+    )
 
 
 @dataclass
@@ -110,6 +143,8 @@ class TrainingDefaults:
         self.has_own_best = self.load_best_model_at_end is None
         self.load_best_model_at_end = bool(self.load_best_model_at_end)
         super().__post_init__()
+        # before anything is loaded, and by every process alike: none of them has saved anything yet
+        self.resume_from_checkpoint = checkpoint_to_resume(self.resume_from_checkpoint, Path(self.output_dir))
 
     def decide_evaluation(self, has_rows: bool, keep_best: bool, metric: str = "loss", greater: bool = False) -> None:
         """What depends on the rows and the task.

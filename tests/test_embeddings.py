@@ -1,9 +1,12 @@
 """The embeddings example: its local task, its scores against counts by hand, and a run that learns."""
 
+import json
 from pathlib import Path
 
 import pytest
 from example_runs import FAST, NEW_MODEL, write_rows
+from rounding import assert_trained_alike
+from safetensors.torch import load_file
 from test_readme import blocks
 
 embeddings = pytest.importorskip("embeddings", reason="sentence-transformers is not installed", exc_type=ImportError)
@@ -121,11 +124,34 @@ def test_a_run_learns_to_find_documents(trained, monkeypatch):
     assert type(model[0].auto_model).__name__ == "CoLT5EncoderModel" and model[0].auto_model.config.routers_trained
 
 
+# two runs
+@pytest.mark.slow
+def test_an_interrupted_run_goes_on_with_pairs_held_out(tmp_path):
+    """And ends with the weights of a run without the break."""
+    rows = [{"query": f"where is number {i}", "document": f"def find_{i}(x): return {i}"} for i in range(10)]
+    file = write_rows(tmp_path / "pairs.jsonl", rows)
+    arguments = [*NEW_MODEL, *FAST, "--train_file", file, "--validation_share", "0.2", "--max_steps", "4"]
+    arguments += ["--save_steps", "2", "--save_total_limit", "9", "--learning_rate", "1e-2", "--output_dir"]
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    assert embeddings.main([*arguments, str(whole)])["queries"] == 2
+    (resumed / "checkpoint-2").parent.mkdir()
+    (whole / "checkpoint-2").rename(resumed / "checkpoint-2")
+    embeddings.main([*arguments, str(resumed), "--resume_from_checkpoint", "true"])
+    state = json.loads((resumed / "checkpoint-4" / "trainer_state.json").read_text())
+    assert (
+        state["global_step"] == 4 and (resumed / "checkpoint-2").exists() and not (resumed / "checkpoint-1").exists()
+    )
+    weights, expected = (load_file(folder / "checkpoint-4" / "model.safetensors") for folder in (resumed, whole))
+    assert_trained_alike(weights, expected, 1e-2)
+
+
 def test_what_cannot_be_is_refused(tmp_path):
     file = write_rows(tmp_path / "pairs.jsonl", [{"query": "a", "document": "b"}])
     arguments = [*NEW_MODEL, *FAST, "--output_dir", str(tmp_path / "out"), "--train_file", file]
     with pytest.raises(ValueError, match="give --validation_file"):
         embeddings.main(arguments)
+    with pytest.raises(ValueError, match="holds out all of the 1 training rows"):
+        embeddings.main([*arguments, "--validation_share", "0.5"])
     with pytest.raises(ValueError, match="dry_run has no formula"):
         embeddings.main([*arguments, "--dry_run", "true"])
     for name, least in (("max_length", 2), ("rows_of_a_pass", 1), ("max_train_samples", 1)):

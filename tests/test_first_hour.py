@@ -2,6 +2,7 @@
 cut off, kinds of labels, and errors in one line."""
 
 import csv
+import json
 import math
 import re
 import subprocess
@@ -605,6 +606,42 @@ def test_numbers_that_are_too_small_are_refused_by_name(tmp_path):
 def test_shares_of_a_dense_start_are_refused_by_the_names_of_their_options(tmp_path, name, value):
     with pytest.raises(ValueError, match=f"^dense_start_{name} is {float(value)}; it must be"):
         finetune_classification.prepare([*arguments_of(tmp_path, LABELLED), f"--dense_start_{name}", value])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_ended_while_it_saved_goes_on_from_the_checkpoint_before(tmp_path, monkeypatch):
+    said: list[str] = []
+    monkeypatch.setattr(training_defaults.logger, "warning", said.append)
+    options = [*arguments_of(tmp_path, LABELLED), "--max_steps", "3", "--save_steps", "1", "--save_total_limit", "5"]
+    finetune_classification.main(options)
+    out = tmp_path / "out"
+    # Trainer writes this file last
+    (out / "checkpoint-3" / "trainer_state.json").unlink()
+    resume = ["--resume_from_checkpoint", "true"]
+    start = finetune_classification.prepare([*options, *resume])
+    assert start.args[0].args.resume_from_checkpoint == str(out / "checkpoint-2")
+    assert len(said) == 1 and f"{out / 'checkpoint-3'} is not whole" in said[0]
+    start()
+    history = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    # the losses of the steps before come from the checkpoint: each is there once
+    assert [entry["step"] for entry in history if "loss" in entry] == [1, 2, 3]
+    for step in (1, 2, 3):
+        (out / f"checkpoint-{step}" / "trainer_state.json").unlink()
+    with pytest.raises(ValueError, match=f"true, and {out} has no whole checkpoint; leave it out to begin anew"):
+        finetune_classification.prepare([*options, *resume])
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_a_checkpoint_to_resume_is_looked_for_before_anything_is_read(tmp_path, script):
+    options = [*FAST, "--output_dir", str(tmp_path / "out"), "--max_steps", "1", "--resume_from_checkpoint"]
+    for given in (str(tmp_path / "checkpoint-3"), str(tmp_path)):
+        with pytest.raises(ValueError, match=f"resume_from_checkpoint is '{given}', which has no trainer_state.json"):
+            script.prepare([*options, given])
+    with pytest.raises(ValueError, match="out has no whole checkpoint"):
+        script.prepare([*options, "True"])
+    # a run from the beginning, which lacks its model
+    with pytest.raises(ValueError, match="name the model to begin with"):
+        script.prepare([*options, "false"])
     assert not (tmp_path / "out").exists()
 
 
