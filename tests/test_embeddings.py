@@ -1,6 +1,5 @@
 """The embeddings example: its local task, its scores against counts by hand, and a run that learns."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -134,13 +133,12 @@ def test_an_interrupted_run_goes_on_with_pairs_held_out(tmp_path):
     arguments += ["--save_steps", "2", "--save_total_limit", "9", "--learning_rate", "1e-2", "--output_dir"]
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     assert embeddings.main([*arguments, str(whole)])["queries"] == 2
-    (resumed / "checkpoint-2").parent.mkdir()
+    resumed.mkdir()
     (whole / "checkpoint-2").rename(resumed / "checkpoint-2")
+    saved = (resumed / "checkpoint-2" / "trainer_state.json").stat().st_mtime_ns
     embeddings.main([*arguments, str(resumed), "--resume_from_checkpoint", "true"])
-    state = json.loads((resumed / "checkpoint-4" / "trainer_state.json").read_text())
-    assert (
-        state["global_step"] == 4 and (resumed / "checkpoint-2").exists() and not (resumed / "checkpoint-1").exists()
-    )
+    # a run from the beginning would have saved it anew, and ended with the same weights
+    assert (resumed / "checkpoint-2" / "trainer_state.json").stat().st_mtime_ns == saved
     weights, expected = (load_file(folder / "checkpoint-4" / "model.safetensors") for folder in (resumed, whole))
     assert_trained_alike(weights, expected, 1e-2)
 
