@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from data import KINDS, check_files, file_kind, read_document, read_pdf, text_files
+from data import KINDS, check_files, file_kind, open_text, read_document, read_pdf, text_files
 from datasets import load_dataset
 from model_arguments import (
     ModelArguments,
@@ -108,8 +108,9 @@ def load_documents(arguments: CorpusArguments) -> tuple[Iterable[Any], Iterable[
 
     Raises:
         ImportError: for a PDF, without pypdf.
-        ValueError: without documents, with two sources of them, for a file that is missing or empty, a PDF without
-            text, for files of several kinds, or for a dataset without a split "train" or without the column of text.
+        ValueError: without documents, with two sources of them, for a file that is missing or empty, or is not packed
+            as its name says, a PDF without text, for files of several kinds, or for a dataset without a split "train"
+            or without the column of text.
     """
     if (arguments.dataset_name is None) == (not arguments.train_files):
         raise ValueError("give either --dataset_name or --train_files")
@@ -127,12 +128,35 @@ def load_documents(arguments: CorpusArguments) -> tuple[Iterable[Any], Iterable[
                 if name.endswith(".pdf"):
                     # one without text is found now, and not when its turn comes
                     read_pdf(Path(name))
+                elif name.endswith(".gz"):
+                    # likewise one that is not packed
+                    open_text(name).close()
             return TextFiles(files["train"]), TextFiles(files["validation"]) if "validation" in files else None
         streams = load_dataset(file_kind(names), data_files=files, streaming=True)
     columns = streams["train"].column_names
     if columns is not None and arguments.text_column not in columns:
         raise ValueError(f"text_column is {arguments.text_column!r}; the columns are {', '.join(columns)}")
     return streams["train"], streams.get("validation")
+
+
+def check_text(documents: Iterable[Any], split: str, text_column: str) -> None:
+    """Refuse documents of which none has text; reads up to the first that has.
+
+    Args:
+        documents: texts, or rows with `text_column`.
+        split: theirs, for the message.
+        text_column: where a row has its text.
+
+    Raises:
+        ValueError: also for a row before that with something else in the place of text.
+    """
+    for number, document in enumerate(documents):
+        text = document if isinstance(document, str) else document[text_column]
+        if not isinstance(text, str):
+            raise ValueError(f"{split}: row {number}: {text_column} is {type(text).__name__}, must be str")
+        if text.strip():
+            return
+    raise ValueError(f"{split} has no text: all of its documents are blank")
 
 
 def prepare(argv: list[str] | None = None) -> Callable[[], dict[str, float]]:
@@ -147,6 +171,9 @@ def prepare(argv: list[str] | None = None) -> Callable[[], dict[str, float]]:
     training.remove_unused_columns = False
 
     documents, held_out = load_documents(corpus)
+    check_text(documents, "train", corpus.text_column)
+    if held_out is not None:
+        check_text(held_out, "validation", corpus.text_column)
     # UL2's denoisers need their tokens, which fit into the spare rows of T5's embedding
     mode_tokens = {"mode_tokens": True} if corpus.objective == "ul2" else {}
     tokenizer = load_tokenizer(model_arguments, **mode_tokens)
@@ -166,7 +193,7 @@ def prepare(argv: list[str] | None = None) -> Callable[[], dict[str, float]]:
     eval_dataset = None
     if held_out is not None:
         chunks = chunk_documents(held_out, collator, text_column=corpus.text_column)
-        eval_dataset = [chunk for _, chunk in zip(range(corpus.max_eval_chunks), chunks, strict=False)] or None
+        eval_dataset = [chunk for _, chunk in zip(range(corpus.max_eval_chunks), chunks, strict=False)]
     # the last model has seen the most text
     training.decide_evaluation(eval_dataset is not None, keep_best=False)
     optimizer = training.make_optimizer(model, is_new=model_arguments.size is not None)

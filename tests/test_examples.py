@@ -430,6 +430,21 @@ def test_pretraining_refuses_what_is_missing(tmp_path):
     with pytest.raises(ValueError, match="files end in .jsonl, .txt; they must all end in one of"):
         (tmp_path / "text.txt").write_text("x")
         pretrain.main([*arguments, "--train_files", rows, str(tmp_path / "text.txt")])
+    arguments += ["--train_files", rows, "--text_column", "document"]
+    number = write_rows(tmp_path / "number.jsonl", [{"document": None}, {"document": 1}])
+    for option, split in (("--train_files", "train"), ("--validation_files", "validation")):
+        (tmp_path / "text.txt").write_text(" \n")
+        files = [*arguments, "--validation_files", rows, option]
+        with pytest.raises(ValueError, match=f"{split} has no text: all of its documents are blank"):
+            pretrain.main([*files, write_rows(tmp_path / "blank.jsonl", [{"document": " "}] * 2)])
+        with pytest.raises(ValueError, match=f"{split}: row 0: document is NoneType, must be str"):
+            pretrain.main([*files, number])
+    texts = [*arguments, "--train_files", str(tmp_path / "text.txt")]
+    with pytest.raises(ValueError, match="train has no text"):
+        pretrain.main(texts)
+    (tmp_path / "later.txt.gz").write_text("not packed")
+    with pytest.raises(ValueError, match="later.txt.gz is not packed by gzip"):
+        pretrain.main([*texts, str(tmp_path / "later.txt.gz")])
     # adapters are for fine-tuning
     with pytest.raises(ValueError, match="lora"):
         pretrain.main([*arguments, "--train_files", rows, "--lora", "true"])
