@@ -129,6 +129,12 @@ def prepare(argv: list[str] | None = None) -> Callable[[], dict[str, float]]:
         return inputs
 
     tokenized = map_rows(rows, tokenize, training)
+    for split, part in tokenized.items():
+        # blank words have no tokens; without any label there is no loss, and there are no scores
+        if all(label == -100 for labels in part["labels"] for label in labels):
+            raise ValueError(
+                f"{split} has no label to learn or to score: no word of its {task.words_column} has a token"
+            )
     training.decide_evaluation("validation" in rows, True, "f1", greater=True)
     optimizer = training.make_optimizer(model, is_new=model_arguments.size is not None)
     trainer = Trainer(

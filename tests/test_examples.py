@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -331,6 +332,24 @@ def test_labels_are_numbered_in_their_own_order():
     assert data.number_labels(splits(validation=["b"]), "tags", {"b": 0, "a": 1}) == {"b": 0, "a": 1}
     with pytest.raises(ValueError, match="validation rows alone need a model that was fine-tuned"):
         data.number_labels(splits(validation=["b"]), "tags", None)
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_words_without_any_token_are_refused(tmp_path, split):
+    """They would have no score at the end of the run; among other words they may stand."""
+    rows = [{"tokens": ["x", "", " "], "tags": ["a", "b", "a"]}]
+    files = {name: write_rows(tmp_path / f"{name}.jsonl", rows) for name in ("train", "validation")}
+    options = [*NEW_MODEL, *FAST, "--output_dir", str(tmp_path / "out")]
+    options += [part for name, file in files.items() for part in (f"--{name}_file", file)]
+    (row,) = finetune_token_classification.prepare(options).args[0].train_dataset
+    assert [label for label in row["labels"] if label != -100] == [0]
+    shutil.rmtree(tmp_path / "out")
+    write_rows(tmp_path / f"{split}.jsonl", [{"tokens": ["", " "], "tags": ["a", "b"]}] * 2)
+    with pytest.raises(
+        ValueError, match=f"{split} has no label to learn or to score: no word of its tokens has a token"
+    ):
+        finetune_token_classification.prepare(options)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
