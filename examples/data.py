@@ -352,8 +352,8 @@ SINGLE, SEVERAL, NUMBERS = "single_label_classification", "multi_label_classific
 
 
 def label_kind(rows: DatasetDict, column: str, wanted: str | None) -> str:
-    """What the labels are, checked: names or whole numbers for one class of a row, lists of such for any number of
-    classes, other numbers or lists of them for regression.
+    """What the labels are, checked: names, whole numbers or truth values for one class of a row, lists of such for any
+    number of classes, other numbers or lists of them for regression.
 
     Args:
         rows: the splits; each has the column.
@@ -365,13 +365,15 @@ def label_kind(rows: DatasetDict, column: str, wanted: str | None) -> str:
     """
     first = next((part[0][column] for part in rows.values() if len(part)), None)
     is_list = isinstance(first, list)
-    inner = next(iter(first), None) if is_list else first
+    # the first rows of several classes may be empty lists, of which no type is known
+    inner = next((label for part in rows.values() for _, label in labels_of(part, column)), None)
     kind = wanted or (NUMBERS if isinstance(inner, float) else SEVERAL if is_list else SINGLE)
     if wanted == SINGLE:
         is_list = False
-    # labels of several classes may be empty lists, of which no type is known
-    allowed = (int, float) if kind == NUMBERS else (int,) if isinstance(inner, int) else (str,)
-    name = "float" if kind == NUMBERS else allowed[0].__name__
+    # a truth value is a whole number to Python, and no number to regress
+    own = next((own for own in (bool, int) if isinstance(inner, own)), str)
+    allowed = (int, float) if kind == NUMBERS else (own,)
+    name = "float" if kind == NUMBERS else own.__name__
     is_list = is_list or kind == SEVERAL
     for split, part in rows.items():
         problems = []
@@ -381,7 +383,7 @@ def label_kind(rows: DatasetDict, column: str, wanted: str | None) -> str:
                 problems.append((number, f"{column} is {type(label).__name__}, must be {must}"))
                 continue
             for value in label if is_list else [label]:
-                if not isinstance(value, allowed) or isinstance(value, bool):
+                if not isinstance(value, allowed) or isinstance(value, bool) and bool not in allowed:
                     must = f"each {name}" if is_list else name
                     problems.append((number, f"{column} is {type(value).__name__}, must be {must}"))
                 elif isinstance(value, str) and not value.strip():
@@ -406,7 +408,7 @@ def number_labels(rows: DatasetDict, column: str, known: Mapping[str, int] | Non
 
     Args:
         rows: the checked splits.
-        column: where a row has its label, or its list of labels: whole numbers or names.
+        column: where a row has its label, or its list of labels: whole numbers, names or truth values.
         known: a checkpoint's labels, which keep their numbers where the training rows hold just those, and which alone
             count where there are no training rows. None for a checkpoint without a head, and for a new model.
 

@@ -3,9 +3,9 @@ r"""Fine-tune CoLT5 to classify long documents, with one label or several each, 
     python examples/finetune_classification.py --model_name_or_path my-colt5 --train_file train.jsonl \
         --validation_file validation.jsonl --text_column text --label_column label --output_dir out
 
-Labels are whole numbers or names, lists of such for several labels, and other numbers for regression. A folder of
-folders of .txt and .pdf files does as well, with the folders' names for labels. All options of `TrainingArguments`
-work.
+Labels are whole numbers, names, or true and false, lists of such for several labels, and other numbers for regression.
+A folder of folders of .txt and .pdf files does as well, with the folders' names for labels. All options of
+`TrainingArguments` work.
 """
 
 from collections.abc import Callable

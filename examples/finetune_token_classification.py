@@ -3,8 +3,8 @@ r"""Fine-tune CoLT5 to label the words of long documents.
     python examples/finetune_token_classification.py --model_name_or_path my-colt5 --train_file train.jsonl \
         --validation_file validation.jsonl --words_column tokens --labels_column tags --output_dir out
 
-A row holds a list of words and a list of as many labels, whole numbers or names. A word's first token carries its
-label, and its others are left out of loss and metrics. All options of `TrainingArguments` work.
+A row holds a list of words and a list of as many labels: names, whole numbers, or true and false. A word's first token
+carries its label, and its others are left out of loss and metrics. All options of `TrainingArguments` work.
 """
 
 from collections.abc import Callable

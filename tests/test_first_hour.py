@@ -462,9 +462,12 @@ def splits(*labels: Any) -> DatasetDict:
     [
         (["a", "b"], data.SINGLE),
         ([0, 1], data.SINGLE),
+        ([True, False], data.SINGLE),
+        ([[True], [False]], data.SEVERAL),
         ([["a"], [], ["a", "b"]], data.SEVERAL),
         ([[], ["b"]], data.SEVERAL),
         ([[0], [1, 2]], data.SEVERAL),
+        ([[], [3]], data.SEVERAL),
         ([0.5, 1.0], data.NUMBERS),
         ([[0.5, 1.0], [0.0, 2.0]], data.NUMBERS),
     ],
@@ -476,6 +479,8 @@ def test_kinds_of_labels(labels, kind):
 def test_labels_of_a_wanted_kind():
     assert data.label_kind(splits(1, 2), "label", data.NUMBERS) == data.NUMBERS
     for labels, wanted, message in (
+        ([True], data.NUMBERS, "row 0: label is bool, must be float"),
+        ([[], [0.5]], None, "row 1: label has 1 numbers, the first row has 0"),
         (["a"], data.NUMBERS, "row 0: label is str, must be float"),
         ([0.5], data.SINGLE, "row 0: label is float, must be"),
         (["a"], data.SEVERAL, "row 0: label is str, must be a list, each of it str"),
