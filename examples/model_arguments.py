@@ -1,6 +1,7 @@
 """The scripts' arguments, and which model they train: a checkpoint, or a new one of a given size; also with LoRA."""
 
 import ast
+import json
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -8,9 +9,12 @@ from fractions import Fraction
 from typing import Any, Literal
 
 import torch
+from run_record import known_labels
+from safetensors import SafetensorError
 from sources import check_least, check_source
 from training_defaults import BestOfRouted
 from transformers import (
+    AutoConfig,
     AutoTokenizer,
     HfArgumentParser,
     PreTrainedModel,
@@ -18,12 +22,14 @@ from transformers import (
     T5Tokenizer,
     Trainer,
 )
-from transformers.utils import find_adapter_config_file
+from transformers.utils import find_adapter_config_file, logging
 
 from modeling_colt5 import CoLT5Config, CoLT5Tokenizer
 from modeling_colt5.configuration_colt5 import check_config
 from modeling_colt5.dense_start import DenseStart, DenseStartCallback, learned_routers
 from modeling_colt5.router_health import RouterHealthCallback
+
+logger = logging.get_logger(__name__)
 
 
 class Share(Fraction):
@@ -171,12 +177,15 @@ def load_tokenizer(arguments: ModelArguments, **kwargs: Any) -> PreTrainedTokeni
         kwargs: of `CoLT5Tokenizer`.
 
     Raises:
-        ValueError: where neither it nor a checkpoint is named.
+        ValueError: where neither it nor a checkpoint is named, or its files are broken.
     """
     name = arguments.tokenizer_name or arguments.model_name_or_path
     if name is None:
         raise ValueError("give --tokenizer_name with --size: a new model has no tokenizer of its own")
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"the tokenizer of {name} cannot be read: {error}") from None
     if not isinstance(tokenizer, T5Tokenizer) or isinstance(tokenizer, CoLT5Tokenizer) and not kwargs:
         return tokenizer
     return CoLT5Tokenizer.from_pretrained(name, **kwargs)
@@ -186,7 +195,7 @@ def load_checkpoint(name: str, auto_class: Any, **kwargs: Any) -> Any:
     """The model of a folder or Hub id; of an adapter's, its base model with the adapter on it, ready to be trained on.
 
     In fp32, whatever it was saved in: AdamW's steps are smaller than what bf16 weights can hold. `--bf16 true` still
-    computes in bf16.
+    computes in bf16. A head for another number of labels than the rows have begins anew.
 
     Args:
         name: the folder or Hub id.
@@ -195,16 +204,33 @@ def load_checkpoint(name: str, auto_class: Any, **kwargs: Any) -> Any:
 
     Raises:
         TypeError: for a model of another kind, such as T5.
+        ValueError: for an adapter that is for another number of labels.
     """
     kwargs = {"dtype": torch.float32, **kwargs}
+    labels = kwargs.get("id2label")
     if find_adapter_config_file(name) is None:
+        if labels is not None:
+            saved, kind = AutoConfig.from_pretrained(name), auto_class.__name__.removeprefix("AutoModel")
+            has_head = any(architecture.endswith(kind) for architecture in saved.architectures or ())
+            if has_head and saved.num_labels != len(labels):
+                logger.warning(
+                    f"The head of {name} is for {saved.num_labels} labels and the rows have {len(labels)}: it begins "
+                    "with random weights"
+                )
+                kwargs["ignore_mismatched_sizes"] = True
         model = auto_class.from_pretrained(name, **kwargs)
         check_config(model.config)
         return model
     from peft import PeftConfig, PeftModel
 
     # PEFT loads what it saved; Auto classes of older releases make routers and heads anew
-    base = auto_class.from_pretrained(PeftConfig.from_pretrained(name).base_model_name_or_path, **kwargs)
+    source, known = PeftConfig.from_pretrained(name).base_model_name_or_path, known_labels(name)
+    if labels is not None and known is not None and len(known) != len(labels):
+        raise ValueError(
+            f"{name} is an adapter for the labels {', '.join(known)}, and the rows have {', '.join(labels.values())}; "
+            f"train another one: --model_name_or_path {source} --lora true"
+        )
+    base = load_checkpoint(source, auto_class, **kwargs)
     model = PeftModel.from_pretrained(base, name, is_trainable=True)
     if any(parameter.requires_grad for router in learned_routers(model) for parameter in router.parameters()):
         # the adapter's own training has trained the routers that it holds, which its base's configuration cannot say
@@ -224,12 +250,16 @@ def load_model(
         kwargs: fields of the configuration, such as the labels of a classifier.
 
     Raises:
-        ValueError: with fields for a checkpoint, or for a tokenizer with more tokens than the model has embeddings.
+        ValueError: with fields for a checkpoint, for weights that are broken, or for a tokenizer with more tokens than
+            the model has embeddings.
     """
     if arguments.model_name_or_path is not None:
         if arguments.config_overrides is not None:
             raise ValueError("config_overrides is for a new model (--size); a checkpoint has its fields")
-        model = load_checkpoint(arguments.model_name_or_path, auto_class, **kwargs)
+        try:
+            model = load_checkpoint(arguments.model_name_or_path, auto_class, **kwargs)
+        except SafetensorError as error:
+            raise ValueError(f"the weights of {arguments.model_name_or_path} cannot be read: {error}") from None
     else:
         overrides = {"vocab_size": -(-len(tokenizer) // 64) * 64} | parse_overrides(arguments.config_overrides)
         model = auto_class.from_config(CoLT5Config.from_size(arguments.size, **(overrides | kwargs)))

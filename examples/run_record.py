@@ -37,8 +37,15 @@ class RunRecord:
 
     @classmethod
     def load(cls, folder: Path) -> "RunRecord":
-        """The record that `run` left in a folder."""
-        return cls(**json.loads((folder / RECORD).read_text(encoding="utf-8")))
+        """The record that `run` left in a folder.
+
+        Raises:
+            ValueError: for a file of that name with something else in it.
+        """
+        try:
+            return cls(**json.loads((folder / RECORD).read_text(encoding="utf-8")))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{folder / RECORD} is no record of a training script: {error}") from None
 
 
 SETTINGS = (

@@ -35,7 +35,12 @@ from transformers import (
 )
 from transformers.integrations import integration_utils
 
-from modeling_colt5 import CoLT5ForConditionalGeneration, CoLT5ForSequenceClassification, CoLT5Tokenizer
+from modeling_colt5 import (
+    CoLT5ForConditionalGeneration,
+    CoLT5ForSequenceClassification,
+    CoLT5ForTokenClassification,
+    CoLT5Tokenizer,
+)
 
 # where weights are compared: so large that one other batch shows
 LEARNING_RATE = 1e-2
@@ -317,6 +322,60 @@ def test_classification_of_documents(tmp_path):
     write_rows(tmp_path / "one.jsonl", [row, {**row, "label": "c"}])
     with pytest.raises(ValueError, match="validation: row 1 has the label 'c', unknown among a, b"):
         finetune_classification.main(arguments)
+
+
+@pytest.mark.parametrize(
+    ("script", "model_class", "head"),
+    [
+        (finetune_classification, CoLT5ForSequenceClassification, "classification_head.out_proj"),
+        (finetune_token_classification, CoLT5ForTokenClassification, "classifier"),
+    ],
+    ids=["documents", "words"],
+)
+def test_a_head_for_other_labels_begins_anew(script, model_class, head, tmp_path, monkeypatch):
+    """And nothing else of the checkpoint does; an adapter, which holds such a head, is refused."""
+    said: list[str] = []
+    monkeypatch.setattr(model_arguments.logger, "warning", said.append)
+    base = tmp_path / "base"
+    saved = tiny_model(model_class, vocab_size=8192, num_labels=2)
+    saved.config.id2label, saved.config.label2id = {0: "a", 1: "b"}, {"a": 0, "b": 1}
+    saved.save_pretrained(base)
+    AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(base)
+    rows = [{"text": "x = 1", "label": label, "tokens": ["x", "y"], "tags": ["a", label]} for label in "abc"]
+    options = [*FAST, "--train_file", write_rows(tmp_path / "rows.jsonl", rows[:2]), "--max_steps", "1"]
+    options += ["--save_strategy", "no", "--output_dir", str(tmp_path / "out"), "--model_name_or_path"]
+    script.main([*options, str(base), "--lora", "true"])
+    assert said == []
+    write_rows(tmp_path / "rows.jsonl", rows)
+    model = script.prepare([*options, str(base)]).args[0].model
+    assert model.config.label2id == {"a": 0, "b": 1, "c": 2} and model.get_submodule(head).out_features == 3
+    weights = saved.state_dict()
+    for name, weight in model.state_dict().items():
+        assert name.startswith(head) or torch.equal(weight, weights[name]), name
+    assert len(said) == 1 and "is for 2 labels and the rows have 3" in said[0]
+    with pytest.raises(ValueError, match=f"an adapter for the labels a, b, and .* a, b, c; .*path {base} --lora true"):
+        script.prepare([*options, str(tmp_path / "out")])
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("model.safetensors", "cut", "the weights of .*base cannot be read: "),
+        ("tokenizer.json", "{", "the tokenizer of .*base cannot be read: "),
+        ("config.json", "{", "base/config.json' is not a valid JSON file"),
+        ("run.json", "{}", "base/run.json is no record of a training script: "),
+    ],
+)
+def test_a_broken_file_of_a_checkpoint_is_named(file, content, message, tmp_path):
+    base = tmp_path / "base"
+    tiny_model(CoLT5ForSequenceClassification, vocab_size=8192).save_pretrained(base)
+    AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(base)
+    (base / file).write_text(content)
+    rows, _ = TASKS[finetune_classification]
+    options = [*FAST, "--train_file", write_rows(tmp_path / "rows.jsonl", rows), "--model_name_or_path", str(base)]
+    # what a script says in one line
+    with pytest.raises((ValueError, OSError), match=message):
+        finetune_classification.prepare([*options, "--output_dir", str(tmp_path / "out")])
 
 
 def test_labels_are_numbered_in_their_own_order():
