@@ -117,11 +117,14 @@ class CoLT5RoutedAttention(CoLT5Attention):
         weights where the implementation gives them."""
         query = self.split_heads(self.q(query_states))
         key, value = (self.split_heads(part(key_value_states)) for part in (self.k, self.v))
-        inputs = (query, key, value, bias_table, queries.indices, keys.indices, keys.valid)
+        inputs = (query, key, value, bias_table, queries.indices, keys.indices)
         if plan.implementation.fuses_attention:
-            return self.o(routed_attention(*inputs, drop_rate(self), seed, plan.width).flatten(-2)), None
+            attended = routed_attention(*inputs, keys.valid, drop_rate(self), seed, plan.width)
+            return self.o(attended.flatten(-2)), None
         attend = partial(self.attend, implementation=plan.implementation.attention)
-        output, weights = routed_attention_reference(*inputs, attend, plan.width)
+        # without padding all slots are used, and a mask would be one more tensor of the size of the bias
+        used = None if plan.mask is None else keys.valid
+        output, weights = routed_attention_reference(*inputs, used, attend, plan.width)
         return self.o(output.flatten(-2)), weights
 
 

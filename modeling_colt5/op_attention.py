@@ -43,6 +43,16 @@ Attend = Callable[
 Weigh = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 
+def _read_table(bias_table: Tensor, entries: Tensor) -> Tensor:
+    """The bias of each pair: [heads, entries of the table], int64 [..., queries, keys] → [..., heads, queries, keys].
+
+    `gather` reads and writes in the order of its result. Indexing takes a CPU twice as long, `F.embedding` five times.
+    """
+    *rows, _, keys = entries.shape
+    entries = entries.flatten(-2)[..., None, :].expand(*rows, len(bias_table), -1)
+    return bias_table.expand(*rows, -1, -1).gather(-1, entries).unflatten(-1, (-1, keys))
+
+
 def bias_by_position(bias_table: Tensor, query_positions: Tensor, key_positions: Tensor) -> Tensor:
     """The bias of each query and key, read from a table by distance.
 
@@ -56,8 +66,7 @@ def bias_by_position(bias_table: Tensor, query_positions: Tensor, key_positions:
     """
     max_distance = (bias_table.shape[-1] - 1) // 2
     distance = key_positions[..., None, :] - query_positions[..., :, None]
-    bias = bias_table[:, distance.clamp(-max_distance, max_distance) + max_distance]
-    return bias.movedim(0, -3)
+    return _read_table(bias_table, distance.clamp(-max_distance, max_distance) + max_distance)
 
 
 def bias_of_sequence(bias_table: Tensor, length: int, key_length: int, past: int | Tensor) -> Tensor:
@@ -108,8 +117,7 @@ def bias_by_offset(bias_table: Tensor, query_places: Places, key_places: Places)
         (key[..., None, :] - query[..., :, None]).clamp(-most, most) + most
         for query, key in zip(query_places, key_places, strict=True)
     )
-    # One row of all heads for each pair: its gradient is a sum of rows.
-    return F.embedding(rows * side + columns, bias_table.flatten(1).transpose(0, 1)).movedim(-1, -3)
+    return _read_table(bias_table.flatten(1), rows * side + columns)
 
 
 def sdpa_attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, mask: Tensor | None) -> tuple[Tensor, None]:
@@ -318,8 +326,6 @@ def routed_attention_reference(
     """
     if width is None:
         bias = bias_by_position(bias_table, query_positions, key_positions)
-        # The copy has the order of its shape for a batch of 1 too: an exported program does not ask for the batch.
-        bias = bias.clone(memory_format=torch.contiguous_format)
     else:
         bias = bias_by_offset(bias_table, places_of(query_positions, width), places_of(key_positions, width))
     mask = None if key_mask is None else key_mask[:, None, None, :]

@@ -504,3 +504,18 @@ def test_another_activation_is_used_and_hooks_on_it_see_its_values(model_class):
         assert (model(**inputs)[0] - before).abs().max() > 1e-3
         part.act = own
     torch.testing.assert_close(model(**inputs)[0], before)
+
+
+@pytest.mark.parametrize("dense_start", [None, 0.0, 0.5])
+@pytest.mark.parametrize("minimum", [1, 6])
+def test_without_padding_all_slots_are_used(dense_start, minimum, device):
+    """Heavy attention masks no slot then; a mask of ones, with which it does, gives the same."""
+    model = tiny_model(CoLT5EncoderModel, min_routed_tokens=minimum).to(device).train()
+    model.set_dense_start(dense_start)
+    for length in (1, 2, 5, 7, 12, 40, 41):
+        ids = random_ids(2, length).to(device)
+        output = model(ids, output_routing=True)
+        for layer in output.routing:
+            assert bool(layer.query.valid.all()) and bool(layer.key_value.valid.all())
+        masked = model(ids, attention_mask=torch.ones_like(ids)).last_hidden_state
+        assert_same_but_for_rounding(output.last_hidden_state, masked)
