@@ -22,6 +22,7 @@ import numpy as np
 from data import DataArguments, check_rows, hold_out, load_rows
 from datasets import Dataset, DatasetDict
 from model_arguments import ModelArguments, check_model, load_model, load_tokenizer, parse_arguments
+from safetensors.torch import save_file
 from sentence_transformers import (
     SentenceTransformer,
     SentenceTransformerTrainer,
@@ -33,6 +34,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sources import check_least
 from training_defaults import BestOfRouted, TimeLeft, TrainingDefaults, run_script
 from transformers import AutoModelForTextEncoding, set_seed
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from modeling_colt5.dense_start import DenseStart, DenseStartCallback
 
@@ -172,7 +174,9 @@ def prepare(argv: list[str] | None = None) -> Callable[[], dict[str, float]]:
     encoder = load_model(model_arguments, AutoModelForTextEncoding, tokenizer)
     needs_dense_start = not encoder.config.routers_trained
     with TemporaryDirectory() as folder:
-        encoder.save_pretrained(folder)
+        # each process for itself, where `encoder.save_pretrained` writes in the first one alone
+        encoder.config.save_pretrained(folder)
+        save_file(dict(encoder.named_parameters()), Path(folder, SAFE_WEIGHTS_NAME), metadata={"format": "pt"})
         tokenizer.save_pretrained(folder)
         model = SentenceTransformer(folder, device=str(training.device))
     model.max_seq_length = task.max_length

@@ -66,7 +66,6 @@ class CoLT5PreTrainedModel(PreTrainedModel):
     config_name = "CoLT5Config"
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["CoLT5EncoderBlock", "CoLT5DecoderBlock", "CoLT5CrossRouting"]
     _keep_in_fp32_modules = ["wo"]
     _supports_sdpa = True
     _supports_flash_attn = False

@@ -82,8 +82,10 @@ class CoLT5Decoder(CoLT5Stack):
         # Tokens that ask choose in the layers' attention.
         self.asks = is_routed and config.asking_cross_routing
         self.is_cross_routed = is_routed and not self.asks
+        self._no_split_modules = ["CoLT5DecoderBlock"]
         if self.is_cross_routed:
             self.cross_routing = cross_routers(config)
+            self._no_split_modules.append("CoLT5CrossRouting")
         self.final_layer_norm = layer_norm(config)
         self.dropout = nn.Dropout(config.dropout_rate)
         self.gradient_checkpointing = False

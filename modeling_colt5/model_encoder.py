@@ -76,6 +76,9 @@ def run_layers(
 class CoLT5Encoder(CoLT5Stack):
     """The encoder: conditional layers over the whole input (Ainslie et al. 2023)."""
 
+    # of a stack, and a model collects those of its stacks: FSDP refuses names of modules that are not there
+    _no_split_modules = ["CoLT5EncoderBlock"]
+
     _can_record_outputs = {
         "hidden_states": OutputRecorder(CoLT5EncoderBlock, index=0),
         "attentions": OutputRecorder(CoLT5EncoderBlock, index=1),

@@ -57,6 +57,7 @@ class CoLT5VisionEncoder(CoLT5VisionPreTrainedModel):
     """The encoder of pictures: conditional layers whose tokens are patches."""
 
     _can_record_outputs = CoLT5Encoder._can_record_outputs
+    _no_split_modules = CoLT5Encoder._no_split_modules
 
     def __init__(self, config: CoLT5VisionConfig):
         super().__init__(config)

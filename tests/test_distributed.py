@@ -7,10 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 from accelerate.commands.config.config_args import ClusterConfig
-from example_runs import REPOSITORY, TINY, TOKENIZER
-from models import tiny_model
+from example_runs import REPOSITORY, TINY, TOKENIZER, write_rows
 from safetensors.torch import load_file
 
 import modeling_colt5
@@ -18,6 +16,19 @@ import modeling_colt5
 LAUNCH = REPOSITORY / "configuration" / "launch"
 # twice the encoder's layers, and no chance
 DEEPER = f"{TINY},num_layers=2,dropout_rate=0.0"
+
+
+def run(*command: object) -> str:
+    """Run a command to its end; what it printed."""
+    done = subprocess.run(
+        [str(part) for part in command],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 def pretrain(tmp_path: Path, name: str, *launcher: str, batch: int, more: tuple[str, ...] = ()) -> tuple[Path, str]:
@@ -42,15 +53,7 @@ def pretrain(tmp_path: Path, name: str, *launcher: str, batch: int, more: tuple[
     arguments += ["--logging_steps", 1, "--save_steps", 3, "--report_to", "none", "--disable_tqdm", "true"]
     arguments += ["--router_health_steps", 3]
     arguments += ["--use_cpu", "true", "--per_device_train_batch_size", batch, "--output_dir", tmp_path / name]
-    done = subprocess.run(
-        [str(part) for part in (*launcher, REPOSITORY / "examples/pretrain.py", *arguments, *more)],
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return tmp_path / name, done.stdout
+    return tmp_path / name, run(*launcher, REPOSITORY / "examples/pretrain.py", *arguments, *more)
 
 
 def launcher(file: str, processes: int, *script: object) -> list[object]:
@@ -114,13 +117,53 @@ def test_two_processes_train_like_one_and_one_resumes_them(file, script, one_pro
     modeling_colt5.CoLT5ForConditionalGeneration.from_pretrained(resumed)
 
 
+def classify(tmp_path: Path, name: str, *launcher: object, batch: int) -> dict[str, float]:
+    """Two steps of classification, and its evaluation on one row, which the second process has not; the metrics."""
+    rows = [{"text": f"def f{i}(x): return x" * (i + 1), "label": "ab"[i % 2]} for i in range(4)]
+    train, one = write_rows(tmp_path / "rows.jsonl", rows), write_rows(tmp_path / "one.jsonl", rows[:1])
+    arguments = ["--size", "base", "--config_overrides", f"{TINY},dropout_rate=0.0", "--tokenizer_name", TOKENIZER]
+    arguments += ["--train_file", train, "--validation_file", one, "--max_steps", 2, "--save_strategy", "no"]
+    arguments += ["--optim", "sgd", "--learning_rate", 0.3, "--gradient_accumulation_steps", 1, "--use_cpu", "true"]
+    arguments += ["--report_to", "none", "--per_device_train_batch_size", batch, "--output_dir", tmp_path / name]
+    run(*launcher, REPOSITORY / "examples/finetune_classification.py", *arguments)
+    return json.loads((tmp_path / name / "all_results.json").read_text())
+
+
+# a script for one of two processes starts Python twice
+@pytest.mark.slow
+def test_an_encoder_alone_is_sharded_by_the_same_file(tmp_path):
+    """Two processes have the losses of one; the blocks to shard are those that the model has."""
+    one = classify(tmp_path, "one", sys.executable, batch=2)
+    two = classify(tmp_path, "two", *launcher("fsdp2.yaml", 2, REPOSITORY / "tests/fsdp_on_cpu.py"), batch=1)
+    assert one["train_loss"] != one["eval_loss"]
+    for name in ("train_loss", "eval_loss"):
+        # fp32 sums in another order
+        assert two[name] == pytest.approx(one[name], abs=2e-5), name
+
+
+@pytest.mark.slow
+def test_embeddings_are_trained_by_two_processes(tmp_path):
+    """Both score what one process scores before the first step, and the first one saves."""
+    pytest.importorskip("sentence_transformers")
+    rows = [{"query": f"where is number {i}", "document": f"def find_{i}(x): return {i}"} for i in range(10)]
+    file = write_rows(tmp_path / "pairs.jsonl", rows)
+    arguments = ["--size", "base", "--config_overrides", TINY, "--tokenizer_name", TOKENIZER, "--train_file", file]
+    arguments += ["--validation_share", 0.4, "--use_cpu", "true", "--report_to", "none", "--save_strategy", "no"]
+    arguments += ["--per_device_train_batch_size", 2, "--max_steps", 1, "--output_dir"]
+    scores = {}
+    for name, start in (("one", [sys.executable]), ("two", launcher("ddp.yaml", 2))):
+        run(*start, REPOSITORY / "examples/embeddings.py", *arguments, tmp_path / name)
+        scores[name] = json.loads((tmp_path / name / "all_results.json").read_text())
+    assert scores["two"]["before_mrr@10"] == scores["one"]["before_mrr@10"] > 0
+    assert (
+        load_file(tmp_path / "two" / "model.safetensors").keys()
+        == load_file(tmp_path / "one" / "model.safetensors").keys()
+    )
+
+
 @pytest.mark.parametrize("file", sorted(path.name for path in LAUNCH.glob("*.yaml")))
 def test_launch_configurations_name_what_there_is(file):
-    """Accelerate reads every file, and refuses keys that it does not know; the blocks to shard are the model's."""
+    """Accelerate reads every file, and refuses keys that it does not know; a model says itself what to shard."""
     config = ClusterConfig.from_yaml_file(LAUNCH / file)
     assert config.mixed_precision == "bf16"
-    names = yaml.safe_load((LAUNCH / file).read_text()).get("fsdp_config", {})
-    if names:
-        blocks = set(names["fsdp_transformer_layer_cls_to_wrap"].split(","))
-        model = tiny_model()
-        assert blocks == {type(stack.block[0]).__name__ for stack in (model.encoder, model.decoder)}
+    assert "fsdp_transformer_layer_cls_to_wrap" not in (config.fsdp_config or {})

@@ -20,11 +20,14 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+from vision import tiny_vision_model
 
 from modeling_colt5 import (
     CoLT5Config,
     CoLT5EncoderModel,
+    CoLT5ForCausalLM,
     CoLT5ForConditionalGeneration,
+    CoLT5ForImageClassification,
     CoLT5ForQuestionAnswering,
     CoLT5ForSequenceClassification,
     CoLT5ForTokenClassification,
@@ -424,4 +427,19 @@ def test_fsdp_plan_names_modules(model_class: type[nn.Module]) -> None:
     )
     assert len(matched["encoder.block.*"]) == config.num_layers
     assert encoder_only or len(matched["decoder.block.*"]) == config.num_decoder_layers
-    assert set(model._no_split_modules) >= {type(model.get_submodule("encoder.block.0")).__name__}
+
+
+@pytest.mark.parametrize("routed", [None, 4])
+@pytest.mark.parametrize(
+    "model_class", [*HEADS, CoLT5Model, CoLT5EncoderModel, CoLT5ForCausalLM, CoLT5ForImageClassification]
+)
+def test_what_is_not_split_is_what_there_is(model_class: type[nn.Module], routed: int | None) -> None:
+    """FSDP by the launch file wraps the modules of these names, and refuses a name that is not there."""
+    if model_class is CoLT5ForImageClassification:
+        model = tiny_vision_model()
+    else:
+        model = tiny_model(model_class, routed_cross_key_values=routed)
+    expected = {type(stack.block[0]).__name__ for stack in model.modules() if hasattr(stack, "block")}
+    if routed and model_class in (CoLT5Model, CoLT5ForConditionalGeneration):
+        expected.add("CoLT5CrossRouting")
+    assert set(model._no_split_modules) == expected
