@@ -71,6 +71,43 @@ def encoder_value(
     return find
 
 
+def called_value(n: int, key: str, setting: str = "") -> Callable[[Run], Reached | None]:
+    """A column of called.py, of models as they are called, with the peers' at the same length."""
+
+    def find(run: Run) -> Reached | None:
+        values = {
+            name: find_row(run, model=name, n=n, way="called", setting=setting).get(key)
+            for name in (COLT5, GLOBAL, LOCAL)
+        }
+        value = values.pop(COLT5)
+        return None if value is None else Reached(value, "as called", values)
+
+    return find
+
+
+def trainer_step(run: Run) -> Reached | None:
+    """A step of `Trainer` that is not compiled."""
+    value = find_row(run, model=COLT5, mode="eager", batch=2, input=LENGTH).get("step ms")
+    return None if value is None else Reached(value, "eager")
+
+
+def faster_as_called(run: Run) -> list[str]:
+    """Where a peer takes less time than CoLT5, both as they are called; one line for each that was measured."""
+    rows = [row for row in run["rows"] if row["way"] == "called" and not row["setting"]]
+    lines = []
+    for name in dict.fromkeys(row["model"] for row in rows if row["model"] != COLT5):
+        faster, compared = [], 0
+        for row in (row for row in rows if row["model"] == name):
+            ours = find_row(run, model=COLT5, n=row["n"], way="called", setting="")
+            for key in ("forward ms", "fwd+bwd ms"):
+                if row.get(key) and ours.get(key):
+                    compared += 1
+                    if row[key] < ours[key]:
+                        faster.append(f"{key.removesuffix(' ms')} at {row['n']:,} ({ours[key] / row[key]:.1f} times)")
+        lines.append(f"{name}: {', '.join(faster) or 'nowhere'}; {compared} compared.")
+    return lines
+
+
 def routing_share(run: Run) -> Reached | None:
     share = find_row(run, model=f"{COLT5}, routing alone", n=LENGTH).get("of the forward")
     return None if share is None else Reached(100 * share)
@@ -109,9 +146,23 @@ def training_ratio(run: Run) -> Reached | None:
 ALL_MODES = ("eager", "captured", "compiled", "compiled, captured")
 GIB = 1 / 1024
 TARGETS = (
-    Target(
-        "forward, 16,384 tokens, called eagerly", "encoder", 12, "ms", encoder_value(LENGTH, "forward ms", ["eager"])
+    *(
+        Target(f"{work}, {n:,} tokens", "called", limit, "ms", called_value(n, key))
+        for work, key, limits in (
+            ("forward", "forward ms", {512: 2.5, 4096: 2.8, LENGTH: 6.5}),
+            ("forward + backward", "fwd+bwd ms", {512: 8, 4096: 9, LENGTH: 21}),
+        )
+        for n, limit in limits.items()
     ),
+    Target(
+        "forward + backward, 16,384 tokens, dropout", "called", 23, "ms",
+        called_value(LENGTH, "fwd+bwd ms", "dropout 0.1"),
+    ),
+    Target(
+        "the same with fp32 weights under bf16 autocast", "called", 25, "ms",
+        called_value(LENGTH, "fwd+bwd ms", "dropout 0.1, fp32 under bf16 autocast"),
+    ),
+    Target("a step of Trainer, 2 × 16,384 tokens to 512", "training", 80, "ms", trainer_step),
     Target(
         "forward, 16,384 tokens, torch.compile or CUDA graph", "encoder", 6, "ms",
         encoder_value(LENGTH, "forward ms", ALL_MODES[1:]),
@@ -189,14 +240,19 @@ def growth(run: Run) -> list[Row]:
 
 def write(folder: Path) -> None:
     """Write `targets.md` from the histories in the folder."""
-    text = "# Targets: one H100, bf16, base size, batch 1 unless said, random weights\n\n"
+    text = (
+        "# Targets: bf16, base size, batch 1 unless said, random weights\n\n"
+        "They were set for one H100. The last column says which card the newest measurement was made on.\n\n"
+    )
     text += markdown([judge(target, read_runs(target.benchmark, folder)) for target in TARGETS])
     if run := fullest_run("encoder", folder):
         text += f"\nForward time against length, milliseconds ({run['device']}, {run['date']}, {run['commit']}):\n\n"
         text += markdown(growth(run))
+    if run := fullest_run("called", folder):
+        text += f"\nWhere peers are faster as called, by tokens ({run['device']}, {run['date']}, {run['commit']}):\n\n"
+        text += "".join(f"- {line}\n" for line in faster_as_called(run))
     if run := newest_run("dense", folder):
-        text += (
-            f"\nWhere dense encoders are faster ({run['device']}, {run['date']}, {run['commit']}), batch × length:\n\n"
-        )
-        text += "".join(f"- {note}\n" for note in run["notes"])
+        text += f"\nWhere dense encoders are faster in CUDA graphs, batch × length ({run['device']}, {run['date']}, "
+        text += f"{run['commit']}):\n\n"
+        text += "".join(f"- {note}\n" for note in run["notes"] if ", captured:" in note)
     (folder / "targets.md").write_text(text)

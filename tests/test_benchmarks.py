@@ -182,15 +182,32 @@ def encoder_run(date: str, **columns: float) -> results.Run:
     return {"device": "a card", "date": date, "commit": "abc", "rows": rows}
 
 
+def called_run(date: str, **columns: float) -> results.Run:
+    row = {"n": 16_384, "way": "called", "setting": ""}
+    rows = [
+        {"model": peers.COLT5} | row | columns,
+        {"model": peers.LOCAL, "forward ms": 40.0, "fwd+bwd ms": 60.0} | row,
+    ]
+    # neither is the plain call
+    rows += [{"model": peers.COLT5, "forward ms": 1.0} | row | other for other in ({"way": "modules"}, {"n": 512})]
+    return {"device": "a card", "date": date, "commit": "abc", "rows": rows}
+
+
 def test_target_is_judged_by_the_newest_run_that_measured_it() -> None:
-    target = targets.TARGETS[0]
-    assert "eager" in target.work and (target.limit, target.unit) == (12, "ms")
-    older, newer = encoder_run("1", **{"forward ms": 8.0}), encoder_run("2", **{"fwd+bwd ms": 70.0})
+    (target,) = (each for each in targets.TARGETS if each.work == "forward, 16,384 tokens")
+    assert (target.limit, target.unit) == (6.5, "ms")
+    older, newer = called_run("1", **{"forward ms": 5.0}), called_run("2", **{"fwd+bwd ms": 70.0})
     row = targets.judge(target, [older, newer])
-    assert row["met"] == "yes" and row["reached"] == "8 ms" and row["where and when"] == "a card, 1, abc"
-    assert row["LongT5 in the same run"] == "LongT5 local 40 (5.0 ×)"
-    assert targets.judge(target, [older, encoder_run("3", **{"forward ms": 12.5})])["met"] == "no"
+    assert row["met"] == "yes" and row["reached"] == "5 ms" and row["where and when"] == "a card, 1, abc"
+    assert row["LongT5 in the same run"] == "LongT5 local 40 (8.0 ×)"
+    assert targets.judge(target, [older, called_run("3", **{"forward ms": 6.6})])["met"] == "no"
     assert targets.judge(target, [newer])["met"] == "not measured"
+
+
+def test_peers_that_are_faster_as_called_are_named() -> None:
+    run = called_run("1", **{"forward ms": 8.0, "fwd+bwd ms": 90.0})
+    assert targets.faster_as_called(run) == ["LongT5 local: fwd+bwd at 16,384 (1.5 times); 2 compared."]
+    assert targets.faster_as_called(called_run("1", **{"forward ms": 8.0})) == ["LongT5 local: nowhere; 1 compared."]
 
 
 def test_best_mode_is_the_least_and_named() -> None:
