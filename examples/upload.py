@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
+from huggingface_hub.utils import validate_repo_id
 from run_record import RECORD, RunRecord
 from transformers import AutoConfig
 
@@ -51,7 +52,7 @@ def check_run(folder: Path) -> None:
     """Refuse a folder that no training script finished.
 
     Raises:
-        ValueError: naming what is missing.
+        ValueError: naming what is missing or broken.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder")
@@ -65,6 +66,7 @@ def check_run(folder: Path) -> None:
     for what, names in wanted.items():
         if not any((folder / name).is_file() for name in names):
             raise ValueError(f"{folder} has not {what} ({' or '.join(names)}): is the run finished?")
+    RunRecord.load(folder)
     if (folder / "config.json").is_file():
         code = {f"{value.split('.')[0]}.py" for value in auto_map(folder).values()}
         missing = sorted(name for name in code if not (folder / name).is_file())
@@ -258,6 +260,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dry-run", action="store_true", help="write the card, upload nothing")
     options = parser.parse_args(argv)
     try:
+        # before anything of the run is changed
+        for name in filter(None, (options.base_model, None if options.dry_run else options.repository)):
+            validate_repo_id(name)
         check_run(options.folder)
         if options.base_model is not None or not options.dry_run:
             name_base_model(options.folder, options.base_model)

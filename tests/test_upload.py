@@ -71,6 +71,30 @@ def test_an_unfinished_run_is_not_uploaded(file, message, finished_run, tmp_path
     assert not (run / "README.md").exists()
 
 
+@pytest.mark.parametrize(
+    ("names", "wrong"),
+    [(["someone//reader"], "someone//reader"), (["someone/reader", "--base-model", "../base"], "../base")],
+)
+def test_a_wrong_name_changes_nothing_of_the_run(names, wrong, finished_run, tmp_path, capsys):
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    (run / "README.md").write_text("mine")
+    # as an adapter's folder has
+    (run / "adapter_config.json").write_text('{"base_model_name_or_path": "someone/base"}')
+    with pytest.raises(SystemExit):
+        upload.main([str(run), *names])
+    assert wrong in capsys.readouterr().err
+    assert (run / "README.md").read_text() == "mine"
+    assert json.loads((run / "adapter_config.json").read_text()) == {"base_model_name_or_path": "someone/base"}
+
+
+def test_a_broken_record_is_named(finished_run, tmp_path, capsys):
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    (run / "run.json").write_text("{}")
+    with pytest.raises(SystemExit):
+        upload.main([str(run), "someone/reader", "--dry-run"])
+    assert "run.json is no record of a training script" in capsys.readouterr().err
+
+
 # each of them loads and saves a model several times
 @pytest.mark.slow
 @pytest.mark.parametrize("labels", [pytest.param(None, id="summaries"), pytest.param(3, id="classes")])
