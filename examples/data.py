@@ -1,5 +1,6 @@
 """Rows for the fine-tuning scripts: loaded, checked by number before any work, their labels numbered, tokenized."""
 
+import glob
 import gzip
 import json
 import math
@@ -225,7 +226,8 @@ def load_table(file: str, kind: str) -> Dataset:
     except BROKEN as error:
         raise ValueError(f"{file} cannot be unpacked: {error}") from None
     try:
-        return load_dataset(kind, data_files=file, split="train")
+        # a name is no pattern: "rows [1].jsonl" would be looked for as "rows 1.jsonl"
+        return load_dataset(kind, data_files=glob.escape(file), split="train")
     except (DatasetGenerationError, ValueError) as error:
         # the first cause is what the file's reader says
         cause: BaseException = error

@@ -8,6 +8,7 @@ A folder of .txt and .pdf files may stand for the files in it.
 All options of `TrainingArguments` work; `--resume_from_checkpoint true` continues an interrupted run where it stopped.
 """
 
+import glob
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -132,7 +133,9 @@ def load_documents(arguments: CorpusArguments) -> tuple[Iterable[Any], Iterable[
                     # likewise one that is not packed
                     open_text(name).close()
             return TextFiles(files["train"]), TextFiles(files["validation"]) if "validation" in files else None
-        streams = load_dataset(file_kind(names), data_files=files, streaming=True)
+        # the shell has filled patterns in, and a name is none
+        escaped = {split: [glob.escape(name) for name in names] for split, names in files.items()}
+        streams = load_dataset(file_kind(names), data_files=escaped, streaming=True)
     columns = streams["train"].column_names
     if columns is not None and arguments.text_column not in columns:
         raise ValueError(f"text_column is {arguments.text_column!r}; the columns are {', '.join(columns)}")

@@ -293,6 +293,16 @@ def test_a_broken_file_is_named(tmp_path, name, content, message):
         data.load_rows(data.DataArguments(train_file=str(tmp_path / name)))
 
 
+@pytest.mark.parametrize("name", ["rows [1].jsonl", "rows?1.jsonl", "*.jsonl"])
+def test_a_files_name_is_no_pattern(tmp_path, name):
+    """Another file that fits it is not read."""
+    write_rows(tmp_path / "rows 1.jsonl", [{"text": "another"}])
+    file = write_rows(tmp_path / name, [{"text": "own"}])
+    assert data.load_rows(data.DataArguments(train_file=file))["train"]["text"][:] == ["own"]
+    documents, held_out = pretrain.load_documents(pretrain.CorpusArguments([file], [file]))
+    assert [[row["text"] for row in rows] for rows in (documents, held_out)] == [["own"], ["own"]]
+
+
 def test_files_need_not_have_the_same_columns(tmp_path):
     (tmp_path / "train.jsonl").write_text('{"text": "a", "label": 1}\n')
     (tmp_path / "other.jsonl").write_text('{"text": "b", "label": "x", "more": 3}\n')
