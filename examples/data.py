@@ -55,6 +55,16 @@ class DataArguments:
         check_least(1, max_train_samples=self.max_train_samples, max_eval_samples=self.max_eval_samples)
 
 
+def ends(name: str | Path, *endings: str) -> bool:
+    """Whether a file's name ends so, in small letters or capital ones."""
+    return str(name).lower().endswith(endings)
+
+
+def table_suffix(file: str) -> str:
+    """What a table's name ends in, without .gz."""
+    return Path(file.lower().removesuffix(".gz")).suffix
+
+
 def check_files(files: list[str]) -> None:
     """Refuse files that cannot be read.
 
@@ -73,7 +83,7 @@ def file_kind(files: list[str]) -> str:
         ValueError: for a file that is missing or empty, or files of several or unknown kinds.
     """
     check_files(files)
-    suffixes = sorted({Path(file.removesuffix(".gz")).suffix for file in files})
+    suffixes = sorted({table_suffix(file) for file in files})
     if len(suffixes) != 1 or suffixes[0] not in KINDS:
         raise ValueError(
             f"files end in {', '.join(suffixes)}; they must all end in one of {', '.join(KINDS)}. "
@@ -88,7 +98,7 @@ def open_text(file: str, errors: str = "replace") -> IO[str]:
     Raises:
         ValueError: for a file that ends in .gz and is not packed.
     """
-    if file.endswith(".gz"):
+    if ends(file, ".gz"):
         with open(file, "rb") as packed:
             if packed.read(2) != b"\x1f\x8b":
                 raise ValueError(f"{file} is not packed by gzip; its name must not end in .gz")
@@ -129,7 +139,7 @@ def read_document(path: Path) -> str:
     Raises:
         ValueError: for a broken gzip file, or what `read_pdf` raises it for.
     """
-    if path.suffix == ".pdf":
+    if ends(path, ".pdf"):
         return read_pdf(path)
     try:
         with open_text(str(path)) as file:
@@ -175,7 +185,9 @@ def text_files(folder: Path) -> list[Path]:
     Raises:
         ValueError: for a folder without any.
     """
-    files = sorted(path for end in TEXTS for path in folder.rglob(f"*{end}") if path.is_file())
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and ends(path, *TEXTS))
+    # a Mac leaves ._1.txt beside 1.txt on other disks, with no text in it
+    files = [path for path in files if not path.name.startswith(".")]
     if not files:
         others = sorted({path.suffix for path in folder.rglob("*") if path.is_file()})
         found = f"; it has files that end in {', '.join(others)}" if others else ", nor any other file"
@@ -221,7 +233,7 @@ def load_table(file: str, kind: str) -> Dataset:
     try:
         if kind == "json":
             check_encoding(file)
-        if file.removesuffix(".gz").endswith(".jsonl"):
+        if table_suffix(file) == ".jsonl":
             check_json_lines(file)
     except BROKEN as error:
         raise ValueError(f"{file} cannot be unpacked: {error}") from None

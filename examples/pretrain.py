@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from data import KINDS, check_files, file_kind, open_text, read_document, read_pdf, text_files
+from data import KINDS, check_files, ends, file_kind, open_text, read_document, read_pdf, table_suffix, text_files
 from datasets import load_dataset
 from model_arguments import (
     ModelArguments,
@@ -123,13 +123,13 @@ def load_documents(arguments: CorpusArguments) -> tuple[Iterable[Any], Iterable[
         files = {"train": arguments.train_files, "validation": arguments.validation_files}
         files = {split: with_folders(names) for split, names in files.items() if names}
         names = sum(files.values(), [])
-        if not any(Path(name.removesuffix(".gz")).suffix in KINDS for name in names):
+        if not any(table_suffix(name) in KINDS for name in names):
             check_files(names)
             for name in names:
-                if name.endswith(".pdf"):
+                if ends(name, ".pdf"):
                     # one without text is found now, and not when its turn comes
                     read_pdf(Path(name))
-                elif name.endswith(".gz"):
+                elif ends(name, ".gz"):
                     # likewise one that is not packed
                     open_text(name).close()
             return TextFiles(files["train"]), TextFiles(files["validation"]) if "validation" in files else None

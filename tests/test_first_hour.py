@@ -2,6 +2,7 @@
 cut off, kinds of labels, and errors in one line."""
 
 import csv
+import gzip
 import json
 import math
 import re
@@ -284,6 +285,11 @@ def test_folders_of_texts(tmp_path):
     rows = load(make_folder(tmp_path / "flat", {"1.txt": "x", "2.txt": "y"}))
     assert set(rows.column_names) == {"text", "file_name"}
     assert load(tmp_path / "flat", max_train_samples=1)["text"] == ["x"]
+    # as some machines write names, and what a Mac adds
+    (make_folder(tmp_path / "capitals", {"1.TXT": "x", "._1.txt": "\0"}) / "2.Txt.GZ").write_bytes(gzip.compress(b"y"))
+    assert load(tmp_path / "capitals")["text"] == ["x", "y"]
+    write_rows(tmp_path / "ROWS.JSONL", LABELLED)
+    assert load(tmp_path / "ROWS.JSONL").to_list() == LABELLED
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])
