@@ -247,6 +247,11 @@ class CoLT5BaseConfig(PreTrainedConfig):
         Raises:
             ValueError: naming the fields, their values and the rule.
         """
+        if self.num_labels < 1:
+            raise ValueError(
+                f"num_labels is {self.num_labels} and id2label {self.id2label}; there must be at least one label, "
+                "and a name for each"
+            )
         if self.relative_attention_num_buckets % 2 != 0:
             raise ValueError(
                 f"relative_attention_num_buckets is {self.relative_attention_num_buckets}; it must be even, "

@@ -396,7 +396,13 @@ def test_other_bad_input_is_refused():
         CoLT5VisionConfig(model_type="vit")
     with pytest.raises(ValueError, match="model_type is 'colt5'; it must be 'colt5_vision'"):
         CoLT5VisionConfig.from_dict(CoLT5Config().to_dict())
-    for field, value in (("patch_size", 0), ("num_channels", -1), ("local_radius", -1), ("routing", "other")):
+    for field, value in (
+        ("patch_size", 0),
+        ("num_channels", -1),
+        ("local_radius", -1),
+        ("routing", "other"),
+        ("num_labels", 0),
+    ):
         with pytest.raises(StrictDataclassError, match=field):
             CoLT5VisionConfig(**{field: value})
     with pytest.raises(ValueError, match="cross_key_values is 4"):
