@@ -164,6 +164,9 @@ def hub_environment(tmp_path: os.PathLike) -> dict[str, str]:
         "HF_ENDPOINT": endpoint,
         "HF_HOME": str(tmp_path / "huggingface"),
         "HF_HUB_OFFLINE": "0",
+        # ten seconds otherwise, which a busy machine's Hub may take
+        "HF_HUB_DOWNLOAD_TIMEOUT": "120",
+        "HF_HUB_ETAG_TIMEOUT": "120",
         "HF_TOKEN": "hf_any_token_will_do_on_the_loopback_hub",
     }
 

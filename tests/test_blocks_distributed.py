@@ -1,5 +1,6 @@
 """The stand-alone modules in DistributedDataParallel: two processes have the gradients of one, and none is missing."""
 
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,8 @@ def with_float64_statistics() -> None:
 def run_process(rank: int, folder: Path) -> None:
     """One of two processes: half of the rows, and what the first one has in the end."""
     with_float64_statistics()
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=2)
+    store, longest = f"file://{folder / 'store'}", timedelta(minutes=5)
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=longest)
     results = []
     # PyTorch looks for parameters without a gradient where it is told that there may be some; elsewhere one that has
     # none is an error in the next step

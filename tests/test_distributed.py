@@ -2,13 +2,12 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from accelerate.commands.config.config_args import ClusterConfig
-from example_runs import REPOSITORY, TINY, TOKENIZER, write_rows
+from example_runs import REPOSITORY, TINY, TOKENIZER, run_processes, write_rows
 from safetensors.torch import load_file
 
 import modeling_colt5
@@ -20,15 +19,7 @@ DEEPER = f"{TINY},num_layers=2,dropout_rate=0.0"
 
 def run(*command: object) -> str:
     """Run a command to its end; what it printed."""
-    done = subprocess.run(
-        [str(part) for part in command],
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    return run_processes([*command], env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"})
 
 
 def pretrain(tmp_path: Path, name: str, *launcher: str, batch: int, more: tuple[str, ...] = ()) -> tuple[Path, str]:

@@ -17,7 +17,7 @@ def ask(environment: dict[str, str], method: str, path: str, data: object = None
         data=json.dumps(data).encode(),
         headers={"Authorization": f"Bearer {environment['HF_TOKEN']}", "Content-Type": "application/json"},
     )
-    with urllib.request.urlopen(request, timeout=30) as answer:
+    with urllib.request.urlopen(request, timeout=120) as answer:
         return json.loads(answer.read() or b"{}")
 
 

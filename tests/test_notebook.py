@@ -7,6 +7,7 @@ import uuid
 from pathlib import Path
 
 import pytest
+from example_runs import PATIENT
 
 # of the extra "dev", which a machine with a torch of its own may lack
 nbformat = pytest.importorskip("nbformat")
@@ -34,7 +35,7 @@ def test_it_runs(tmp_path, request):
     environment |= {"PYTHONPATH": str(ROOT), "IPYTHONDIR": str(tmp_path), "TMPDIR": str(tmp_path)}
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     nbformat.validate(notebook)
-    client = nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(NOTEBOOK.parent)}})
+    client = nbclient.NotebookClient(notebook, resources={"metadata": {"path": str(NOTEBOOK.parent)}}, **PATIENT)
     client.execute(env=environment)
 
     code = {cell.id: cell for cell in notebook.cells if cell.cell_type == "code"}

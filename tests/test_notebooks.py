@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from example_runs import PATIENT
 
 # of the extra "dev", which a machine with a torch of its own may lack
 nbformat = pytest.importorskip("nbformat")
@@ -43,7 +44,7 @@ def test_it_runs(path, tmp_path):
         "PYTHONPATH": os.pathsep.join(paths), "IPYTHONDIR": str(tmp_path), "TMPDIR": str(tmp_path)
     }  # fmt: skip
     notebook = nbformat.read(path, as_version=4)
-    client = nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(path.parent)}})
+    client = nbclient.NotebookClient(notebook, resources={"metadata": {"path": str(path.parent)}}, **PATIENT)
     client.execute(env=environment)
     shown = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     assert any("image/png" in output.get("data", {}) for output in shown)

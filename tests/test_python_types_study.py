@@ -4,7 +4,6 @@ import json
 import lzma
 import math
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from example_runs import run_processes
 from python_types import ablation, study, train
 from python_types.arms import ARMS, EQUAL_AT, WINDOW, equal_width
 from python_types.evaluate import VOCABULARY, Record, hidden_in, question_of
@@ -322,8 +322,8 @@ def test_the_command_leaves_a_line_for_each_run(corpus, tmp_path, capsys):
     arguments += [part for field, value in SIZE.items() for part in (f"--{field}", str(value))]
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'examples'}"}
     command = [sys.executable, "-m", "python_types.study", *arguments]
-    done = subprocess.run(command, env=environment, cwd=ROOT / "examples", capture_output=True, text=True)
-    assert done.returncode == 0 and "failed" not in done.stdout, done.stdout + done.stderr
+    printed = run_processes(command, env=environment, cwd=ROOT / "examples")
+    assert "failed" not in printed, printed
     lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert sorted(line["arm"] for line in lines) == ["learned", "t5-window"]
     study.main([*arguments, "--report"])

@@ -4,7 +4,6 @@ import json
 import lzma
 import math
 import re
-import subprocess
 import sys
 import time
 from collections import defaultdict
@@ -13,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from example_runs import run_processes
 from python_types import checkpoint, evaluate, train
 from python_types.evaluate import Question, answered, question_of, row_of, summary, tables, tasks_of
 from python_types.holes import hide, holes_of, holes_to_hide
@@ -526,8 +526,10 @@ def test_two_processes_train_as_one_with_both_batches(corpus, tmp_path):
     arguments = ["--tokens", f"{corpus}/tokens", "--out", str(tmp_path), "--dropout", "0", "--steps", "3"]
     # one phase, one constant
     arguments += ["--closed", "0.9", "--opening", "0.05", "--start_lengths", "256"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "python_types.train"]
-    subprocess.run([*command, *TINY, *arguments], check=True, cwd=ROOT / "examples", timeout=300)
+    # a port that is free: another run on this machine may have torchrun's own
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
+    command += ["--nproc-per-node", "2", "-m", "python_types.train"]
+    run_processes([*command, *TINY, *arguments], cwd=ROOT / "examples")
     trained, _ = load_weights(tmp_path)
     size, own = parsed(arguments)
     torch.manual_seed(own.seed)
