@@ -508,7 +508,8 @@ class Training:
 
     def resume(self) -> None:
         """Go on where the state was saved, if there is one."""
-        if not self.state.exists():
+        # as the first process sees it: all go on from there, or all begin, however late one of them looks
+        if not self.processes.of_first(self.state.exists()):
             return
         saved = torch.load(self.state, map_location=self.processes.device, weights_only=True)
         self.model.load_state_dict(saved["model"])
