@@ -201,9 +201,11 @@ def test_chunks_of_every_length_over_the_ends_of_blocks() -> None:
 
 def test_steps_write_in_place_and_the_memory_goes_with_the_call() -> None:
     model, inputs = make_model(), documents()
+    # what another test of this process has left is none of this call's
+    earlier = [thing for thing in gc.get_objects() if type(thing) is CoLT5GrowingLayer]
     model.generate(**inputs, **SETTINGS)
     gc.collect()
-    assert not [thing for thing in gc.get_objects() if type(thing) is CoLT5GrowingLayer]
+    assert sum(type(thing) is CoLT5GrowingLayer for thing in gc.get_objects()) <= len(earlier)
     cache, places = None, []
     with torch.no_grad():
         for _ in range(12):
@@ -212,7 +214,8 @@ def test_steps_write_in_place_and_the_memory_goes_with_the_call() -> None:
             places.append(self_layers(cache)[0].keys.data_ptr())
     # the first token is kept alone; then there are rooms for 4, 8 and 12
     assert [len(set(places[first:last])) for first, last in ((1, 4), (4, 8), (8, 12))] == [1, 1, 1]
-    assert len(set(places)) > 2
+    # the old room is read while the new one is filled; one before it may be where a later one comes to lie
+    assert places[3] != places[4] and places[7] != places[8]
     assert all(layer.rooms.keys.shape[2] == 12 for layer in self_layers(cache))
     assert all(type(layer) is DynamicLayer for layer in cache.cross_attention_cache.layers)
 
