@@ -559,11 +559,15 @@ def lists_of(kind: Any, make: Callable[[], Any]) -> Any:
         kind: all that the lists depend on but what they are kept by.
         make: makes them, once.
     """
-    if kind not in lists_by_kind:
-        if len(lists_by_kind) >= MOST_KINDS:
-            lists_by_kind.clear()
-        lists_by_kind[kind] = make()
-    return lists_by_kind[kind]
+    # not looked for first: another thread may clear them in between
+    try:
+        return lists_by_kind[kind]
+    except KeyError:
+        lists = make()
+    if len(lists_by_kind) >= MOST_KINDS:
+        lists_by_kind.clear()
+    lists_by_kind[kind] = lists
+    return lists
 
 
 def caches_of(cache: Cache | None) -> tuple[DynamicCache, DynamicCache | None, dict[int, bool]] | None:

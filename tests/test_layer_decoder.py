@@ -697,6 +697,23 @@ def test_a_cache_goes_on_whatever_was_done_with_it(way: str, device: torch.devic
 # lists of launches
 
 
+class ClearedAtOnce(dict):
+    """As if another thread, for which there are too many kinds, cleared them after each look and each change."""
+
+    def __contains__(self, key: object) -> bool:
+        found = super().__contains__(key)
+        self.clear()
+        return found
+
+    def __setitem__(self, key: object, value: object) -> None:
+        self.clear()
+
+
+def test_another_thread_may_clear_the_lists(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layer_decoder, "lists_by_kind", ClearedAtOnce())
+    assert [layer_decoder.lists_of("kind", lambda: ["made"]) for _ in range(2)] == [["made"]] * 2
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there the calls above are repeated from lists themselves")
 @pytest.mark.parametrize("kind", ["decoder prompt", "language model"])
