@@ -30,8 +30,10 @@ endif
 # one thread for each test process, unless THREADS says more: small tensors gain nothing from it, and processes would
 # fight over the cores
 TEST_THREADS = OMP_NUM_THREADS=$(THREADS) MKL_NUM_THREADS=$(THREADS) TOKENIZERS_PARALLELISM=false
-# what Python compiles is kept, whatever the environment says: tests start many processes
-PYTEST = $(TEST_THREADS) PYTHONDONTWRITEBYTECODE= $(PYTHON) -m pytest -n $(WORKERS) --dist worksteal
+# what Python compiles is kept, whatever the environment says: tests start many processes. A test that takes ten minutes
+# hangs: the log says where
+PYTEST = $(TEST_THREADS) PYTHONDONTWRITEBYTECODE= $(PYTHON) -m pytest -n $(WORKERS) --dist worksteal \
+	-o faulthandler_timeout=600
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow lint format docs environment clean

@@ -450,7 +450,7 @@ def test_a_run_trains_saves_and_evaluates(corpus, tmp_path, monkeypatch):
     # an untrained model's answers are as long as they may be
     monkeypatch.setattr("python_types.predict.LONGEST_ANSWER", 2)
     arguments = ["--tokens", f"{corpus}/tokens", "--corpus", str(corpus), "--out", str(tmp_path), "--steps", "13"]
-    train.main([*TINY, *arguments, "--minutes", "5", "--evaluation_minutes", "2", "--processes", "1"])
+    train.main([*TINY, *arguments, "--minutes", "60", "--evaluation_minutes", "50", "--processes", "1"])
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert {"saved", "held_out"} <= {name for line in lines for name in line}
     numbers = json.loads((tmp_path / "evaluation.json").read_text())
@@ -488,7 +488,7 @@ def test_a_failing_evaluation_keeps_the_weights(corpus, tmp_path, monkeypatch, c
 
     monkeypatch.setattr(train, "predict_all", fails)
     arguments = ["--tokens", f"{corpus}/tokens", "--corpus", str(corpus), "--out", str(tmp_path), "--steps", "1"]
-    train.main([*TINY, *arguments, "--minutes", "5", "--processes", "1"])
+    train.main([*TINY, *arguments, "--minutes", "60", "--processes", "1"])
     assert load_weights(tmp_path)[1]["step"] == 1 and "out of memory" in capsys.readouterr().err
 
 
