@@ -19,7 +19,7 @@ FAST = ["--report_to", "none", "--disable_tqdm", "true", "--use_cpu", "true", "-
 FAST += ["--gradient_accumulation_steps", "1"]
 # nbclient gives a kernel one minute to start, and what a cell shows four seconds to come after it: then it goes on
 # without, and a busy machine's cells have shown nothing
-PATIENT = {"timeout": 300, "startup_timeout": 300, "iopub_timeout": 300, "raise_on_iopub_timeout": True}
+PATIENT = {"timeout": 900, "startup_timeout": 300, "iopub_timeout": 300, "raise_on_iopub_timeout": True}
 
 # a T5 for that tokenizer
 TINY_T5 = {

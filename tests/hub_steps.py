@@ -185,7 +185,7 @@ def run_step(step: str, *arguments: object, environment: dict[str, str]) -> dict
             env={**environment, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())},
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=900,
         )
         assert result.returncode == 0, result.stdout + result.stderr
         return load_file(out)

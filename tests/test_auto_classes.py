@@ -80,7 +80,7 @@ def test_the_same_without_the_package(checkpoints, tmp_path):
         env={**os.environ, "HF_HOME": str(tmp_path), "PYTHONPATH": str(hub_steps.ROOT)},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert done.returncode == 0, done.stdout + done.stderr
 

@@ -84,7 +84,7 @@ assert "modeling_colt5" not in sys.modules
 """
     environment = {"HF_HOME": str(tmp_path), "PATH": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", steps]
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900)
     assert result.returncode == 0, result.stderr
     assert "<extra_id_0> int<extra_id_1> bool<extra_id_2> torch.Tensor<extra_id_3> torch.Tensor</s>" in result.stdout
 

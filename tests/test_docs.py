@@ -84,7 +84,7 @@ def test_the_pages_examples_run(tmp_path):
             shown += re.findall(r"^ *print\(.*\)\n# (.*)$", block.text, re.MULTILINE)
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert shown and set(shown) <= set(done.stdout.splitlines())

@@ -148,7 +148,7 @@ def test_upload_to_the_hub_and_the_cards_own_lines(hub_environment, finished_run
 
     def python(*command: str) -> str:
         done = subprocess.run(
-            [sys.executable, *command], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300
+            [sys.executable, *command], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=900
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout

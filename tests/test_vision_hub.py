@@ -93,7 +93,7 @@ def test_code_goes_round_without_the_package(tmp_path):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     outputs = load_file(tmp_path / "out.safetensors")
