@@ -127,6 +127,18 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def caches_of_the_package() -> None:
+    """Every test's models get this package's caches: a copy of the code that an earlier test has loaded has put its
+    own in their place, with which no straight lines run."""
+    own = sys.modules.get("modeling_colt5.run_causal_cache")
+    if own is not None:
+        from transformers import cache_utils
+
+        cache_utils.DYNAMIC_LAYER_TYPE_MAPPING[own.LAYER_TYPE] = own.CoLT5DynamicRoutedLayer
+        cache_utils.STATIC_LAYER_TYPE_MAPPING[own.LAYER_TYPE] = own.CoLT5StaticRoutedLayer
+
+
 @pytest.fixture
 def device() -> torch.device:
     """The fastest device here: CUDA where there is one."""
