@@ -4,8 +4,8 @@ function.
 Between two launches of a list there is no Python. A list holds no tensor: it says of each address in which of the
 call's memories it lies and how far from its beginning, so that it serves all calls with memories of the same kinds.
 
-Where a caller's memories keep their addresses, as those of a cache do from one generated token to the next, the same
-launches come again with the same addresses. They are then one launch, of a CUDA graph.
+Where all memories of a call have the addresses that they had in an earlier one, its launches are one launch, of a CUDA
+graph (run_launch_graphs.py).
 """
 
 import ctypes
@@ -13,10 +13,8 @@ import functools
 import re
 import struct
 import subprocess
-import threading
 import warnings
 from bisect import bisect_right
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
@@ -25,6 +23,7 @@ import torch
 from torch import Tensor
 
 from .kernel_backend import INTERPRETED
+from .run_launch_graphs import launch_graphs
 from .run_launch_triton import Compiled, has_listeners, note_launches
 
 try:
@@ -41,8 +40,6 @@ LAUNCH, PRODUCT, ZEROS = range(3)
 MOST_PARAMETERS, MOST_MEMORIES = 64, 128
 # each temporary begins at a multiple of so many bytes, so that kernels may read 16 bytes at once
 ALIGNMENT = 128
-# so many graphs of lists, those of the newest calls, are kept
-MOST_LIST_GRAPHS = 16
 
 SOURCE = r"""
 #define PY_SSIZE_T_CLEAN
@@ -63,6 +60,8 @@ typedef int (*end_capture_t)(void *, void **);
 typedef int (*instantiate_t)(void **, void *, unsigned long long);
 typedef int (*start_t)(void *, void *);
 typedef int (*destroy_t)(void *);
+typedef int (*set_stream_t)(void *, void *);
+typedef int (*set_workspace_t)(void *, void *, size_t);
 
 #define MOST_PARAMETERS 64
 #define MOST_MEMORIES 128
@@ -78,25 +77,29 @@ static end_capture_t end_capture;
 static instantiate_t instantiate;
 static start_t start_graph;
 static destroy_t close_stream, destroy_graph, destroy_executable;
+static set_stream_t set_stream;
+static set_workspace_t set_workspace;
 
 static PyObject *connect(PyObject *self, PyObject *const *args, Py_ssize_t count) {
-  if (count != 13) {
-    PyErr_SetString(PyExc_TypeError, "connect takes thirteen addresses");
+  if (count != 15) {
+    PyErr_SetString(PyExc_TypeError, "connect takes fifteen addresses");
     return NULL;
   }
   launch = (launch_t)PyLong_AsVoidPtr(args[0]);
   launch_together = (together_t)PyLong_AsVoidPtr(args[1]);
-  multiply = (product_t)PyLong_AsVoidPtr(args[2]);
-  fill = (zeros_t)PyLong_AsVoidPtr(args[3]);
-  context_of_now = (context_t)PyLong_AsVoidPtr(args[4]);
-  open_stream = (open_stream_t)PyLong_AsVoidPtr(args[5]);
-  begin_capture = (begin_capture_t)PyLong_AsVoidPtr(args[6]);
-  end_capture = (end_capture_t)PyLong_AsVoidPtr(args[7]);
-  instantiate = (instantiate_t)PyLong_AsVoidPtr(args[8]);
-  start_graph = (start_t)PyLong_AsVoidPtr(args[9]);
-  close_stream = (destroy_t)PyLong_AsVoidPtr(args[10]);
-  destroy_graph = (destroy_t)PyLong_AsVoidPtr(args[11]);
-  destroy_executable = (destroy_t)PyLong_AsVoidPtr(args[12]);
+  fill = (zeros_t)PyLong_AsVoidPtr(args[2]);
+  context_of_now = (context_t)PyLong_AsVoidPtr(args[3]);
+  open_stream = (open_stream_t)PyLong_AsVoidPtr(args[4]);
+  begin_capture = (begin_capture_t)PyLong_AsVoidPtr(args[5]);
+  end_capture = (end_capture_t)PyLong_AsVoidPtr(args[6]);
+  instantiate = (instantiate_t)PyLong_AsVoidPtr(args[7]);
+  start_graph = (start_t)PyLong_AsVoidPtr(args[8]);
+  close_stream = (destroy_t)PyLong_AsVoidPtr(args[9]);
+  destroy_graph = (destroy_t)PyLong_AsVoidPtr(args[10]);
+  destroy_executable = (destroy_t)PyLong_AsVoidPtr(args[11]);
+  multiply = (product_t)PyLong_AsVoidPtr(args[12]);
+  set_stream = (set_stream_t)PyLong_AsVoidPtr(args[13]);
+  set_workspace = (set_workspace_t)PyLong_AsVoidPtr(args[14]);
   if (PyErr_Occurred())
     return NULL;
   Py_RETURN_NONE;
@@ -196,12 +199,13 @@ static const char *const GRAPH = "colt5_launches.graph";
 
 static void forget(PyObject *capsule) { destroy_executable(PyCapsule_GetPointer(capsule, GRAPH)); }
 
-/* graph(words, addresses, each, room) gives what run would launch as one CUDA graph, in a capsule; None where the
-   words have products, whose kernels cuBLAS chooses, or CUDA refuses. A recording would disturb a thread that waits
-   for the whole GPU meanwhile; Python's lock is therefore held */
+/* graph(words, addresses, each, room, handle, workspace, bytes) gives what run would launch as one CUDA graph, in a
+   capsule; None where run launches nothing or CUDA refuses. The handle is left on a stream that is gone, with a
+   workspace of so many bytes; it may be 0 where the words have no products. A recording would disturb a thread that
+   waits for the whole GPU meanwhile; Python's lock is therefore held */
 static PyObject *graph(PyObject *self, PyObject *const *args, Py_ssize_t count) {
-  if (count != 4 || !PyBytes_Check(args[0]) || !PyList_Check(args[1])) {
-    PyErr_SetString(PyExc_TypeError, "graph takes bytes, a list of addresses, and two numbers");
+  if (count != 7 || !PyBytes_Check(args[0]) || !PyList_Check(args[1])) {
+    PyErr_SetString(PyExc_TypeError, "graph takes bytes, a list of addresses, and five numbers");
     return NULL;
   }
   Py_ssize_t size = PyList_GET_SIZE(args[1]);
@@ -212,34 +216,41 @@ static PyObject *graph(PyObject *self, PyObject *const *args, Py_ssize_t count) 
   if (PyErr_Occurred())
     return NULL;
   memories[each] = PyLong_AsUnsignedLongLong(args[3]);
+  void *handle = PyLong_AsVoidPtr(args[4]);
+  void *workspace = PyLong_AsVoidPtr(args[5]);
+  size_t bytes = PyLong_AsSize_t(args[6]);
   if (PyErr_Occurred())
     return NULL;
+  uint64_t all = memories[each];
+  for (Py_ssize_t place = 0; place < size; place++)
+    all |= PyLong_AsUnsignedLongLong(PyList_GET_ITEM(args[1], place));
+  if (PyErr_Occurred())
+    return NULL;
+  if (all & 15)
+    Py_RETURN_NONE;
   const int64_t *words = (const int64_t *)PyBytes_AS_STRING(args[0]);
   const int64_t *end = words + PyBytes_GET_SIZE(args[0]) / sizeof(int64_t);
-  for (const int64_t *word = words; word < end; word += word[1])
-    if (word[0] == 1)
-      Py_RETURN_NONE;
   void *stream = NULL, *captured = NULL, *executable = NULL;
   /* a stream that waits for no other one; what other threads do meanwhile is not looked at */
   if (open_stream(&stream, 1))
     Py_RETURN_NONE;
-  int status = begin_capture(stream, 2);
+  /* cuBLAS forgets its workspace with its stream */
+  int status = handle && (set_stream(handle, stream) || set_workspace(handle, workspace, bytes));
+  status = status ? status : begin_capture(stream, 2);
   if (!status) {
-    for (Py_ssize_t first = 0; first < size && !status && !PyErr_Occurred(); first += each) {
+    for (Py_ssize_t first = 0; first < size && !status; first += each) {
       for (Py_ssize_t place = 0; place < each; place++)
         memories[place] = PyLong_AsUnsignedLongLong(PyList_GET_ITEM(args[1], first + place));
-      status = run_words(words, end, memories, stream, NULL);
+      status = run_words(words, end, memories, stream, handle);
     }
     int ended = end_capture(stream, &captured);
     status = status ? status : ended;
   }
-  if (!status && captured && !PyErr_Occurred())
+  if (!status && captured)
     status = instantiate(&executable, captured, 0);
   if (captured)
     destroy_graph(captured);
   close_stream(stream);
-  if (PyErr_Occurred())
-    return NULL;
   if (status || !executable)
     Py_RETURN_NONE;
   return PyCapsule_New(executable, GRAPH, forget);
@@ -286,6 +297,7 @@ FUNCTIONS = (
     "cuStreamCreate", "cuStreamBeginCapture_v2", "cuStreamEndCapture", "cuGraphInstantiateWithFlags", "cuGraphLaunch",
     "cuStreamDestroy_v2", "cuGraphDestroy", "cuGraphExecDestroy",
 )  # fmt: skip
+FUNCTIONS_OF_CUBLAS = ("cublasGemmEx", "cublasSetStream_v2", "cublasSetWorkspace_v2")
 
 # cuBLAS's names of dtypes, of sums in fp32, and of the ways to choose a product's kernel
 _DTYPES = {torch.float32: 0, torch.float16: 2, torch.bfloat16: 14}
@@ -316,8 +328,9 @@ def launcher() -> Any:
         # this needs a C compiler, as Triton's own kernels do, and no setting of Triton's
         made = compile_module_from_src(src=SOURCE, name="colt5_launches")
         cuda = ctypes.CDLL("libcuda.so.1")
-        launch, together, *others = (_address(cuda, name) for name in FUNCTIONS)
-        made.connect(launch, together, _address(_cublas(), "cublasGemmEx"), *others)
+        cublas = _cublas()
+        addresses = [_address(cuda, name) for name in FUNCTIONS]
+        made.connect(*addresses, *(_address(cublas, name) for name in FUNCTIONS_OF_CUBLAS))
     except (OSError, RuntimeError, ImportError, AttributeError, IndexError, subprocess.CalledProcessError) as error:
         warnings.warn(
             f"CoLT5's layers are launched one kernel after another, which takes the host longer: {error}", stacklevel=2
@@ -347,12 +360,14 @@ class LaunchList:
     Args:
         words: for `launcher`.
         room: bytes of its temporary tensors.
+        count: how many launches and products there are.
+        multiplies: whether there are products.
     """
 
-    __slots__ = ("room", "words")
+    __slots__ = ("count", "multiplies", "room", "words")
 
-    def __init__(self, words: bytes, room: int):
-        self.words, self.room = words, room
+    def __init__(self, words: bytes, room: int, count: int, multiplies: bool):
+        self.words, self.room, self.count, self.multiplies = words, room, count, multiplies
 
     def __call__(
         self,
@@ -362,79 +377,48 @@ class LaunchList:
         keep: Callable[[int], Tensor] | None = None,
     ) -> bool:
         """Launch for one call after another, on the current stream of a device with this index, which is the current
-        one.
+        one; as one graph where all of these calls came before with the same addresses.
 
         Args:
             calls: of each its memories, as `Recorder` had them, each with the dtype, shape and strides that it had
                 then.
-            keep: from a number of bytes to the room for temporary tensors, of a caller whose memories stay: what comes
-                again with the same addresses is launched as a graph. None for a room of this call alone.
+            keep: from a number of bytes to the room for temporary tensors, of a caller whose memories stay; None for a
+                room of this call alone.
 
         Returns:
             False where a memory is not aligned to 16 bytes; nothing was launched then.
         """
         room = torch.empty(self.room, dtype=torch.uint8, device=device) if keep is None else keep(self.room)
         addresses = list(map(Tensor.data_ptr, chain.from_iterable(calls)))
-        made, each = launcher(), len(calls[0])
+        made, each, place = launcher(), len(calls[0]), room.data_ptr()
         stream = torch._C._cuda_getCurrentRawStream(index)
-        key = None
-        if keep is not None and not torch._C._cuda_isCurrentStreamCapturing():
-            key = (self.words, each, index, room.data_ptr(), *addresses)
-        graph = None if key is None else list_graphs.of(key, made, addresses)
+        graph = None
+        if not torch._C._cuda_isCurrentStreamCapturing():
+            precision = torch.backends.cuda.matmul.fp32_precision if self.multiplies else ""
+            key = (index, stream, precision, self.words, each, place, *addresses)
+
+            def make(workspace: Tensor | None) -> Any:
+                # a thread in which nothing was computed yet has no context
+                torch._C._cuda_setDevice(index)
+                if workspace is None:
+                    return made.graph(self.words, addresses, each, place, 0, 0, 0)
+                of_cublas = (torch._C._cuda_getCurrentBlasHandle(), workspace.data_ptr(), workspace.numel())
+                recorded = made.graph(self.words, addresses, each, place, *of_cublas)
+                # to ask for the handle gives it the current stream and PyTorch's workspace again
+                torch._C._cuda_getCurrentBlasHandle()
+                return recorded
+
+            graph = launch_graphs.of(key, len(calls) * self.count, make, index if self.multiplies else None)
         if graph is not None:
             status = made.replay(graph, stream)
         else:
             handle = torch._C._cuda_getCurrentBlasHandle()
-            status = made.run(self.words, addresses, each, room.data_ptr(), stream, handle)
-            if status == DONE and key is not None:
-                list_graphs.note(key)
+            status = made.run(self.words, addresses, each, place, stream, handle)
         if status == WITHOUT_CONTEXT:
             # a thread of its own, in which nothing was computed yet
             torch._C._cuda_setDevice(index)
             return self(calls, device, index, keep)
         return status == DONE
-
-
-# A call: the words, the number of memories of each of its parts, the device, and all addresses, the room's first.
-Key = tuple[Any, ...]
-
-
-class ListGraphs:
-    """The newest calls that may come again, each with its CUDA graph, which is made when it comes for the second time.
-
-    Attributes:
-        kept: by call, the newest last; None of one that came once, False where there is no graph.
-    """
-
-    def __init__(self) -> None:
-        self.kept: OrderedDict[Key, Any] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def of(self, key: Key, made: Any, addresses: list[int]) -> Any:
-        """The graph of a call; None where it comes for the first time, or has none."""
-        with self._lock:
-            if key not in self.kept:
-                return None
-            self.kept.move_to_end(key)
-            graph = self.kept[key]
-        if graph is None:
-            words, each, _, room, *_ = key
-            graph = made.graph(words, addresses, each, room) or False
-            with self._lock:
-                if key in self.kept:
-                    self.kept[key] = graph
-        return graph or None
-
-    def note(self, key: Key) -> None:
-        """Note a call that may come again. The one that has not come for the longest time is forgotten; CUDA destroys
-        its graph once it has ended."""
-        with self._lock:
-            self.kept.setdefault(key, None)
-            if len(self.kept) > MOST_LIST_GRAPHS:
-                self.kept.popitem(last=False)
-
-
-list_graphs = ListGraphs()
 
 
 # Of one function of memories: the list of each kind of call, None where it cannot be repeated.
@@ -614,7 +598,8 @@ class _Places:
             for word in command.words:
                 own += final(word) if isinstance(word, Tensor) else (word,)
             words += [command.kind, len(own) + 2, *own]
-        return LaunchList(struct.pack(f"<{len(words)}q", *words), room)
+        multiplies = any(command.kind == PRODUCT for command in commands)
+        return LaunchList(struct.pack(f"<{len(words)}q", *words), room, len(commands), multiplies)
 
     def _plan(self, commands: "list[Command]") -> tuple[dict[int, int], int]:
         """Where each temporary tensor lies in their room, so that those that are needed at the same time lie apart,

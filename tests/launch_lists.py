@@ -12,6 +12,7 @@ import torch
 from triton.runtime.build import compile_module_from_src
 
 from modeling_colt5 import run_launch_list_triton
+from modeling_colt5.run_launch_graphs import LaunchGraphs
 
 DTYPES = {0: torch.float32, 2: torch.float16, 14: torch.bfloat16}
 LAUNCH = ctypes.CFUNCTYPE(
@@ -31,10 +32,21 @@ END_CAPTURE = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.POINTER(cty
 INSTANTIATE = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_void_p), ctypes.c_void_p, ctypes.c_ulonglong)
 START = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
 DESTROY = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)
+SET_STREAM = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
+SET_WORKSPACE = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 # streams: the one that work is launched on, and the one that graphs are captured on
 STREAM, CAPTURED = 7, 8
+# cuBLAS's handle, and the bytes that a graph's products may work in
+HANDLE, WORKSPACE = 5, 64
 # what CUDA is to refuse: "capture", "instantiation", or "launch" of a kernel on the captured stream
 REFUSED: set[str] = set()
+
+
+class CPUGraphs(LaunchGraphs):
+    """Graphs whose products work in memory of the CPU."""
+
+    def _workspace(self, device: int, stream: int) -> torch.Tensor:
+        return torch.empty(WORKSPACE, dtype=torch.uint8)
 
 
 def tensor_at(address: int, dtype: torch.dtype, shape: Any, strides: Any) -> torch.Tensor:
@@ -50,6 +62,8 @@ def interpreting_launcher(monkeypatch: pytest.MonkeyPatch, repeated: list[str]) 
     # launches that wait on the captured stream, and those of each graph
     waiting: list[Callable[[], Any]] = []
     graphs: dict[int, list[Callable[[], Any]]] = {}
+    # the stream that products run on, and whether they may work in a graph's own memory
+    of_cublas: dict[str, Any] = {"stream": STREAM, "workspace": False}
 
     def do(stream: int | None, work: Callable[[], Any]) -> int:
         if stream == CAPTURED and "launch" in REFUSED:
@@ -92,9 +106,30 @@ def interpreting_launcher(monkeypatch: pytest.MonkeyPatch, repeated: list[str]) 
         a = tensor_at(first, kind, (m, k), (rows, 1) if first_is else (1, rows))
         b = tensor_at(second, kind, (k, n), (second_rows, 1) if second_is else (1, second_rows))
         c = tensor_at(out, kind, (m, n), (1, out_rows))
-        repeated.append("product")
-        c.copy_(a @ b + c if beta[0] else a @ b)
+        assert handle == HANDLE
+        adds = beta[0]
+
+        def work() -> None:
+            repeated.append("product")
+            c.copy_(a @ b + c if adds else a @ b)
+
+        assert of_cublas["workspace"] == (of_cublas["stream"] == CAPTURED)
+        return do(of_cublas["stream"], work)
+
+    @SET_STREAM
+    def set_stream(handle: int, stream: int) -> int:
+        of_cublas.update(stream=stream, workspace=False)
         return 0
+
+    @SET_WORKSPACE
+    def set_workspace(handle: int, memory: int, size: int) -> int:
+        assert memory and size == WORKSPACE
+        of_cublas["workspace"] = True
+        return 0
+
+    def current_handle() -> int:
+        of_cublas.update(stream=STREAM, workspace=False)
+        return HANDLE
 
     @ZEROS
     def zeros(address: int, value: int, size: int, stream: Any) -> int:
@@ -150,14 +185,16 @@ def interpreting_launcher(monkeypatch: pytest.MonkeyPatch, repeated: list[str]) 
 
     made = compile_module_from_src(src=run_launch_list_triton.SOURCE, name="colt5_launches")
     streams = (open_stream, begin_capture, end_capture, instantiate, start)
-    callbacks = (launch, launch, product, zeros, context, *streams, nothing, nothing, destroy)
+    destroyers = (nothing, nothing, destroy)
+    callbacks = (launch, launch, zeros, context, *streams, *destroyers, product, set_stream, set_workspace)
     made.connect(*(ctypes.cast(callback, ctypes.c_void_p).value for callback in callbacks))
     # the callbacks live as long as what may be called
     made.callbacks = callbacks
     monkeypatch.setattr(run_launch_list_triton, "launch_command", command)
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentBlasHandle", lambda: 5, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentBlasHandle", current_handle, raising=False)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: STREAM, raising=False)
     monkeypatch.setattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: False, raising=False)
     # no graph of another test, whose callbacks are gone
-    monkeypatch.setattr(run_launch_list_triton, "list_graphs", run_launch_list_triton.ListGraphs())
+    monkeypatch.setattr(run_launch_list_triton, "launch_graphs", CPUGraphs())
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", lambda index: None, raising=False)
     return lambda: made

@@ -1,0 +1,126 @@
+"""CUDA graphs of lists of launches, for calls that come again with the same addresses.
+
+PyTorch gives a loop of like steps the same memory in each step, and the tensors that the tokens of a cache share stay
+where they are. The launches of such a call have the same arguments each time, so they can be one launch of a graph.
+A graph holds addresses, and no memory but what cuBLAS works in: whoever calls holds the tensors.
+"""
+
+import os
+import re
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+# All graphs together have at most so many launches. A launch takes some KiB of a GPU's memory.
+MOST_LAUNCHES = 8192
+# So many calls are remembered that came once.
+MOST_SEEN = 4096
+# Where there is no place left, a new graph takes that of the one that ran longest ago. So many replays pay for it,
+# as they save the host about the time that making a graph takes it. Without that, more calls in turn than places would
+# make a graph in each call.
+REPLAYS_OF_A_PLACE = 8
+# Replays of so many places are saved up at most.
+MOST_PLACES_EARNED = 256
+
+# All that a call's launches depend on: its list, device and stream, and all addresses.
+Key = tuple[Any, ...]
+
+
+class _Kept(NamedTuple):
+    """The graph of a call, None where CUDA refuses one; how many launches it has, and cuBLAS's memory, if any."""
+
+    graph: Any
+    launches: int
+    workspace: Tensor | None
+
+
+class LaunchGraphs:
+    """The graphs of calls that came at least twice.
+
+    Attributes:
+        kept: by call, the one that ran last at the end.
+        launches: of all that are kept.
+        replays: how many of them no graph in another one's place has used up.
+    """
+
+    def __init__(self) -> None:
+        self.kept: OrderedDict[Key, _Kept] = OrderedDict()
+        self.launches = 0
+        self.replays = 0
+        self._seen: OrderedDict[int, None] = OrderedDict()
+        self._workspaces: weakref.WeakValueDictionary[tuple[int, int], Tensor] = weakref.WeakValueDictionary()
+        self._lock = threading.Lock()
+
+    def of(self, key: Key, launches: int, make: Callable[[Tensor | None], Any], multiplies_on: int | None) -> Any:
+        """The graph of a call; None where it comes for the first time, has none, or there is no place.
+
+        Args:
+            key: of the call. Its device and stream, as numbers, come first.
+            launches: of the call.
+            make: from the memory that cuBLAS may work in to the graph; None where CUDA refuses one.
+            multiplies_on: the number of the device where cuBLAS takes part; else None.
+        """
+        with self._lock:
+            kept = self.kept.get(key)
+            if kept is not None:
+                self.kept.move_to_end(key)
+                self.replays = min(self.replays + 1, REPLAYS_OF_A_PLACE * MOST_PLACES_EARNED)
+                return kept.graph
+            if not self._is_due(hash(key), launches):
+                return None
+        workspace = None if multiplies_on is None else self._workspace(multiplies_on, key[1])
+        graph = make(workspace)
+        with self._lock:
+            self._keep(key, _Kept(graph, launches, workspace))
+        return graph
+
+    def _is_due(self, call: int, launches: int) -> bool:
+        """Whether a call came before, and there is a place for its graph or one that was paid for."""
+        if call not in self._seen:
+            self._seen[call] = None
+            if len(self._seen) > MOST_SEEN:
+                self._seen.popitem(last=False)
+            return False
+        if self.launches + launches <= MOST_LAUNCHES:
+            return True
+        return launches <= MOST_LAUNCHES and self.replays >= REPLAYS_OF_A_PLACE
+
+    def _keep(self, key: Key, kept: _Kept) -> None:
+        """Keep a graph, and forget as many as have to go for it; CUDA destroys those once they have ended."""
+        if key in self.kept:
+            # another thread was faster
+            return
+        while self.launches + kept.launches > MOST_LAUNCHES and self.kept:
+            _, oldest = self.kept.popitem(last=False)
+            self.launches -= oldest.launches
+            self.replays = max(self.replays - REPLAYS_OF_A_PLACE, 0)
+        self.kept[key] = kept
+        self.launches += kept.launches
+
+    def _workspace(self, device: int, stream: int) -> Tensor:
+        """The memory that cuBLAS works in on a stream, whose graphs run one after another; the last of them frees it.
+
+        PyTorch's own may be freed before that, when another graph is recorded.
+        """
+        workspace = self._workspaces.get((device, stream))
+        if workspace is None:
+            size = workspace_size(torch.cuda.get_device_capability(device))
+            workspace = torch.empty(size, dtype=torch.uint8, device=torch.device("cuda", device))
+            self._workspaces[device, stream] = workspace
+        return workspace
+
+
+def workspace_size(capability: tuple[int, int]) -> int:
+    """The bytes that PyTorch lets cuBLAS work in, so that a product has the same kernel in a graph and outside."""
+    chosen = re.findall(r":(\d+):(\d+)", os.environ.get("CUBLAS_WORKSPACE_CONFIG", ""))
+    if not chosen:
+        chosen = [(4096, 8)] if capability == (9, 0) else [(4096, 2), (16, 8)]
+    return sum(1024 * int(size) * int(count) for size, count in chosen)
+
+
+launch_graphs = LaunchGraphs()

@@ -1,0 +1,159 @@
+"""Which calls get a CUDA graph, and which graph goes for another one."""
+
+import threading
+import weakref
+from typing import Any
+
+import pytest
+import torch
+
+from modeling_colt5 import run_launch_graphs
+from modeling_colt5.run_launch_graphs import LaunchGraphs, workspace_size
+
+
+class Graph:
+    """What stands for a graph."""
+
+
+class Calls:
+    """Calls of some graphs, and how many were made.
+
+    Args:
+        launches: of each call.
+    """
+
+    def __init__(self, launches: int = 1):
+        self.graphs, self.launches, self.made = LaunchGraphs(), launches, 0
+
+    def __call__(self, name: Any) -> bool:
+        """Whether the call of a name is a graph."""
+
+        def make(workspace: Any) -> Graph:
+            self.made += 1
+            return Graph()
+
+        return self.graphs.of((0, 7, name), self.launches, make, None) is not None
+
+
+@pytest.fixture
+def two_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_launch_graphs, "MOST_LAUNCHES", 20)
+    monkeypatch.setattr(run_launch_graphs, "REPLAYS_OF_A_PLACE", 3)
+
+
+def test_a_call_that_comes_again_gets_a_graph() -> None:
+    calls = Calls()
+    assert [calls(name) for name in "aabacb"] == [False, True, False, True, False, True]
+    assert calls.made == 2
+
+
+def test_where_there_is_no_place_replays_pay_for_one(two_places: None) -> None:
+    calls = Calls(launches=10)
+    for name in "aabb":
+        calls(name)
+    # "c" comes as often as it likes
+    assert not any(calls("c") for _ in range(5))
+    # three replays, of which "a" was the first to be replayed last, so that "b" goes
+    assert calls("b") and calls("a") and calls("a")
+    assert calls("c") and calls.made == 3
+    assert calls("a") and not calls("b") and calls("c")
+    assert calls.graphs.launches == 20 and len(calls.graphs.kept) == 2
+
+
+def test_more_calls_in_turn_than_places_make_few_graphs(two_places: None) -> None:
+    calls = Calls(launches=10)
+    turns = 300
+    replayed = sum(calls(name) for _ in range(turns) for name in "abcde")
+    # each but the first two was paid for by three replays
+    assert 2 <= calls.made <= 2 + replayed / 3
+    assert replayed > turns
+
+
+def test_what_is_larger_than_all_places_has_no_graph(two_places: None) -> None:
+    calls = Calls(launches=21)
+    assert not any(calls("a") for _ in range(9))
+    assert calls.made == 0
+
+
+def test_a_large_graph_takes_the_places_of_several(two_places: None) -> None:
+    calls = Calls(launches=5)
+    for name in "abcd" * 2:
+        calls(name)
+    calls.graphs.replays = 100
+    calls.launches = 15
+    assert not calls("e") and calls("e")
+    assert calls.graphs.launches == 20 and [key[2] for key in calls.graphs.kept] == ["d", "e"]
+
+
+def test_calls_are_not_remembered_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_launch_graphs, "MOST_SEEN", 2)
+    calls = Calls()
+    assert not any(calls(name) for name in "abca")
+    assert calls("a")
+
+
+def test_what_cuda_refuses_is_not_tried_again() -> None:
+    graphs, tried = LaunchGraphs(), []
+    for _ in range(5):
+        assert graphs.of((0, 7), 1, tried.append, None) is None
+    assert tried == [None]
+
+
+def test_graphs_of_a_stream_share_what_cublas_works_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    empty, sizes = torch.empty, []
+
+    def on_cpu(size: int, **options: Any) -> torch.Tensor:
+        sizes.append((size, options["device"]))
+        return empty(16, dtype=options["dtype"])
+
+    monkeypatch.setattr(torch, "empty", on_cpu)
+    graphs, given = LaunchGraphs(), []
+    for stream, name in ((7, "a"), (7, "b"), (8, "a")):
+        for _ in range(3):
+            graphs.of((0, stream, name), 1, given.append, 0)
+    first, second, third = map(weakref.ref, given)
+    assert first() is second() is not third()
+    assert sizes == [(2**25, torch.device("cuda", 0))] * 2
+    given.clear()
+    # the graphs hold it, and the last one of a stream lets it go
+    assert first() is not None
+    graphs.kept.clear()
+    assert first() is None and third() is None
+
+
+@pytest.mark.parametrize(
+    ("chosen", "capability", "size"),
+    [
+        ("", (9, 0), 32 * 2**20),
+        ("", (8, 0), 8 * 2**20 + 2**17),
+        ("", (12, 0), 8 * 2**20 + 2**17),
+        (":4096:8", (8, 0), 32 * 2**20),
+        (":16:8", (9, 0), 2**17),
+        (":4096:2:16:8", (9, 0), 8 * 2**20 + 2**17),
+    ],
+)
+def test_products_may_work_in_as_much_as_pytorchs(
+    chosen: str, capability: tuple[int, int], size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", chosen)
+    assert workspace_size(capability) == size
+
+
+def test_threads_may_call_at_the_same_time(two_places: None) -> None:
+    calls, errors = Calls(launches=4), []
+
+    def work(number: int) -> None:
+        try:
+            for turn in range(300):
+                calls((number + turn * turn) % 9)
+        except Exception as error:  # noqa: BLE001 - whatever it is
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    assert calls.graphs.launches == 4 * len(calls.graphs.kept) <= 20
