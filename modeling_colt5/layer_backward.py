@@ -261,15 +261,17 @@ class Backward:
         gradient = own.second_slots
         ((indices, valid, weights),) = program.second_slots.tokens(places)
         normed, states = line.place("second_normed"), line.place("states")
-        heavy_grad = line.temporary(program.dtype, *states.shape)
-        gather_dot_into(
-            grad_of_update, rows(line.place("heavy")), indices, valid, weights, rows(heavy_grad),
-            room[gradient.weights[0]],
-        )  # fmt: skip
-        self.route(-1, program.second_slots, gradient, places, room)
-        states_grad = self.dense("heavy", heavy_grad, states, Weight.HEAVY_WI_0, Drop.HEAVY_FF)
-        del heavy_grad
+        with line.heavy():
+            heavy_grad = line.temporary(program.dtype, *states.shape)
+            gather_dot_into(
+                grad_of_update, rows(line.place("heavy")), indices, valid, weights, rows(heavy_grad),
+                room[gradient.weights[0]],
+            )  # fmt: skip
+            self.route(-1, program.second_slots, gradient, places, room)
+            states_grad = self.dense("heavy", heavy_grad, states, Weight.HEAVY_WI_0, Drop.HEAVY_FF)
+            del heavy_grad
         normed_grad = self.dense("light", light_grad.view(-1, d), normed, Weight.LIGHT_WI_0, Drop.LIGHT_FF)
+        line.join()
         total = line.temporary(program.dtype, *normed.shape)
         routed = (rows(states_grad), indices, valid, None)
         combine_into(rows(normed_grad), None, *routed, None, None, None, None, program.n, rows(total))
@@ -291,29 +293,30 @@ class Backward:
         queries, keys = slots.tokens(places)
         query_states, key_states = line.place("query_states"), line.place("key_states")
 
-        heavy_grad = line.temporary(program.dtype, *query_states.shape)
-        gather_dot_into(
-            update_grad, rows(line.place("heavy_update")), *queries, rows(heavy_grad), room[gradient.weights[0]]
-        )
-        attended, query, key_value = (line.place(name) for name in ("heavy_attended", "query", "key_value"))
-        self.weight_gradients(heavy_grad, attended, Weight.HEAVY_O, 1)
-        attended_grad = line.temporary(program.dtype, *attended.shape)
-        line.recorder.product(heavy_grad, line.weights[Weight.HEAVY_O], attended_grad)
-        del heavy_grad
-        query_grad = line.temporary(program.dtype, *query.shape)
-        key_value_grad = line.temporary(program.dtype, *key_value.shape)
-        self.attend(
-            attended_grad, (query, *key_value.chunk(2, 1)), program.heavy_size, line.tables[1], 0, queries[0],
-            *keys[:2], Drop.HEAVY_ATTENTION, attended, places[program.heavy_sums],
-            (query_grad, *key_value_grad.chunk(2, 1)), self.tables[1], room[own.heavy_delta],
-        )  # fmt: skip
-        del attended_grad
-        self.weight_gradients(query_grad, query_states, Weight.HEAVY_Q, 1)
-        self.weight_gradients(key_value_grad, key_states, Weight.HEAVY_K, 2)
-        query_states_grad = line.temporary(program.dtype, *query_states.shape)
-        line.recorder.product(query_grad, line.weights[Weight.HEAVY_Q], query_states_grad)
-        key_states_grad = self.states_gradient(key_value_grad, Weight.HEAVY_K, 2)
-        del query_grad, key_value_grad
+        with line.heavy():
+            heavy_grad = line.temporary(program.dtype, *query_states.shape)
+            gather_dot_into(
+                update_grad, rows(line.place("heavy_update")), *queries, rows(heavy_grad), room[gradient.weights[0]]
+            )
+            attended, query, key_value = (line.place(name) for name in ("heavy_attended", "query", "key_value"))
+            self.weight_gradients(heavy_grad, attended, Weight.HEAVY_O, 1)
+            attended_grad = line.temporary(program.dtype, *attended.shape)
+            line.recorder.product(heavy_grad, line.weights[Weight.HEAVY_O], attended_grad)
+            del heavy_grad
+            query_grad = line.temporary(program.dtype, *query.shape)
+            key_value_grad = line.temporary(program.dtype, *key_value.shape)
+            self.attend(
+                attended_grad, (query, *key_value.chunk(2, 1)), program.heavy_size, line.tables[1], 0, queries[0],
+                *keys[:2], Drop.HEAVY_ATTENTION, attended, places[program.heavy_sums],
+                (query_grad, *key_value_grad.chunk(2, 1)), self.tables[1], room[own.heavy_delta],
+            )  # fmt: skip
+            del attended_grad
+            self.weight_gradients(query_grad, query_states, Weight.HEAVY_Q, 1)
+            self.weight_gradients(key_value_grad, key_states, Weight.HEAVY_K, 2)
+            query_states_grad = line.temporary(program.dtype, *query_states.shape)
+            line.recorder.product(query_grad, line.weights[Weight.HEAVY_Q], query_states_grad)
+            key_states_grad = self.states_gradient(key_value_grad, Weight.HEAVY_K, 2)
+            del query_grad, key_value_grad
 
         normed = line.place("normed")
         attended, query_key_value = line.place("light_attended"), line.place("query_key_value")
@@ -332,6 +335,7 @@ class Backward:
         self.weight_gradients(query_key_value_grad, normed, Weight.LIGHT_Q, 3)
         normed_grad = self.states_gradient(query_key_value_grad, Weight.LIGHT_Q, 3)
         del query_key_value_grad
+        line.join()
 
         gather_dot_into(rows(normed), rows(key_states_grad), *keys[:2], None, None, room[gradient.weights[1]])
         for router in range(len(slots.launches)):

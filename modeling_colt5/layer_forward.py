@@ -1,5 +1,7 @@
 """The forward pass of an encoder layer as a straight line of kernel launches and products."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -49,6 +51,18 @@ class Line:
         self.recorder, self.layout, self.memory, self.seeds = recorder, layout, memory, seeds
         self.joined: dict[int, Tensor] = {}
         self.temporary = recorder.temporary
+
+    @contextmanager
+    def heavy(self) -> Iterator[None]:
+        """Inside is what a heavy branch computes, which may run beside what comes after until `join`. What it reads
+        must live until then."""
+        with self.plan.heavy(), self.recorder.aside():
+            yield
+
+    def join(self) -> None:
+        """Wait for the heavy branch."""
+        self.plan.join()
+        self.recorder.join()
 
     def place(self, name: str) -> Tensor:
         """The tensor of a name, in the memory of what outlives the call or as a temporary one."""
@@ -207,7 +221,7 @@ def attention(line: Line, incoming: Tensor | None) -> Branches:
         norm_into(parts[0], *of_norm, *parts[1:], incoming)
     else:
         norm_into(incoming, *of_norm)
-    with line.plan.heavy():
+    with line.heavy():
         slots = program.first_slots
         for router, launch in enumerate(slots.launches):
             _route(line, router, places, launch)
@@ -236,7 +250,7 @@ def attention(line: Line, incoming: Tensor | None) -> Branches:
     del query_key_value
     light = line.place("light_update")
     line.recorder.product(attended, weights[Weight.LIGHT_O].t(), light)
-    line.plan.join()
+    line.join()
     return incoming, line.rows(light), line.rows(heavy), *queries
 
 
@@ -272,12 +286,12 @@ def feed_forward(line: Line, parts: list[Tensor]) -> Branches:
         norm_into(residual, *of_norm, *branches, hidden_states, *line.dropout(Drop.ATTENTION))
         del branches
     del residual, light, heavy
-    with line.plan.heavy():
+    with line.heavy():
         _route(line, -1, places, program.second_slots.launches[0])
         ((indices, valid, weights),) = program.second_slots.tokens(places)
         states = line.place("states")
         gather_into(line.rows(normed), indices, valid, None, None, None, None, line.rows(states), None)
         heavy = _dense(line, "heavy", states, Weight.HEAVY_WI_0, Drop.HEAVY_FF)
     light = _dense(line, "light", normed, Weight.LIGHT_WI_0, Drop.LIGHT_FF)
-    line.plan.join()
+    line.join()
     return hidden_states, line.rows(light), line.rows(heavy), indices, valid, weights

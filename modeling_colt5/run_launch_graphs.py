@@ -103,14 +103,15 @@ class LaunchGraphs:
         self.launches += kept.launches
 
     def _workspace(self, device: int, stream: int) -> Tensor:
-        """The memory that cuBLAS works in on a stream, whose graphs run one after another; the last of them frees it.
+        """The memory that cuBLAS works in, in two halves for what runs side by side, of a stream whose graphs run one
+        after another; the last of them frees it.
 
         PyTorch's own may be freed before that, when another graph is recorded.
         """
         workspace = self._workspaces.get((device, stream))
         if workspace is None:
             size = workspace_size(torch.cuda.get_device_capability(device))
-            workspace = torch.empty(size, dtype=torch.uint8, device=torch.device("cuda", device))
+            workspace = torch.empty(2 * size, dtype=torch.uint8, device=torch.device("cuda", device))
             self._workspaces[device, stream] = workspace
         return workspace
 

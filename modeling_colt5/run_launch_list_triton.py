@@ -8,6 +8,7 @@ Where all memories of a call have the addresses that they had in an earlier one,
 graph (run_launch_graphs.py).
 """
 
+import contextlib
 import ctypes
 import functools
 import re
@@ -34,8 +35,10 @@ except ImportError as error:
 # Lists are words of 64 bits. A launch is its kind, its length, a function, a grid of three axes, threads, bytes of
 # shared memory, whether its programs wait for each other, then for each parameter a memory's number (or -1) and the
 # number to be added (or the parameter itself). A product is its kind, its length, what cuBLAS takes, and three
-# memories with their distances. A filling with zeros is its kind, its length, a memory, a distance and a size.
-LAUNCH, PRODUCT, ZEROS = range(3)
+# memories with their distances. A filling with zeros is its kind, its length, a memory, a distance and a size. The
+# others are their kind and length: in a graph, what lies between ASIDE and BACK runs beside what lies between BACK and
+# JOIN.
+LAUNCH, PRODUCT, ZEROS, ASIDE, BACK, JOIN = range(6)
 # so many parameters and memories the C code has room for
 MOST_PARAMETERS, MOST_MEMORIES = 64, 128
 # each temporary begins at a multiple of so many bytes, so that kernels may read 16 bytes at once
@@ -60,6 +63,9 @@ typedef int (*end_capture_t)(void *, void **);
 typedef int (*instantiate_t)(void **, void *, unsigned long long);
 typedef int (*start_t)(void *, void *);
 typedef int (*destroy_t)(void *);
+typedef int (*open_event_t)(void **, unsigned);
+typedef int (*record_t)(void *, void *);
+typedef int (*wait_t)(void *, void *, unsigned);
 typedef int (*set_stream_t)(void *, void *);
 typedef int (*set_workspace_t)(void *, void *, size_t);
 
@@ -76,13 +82,16 @@ static begin_capture_t begin_capture;
 static end_capture_t end_capture;
 static instantiate_t instantiate;
 static start_t start_graph;
-static destroy_t close_stream, destroy_graph, destroy_executable;
+static destroy_t close_stream, destroy_graph, destroy_executable, close_event;
+static open_event_t open_event;
+static record_t record;
+static wait_t wait_for;
 static set_stream_t set_stream;
 static set_workspace_t set_workspace;
 
 static PyObject *connect(PyObject *self, PyObject *const *args, Py_ssize_t count) {
-  if (count != 15) {
-    PyErr_SetString(PyExc_TypeError, "connect takes fifteen addresses");
+  if (count != 19) {
+    PyErr_SetString(PyExc_TypeError, "connect takes nineteen addresses");
     return NULL;
   }
   launch = (launch_t)PyLong_AsVoidPtr(args[0]);
@@ -97,15 +106,44 @@ static PyObject *connect(PyObject *self, PyObject *const *args, Py_ssize_t count
   close_stream = (destroy_t)PyLong_AsVoidPtr(args[9]);
   destroy_graph = (destroy_t)PyLong_AsVoidPtr(args[10]);
   destroy_executable = (destroy_t)PyLong_AsVoidPtr(args[11]);
-  multiply = (product_t)PyLong_AsVoidPtr(args[12]);
-  set_stream = (set_stream_t)PyLong_AsVoidPtr(args[13]);
-  set_workspace = (set_workspace_t)PyLong_AsVoidPtr(args[14]);
+  open_event = (open_event_t)PyLong_AsVoidPtr(args[12]);
+  record = (record_t)PyLong_AsVoidPtr(args[13]);
+  wait_for = (wait_t)PyLong_AsVoidPtr(args[14]);
+  close_event = (destroy_t)PyLong_AsVoidPtr(args[15]);
+  multiply = (product_t)PyLong_AsVoidPtr(args[16]);
+  set_stream = (set_stream_t)PyLong_AsVoidPtr(args[17]);
+  set_workspace = (set_workspace_t)PyLong_AsVoidPtr(args[18]);
   if (PyErr_Occurred())
     return NULL;
   Py_RETURN_NONE;
 }
 
-static int run_words(const int64_t *word, const int64_t *end, const uint64_t *memories, void *stream, void *handle) {
+/* A recording: its stream, the one beside it, an event, and for cuBLAS a handle and two workspaces of so many bytes,
+   side by side; no handle where there are no products */
+typedef struct {
+  void *main, *beside, *event, *handle;
+  char *workspace;
+  size_t bytes;
+} recording_t;
+
+/* cuBLAS forgets its workspace with its stream */
+static int multiply_on(const recording_t *recording, void *stream) {
+  if (!recording->handle)
+    return 0;
+  int status = set_stream(recording->handle, stream);
+  char *workspace = recording->workspace + (stream == recording->beside ? recording->bytes : 0);
+  return status ? status : set_workspace(recording->handle, workspace, recording->bytes);
+}
+
+/* the second of two streams waits for what was recorded on the first */
+static int wait_between(const recording_t *recording, void *first, void *second) {
+  int status = record(recording->event, first);
+  return status ? status : wait_for(second, recording->event, 0);
+}
+
+/* without a recording, what may run beside other words runs before them */
+static int run_words(const int64_t *word, const int64_t *end, const uint64_t *memories, void *stream, void *handle,
+                     const recording_t *recording) {
   static const float alpha = 1.0f;
   while (word < end) {
     const int64_t *next = word + word[1];
@@ -129,8 +167,17 @@ static int run_words(const int64_t *word, const int64_t *end, const uint64_t *me
                         (void *)(memories[word[16]] + word[17]), word[7], word[8],
                         (void *)(memories[word[18]] + word[19]), word[9], word[10], &beta,
                         (void *)(memories[word[20]] + word[21]), word[11], word[12], word[13], word[14]);
-    } else {
+    } else if (word[0] == 2) {
       status = fill(memories[word[2]] + word[3], 0, word[4], stream);
+    } else if (recording) {
+      if (word[0] == 3)
+        status = wait_between(recording, recording->main, recording->beside);
+      else if (word[0] == 5)
+        status = wait_between(recording, recording->beside, recording->main);
+      if (!status && word[0] != 5) {
+        stream = word[0] == 3 ? recording->beside : recording->main;
+        status = multiply_on(recording, stream);
+      }
     }
     if (status)
       return status;
@@ -185,7 +232,7 @@ static PyObject *run(PyObject *self, PyObject *const *args, Py_ssize_t count) {
   for (Py_ssize_t first = 0; first < size && !status; first += each) {
     for (Py_ssize_t place = 0; place < each; place++)
       memories[place] = addresses[first + place];
-    status = run_words(words, end, memories, stream, handle);
+    status = run_words(words, end, memories, stream, handle, NULL);
   }
   Py_END_ALLOW_THREADS
   PyMem_Free(addresses);
@@ -200,9 +247,9 @@ static const char *const GRAPH = "colt5_launches.graph";
 static void forget(PyObject *capsule) { destroy_executable(PyCapsule_GetPointer(capsule, GRAPH)); }
 
 /* graph(words, addresses, each, room, handle, workspace, bytes) gives what run would launch as one CUDA graph, in a
-   capsule; None where run launches nothing or CUDA refuses. The handle is left on a stream that is gone, with a
-   workspace of so many bytes; it may be 0 where the words have no products. A recording would disturb a thread that
-   waits for the whole GPU meanwhile; Python's lock is therefore held */
+   capsule; None where run launches nothing or CUDA refuses. At the workspace are twice so many bytes. The handle is
+   left with it on a stream that is gone; it is 0 where the words have no products. A recording would disturb a thread
+   that waits for the whole GPU meanwhile; Python's lock is therefore held */
 static PyObject *graph(PyObject *self, PyObject *const *args, Py_ssize_t count) {
   if (count != 7 || !PyBytes_Check(args[0]) || !PyList_Check(args[1])) {
     PyErr_SetString(PyExc_TypeError, "graph takes bytes, a list of addresses, and five numbers");
@@ -216,9 +263,10 @@ static PyObject *graph(PyObject *self, PyObject *const *args, Py_ssize_t count) 
   if (PyErr_Occurred())
     return NULL;
   memories[each] = PyLong_AsUnsignedLongLong(args[3]);
-  void *handle = PyLong_AsVoidPtr(args[4]);
-  void *workspace = PyLong_AsVoidPtr(args[5]);
-  size_t bytes = PyLong_AsSize_t(args[6]);
+  recording_t recording = {NULL};
+  recording.handle = PyLong_AsVoidPtr(args[4]);
+  recording.workspace = PyLong_AsVoidPtr(args[5]);
+  recording.bytes = PyLong_AsSize_t(args[6]);
   if (PyErr_Occurred())
     return NULL;
   uint64_t all = memories[each];
@@ -230,27 +278,29 @@ static PyObject *graph(PyObject *self, PyObject *const *args, Py_ssize_t count) 
     Py_RETURN_NONE;
   const int64_t *words = (const int64_t *)PyBytes_AS_STRING(args[0]);
   const int64_t *end = words + PyBytes_GET_SIZE(args[0]) / sizeof(int64_t);
-  void *stream = NULL, *captured = NULL, *executable = NULL;
-  /* a stream that waits for no other one; what other threads do meanwhile is not looked at */
-  if (open_stream(&stream, 1))
-    Py_RETURN_NONE;
-  /* cuBLAS forgets its workspace with its stream */
-  int status = handle && (set_stream(handle, stream) || set_workspace(handle, workspace, bytes));
-  status = status ? status : begin_capture(stream, 2);
-  if (!status) {
+  void *captured = NULL, *executable = NULL;
+  /* streams that wait for no other one; what other threads do meanwhile is not looked at */
+  int status = open_stream(&recording.main, 1) || open_stream(&recording.beside, 1) || open_event(&recording.event, 2);
+  status = status ? status : multiply_on(&recording, recording.main);
+  if (!status && !(status = begin_capture(recording.main, 2))) {
     for (Py_ssize_t first = 0; first < size && !status; first += each) {
       for (Py_ssize_t place = 0; place < each; place++)
         memories[place] = PyLong_AsUnsignedLongLong(PyList_GET_ITEM(args[1], first + place));
-      status = run_words(words, end, memories, stream, handle);
+      status = run_words(words, end, memories, recording.main, recording.handle, &recording);
     }
-    int ended = end_capture(stream, &captured);
+    int ended = end_capture(recording.main, &captured);
     status = status ? status : ended;
   }
   if (!status && captured)
     status = instantiate(&executable, captured, 0);
   if (captured)
     destroy_graph(captured);
-  close_stream(stream);
+  if (recording.event)
+    close_event(recording.event);
+  if (recording.beside)
+    close_stream(recording.beside);
+  if (recording.main)
+    close_stream(recording.main);
   if (status || !executable)
     Py_RETURN_NONE;
   return PyCapsule_New(executable, GRAPH, forget);
@@ -296,6 +346,7 @@ FUNCTIONS = (
     "cuLaunchKernel", "cuLaunchCooperativeKernel", "cuMemsetD8Async", "cuCtxGetCurrent",
     "cuStreamCreate", "cuStreamBeginCapture_v2", "cuStreamEndCapture", "cuGraphInstantiateWithFlags", "cuGraphLaunch",
     "cuStreamDestroy_v2", "cuGraphDestroy", "cuGraphExecDestroy",
+    "cuEventCreate", "cuEventRecord", "cuStreamWaitEvent", "cuEventDestroy_v2",
 )  # fmt: skip
 FUNCTIONS_OF_CUBLAS = ("cublasGemmEx", "cublasSetStream_v2", "cublasSetWorkspace_v2")
 
@@ -402,7 +453,7 @@ class LaunchList:
                 torch._C._cuda_setDevice(index)
                 if workspace is None:
                     return made.graph(self.words, addresses, each, place, 0, 0, 0)
-                of_cublas = (torch._C._cuda_getCurrentBlasHandle(), workspace.data_ptr(), workspace.numel())
+                of_cublas = (torch._C._cuda_getCurrentBlasHandle(), workspace.data_ptr(), workspace.numel() // 2)
                 recorded = made.graph(self.words, addresses, each, place, *of_cublas)
                 # to ask for the handle gives it the current stream and PyTorch's workspace again
                 torch._C._cuda_getCurrentBlasHandle()
@@ -472,6 +523,17 @@ class Recorder:
         """Fill a contiguous tensor with zeros."""
         memory.zero_()
         self._note("zeros", memory)
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Inside is what may run beside what comes after it, until `join`, where the list is a graph."""
+        self._note("aside")
+        yield
+        self._note("back")
+
+    def join(self) -> None:
+        """What comes next waits for what runs aside."""
+        self._note("join")
 
     def _note(self, *note: Any) -> None:
         if self.notes is not None:
@@ -598,19 +660,25 @@ class _Places:
             for word in command.words:
                 own += final(word) if isinstance(word, Tensor) else (word,)
             words += [command.kind, len(own) + 2, *own]
-        multiplies = any(command.kind == PRODUCT for command in commands)
-        return LaunchList(struct.pack(f"<{len(words)}q", *words), room, len(commands), multiplies)
+        kinds = [command.kind for command in commands if command.kind in (LAUNCH, PRODUCT, ZEROS)]
+        return LaunchList(struct.pack(f"<{len(words)}q", *words), room, len(kinds), PRODUCT in kinds)
 
     def _plan(self, commands: "list[Command]") -> tuple[dict[int, int], int]:
         """Where each temporary tensor lies in their room, so that those that are needed at the same time lie apart,
         and the room's size."""
         needed: dict[int, tuple[int, int]] = {}
+        is_aside = False
         for turn, command in enumerate(commands):
+            if command.kind in (ASIDE, BACK):
+                is_aside = command.kind == ASIDE
+            # what runs aside may do so until the join
+            last = next((later for later in range(turn, len(commands)) if commands[later].kind == JOIN), len(commands))
             for word in command.words:
                 if isinstance(word, Tensor):
                     number, _ = self.find(word)
                     if number >= self.first_temporary:
-                        needed[number] = (needed.get(number, (turn, turn))[0], turn)
+                        first, end = needed.get(number, (turn, turn))
+                        needed[number] = (first, max(end, last if is_aside else turn))
         offsets: dict[int, int] = {}
         room = 1
         for number in sorted(needed, key=lambda number: -self.sizes[number]):
@@ -631,7 +699,8 @@ class _Places:
 
 
 class Command(NamedTuple):
-    """A launch, a product or a filling: its words, in which a tensor stands for its memory and distance."""
+    """A word that LAUNCH and the others are: what comes behind kind and length, where a tensor stands for its memory
+    and distance."""
 
     kind: int
     words: tuple[int | Tensor, ...]
@@ -644,8 +713,10 @@ def _command(note: tuple[Any, ...]) -> Command | None:
         return launch_command(*note)
     if kind == "product":
         return product_command(*rest)
-    (memory,) = rest
-    return Command(ZEROS, (memory, memory.numel() * memory.itemsize))
+    if kind == "zeros":
+        (memory,) = rest
+        return Command(ZEROS, (memory, memory.numel() * memory.itemsize))
+    return Command({"aside": ASIDE, "back": BACK, "join": JOIN}[kind], ())
 
 
 def product_command(first: Tensor, second: Tensor, out: Tensor, adds: bool) -> Command | None:

@@ -1,6 +1,7 @@
 """Lists of launches on the CPU: C runs them, and what it calls interprets kernels and multiplies by PyTorch.
 
-What is launched on a stream that is captured waits until the graph is launched, as on a GPU.
+What is launched on a stream that is captured waits until the graph is launched, as on a GPU. What a graph may run
+beside other work runs as late as it may, behind all of that.
 """
 
 import ctypes
@@ -32,10 +33,13 @@ END_CAPTURE = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.POINTER(cty
 INSTANTIATE = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_void_p), ctypes.c_void_p, ctypes.c_ulonglong)
 START = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
 DESTROY = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)
+OPEN_EVENT = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_void_p), ctypes.c_uint)
+RECORD = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
+WAIT = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint)
 SET_STREAM = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
 SET_WORKSPACE = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
-# streams: the one that work is launched on, and the one that graphs are captured on
-STREAM, CAPTURED = 7, 8
+# streams: the one that work is launched on, the one that graphs are captured on, and the one beside that
+STREAM, CAPTURED, BESIDE = 7, 8, 9
 # cuBLAS's handle, and the bytes that a graph's products may work in
 HANDLE, WORKSPACE = 5, 64
 # what CUDA is to refuse: "capture", "instantiation", or "launch" of a kernel on the captured stream
@@ -46,7 +50,7 @@ class CPUGraphs(LaunchGraphs):
     """Graphs whose products work in memory of the CPU."""
 
     def _workspace(self, device: int, stream: int) -> torch.Tensor:
-        return torch.empty(WORKSPACE, dtype=torch.uint8)
+        return torch.empty(2 * WORKSPACE, dtype=torch.uint8)
 
 
 def tensor_at(address: int, dtype: torch.dtype, shape: Any, strides: Any) -> torch.Tensor:
@@ -61,14 +65,20 @@ def interpreting_launcher(monkeypatch: pytest.MonkeyPatch, repeated: list[str]) 
     noted: list[tuple[Any, tuple[int, ...], tuple[Any, ...]]] = []
     # launches that wait on the captured stream, and those of each graph
     waiting: list[Callable[[], Any]] = []
+    beside: list[Callable[[], Any]] = []
+    opened: list[int] = []
     graphs: dict[int, list[Callable[[], Any]]] = {}
     # the stream that products run on, and whether they may work in a graph's own memory
-    of_cublas: dict[str, Any] = {"stream": STREAM, "workspace": False}
+    of_cublas: dict[str, Any] = {"stream": STREAM, "workspace": 0}
+    workspaces: dict[int, int] = {}
 
     def do(stream: int | None, work: Callable[[], Any]) -> int:
-        if stream == CAPTURED and "launch" in REFUSED:
+        if stream in (CAPTURED, BESIDE) and "launch" in REFUSED:
             return 1
-        waiting.append(work) if stream == CAPTURED else work()
+        if stream == BESIDE:
+            beside.append(work)
+        else:
+            waiting.append(work) if stream == CAPTURED else work()
         return 0
 
     def command(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...]) -> run_launch_list_triton.Command:
@@ -113,22 +123,25 @@ def interpreting_launcher(monkeypatch: pytest.MonkeyPatch, repeated: list[str]) 
             repeated.append("product")
             c.copy_(a @ b + c if adds else a @ b)
 
-        assert of_cublas["workspace"] == (of_cublas["stream"] == CAPTURED)
+        assert bool(of_cublas["workspace"]) == (of_cublas["stream"] != STREAM)
         return do(of_cublas["stream"], work)
 
     @SET_STREAM
     def set_stream(handle: int, stream: int) -> int:
-        of_cublas.update(stream=stream, workspace=False)
+        of_cublas.update(stream=stream, workspace=0)
         return 0
 
     @SET_WORKSPACE
     def set_workspace(handle: int, memory: int, size: int) -> int:
-        assert memory and size == WORKSPACE
-        of_cublas["workspace"] = True
+        stream = of_cublas["stream"]
+        assert size == WORKSPACE
+        # streams that run side by side share none
+        workspaces[stream] = of_cublas["workspace"] = memory
+        assert stream != BESIDE or memory == workspaces[CAPTURED] + WORKSPACE
         return 0
 
     def current_handle() -> int:
-        of_cublas.update(stream=STREAM, workspace=False)
+        of_cublas.update(stream=STREAM, workspace=0)
         return HANDLE
 
     @ZEROS
@@ -147,16 +160,41 @@ def interpreting_launcher(monkeypatch: pytest.MonkeyPatch, repeated: list[str]) 
 
     @OPEN_STREAM
     def open_stream(place: Any, flags: int) -> int:
-        place[0] = CAPTURED
+        place[0] = BESIDE if opened else CAPTURED
+        opened.append(place[0])
+        return 0
+
+    @DESTROY
+    def close_stream(stream: int) -> int:
+        opened.remove(stream)
+        return 0
+
+    @OPEN_EVENT
+    def open_event(place: Any, flags: int) -> int:
+        place[0] = 11
+        return 0
+
+    @RECORD
+    def record(event: int, stream: int) -> int:
+        return 0
+
+    @WAIT
+    def wait(stream: int, event: int, flags: int) -> int:
+        if stream == CAPTURED:
+            waiting.extend(beside)
+            beside.clear()
         return 0
 
     @BEGIN_CAPTURE
     def begin_capture(stream: int, mode: int) -> int:
         waiting.clear()
+        beside.clear()
         return int("capture" in REFUSED)
 
     @END_CAPTURE
     def end_capture(stream: int, place: Any) -> int:
+        # what was never waited for breaks a recording off
+        assert not beside
         place[0] = len(graphs) + 1
         graphs[len(graphs) + 1] = waiting.copy()
         return 0
@@ -185,8 +223,9 @@ def interpreting_launcher(monkeypatch: pytest.MonkeyPatch, repeated: list[str]) 
 
     made = compile_module_from_src(src=run_launch_list_triton.SOURCE, name="colt5_launches")
     streams = (open_stream, begin_capture, end_capture, instantiate, start)
-    destroyers = (nothing, nothing, destroy)
-    callbacks = (launch, launch, zeros, context, *streams, *destroyers, product, set_stream, set_workspace)
+    destroyers, events = (close_stream, nothing, destroy), (open_event, record, wait, nothing)
+    of_products = (product, set_stream, set_workspace)
+    callbacks = (launch, launch, zeros, context, *streams, *destroyers, *events, *of_products)
     made.connect(*(ctypes.cast(callback, ctypes.c_void_p).value for callback in callbacks))
     # the callbacks live as long as what may be called
     made.callbacks = callbacks

@@ -114,7 +114,7 @@ def test_graphs_of_a_stream_share_what_cublas_works_in(monkeypatch: pytest.Monke
             graphs.of((0, stream, name), 1, given.append, 0)
     first, second, third = map(weakref.ref, given)
     assert first() is second() is not third()
-    assert sizes == [(2**25, torch.device("cuda", 0))] * 2
+    assert sizes == [(2**26, torch.device("cuda", 0))] * 2
     given.clear()
     # the graphs hold it, and the last one of a stream lets it go
     assert first() is not None

@@ -131,6 +131,46 @@ def test_products_are_part_of_a_graph(calls: int, repeated: list[str]) -> None:
 
 
 @interpreted
+def test_what_runs_aside_shares_no_memory_with_what_runs_meanwhile(repeated: list[str]) -> None:
+    """The graph here runs what is aside last, and calls without a graph run it first."""
+    memories, room = [torch.randn(4, 4), torch.randn(4, 4), torch.empty(4, 4), torch.empty(4, 4)], torch.empty(2**14)
+    recorder = Recorder(CPU, records=True)
+
+    def chain(first: torch.Tensor, count: int) -> torch.Tensor:
+        """A power of a matrix."""
+        power = first
+        for _ in range(count):
+            following = recorder.temporary(torch.float32, 4, 4)
+            recorder.product(power, first, following)
+            power = following
+        return power
+
+    first, second, out, total = memories
+    with recorder:
+        before = recorder.temporary(torch.float32, 4, 4)
+        recorder.product(first, second, before)
+        with recorder.aside():
+            beside = chain(first, 3)
+            recorder.add_product(before, before, beside)
+        main = chain(second, 4)
+        join_into((out, main))
+        recorder.join()
+        recorder.product(beside, main, total)
+    launches = recorder.finish(memories)
+    assert launches is not None
+    for _ in range(3):
+        first.normal_()
+        second.normal_()
+        before, power = first @ second, torch.linalg.matrix_power
+        assert launches([memories], CPU, -1, lambda size: room.view(torch.uint8)[:size])
+        torch.testing.assert_close(out, power(second, 5))
+        torch.testing.assert_close(total, (power(first, 4) + before @ before) @ power(second, 5), rtol=1e-4, atol=1e-3)
+    replay = repeated[-repeated[::-1].index("graph") :]
+    # the first product, four of the main part and its copy, four aside, and the last one
+    assert replay == ["product"] * 5 + ["join_kernel"] + ["product"] * 5
+
+
+@interpreted
 def test_a_graph_multiplies_as_precisely_as_pytorch_does_now(repeated: list[str]) -> None:
     memories, room = [torch.randn(4, 4), torch.randn(4, 4), torch.empty(8, 4)], torch.empty(1024, dtype=torch.uint8)
     recorder = Recorder(CPU, records=True)

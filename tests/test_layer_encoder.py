@@ -27,6 +27,7 @@ from modeling_colt5 import (  # noqa: E402
 from modeling_colt5.layer_encoder import StraightLayer  # noqa: E402
 from modeling_colt5.model_encoder_layer import PLAIN, CoLT5EncoderBlock  # noqa: E402
 from modeling_colt5.model_from_config import encoder_settings  # noqa: E402
+from modeling_colt5.run_launch_graphs import LaunchGraphs  # noqa: E402
 from modeling_colt5.run_plan import EncoderPlan  # noqa: E402
 
 
@@ -482,6 +483,31 @@ def test_lists_read_and_write_what_they_should(lengths: tuple[int, ...], rate: f
         count = len(lists)
         assert_same_but_for_rounding(model(**second).last_hidden_state, expected["output"])
     assert len(lists) - count >= 2 * 20
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there the calls above are repeated from lists themselves")
+@pytest.mark.parametrize(("lengths", "rate"), [((7,), 0.0), pytest.param((9, 5), 0.3, marks=pytest.mark.slow)])
+def test_graphs_run_heavy_branches_beside_light_ones(
+    lengths: tuple[int, ...], rate: float, lists: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each call is a graph, in which what may run beside other launches runs behind them."""
+    monkeypatch.setattr(LaunchGraphs, "_is_due", lambda *call: True)
+    device = torch.device("cpu")
+    model = encoder(device, num_layers=2, dropout_rate=rate).train(rate > 0)
+    first, second = batch_of(device, *lengths), batch_of(device, *lengths)
+    gradients_of(model, first)
+    expected = as_modules(lambda: gradients_of(model, second), rate > 0)
+    lists.clear()
+    assert_same_gradients(gradients_of(model, second), expected)
+    assert lists.count("graph") == 2 * 2
+    if rate > 0:
+        return
+    with torch.no_grad():
+        model(**first)
+        lists.clear()
+        assert_same_but_for_rounding(model(**second).last_hidden_state, expected["output"])
+    # the first layer, the second one, and its sum
+    assert lists.count("graph") == 3
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there the calls above are repeated from lists themselves")
