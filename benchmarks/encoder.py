@@ -147,10 +147,13 @@ def compiled(model: torch.nn.Module, mode: str, tiny: bool) -> torch.nn.Module:
 
 def new_step(call: Call, module: torch.nn.Module) -> Call:
     """A call that begins as a training loop's step does: nothing of the last one is needed any more."""
+    # as an optimizer knows them: the module would look for them at each call
+    parameters = list(module.parameters())
 
     def step() -> object:
         torch.compiler.cudagraph_mark_step_begin()
-        module.zero_grad(set_to_none=True)
+        for parameter in parameters:
+            parameter.grad = None
         return call()
 
     return step

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# All graphs together have at most so many launches. So many take 90 MiB of a GPU and 350 of the host, as measured on an
-# H200 for a quarter of them.
+# All graphs together have at most so many launches. These would take 90 MiB of a GPU and 350 of the host, by what a
+# quarter of them took on an H200.
 MOST_LAUNCHES = 32_768
 # So many calls are remembered that came once.
 MOST_SEEN = 4096
