@@ -3,10 +3,15 @@
 PyTorch gives a loop of like steps the same memory in each step, and the tensors that the tokens of a cache share stay
 where they are. The launches of such a call have the same arguments each time, so they can be one launch of a graph.
 A graph holds addresses, and no memory but what cuBLAS works in: whoever calls holds the tensors.
+
+While a graph is recorded, CUDA refuses another thread that begins to wait for the whole GPU, and breaks the recording
+off. Python's lock is held meanwhile, so that no other thread of Python begins anything. Still, none is recorded where
+more than one thread runs models.
 """
 
 import os
 import re
+import sys
 import threading
 import weakref
 from collections import OrderedDict
@@ -54,11 +59,12 @@ class LaunchGraphs:
         self.launches = 0
         self.replays = 0
         self._seen: OrderedDict[int, None] = OrderedDict()
+        self._threads: set[int] = set()
         self._workspaces: weakref.WeakValueDictionary[tuple[int, int], Tensor] = weakref.WeakValueDictionary()
         self._lock = threading.Lock()
 
     def of(self, key: Key, launches: int, make: Callable[[Tensor | None], Any], multiplies_on: int | None) -> Any:
-        """The graph of a call; None where it comes for the first time, has none, or there is no place.
+        """The graph of a call; None where it comes for the first time, has none, or may have none now.
 
         Args:
             key: of the call. Its device and stream, as numbers, come first.
@@ -67,6 +73,9 @@ class LaunchGraphs:
             multiplies_on: the number of the device where cuBLAS takes part; else None.
         """
         with self._lock:
+            # A backward pass runs in a thread of autograd's, for which the one that asked for it waits.
+            if torch._C._current_graph_task_id() < 0:
+                self._threads.add(threading.get_ident())
             kept = self.kept.get(key)
             if kept is not None:
                 self.kept.move_to_end(key)
@@ -81,12 +90,18 @@ class LaunchGraphs:
         return graph
 
     def _is_due(self, call: int, launches: int) -> bool:
-        """Whether a call came before, and there is a place for its graph or one that was paid for."""
+        """Whether a call came before, one thread makes all calls, and there is a place for the graph or one that was
+        paid for."""
         if call not in self._seen:
             self._seen[call] = None
             if len(self._seen) > MOST_SEEN:
                 self._seen.popitem(last=False)
             return False
+        if len(self._threads) > 1:
+            # those that have ended do not count
+            self._threads.intersection_update(sys._current_frames())
+            if len(self._threads) > 1:
+                return False
         if self.launches + launches <= MOST_LAUNCHES:
             return True
         return launches <= MOST_LAUNCHES and self.replays >= REPLAYS_OF_A_PLACE

@@ -610,6 +610,33 @@ class _Elsewhere(Exception):
     """A tensor that is in none of the memories."""
 
 
+class _Need(NamedTuple):
+    """When a temporary tensor is needed.
+
+    Args:
+        first, last: the first and the last command that has it.
+        until: the last command beside which one of those may still run, as what runs aside may until the join.
+        aside: the beginning of the part that runs aside, where all of them are in the same one; else None.
+    """
+
+    first: int
+    last: int
+    until: int
+    aside: int | None
+
+    def and_then(self, later: "_Need") -> "_Need":
+        """Of a tensor that is needed now and later."""
+        aside = self.aside if self.aside == later.aside else None
+        return _Need(self.first, later.last, max(self.until, later.until), aside)
+
+    def overlaps(self, other: "_Need") -> bool:
+        """Whether both tensors may be needed at the same time."""
+        if self.aside is not None and self.aside == other.aside:
+            # commands of one part run in their order
+            return self.first <= other.last and other.first <= self.last
+        return self.first <= other.until and other.first <= self.until
+
+
 class _Places:
     """The memories of a recording: those of the call, and temporary ones."""
 
@@ -666,27 +693,26 @@ class _Places:
     def _plan(self, commands: "list[Command]") -> tuple[dict[int, int], int]:
         """Where each temporary tensor lies in their room, so that those that are needed at the same time lie apart,
         and the room's size."""
-        needed: dict[int, tuple[int, int]] = {}
-        is_aside = False
+        needs: dict[int, _Need] = {}
+        aside: int | None = None
         for turn, command in enumerate(commands):
             if command.kind in (ASIDE, BACK):
-                is_aside = command.kind == ASIDE
-            # what runs aside may do so until the join
-            last = next((later for later in range(turn, len(commands)) if commands[later].kind == JOIN), len(commands))
+                aside = turn if command.kind == ASIDE else None
+            until = turn
+            if aside is not None:
+                later = range(turn, len(commands))
+                until = next((other for other in later if commands[other].kind == JOIN), len(commands))
             for word in command.words:
                 if isinstance(word, Tensor):
                     number, _ = self.find(word)
                     if number >= self.first_temporary:
-                        first, end = needed.get(number, (turn, turn))
-                        needed[number] = (first, max(end, last if is_aside else turn))
+                        need = _Need(turn, turn, until, aside)
+                        needs[number] = need if number not in needs else needs[number].and_then(need)
         offsets: dict[int, int] = {}
         room = 1
-        for number in sorted(needed, key=lambda number: -self.sizes[number]):
-            first, last = needed[number]
+        for number in sorted(needs, key=lambda number: -self.sizes[number]):
             beside = sorted(
-                (offsets[other], self.sizes[other])
-                for other in offsets
-                if needed[other][0] <= last and first <= needed[other][1]
+                (offsets[other], self.sizes[other]) for other in offsets if needs[number].overlaps(needs[other])
             )
             offset = 0
             for other_offset, size in beside:
