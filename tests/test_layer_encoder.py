@@ -510,6 +510,31 @@ def test_graphs_run_heavy_branches_beside_light_ones(
     assert lists.count("graph") == 3
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+def test_calls_that_come_again_on_a_card_are_graphs(dtype: torch.dtype, rate: float, monkeypatch: Any) -> None:
+    graphs = LaunchGraphs()
+    monkeypatch.setattr(run_launch_list_triton, "launch_graphs", graphs)
+    device = torch.device("cuda")
+    model = encoder(device, dtype, num_layers=2, dropout_rate=rate).train(rate > 0)
+    batch = batch_of(device, 700, 300)
+    expected = as_modules(lambda: gradients_of(model, batch), rate > 0)
+    # gradients of one call are held until the next one is done, so that two sets of addresses come in turn
+    for _ in range(10):
+        assert_same_gradients(gradients_of(model, batch), expected, dtype)
+    # each of two layers, forward and backward, in the last calls at least
+    assert graphs.replays >= 2 * 2 * 2
+    model.eval()
+    with torch.no_grad():
+        expected = as_modules(lambda: model(**batch).last_hidden_state)
+        before = graphs.replays
+        for _ in range(10):
+            assert_same_but_for_rounding(model(**batch).last_hidden_state, expected)
+    # the first layer, the second one, and its sum
+    assert graphs.replays >= before + 2 * 3
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there the calls above are repeated from lists themselves")
 def test_without_gradients_all_layers_are_one_call(lists: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     device = torch.device("cpu")
