@@ -246,13 +246,13 @@ static const char *const GRAPH = "colt5_launches.graph";
 
 static void forget(PyObject *capsule) { destroy_executable(PyCapsule_GetPointer(capsule, GRAPH)); }
 
-/* graph(words, addresses, each, room, handle, workspace, bytes) gives what run would launch as one CUDA graph, in a
-   capsule; None where run launches nothing or CUDA refuses. At the workspace are twice so many bytes. The handle is
-   left with it on a stream that is gone; it is 0 where the words have no products. A recording would disturb a thread
-   that waits for the whole GPU meanwhile; Python's lock is therefore held */
+/* graph(words, addresses, each, room, stream, handle, workspace, bytes) gives what run would launch as one CUDA graph,
+   in a capsule; None where run launches nothing or CUDA refuses. At the workspace are twice so many bytes. The handle
+   is 0 where the words have no products; it is on the stream afterwards, without a workspace of PyTorch's. A recording
+   would disturb a thread that waits for the whole GPU meanwhile; Python's lock is therefore held */
 static PyObject *graph(PyObject *self, PyObject *const *args, Py_ssize_t count) {
-  if (count != 7 || !PyBytes_Check(args[0]) || !PyList_Check(args[1])) {
-    PyErr_SetString(PyExc_TypeError, "graph takes bytes, a list of addresses, and five numbers");
+  if (count != 8 || !PyBytes_Check(args[0]) || !PyList_Check(args[1])) {
+    PyErr_SetString(PyExc_TypeError, "graph takes bytes, a list of addresses, and six numbers");
     return NULL;
   }
   Py_ssize_t size = PyList_GET_SIZE(args[1]);
@@ -264,9 +264,10 @@ static PyObject *graph(PyObject *self, PyObject *const *args, Py_ssize_t count) 
     return NULL;
   memories[each] = PyLong_AsUnsignedLongLong(args[3]);
   recording_t recording = {NULL};
-  recording.handle = PyLong_AsVoidPtr(args[4]);
-  recording.workspace = PyLong_AsVoidPtr(args[5]);
-  recording.bytes = PyLong_AsSize_t(args[6]);
+  void *stream = PyLong_AsVoidPtr(args[4]);
+  recording.handle = PyLong_AsVoidPtr(args[5]);
+  recording.workspace = PyLong_AsVoidPtr(args[6]);
+  recording.bytes = PyLong_AsSize_t(args[7]);
   if (PyErr_Occurred())
     return NULL;
   uint64_t all = memories[each];
@@ -295,6 +296,8 @@ static PyObject *graph(PyObject *self, PyObject *const *args, Py_ssize_t count) 
     status = instantiate(&executable, captured, 0);
   if (captured)
     destroy_graph(captured);
+  if (recording.handle)
+    set_stream(recording.handle, stream);
   if (recording.event)
     close_event(recording.event);
   if (recording.beside)
@@ -452,10 +455,10 @@ class LaunchList:
                 # a thread in which nothing was computed yet has no context
                 torch._C._cuda_setDevice(index)
                 if workspace is None:
-                    return made.graph(self.words, addresses, each, place, 0, 0, 0)
+                    return made.graph(self.words, addresses, each, place, stream, 0, 0, 0)
                 of_cublas = (torch._C._cuda_getCurrentBlasHandle(), workspace.data_ptr(), workspace.numel() // 2)
-                recorded = made.graph(self.words, addresses, each, place, *of_cublas)
-                # to ask for the handle gives it the current stream and PyTorch's workspace again
+                recorded = made.graph(self.words, addresses, each, place, stream, *of_cublas)
+                # to ask for the handle gives it PyTorch's workspace again
                 torch._C._cuda_getCurrentBlasHandle()
                 return recorded
 

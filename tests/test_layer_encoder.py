@@ -567,7 +567,12 @@ def test_without_gradients_all_layers_are_one_call(lists: list[str], monkeypatch
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there the calls above are repeated from lists themselves")
-def test_lists_of_frozen_weights_and_of_autocast(lists: list[str]) -> None:
+@pytest.mark.parametrize("recorded", [False, True])
+def test_lists_of_frozen_weights_and_of_autocast(
+    recorded: bool, lists: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As they are, and as graphs that run heavy branches last."""
+    monkeypatch.setattr(LaunchGraphs, "_is_due", lambda *call: recorded)
     device = torch.device("cpu")
     model = encoder(device, num_layers=1)
     for name, parameter in model.named_parameters():
@@ -583,6 +588,7 @@ def test_lists_of_frozen_weights_and_of_autocast(lists: list[str]) -> None:
     count = len(lists)
     assert_same_gradients(call(), expected, torch.bfloat16)
     assert len(lists) - count > 50
+    assert lists.count("graph") == 2 * recorded
 
 
 @pytest.mark.parametrize("rate", [0.0, pytest.param(0.3, marks=pytest.mark.slow)])
@@ -926,8 +932,13 @@ def test_autocast_of_pictures_is_that_of_the_modules(device: torch.device, layer
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there the calls above are repeated from lists themselves")
+@pytest.mark.parametrize("recorded", [False, True])
 @pytest.mark.parametrize(("case", "rate"), [("one picture", 0.0), ("padded", 0.3)])
-def test_lists_of_pictures_with_gradients(case: str, rate: float, lists: list[str]) -> None:
+def test_lists_of_pictures_with_gradients(
+    case: str, rate: float, recorded: bool, lists: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As they are, and as graphs that run heavy branches last."""
+    monkeypatch.setattr(LaunchGraphs, "_is_due", lambda *call: recorded)
     device = torch.device("cpu")
     model = picture_model(case, device, num_layers=1, dropout_rate=rate).train(rate > 0)
     first, second = pictures_with_gradients(case, device), pictures_with_gradients(case, device)
@@ -938,3 +949,4 @@ def test_lists_of_pictures_with_gradients(case: str, rate: float, lists: list[st
     # light and heavy attention: each table's gradient is summed up in zeros and handed on
     for kernel in ("table_unit", "attention_backward_query", "attention_backward_key", "table_sums"):
         assert lists.count(f"grid_{kernel}_kernel") == 2
+    assert lists.count("graph") == 2 * recorded
