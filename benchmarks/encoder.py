@@ -19,13 +19,12 @@ from results import Row, Table
 from modeling_colt5 import CoLT5EncoderModel, layer_encoder, model_router
 from modeling_colt5.encoder_costs import encoder_flops
 
-EAGER, REPLAYED = "eager", "eager, use_cuda_graphs=True"
+EAGER = "eager"
 CAPTURED, COMPILED, COMPILED_CAPTURED = "captured", "compiled", "compiled, captured"
 FORWARD, BOTH = "forward", "fwd+bwd"
 
 TITLE = (
-    "Base-size encoders, bf16, random weights, no dropout: median milliseconds of a call. Eager: as it is called "
-    "(with use_cuda_graphs=True a repeated forward without gradients is a CUDA graph's replay); "
+    "Base-size encoders, bf16, random weights, no dropout: median milliseconds of a call. Eager: as it is called; "
     "captured: the eager call's kernels replayed as one CUDA graph; compiled: `torch.compile(mode="
     '"reduce-overhead")`; compiled, captured: what `torch.compile` makes, replayed as one graph. '
     "The backward pass makes new gradients. Memory: peak beyond weights, gradients and inputs. Share: the rate of the "
@@ -47,7 +46,6 @@ class Case:
 # the most important first: a run that is short of time leaves out the last
 CASES = (
     Case(COLT5, 1, 16_384),
-    Case(COLT5, 1, 16_384, REPLAYED, (FORWARD,)),
     Case(COLT5, 1, 16_384, CAPTURED),
     Case(COLT5, 1, 65_536),
     Case(COLT5, 1, 65_536, CAPTURED),
@@ -167,7 +165,6 @@ def measure(case: Case, model: torch.nn.Module, tiny: bool) -> Row:
     ids = random_ids(case.batch, n, tiny)
     mask = torch.ones_like(ids)
     cotangent = torch.randn(case.batch, n, model.config.d_model, device=DEVICE, dtype=DTYPE)
-    model.config.use_cuda_graphs = case.mode == REPLAYED
     for name in case.passes:
         try:
             module = compiled(model, case.mode, tiny) if "compiled" in case.mode else model
@@ -181,8 +178,7 @@ def measure(case: Case, model: torch.nn.Module, tiny: bool) -> Row:
                 output = call()
                 check_mode(output[0] if isinstance(output, list) else output, forward_call(model, ids, mask)())
                 del output
-            # before the encoder replays a graph of its own, whose memory would not be counted. The gradients are there
-            # already: they are not activations
+            # the gradients are there already: they are not activations
             if case.mode == EAGER:
                 row[f"{name} peak MiB"] = peak_mib(forward if name == FORWARD else both)
             row[f"{name} ms"] = median_ms(call, tiny)
@@ -208,8 +204,6 @@ def routing_row(model: torch.nn.Module, tiny: bool) -> Row:
         calls.append(lambda: route(*args, **kwargs))
         return route(*args, **kwargs)
 
-    # a replay would not call it
-    model.config.use_cuda_graphs = False
     forward = forward_call(model, ids, torch.ones_like(ids))
     # a straight line would not call it
     with mock.patch.object(model_router, "route", recording), mock.patch.object(layer_encoder, "enabled", False):
