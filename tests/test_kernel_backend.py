@@ -5,11 +5,11 @@ from itertools import count
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from modeling_colt5 import kernel_backend
-from modeling_colt5.kernel_backend import ENVIRONMENT_VARIABLE, uses_triton
+from modeling_colt5.kernel_backend import ENVIRONMENT_VARIABLE, Mode, uses_triton
 from modeling_colt5.run_operator import Operator
 
 # an operator stays registered as long as the process lives
@@ -71,3 +71,15 @@ def test_the_environment_has_the_last_word(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(kernel_backend, "FORCED_BACKEND", "tritn")
     with pytest.raises(ValueError, match="'tritn'"):
         uses_triton(torch.empty(1), "torch")
+
+
+def test_plain_inference_is_neither_recorded_nor_watched_nor_cast() -> None:
+    states = torch.ones(1, 2, 3)
+    with torch.no_grad():
+        assert Mode.of_now(states).is_plain_inference
+        handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+        assert not Mode.of_now(states).is_plain_inference
+        handle.remove()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert not Mode.of_now(states).is_plain_inference
+    assert not Mode.of_now(states).is_plain_inference
