@@ -366,9 +366,6 @@ class CoLT5Config(CoLT5BaseConfig):
         scale_decoder_outputs: whether the decoder's output is scaled by d_model^-½ before the head (T5 1.0).
         kernel_backend: "auto" (Triton kernels on CUDA where triton is installed, PyTorch elsewhere), "triton" or
             "torch". The environment variable COLT5_KERNEL_BACKEND, where set at import, overrides it.
-        use_cuda_graphs: whether inference on CUDA replays the encoder as a CUDA graph from the third call of a shape
-            on, up to 65,536 tokens; a graph keeps the memory of one call. Not in a process that also runs
-            `torch.compile(mode="reduce-overhead")` on an encoder: see docs/operators.md.
         output_routing: whether the models return which tokens they routed.
 
     Raises:
@@ -412,7 +409,6 @@ class CoLT5Config(CoLT5BaseConfig):
     causal_unrouted_vector: bool = False
     tie_word_embeddings: bool = False
     scale_decoder_outputs: bool = False
-    use_cuda_graphs: bool = False
     is_encoder_decoder: bool = True
     is_decoder: bool = False
     use_cache: bool = True

@@ -11,14 +11,13 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_colt5 import CoLT5Config
-from .kernel_backend import Mode, uses_triton
+from .kernel_backend import Mode
 from .layer_encoder import encoder_plan, layers_of_stack, run_without_gradients
 from .layer_plain import PlainStack
 from .model_base import CoLT5Stack
 from .model_encoder_layer import PLAIN, CoLT5EncoderBlock, branch_biases
 from .model_from_config import add_branch_biases, encoder_block, encoder_settings, layer_norm
 from .model_outputs import CoLT5EncoderOutput
-from .run_graphs import replayed
 from .run_inputs import (
     ForwardFlags,
     embed,
@@ -126,11 +125,7 @@ class CoLT5Encoder(CoLT5Stack):
         if input_ids is not None and attention_mask is None:
             self.warn_of_padding(input_ids)
         mask = padding_mask("attention_mask", attention_mask, hidden_states)
-        records_blocks = self.records_blocks(flags)
-        if not records_blocks and self.replays(hidden_states):
-            hidden_states = replayed(self, repr(vars(self.config)), self.run_blocks, hidden_states, mask)
-        else:
-            hidden_states = self.run_blocks(hidden_states, mask, records_blocks)
+        hidden_states = self.run_blocks(hidden_states, mask, self.records_blocks(flags))
         return CoLT5EncoderOutput(last_hidden_state=self.dropout(hidden_states))
 
     def warn_of_padding(self, input_ids: torch.Tensor) -> None:
@@ -146,16 +141,7 @@ class CoLT5Encoder(CoLT5Stack):
             self.has_looked_for_padding = True
         self.warn_if_padding_and_no_attention_mask(input_ids, None)
 
-    def replays(self, hidden_states: torch.Tensor) -> bool:
-        """Whether this call may be a replayed graph: graphs are wanted, and kernels run."""
-        config = self.config
-        if self.training and self.dense_start is not None:
-            return False
-        return config.use_cuda_graphs and uses_triton(hidden_states, config.kernel_backend)
-
-    def run_blocks(
-        self, hidden_states: torch.Tensor, mask: torch.Tensor | None, records_blocks: bool = False
-    ) -> torch.Tensor:
+    def run_blocks(self, hidden_states: torch.Tensor, mask: torch.Tensor | None, records_blocks: bool) -> torch.Tensor:
         """All layers and the last norm: [batch, n, d_model] and a bool mask [batch, n] → [batch, n, d_model].
 
         `records_blocks` says that somebody reads what the blocks return.

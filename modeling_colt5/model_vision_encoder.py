@@ -112,9 +112,7 @@ class CoLT5VisionEncoder(CoLT5VisionPreTrainedModel):
             mask = torch.ones(patches.shape[:3], dtype=torch.bool, device=patches.device)
         return CoLT5VisionOutput(last_hidden_state=self.dropout(hidden_states), patch_mask=mask)
 
-    def run_blocks(
-        self, patches: torch.Tensor, mask: torch.Tensor | None, records_blocks: bool = False
-    ) -> torch.Tensor:
+    def run_blocks(self, patches: torch.Tensor, mask: torch.Tensor | None, records_blocks: bool) -> torch.Tensor:
         """All layers and the last norm: [batch, rows, columns, d_model] and a bool mask [batch, rows, columns] →
         [batch, rows * columns, d_model].
 

@@ -1,5 +1,6 @@
 """What all layers share in one forward pass: the mask, the routers' budgets, and who computes and how."""
 
+import functools
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -8,7 +9,6 @@ import torch
 
 from .kernel_backend import Mode, uses_triton
 from .run_budgets import RoutingBudget
-from .run_graphs import graph_stream
 
 
 @dataclass(frozen=True)
@@ -174,6 +174,17 @@ class RouterPlan:
         return self.implementation.kernel_backend
 
 
+@functools.cache
+def graph_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream of a device for what runs beside other kernels in a CUDA graph, the same one for all graphs: memory
+    belongs to the stream that took it, so graphs on one stream can share memory.
+
+    PyTorch hands out its streams in turn, 32 of each priority, and whatever is launched on a stream that records is
+    recorded too. This one therefore has a priority that few ask for.
+    """
+    return torch.cuda.Stream(device, priority=-1)
+
+
 @dataclass
 class EncoderPlan(RouterPlan):
     """What all encoder layers share in one forward pass.
@@ -233,7 +244,7 @@ class EncoderPlan(RouterPlan):
         if dense_start is not None:
             return plan
         if plan.mode.is_captured and not plan.mode.keeps_gradients:
-            plan.side = graph_stream(hidden_states.device, 1)
+            plan.side = graph_stream(hidden_states.device)
         return plan
 
     def heavy(self) -> AbstractContextManager:

@@ -21,7 +21,7 @@ WITHOUT_CONFIG = [
 # of layers, and of what a pass over them needs to know; the rest is of stacks, heads and files
 NOT_OF_LAYERS = {
     "vocab_size", "num_layers", "routers_trained", "classifier_dropout", "initializer_factor", "tie_word_embeddings",
-    "scale_decoder_outputs", "use_cuda_graphs", "output_routing", "is_decoder", "use_cache",
+    "scale_decoder_outputs", "output_routing", "is_decoder", "use_cache",
     "pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id",
 }  # fmt: skip
 

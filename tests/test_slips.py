@@ -33,7 +33,7 @@ TINY = {"vocab_size": 12, "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "
 
 @pytest.mark.parametrize(
     ("name", "field"),
-    [("local_radus", "local_radius"), ("num_layer", "num_layers"), ("use_cuda_graph", "use_cuda_graphs")],
+    [("local_radus", "local_radius"), ("num_layer", "num_layers"), ("output_routings", "output_routing")],
 )
 def test_a_slip_in_a_fields_name_is_warned_of(tmp_path, name, field):
     warned = f"no field {name}, .*{field}"

@@ -1,1 +1,0 @@
-../../modeling_colt5/run_graphs.py
