@@ -102,18 +102,27 @@ class LaunchGraphs:
             self._threads.intersection_update(sys._current_frames())
             if len(self._threads) > 1:
                 return False
-        if self.launches + launches <= MOST_LAUNCHES:
-            return True
-        return launches <= MOST_LAUNCHES and self.replays >= REPLAYS_OF_A_PLACE
+        return launches <= MOST_LAUNCHES and self.replays >= REPLAYS_OF_A_PLACE * len(self._those_to_go(launches))
+
+    def _those_to_go(self, launches: int) -> list[Key]:
+        """The calls whose graphs have to go for one of so many launches, those that ran longest ago."""
+        found: list[Key] = []
+        left = self.launches
+        for key, kept in self.kept.items():
+            if left + launches <= MOST_LAUNCHES:
+                break
+            found.append(key)
+            left -= kept.launches
+        return found
 
     def _keep(self, key: Key, kept: _Kept) -> None:
         """Keep a graph, and forget as many as have to go for it; CUDA destroys those once they have ended."""
         if key in self.kept:
             # another thread was faster
             return
-        while self.launches + kept.launches > MOST_LAUNCHES and self.kept:
-            _, oldest = self.kept.popitem(last=False)
-            self.launches -= oldest.launches
+        for other in self._those_to_go(kept.launches):
+            self.launches -= self.kept.pop(other).launches
+            # another thread may have paid for a graph of its own meanwhile
             self.replays = max(self.replays - REPLAYS_OF_A_PLACE, 0)
         self.kept[key] = kept
         self.launches += kept.launches
