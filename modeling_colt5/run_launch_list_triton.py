@@ -48,6 +48,7 @@ SOURCE = r"""
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 #include <stdint.h>
+#include <unistd.h>
 
 typedef int (*launch_t)(void *, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void *, void **,
                         void **);
@@ -87,11 +88,13 @@ static open_event_t open_event;
 static record_t record;
 static wait_t wait_for;
 static set_stream_t set_stream;
+static start_t upload;
+static pid_t process;
 static set_workspace_t set_workspace;
 
 static PyObject *connect(PyObject *self, PyObject *const *args, Py_ssize_t count) {
-  if (count != 19) {
-    PyErr_SetString(PyExc_TypeError, "connect takes nineteen addresses");
+  if (count != 20) {
+    PyErr_SetString(PyExc_TypeError, "connect takes twenty addresses");
     return NULL;
   }
   launch = (launch_t)PyLong_AsVoidPtr(args[0]);
@@ -110,9 +113,11 @@ static PyObject *connect(PyObject *self, PyObject *const *args, Py_ssize_t count
   record = (record_t)PyLong_AsVoidPtr(args[13]);
   wait_for = (wait_t)PyLong_AsVoidPtr(args[14]);
   close_event = (destroy_t)PyLong_AsVoidPtr(args[15]);
-  multiply = (product_t)PyLong_AsVoidPtr(args[16]);
-  set_stream = (set_stream_t)PyLong_AsVoidPtr(args[17]);
-  set_workspace = (set_workspace_t)PyLong_AsVoidPtr(args[18]);
+  upload = (start_t)PyLong_AsVoidPtr(args[16]);
+  multiply = (product_t)PyLong_AsVoidPtr(args[17]);
+  set_stream = (set_stream_t)PyLong_AsVoidPtr(args[18]);
+  set_workspace = (set_workspace_t)PyLong_AsVoidPtr(args[19]);
+  process = getpid();
   if (PyErr_Occurred())
     return NULL;
   Py_RETURN_NONE;
@@ -244,7 +249,11 @@ static PyObject *run(PyObject *self, PyObject *const *args, Py_ssize_t count) {
 
 static const char *const GRAPH = "colt5_launches.graph";
 
-static void forget(PyObject *capsule) { destroy_executable(PyCapsule_GetPointer(capsule, GRAPH)); }
+/* a process that was forked from the graph's has no part in it */
+static void forget(PyObject *capsule) {
+  if (getpid() == process)
+    destroy_executable(PyCapsule_GetPointer(capsule, GRAPH));
+}
 
 /* graph(words, addresses, each, room, stream, handle, workspace, bytes) gives what run would launch as one CUDA graph,
    in a capsule; None where run launches nothing or CUDA refuses. At the workspace are twice so many bytes. The handle
@@ -294,6 +303,9 @@ static PyObject *graph(PyObject *self, PyObject *const *args, Py_ssize_t count) 
   }
   if (!status && captured)
     status = instantiate(&executable, captured, 0);
+  /* what the graph needs of the GPU's memory is taken now, and not when it is launched */
+  if (!status && executable && (status = upload(executable, stream)))
+    destroy_executable(executable);
   if (captured)
     destroy_graph(captured);
   if (recording.handle)
@@ -306,7 +318,10 @@ static PyObject *graph(PyObject *self, PyObject *const *args, Py_ssize_t count) 
     close_stream(recording.main);
   if (status || !executable)
     Py_RETURN_NONE;
-  return PyCapsule_New(executable, GRAPH, forget);
+  PyObject *capsule = PyCapsule_New(executable, GRAPH, forget);
+  if (!capsule)
+    destroy_executable(executable);
+  return capsule;
 }
 
 /* replay(capsule, stream) launches a graph; it gives what run gives */
@@ -349,7 +364,7 @@ FUNCTIONS = (
     "cuLaunchKernel", "cuLaunchCooperativeKernel", "cuMemsetD8Async", "cuCtxGetCurrent",
     "cuStreamCreate", "cuStreamBeginCapture_v2", "cuStreamEndCapture", "cuGraphInstantiateWithFlags", "cuGraphLaunch",
     "cuStreamDestroy_v2", "cuGraphDestroy", "cuGraphExecDestroy",
-    "cuEventCreate", "cuEventRecord", "cuStreamWaitEvent", "cuEventDestroy_v2",
+    "cuEventCreate", "cuEventRecord", "cuStreamWaitEvent", "cuEventDestroy_v2", "cuGraphUpload",
 )  # fmt: skip
 FUNCTIONS_OF_CUBLAS = ("cublasGemmEx", "cublasSetStream_v2", "cublasSetWorkspace_v2")
 

@@ -23,6 +23,8 @@ REGISTERS = 65536
 # of it, by all that Triton's code generation looks at; and the kernel itself, so that no other gets its id. Kernels
 # are known by identity, because a kernel's own hash is taken over its source.
 _kernels: dict[int, tuple[tuple[bool, ...], dict[tuple[Any, ...], "Compiled"], Any]] = {}
+# What threads compiled at the same time. Triton unloads the code of what nobody holds, and launches may wait for it.
+_compiled_twice: list["Compiled"] = []
 # A grid of one, two or three axes leaves these out.
 _AXES = ((), (1, 1), (1,), ())
 
@@ -119,7 +121,8 @@ def launch(
     if known is None:
         parameters = [parameter for parameter in kernel.params if not parameter.is_constexpr]
         specialized = tuple(not parameter.do_not_specialize for parameter in parameters)
-        known = _kernels[id(kernel)] = (specialized, {}, kernel)
+        # another thread may have been faster
+        known = _kernels.setdefault(id(kernel), (specialized, {}, kernel))
     specialized, compiled_kernels, _ = known
     # The kernel is called with the arguments, in which addresses stand for tensors.
     values: list[Any] = [*arguments]
@@ -163,7 +166,10 @@ def launch(
             options |= options_together(num_warps, together)
         made = kernel[grid](*arguments, **options)
         if is_plain:
-            compiled = compiled_kernels[found] = Compiled(made, made.run, made.function, made.packed_metadata)
+            new = Compiled(made, made.run, made.function, made.packed_metadata)
+            compiled = compiled_kernels.setdefault(found, new)
+            if compiled is not new:
+                _compiled_twice.append(new)
         _note(compiled, grid, arguments)
         return
     _note(compiled, grid, arguments)

@@ -42,7 +42,7 @@ SET_WORKSPACE = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p,
 STREAM, CAPTURED, BESIDE = 7, 8, 9
 # cuBLAS's handle, and the bytes that a graph's products may work in
 HANDLE, WORKSPACE = 5, 64
-# what CUDA is to refuse: "capture", "instantiation", or "launch" of a kernel on the captured stream
+# what CUDA is to refuse: "capture", "instantiation", "upload", or "launch" of a kernel on the captured stream
 REFUSED: set[str] = set()
 
 
@@ -205,6 +205,11 @@ def interpreting_launcher(monkeypatch: pytest.MonkeyPatch, repeated: list[str]) 
         return int("instantiation" in REFUSED)
 
     @START
+    def upload(graph: int, stream: int) -> int:
+        assert stream == STREAM
+        return int("upload" in REFUSED)
+
+    @START
     def start(graph: int, stream: int) -> int:
         assert stream == STREAM
         repeated.append("graph")
@@ -225,7 +230,7 @@ def interpreting_launcher(monkeypatch: pytest.MonkeyPatch, repeated: list[str]) 
     streams = (open_stream, begin_capture, end_capture, instantiate, start)
     destroyers, events = (close_stream, nothing, destroy), (open_event, record, wait, nothing)
     of_products = (product, set_stream, set_workspace)
-    callbacks = (launch, launch, zeros, context, *streams, *destroyers, *events, *of_products)
+    callbacks = (launch, launch, zeros, context, *streams, *destroyers, *events, upload, *of_products)
     made.connect(*(ctypes.cast(callback, ctypes.c_void_p).value for callback in callbacks))
     # the callbacks live as long as what may be called
     made.callbacks = callbacks

@@ -98,15 +98,79 @@ def test_calls_are_not_remembered_for_ever(monkeypatch: pytest.MonkeyPatch) -> N
     assert calls("a")
 
 
-def test_what_cuda_refuses_is_not_tried_again() -> None:
+def test_what_cuda_refuses_is_tried_a_few_times() -> None:
     graphs, tried = LaunchGraphs(), []
-    for _ in range(5):
+    for _ in range(9):
         assert graphs.of((0, 7), 1, tried.append, None) is None
-    assert tried == [None]
+    assert tried == [None] * run_launch_graphs.MOST_TRIES
+    # it takes no place, and nothing was replayed
+    assert graphs.launches == graphs.replays == 0
+
+
+def test_what_was_refused_once_may_be_a_graph_later() -> None:
+    graphs, answers = LaunchGraphs(), [None, Graph()]
+    found = [graphs.of((0, 7), 5, lambda workspace: answers.pop(0), None) is not None for _ in range(4)]
+    assert found == [False, False, True, True]
+    assert graphs.launches == 5
+
+
+def test_many_refusals_are_not_remembered_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_launch_graphs, "MOST_SEEN", 4)
+    graphs = LaunchGraphs()
+    for name in "aabbccddeeffgg":
+        assert graphs.of((0, 7, name), 1, lambda workspace: None, None) is None
+    assert len(graphs.kept) == 4 and graphs.launches == 0
+
+
+def test_a_full_gpu_has_no_graphs_and_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def full(self: LaunchGraphs, device: int, stream: int) -> torch.Tensor:
+        asked.append((device, stream))
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(LaunchGraphs, "_workspace", full)
+    graphs = LaunchGraphs()
+    for _ in range(9):
+        assert graphs.of((0, 7), 1, lambda workspace: Graph(), 0) is None
+    # PyTorch empties its cache before it says so
+    assert asked == [(0, 7)]
+
+
+def test_graphs_can_be_forgotten() -> None:
+    calls = Calls(launches=3)
+    assert not calls("a") and calls("a")
+    held = weakref.ref(calls.graphs.kept[0, 7, "a"].graph)
+    calls.graphs.clear()
+    assert held() is None and calls.graphs.launches == 0
+    assert calls("a") and calls.made == 2
+
+
+@pytest.mark.parametrize(("value", "wanted"), [(None, True), ("1", True), ("0", False)])
+def test_the_environment_says_whether_there_are_graphs(
+    value: str | None, wanted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if value is None:
+        monkeypatch.delenv(run_launch_graphs.ENVIRONMENT_VARIABLE, raising=False)
+    else:
+        monkeypatch.setenv(run_launch_graphs.ENVIRONMENT_VARIABLE, value)
+    assert run_launch_graphs.is_wanted() == wanted
+    calls = Calls()
+    assert not calls("a") and calls("a")
+    monkeypatch.setattr(run_launch_graphs, "enabled", wanted)
+    # those that are there already do not run either
+    assert calls("a") == wanted
+
+
+def test_another_word_in_the_environment_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(run_launch_graphs.ENVIRONMENT_VARIABLE, "off")
+    with pytest.raises(ValueError, match="COLT5_LAUNCH_GRAPHS is 'off'; it must be 0 for no CUDA graphs"):
+        run_launch_graphs.is_wanted()
 
 
 def test_graphs_of_a_stream_share_what_cublas_works_in(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.delattr(torch._C, "_cuda_getCublasWorkspaceSize", raising=False)
     empty, sizes = torch.empty, []
 
     def on_cpu(size: int, **options: Any) -> torch.Tensor:
@@ -115,16 +179,21 @@ def test_graphs_of_a_stream_share_what_cublas_works_in(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(torch, "empty", on_cpu)
     graphs, given = LaunchGraphs(), []
+
+    def make(workspace: torch.Tensor) -> Graph:
+        given.append(workspace)
+        return Graph()
+
     for stream, name in ((7, "a"), (7, "b"), (8, "a")):
         for _ in range(3):
-            graphs.of((0, stream, name), 1, given.append, 0)
+            graphs.of((0, stream, name), 1, make, 0)
     first, second, third = map(weakref.ref, given)
     assert first() is second() is not third()
     assert sizes == [(2**26, torch.device("cuda", 0))] * 2
     given.clear()
     # the graphs hold it, and the last one of a stream lets it go
     assert first() is not None
-    graphs.kept.clear()
+    graphs.clear()
     assert first() is None and third() is None
 
 
@@ -133,7 +202,7 @@ def test_graphs_of_a_stream_share_what_cublas_works_in(monkeypatch: pytest.Monke
     [
         ("", (9, 0), 32 * 2**20),
         ("", (8, 0), 8 * 2**20 + 2**17),
-        ("", (12, 0), 8 * 2**20 + 2**17),
+        ("", (12, 0), 32 * 2**20),
         (":4096:8", (8, 0), 32 * 2**20),
         (":16:8", (9, 0), 2**17),
         (":4096:2:16:8", (9, 0), 8 * 2**20 + 2**17),
@@ -142,8 +211,12 @@ def test_graphs_of_a_stream_share_what_cublas_works_in(monkeypatch: pytest.Monke
 def test_products_may_work_in_as_much_as_pytorchs(
     chosen: str, capability: tuple[int, int], size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delattr(torch._C, "_cuda_getCublasWorkspaceSize", raising=False)
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", chosen)
     assert workspace_size(capability) == size
+    # a release that says it knows best
+    monkeypatch.setattr(torch._C, "_cuda_getCublasWorkspaceSize", lambda: 12_345, raising=False)
+    assert workspace_size(capability) == 12_345
 
 
 def test_nothing_is_recorded_while_several_threads_call() -> None:
@@ -162,6 +235,16 @@ def test_nothing_is_recorded_while_several_threads_call() -> None:
         assert calls.made == 1
     # the other thread has ended
     assert calls("b") and calls.made == 2
+
+
+def test_a_thread_that_does_not_call_any_more_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_launch_graphs, "CALLS_OF_A_THREAD", 10)
+    calls = Calls()
+    # this one loads and warms up, another one serves from then on
+    calls("a")
+    with ThreadPoolExecutor(1) as pool:
+        found = list(pool.map(calls, "b" * 14))
+    assert found == [False] * 9 + [True] * 5
 
 
 def test_another_thread_alone_may_record() -> None:

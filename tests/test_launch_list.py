@@ -195,7 +195,7 @@ def test_a_graph_multiplies_as_precisely_as_pytorch_does_now(repeated: list[str]
 
 
 @interpreted
-@pytest.mark.parametrize("refused", ["capture", "instantiation", "launch"])
+@pytest.mark.parametrize("refused", ["capture", "instantiation", "upload", "launch"])
 def test_what_cuda_refuses_is_launched_one_by_one(
     refused: str, repeated: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -349,6 +349,36 @@ def test_launches_are_noted_as_what_was_compiled(monkeypatch: pytest.MonkeyPatch
     run_launch_triton.launch(kernel, (1,), x, None, 48)
     assert [(made and made.function, grid) for made, grid, _ in notes] == [(11, (2, 3)), (11, (2, 3)), (None, (1,))]
     assert notes[0][2][0] is x
+
+
+def test_what_threads_compile_at_the_same_time_stays_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While one thread compiles a kernel another one does, and is done first: both launch what that one compiled."""
+    monkeypatch.setattr(run_launch_triton, "INTERPRETED", False)
+    monkeypatch.setattr(run_launch_triton, "_compiled_twice", [])
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: -1, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 7, raising=False)
+    kernel, x, others = Kernel(), torch.zeros(8), [1]
+    compile_one = Kernel.__getitem__
+
+    def compiled_elsewhere_too(self: Kernel, grid: tuple[int, ...]) -> Any:
+        if others:
+            others.pop()
+            run_launch_triton.launch(self, grid, x, None, 48)
+        return compile_one(self, grid)
+
+    monkeypatch.setattr(Kernel, "__getitem__", compiled_elsewhere_too)
+    notes: list[Any] = []
+    before = run_launch_triton.note_launches(notes)
+    try:
+        for _ in range(2):
+            run_launch_triton.launch(kernel, (2,), x, None, 48)
+    finally:
+        run_launch_triton.note_launches(before)
+    # that of the other one, and two of this one
+    first, second, third = (made for made, *_ in notes)
+    assert first is second is third
+    (unused,) = run_launch_triton._compiled_twice
+    assert unused.kernel is not first.kernel
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
