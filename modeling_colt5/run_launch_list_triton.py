@@ -70,6 +70,8 @@ typedef int (*wait_t)(void *, void *, unsigned);
 typedef int (*set_stream_t)(void *, void *);
 typedef int (*set_workspace_t)(void *, void *, size_t);
 
+enum { LAUNCH, PRODUCT, ZEROS, ASIDE, BACK, JOIN };
+
 #define MOST_PARAMETERS 64
 #define MOST_MEMORIES 128
 
@@ -153,7 +155,7 @@ static int run_words(const int64_t *word, const int64_t *end, const uint64_t *me
   while (word < end) {
     const int64_t *next = word + word[1];
     int status = 0;
-    if (word[0] == 0) {
+    if (word[0] == LAUNCH) {
       uint64_t values[MOST_PARAMETERS];
       void *parameters[MOST_PARAMETERS];
       int number = 0;
@@ -166,21 +168,21 @@ static int run_words(const int64_t *word, const int64_t *end, const uint64_t *me
                                  parameters);
       else
         status = launch((void *)word[2], word[3], word[4], word[5], word[6], 1, 1, word[7], stream, parameters, NULL);
-    } else if (word[0] == 1) {
+    } else if (word[0] == PRODUCT) {
       float beta = word[15] ? 1.0f : 0.0f;
       status = multiply(handle, word[2], word[3], word[4], word[5], word[6], &alpha,
                         (void *)(memories[word[16]] + word[17]), word[7], word[8],
                         (void *)(memories[word[18]] + word[19]), word[9], word[10], &beta,
                         (void *)(memories[word[20]] + word[21]), word[11], word[12], word[13], word[14]);
-    } else if (word[0] == 2) {
+    } else if (word[0] == ZEROS) {
       status = fill(memories[word[2]] + word[3], 0, word[4], stream);
     } else if (recording) {
-      if (word[0] == 3)
+      if (word[0] == ASIDE)
         status = wait_between(recording, recording->main, recording->beside);
-      else if (word[0] == 5)
+      else if (word[0] == JOIN)
         status = wait_between(recording, recording->beside, recording->main);
-      if (!status && word[0] != 5) {
-        stream = word[0] == 3 ? recording->beside : recording->main;
+      if (!status && word[0] != JOIN) {
+        stream = word[0] == ASIDE ? recording->beside : recording->main;
         status = multiply_on(recording, stream);
       }
     }
