@@ -133,7 +133,7 @@ _TENSORS = attrgetter("tensors")
 
 class StepBuffers:
     """Tensors that all tokens of a cache use one after another, so that their launches come again with the same
-    addresses: then they are a CUDA graph (run_launch_list_triton.py). Each token writes its own numbers to them."""
+    addresses: then they are a CUDA graph (run_launch_graphs.py). Each token writes its own numbers to them."""
 
     def __init__(self) -> None:
         self.kept: dict[str, Tensor] = {}

@@ -12,7 +12,7 @@ import pytest
 import torch
 from triton.runtime.build import compile_module_from_src
 
-from modeling_colt5 import run_launch_list_triton
+from modeling_colt5 import run_launch_code_triton, run_launch_list_triton
 from modeling_colt5.run_launch_graphs import LaunchGraphs
 
 DTYPES = {0: torch.float32, 2: torch.float16, 14: torch.bfloat16}
@@ -85,12 +85,12 @@ def interpreting_launcher(monkeypatch: pytest.MonkeyPatch, repeated: list[str]) 
         noted.append((kernel, grid, arguments))
         tensors = [argument for argument in arguments if isinstance(argument, torch.Tensor)]
         words = (len(noted), *grid, *(1,) * (3 - len(grid)), 32, 0, 0, *tensors)
-        return run_launch_list_triton.Command(run_launch_list_triton.LAUNCH, words)
+        return run_launch_list_triton.Command(run_launch_code_triton.LAUNCH, words)
 
     @LAUNCH
     def launch(number: int, *rest: Any) -> int:
         kernel, grid, arguments = noted[number - 1]
-        parameters = iter(range(run_launch_list_triton.MOST_PARAMETERS))
+        parameters = iter(range(run_launch_code_triton.MOST_PARAMETERS))
         there = [
             tensor_at(
                 ctypes.c_uint64.from_address(rest[8][next(parameters)]).value,
@@ -226,7 +226,7 @@ def interpreting_launcher(monkeypatch: pytest.MonkeyPatch, repeated: list[str]) 
         graphs[graph].clear()
         return 0
 
-    made = compile_module_from_src(src=run_launch_list_triton.SOURCE, name="colt5_launches")
+    made = compile_module_from_src(src=run_launch_code_triton.SOURCE, name="colt5_launches")
     streams = (open_stream, begin_capture, end_capture, instantiate, start)
     destroyers, events = (close_stream, nothing, destroy), (open_event, record, wait, nothing)
     of_products = (product, set_stream, set_workspace)

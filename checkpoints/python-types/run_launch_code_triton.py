@@ -1,0 +1,1 @@
+../../modeling_colt5/run_launch_code_triton.py
