@@ -6,7 +6,7 @@ kernels in the same order, without a module, an operator or a view between them.
 
 The first call with certain shapes, dtypes and numbers launches one kernel after another and notes them. From then on
 the list is repeated by one call of C (run_launch_list_triton.py), with other tensors' addresses. Without gradients one
-such call repeats it for all layers of a stack but the first, which begins with states and not with a sum.
+such call repeats it for all layers of a stack but the first (`StraightStack`).
 """
 
 from collections.abc import Sequence
@@ -129,52 +129,58 @@ class StraightLayer:
     def __call__(self, hidden_states: Tensor) -> Tensor:
         """From states to states [batch, n, d_model], for a backward pass where autograd records."""
         if not self.records:
-            return run_without_gradients([self], hidden_states)
+            return StraightStack(self, hidden_states).states()
         # `Function.apply` would look through the arguments for what torch.func left behind.
         return _apply(self, hidden_states, *self.tables, *self.weights)
 
 
-def layers_of_stack(
-    read: Sequence[tuple[PlainEncoderLayer, tuple[Tensor, ...]]], tables: tuple[Tensor, Tensor], plan: EncoderPlan
-) -> list[StraightLayer] | None:
-    """All layers of a stack as straight lines of one program, for `run_without_gradients`; None where they are not.
+class StraightStack:
+    """Layers of one program without gradients, one after another, the first of which is computed when this is made.
+
+    Each layer leaves a sum to the norm of the next: its branches, and what they are to be added to. All write theirs
+    into one memory.
 
     Args:
-        read: what `PlainStack.read` gave.
-        tables, plan: as of `StraightLayer`.
+        first: the first layer, which begins with states, and not with a sum.
+        hidden_states: what goes into it, [batch, n, d_model].
     """
-    layers: list[StraightLayer] = []
-    for layer, weights in read:
-        line = StraightLayer.of(layer, weights, tables, plan)
-        if line is None or line.records or (layers and line.program is not layers[0].program):
-            return None
-        layers.append(line)
-    return layers or None
 
+    def __init__(self, first: StraightLayer, hidden_states: Tensor):
+        self.first, self.program, self.shape = first, first.program, hidden_states.shape
+        self.memory = self.program.outgoing.take(self.program.device)
+        self._run("states", [first], hidden_states.contiguous())
 
-def run_without_gradients(layers: Sequence[StraightLayer], hidden_states: Tensor) -> Tensor:
-    """Layers of one program, one after another: from states to states [batch, n, d_model].
+    def add(self, read: Sequence[tuple[PlainEncoderLayer, tuple[Tensor, ...]]]) -> bool:
+        """Compute the layers that follow, of which `PlainStack.read` gave these; False, and nothing is computed, where
+        one of them is of another program."""
+        layers: list[StraightLayer] = []
+        for layer, weights in read:
+            line = StraightLayer.of(layer, weights, self.first.tables, self.first.plan)
+            if line is None or line.program is not self.program:
+                return False
+            layers.append(line)
+        self._run("sum", layers)
+        return True
 
-    Each leaves a sum to the norm of the next: its branches, and what they are to be added to. All write theirs into
-    one memory.
-    """
-    program, common = layers[0].program, layers[0].common
-    states, memory = hidden_states.contiguous(), program.outgoing.take(program.device)
-    # the first layer begins with states, the others with a sum
-    for kind, own, incoming in (("states", layers[:1], states), ("sum", layers[1:], None)):
-        read = common.read if incoming is None else [*common.read, incoming]
-        calls = [[memory, *layer.tables, *layer.weights, *read] for layer in own]
+    def states(self) -> Tensor:
+        """What the last layer gives, [batch, n, d_model]."""
+        program = self.program
+        total = torch.empty(self.shape, dtype=program.hidden_dtype, device=program.device)
+        recorder = repeated_or_recorder(program.lists, "total", [[self.memory, total]], self.first.common.repeats)
+        if recorder is not None:
+            with recorder:
+                line = Line(self.first, recorder, program.outgoing, self.memory)
+                combined(line, parts_of(line), total, Drop.FEED_FORWARD)
+        return total
+
+    def _run(self, kind: str, layers: Sequence[StraightLayer], states: Tensor | None = None) -> None:
+        program, common = self.program, self.first.common
+        read = common.read if states is None else [*common.read, states]
+        calls = [[self.memory, *layer.tables, *layer.weights, *read] for layer in layers]
         for number, recorder in calls_to_compute(program.lists, kind, calls, common.repeats):
             with recorder:
-                line = Line(own[number], recorder, program.outgoing, memory)
-                feed_forward(line, [*attention(line, incoming)])
-    total = torch.empty(states.shape, dtype=program.hidden_dtype, device=program.device)
-    last_sum = repeated_or_recorder(program.lists, "total", [[memory, total]], common.repeats)
-    if last_sum is not None:
-        with last_sum:
-            line = Line(layers[-1], last_sum, program.outgoing, memory)
-            combined(line, parts_of(line), total, Drop.FEED_FORWARD)
-    return total
+                line = Line(layers[number], recorder, program.outgoing, self.memory)
+                feed_forward(line, [*attention(line, states)])
 
 
 def _with_gradients(

@@ -12,8 +12,8 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_colt5 import CoLT5Config
 from .kernel_backend import Mode
-from .layer_encoder import encoder_plan, layers_of_stack, run_without_gradients
-from .layer_plain import PlainStack
+from .layer_encoder import StraightStack, encoder_plan
+from .layer_plain import PlainStack, is_called_as_written
 from .model_base import CoLT5Stack
 from .model_encoder_layer import PLAIN, CoLT5EncoderBlock, branch_biases
 from .model_from_config import add_branch_biases, encoder_block, encoder_settings, layer_norm
@@ -40,6 +40,20 @@ def heavy_attentions_too(forward: Callable) -> Callable:
     return wrapper
 
 
+def first_layer(
+    block: Any,
+    hidden_states: torch.Tensor,
+    tables: tuple[torch.Tensor, torch.Tensor | None],
+    plan: EncoderPlan,
+) -> StraightStack | None:
+    """The first layer as a straight line without gradients, for others to be computed behind it; None where it is not
+    plain, or somebody may see what goes from it to the next. Arguments are as of `run_layers`."""
+    if plan.straight is None or plan.mode.keeps_gradients or not is_called_as_written(block, PLAIN):
+        return None
+    line = block.straight_line(hidden_states, *tables, plan)
+    return None if line is None or line.records else StraightStack(line, hidden_states)
+
+
 def run_layers(
     blocks: nn.ModuleList,
     plain: PlainStack,
@@ -56,15 +70,15 @@ def run_layers(
         tables: what `branch_biases` gives.
         plan: of the pass.
     """
-    light_table, heavy_table = tables
+    rest = list(blocks)
     try:
-        # Without gradients, and where nobody sees what goes from block to block, all of them are computed together.
-        if plan.straight is not None and heavy_table is not None and not plan.mode.keeps_gradients:
-            read = plain.read(blocks, PLAIN) if plan.straight.takes(hidden_states) else None
-            layers = None if read is None else layers_of_stack(read, (light_table, heavy_table), plan)
-            if layers is not None:
-                return run_without_gradients(layers, hidden_states)
-        for block in blocks:
+        stack = first_layer(rest[0], hidden_states, tables, plan) if rest else None
+        if stack is not None:
+            # The device computes the first layer while the others are looked at.
+            read = plain.read(blocks, PLAIN)
+            rest = [] if read is not None and stack.add(read[1:]) else rest[1:]
+            hidden_states = stack.states()
+        for block in rest:
             hidden_states = block(hidden_states, *tables, plan)[0]
         return hidden_states
     finally:
