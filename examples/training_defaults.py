@@ -243,7 +243,8 @@ class BestOfRouted(TrainerCallback):
 
 def run_script(prepare: Callable[[list[str] | None], Callable[[], Any]]) -> None:
     """Run a script with the command line's arguments. What is wrong with them or with the input is said in one line;
-    errors of the run itself have their traceback, and with TRANSFORMERS_VERBOSITY=debug all have.
+    errors of the run itself have their traceback, and with TRANSFORMERS_VERBOSITY=debug all have. At the end of a run
+    its process leaves the others.
 
     Args:
         prepare: checks, loads, and gives what starts the run.
@@ -254,3 +255,6 @@ def run_script(prepare: Callable[[list[str] | None], Callable[[], Any]]) -> None
         logger.debug("The error in full:", exc_info=True)
         sys.exit(f"{Path(sys.argv[0]).name}: error: {one_line(error)}")
     start()
+    # The group's threads have to end before Python does: what they free needs Python's lock.
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

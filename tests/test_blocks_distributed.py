@@ -1,5 +1,8 @@
 """The stand-alone modules in DistributedDataParallel: two processes have the gradients of one, and none is missing."""
 
+import faulthandler
+import os
+import sys
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -7,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from example_runs import REPOSITORY, run_processes
 from rounding import assert_same_but_for_rounding
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -87,10 +91,16 @@ def with_float64_statistics() -> None:
     op_norm.mean_square = lambda hidden_states: hidden_states.pow(2).mean(-1)
 
 
+# seconds; beside other work the two processes take forty
+LONGEST = 300
+
+
 def run_process(rank: int, folder: Path) -> None:
     """One of two processes: half of the rows, and what the first one has in the end."""
+    # one that hangs says where, and ends; the other one is ended then
+    faulthandler.dump_traceback_later(LONGEST, exit=True)
     with_float64_statistics()
-    store, longest = f"file://{folder / 'store'}", timedelta(minutes=5)
+    store, longest = f"file://{folder / 'store'}", timedelta(seconds=LONGEST / 2)
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=longest)
     results = []
     # PyTorch looks for parameters without a gradient where it is told that there may be some; elsewhere one that has
@@ -103,13 +113,17 @@ def run_process(rank: int, folder: Path) -> None:
     if rank == 0:
         torch.save(results, folder / "gradients.pt")
     dist.destroy_process_group()
+    # At its end Python frees what PyTorch's threads have, and they may wait for Python's lock then, for ever
+    # (https://github.com/pytorch/pytorch/issues/190489).
+    os._exit(0)
 
 
 # two processes start Python and import Transformers anew
 @pytest.mark.slow
 @pytest.mark.usefixtures("float64_statistics")
 def test_two_processes_have_the_gradients_of_one(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(run_process, (tmp_path,), nprocs=2)
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    run_processes([sys.executable, __file__, tmp_path], 1.5 * LONGEST, env=environment)
     network = make_network()
     results = torch.load(tmp_path / "gradients.pt")
     for number, (result, (_, _, leaves_out)) in enumerate(zip(results, STEPS, strict=True)):
@@ -122,3 +136,7 @@ def test_two_processes_have_the_gradients_of_one(tmp_path: Path) -> None:
             assert (result[name] is None) == (gradient is None), name
             if gradient is not None:
                 assert_same_but_for_rounding(result[name], gradient, f"{name} of step {number}")
+
+
+if __name__ == "__main__":
+    torch.multiprocessing.spawn(run_process, (Path(sys.argv[1]),), nprocs=2)

@@ -667,6 +667,15 @@ def test_errors_of_the_run_keep_their_traceback(monkeypatch):
         training_defaults.run_script(prepare)
 
 
+def test_a_script_leaves_the_other_processes_at_its_end(tmp_path):
+    def prepare(argv: list[str] | None) -> Any:
+        group = {"backend": "gloo", "init_method": f"file://{tmp_path}/group", "rank": 0, "world_size": 1}
+        return lambda: torch.distributed.init_process_group(**group)
+
+    training_defaults.run_script(prepare)
+    assert not torch.distributed.is_initialized()
+
+
 # a process of its own, which imports everything
 @pytest.mark.slow
 def test_a_script_fails_without_a_traceback(tmp_path):
