@@ -95,6 +95,19 @@ class TrainingStep:
         torch.cuda.current_stream().wait_stream(self._stream)
         return loss
 
+    def state_dict(self) -> dict[str, Any]:
+        """What another object for the same model goes on from: the optimiser's state, its highest rates, and how many
+        steps there were."""
+        return {"optimizer": self.optimizer.state_dict(), "rates": self.rates, "steps": self.steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from it."""
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(state["optimizer"])
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        self.rates, self.steps = state["rates"], state["steps"]
+
     def _root_share(self, step: int) -> float:
         share = min(step / self.warmup_steps, (self.warmup_steps / step) ** 0.5)
         if self.cooldown is not None:

@@ -4,6 +4,9 @@
     python benchmarks/router_gym.py --tasks facts --seeds 0 1   # of these alone
     python benchmarks/router_gym.py --seconds 0                 # the table and the picture from what is there
 
+A run that is cut off goes on from its last measurement, whose state is a file in the folder of the results until the
+run has ended.
+
 A run is one task, arm, length, budget and seed: `CoLT5ForTokenClassification` of three layers, in the task "cross"
 `CoLT5ForConditionalGeneration` with two layers of decoder besides, trained on inputs that are drawn anew at every
 step. Its line is added to results/router_gym.jsonl; no run that has a line is done again. On a GPU a training step is
@@ -326,8 +329,19 @@ def measure_point(
     return point
 
 
-def train(run: Run, settings: Settings, device: torch.device) -> dict[str, Any]:
-    """Do a run; its line of the results."""
+def state_file(run: Run, folder: Path) -> Path:
+    """Where a run leaves what it needs to go on."""
+    return folder / f"router_gym-{'-'.join(map(str, asdict(run).values()))}.state"
+
+
+def train(run: Run, settings: Settings, device: torch.device, folder: Path) -> dict[str, Any]:
+    """Do a run, or what is left of one that was cut off; its line of the results.
+
+    Args:
+        run, settings: what to do.
+        device: where.
+        folder: of the run's state.
+    """
     began = time.perf_counter()
     task, config = task_of(run), make_config(run, settings)
     torch.manual_seed(run.seed)
@@ -341,6 +355,7 @@ def train(run: Run, settings: Settings, device: torch.device) -> dict[str, Any]:
             return model(**batch).loss
 
     step_of = TrainingStep(model, loss_of, size_scaled_groups(model, settings.learning_rate), settings.warmup_steps)
+    random: Any = torch.cuda if device.type == "cuda" else torch
     generator = torch.Generator(device).manual_seed(1000 + run.seed)
     held_out = task.draw(settings.eval_rows, run.length, torch.Generator(device).manual_seed(7))
     probe = task.draw(settings.batch, run.length, torch.Generator(device).manual_seed(8))
@@ -348,10 +363,27 @@ def train(run: Run, settings: Settings, device: torch.device) -> dict[str, Any]:
     start_length = min(run.length, max(START_LENGTH, task.shortest))
     curve: list[dict[str, Any]] = []
     flops = 0
-    for step in range(run.steps + 1):
-        if step % settings.eval_every == 0 or step == run.steps or step in EARLY_STEPS:
+    own = str((run, settings))
+    state = state_file(run, folder)
+    saved = torch.load(state, map_location="cpu", weights_only=True) if state.exists() else None
+    if saved is not None and saved["own"] == own:
+        model.load_state_dict(saved["model"])
+        step_of.load_state_dict(saved["step"])
+        generator.set_state(saved["examples"])
+        random.set_rng_state(saved["random"])
+        curve, flops, began = saved["curve"], saved["flops"], began - saved["seconds"]
+    first = step_of.steps
+    for step in range(first, run.steps + 1):
+        is_measured = bool(curve) and step == first
+        if not is_measured and (step % settings.eval_every == 0 or step == run.steps or step in EARLY_STEPS):
             point = measure_point(model, held_out, probe, settings, task.vocab_size)
             curve.append({"step": step, "flops": flops} | point)
+            states = {"model": model.state_dict(), "step": step_of.state_dict()}
+            states |= {"examples": generator.get_state(), "random": random.get_rng_state()}
+            seconds = time.perf_counter() - began
+            unfinished = state.with_suffix(".unfinished")
+            torch.save({"own": own, "curve": curve, "flops": flops, "seconds": seconds} | states, unfinished)
+            unfinished.replace(state)
         if step == run.steps:
             break
         progress = start.progress(step, run.steps) if start is not None else None
@@ -426,9 +458,10 @@ def work(
             taken.value += 1
         if number >= len(runs):
             return
-        line = rounded(train(runs[number], settings, device))
+        line = rounded(train(runs[number], settings, device, out))
         with taken.get_lock(), (out / FILE).open("a") as file:
             file.write(json.dumps(line) + "\n")
+        state_file(runs[number], out).unlink()
         print(f"{runs[number]}: {line['accuracy']:.3f} in {line['seconds']:.0f} s", flush=True)
 
 

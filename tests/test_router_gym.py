@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -162,6 +164,45 @@ def test_runs_are_kept_and_not_repeated(tmp_path: Path, capsys: pytest.CaptureFi
         assert f"{line['accuracy']:.3f}" in page
     assert (tmp_path / "router_gym.svg").exists()
     json.dumps(lines, allow_nan=False)
+
+
+# two trainings
+@pytest.mark.slow
+@pytest.mark.parametrize("arm", ["learned", "random"])
+def test_a_run_that_is_cut_off_goes_on(arm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its line is that of a run that was not; the state of a run with other settings is not taken."""
+    # large steps, so that what a step sees makes a difference
+    own = {"batch": 2, "eval_rows": 2, "eval_every": 2, "learning_rate": 0.1, "warmup_steps": 1}
+    settings = dataclasses.replace(router_gym.Settings(), **own)
+    arguments = ["--tasks", "facts", "--lengths", "128", "--budgets", "16", "--steps", "5", "--seeds", "0"]
+    arguments += ["--arms", arm, "--out"]
+    router_gym.main([*arguments, f"{tmp_path}/whole"], settings)
+    measure, measured = router_gym.measure_point, []
+
+    def until_step_4(*given: Any) -> dict[str, Any]:
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        measured.append(measure(*given))
+        return measured[-1]
+
+    monkeypatch.setattr(router_gym, "measure_point", until_step_4)
+    with pytest.raises(KeyboardInterrupt):
+        router_gym.main([*arguments, f"{tmp_path}/cut"], settings)
+    monkeypatch.setattr(router_gym, "measure_point", measure)
+    (state,) = (tmp_path / "cut").glob("*.state")
+    (tmp_path / "other").mkdir()
+    shutil.copy(state, tmp_path / "other")
+    router_gym.main([*arguments, f"{tmp_path}/cut"], settings)
+    router_gym.main([*arguments, f"{tmp_path}/other"], dataclasses.replace(settings, eval_rows=4))
+    (whole,), (cut,), (other,) = (router_gym.read_lines(tmp_path / name) for name in ("whole", "cut", "other"))
+    assert [point["step"] for point in cut["curve"]] == [0, 2, 4, 5]
+    assert [point["step"] for point in other["curve"]] == [0, 2, 4, 5]
+    for point, expected in zip(cut["curve"], whole["curve"], strict=True):
+        assert point["flops"] == expected["flops"]
+        # four digits are kept of what sums in another order may change
+        assert point["loss"] == pytest.approx(expected["loss"], rel=2e-3)
+    assert cut["curve"][-1]["loss"] != cut["curve"][0]["loss"] != other["curve"][0]["loss"]
+    assert not list(tmp_path.glob("*/*.state"))
 
 
 @pytest.mark.slow
