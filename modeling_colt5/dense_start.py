@@ -19,6 +19,7 @@ from .kernel_backend import uses_triton
 logger = logging.get_logger(__name__)
 
 Inputs = dict[str, Any]
+_PER_TOKEN = {"input_ids", "inputs_embeds", "attention_mask", "labels"}
 
 
 def learned_routers(model: nn.Module) -> list[nn.Module]:
@@ -126,8 +127,9 @@ def shorten(inputs: Inputs, share: float) -> Inputs:
 
     Args:
         inputs: a model's keywords: `input_ids` [batch, n] or `inputs_embeds` [batch, n, d_model], `attention_mask`
-            [batch, n], `labels`, which are cut where they are [batch, n] and the model has no decoder inputs, and
-            `start_positions` and `end_positions` [batch], which follow their tokens.
+            [batch, n], `labels`, which are cut where they are integers [batch, n] and the model has no decoder inputs,
+            and `start_positions` and `end_positions` [batch], which follow their tokens. Those in padding or beyond
+            the input, which the loss leaves out, are beyond the shorter input too.
         share: how much of n stays, rounded up; counted from each row's first real token.
 
     Returns:
@@ -148,24 +150,26 @@ def shorten(inputs: Inputs, share: float) -> Inputs:
     answer = {name: inputs[name] for name in ("start_positions", "end_positions") if inputs.get(name) is not None}
     if len(answer) == 2:
         start, end = (position.view(batch, 1) for position in answer.values())
+        start_is_real, end_is_real = (_is_real(position, mask, length) for position in (start, end))
         half = kept // 2
         # from there on the second half is read: a quarter of it may follow the answer, of a long one its end is cut
         second = (end + (kept - half) // 4 - (kept - half) + 1).clamp(max=length - kept + half)
         second = torch.minimum(second, start)
-        is_behind = end >= first + kept
+        is_behind = start_is_real & end_is_real & (end >= first + kept)
         # an answer that begins in the first half and ends behind the cut: all of it stays as it is
         second = torch.maximum(second, first + half)
         places = torch.where(is_behind & (slots >= half), second + slots - half, places)
         moved = {}
-        for name, position in answer.items():
-            position = position.view(batch, 1)
+        for name, position, is_real in zip(answer, (start, end), (start_is_real, end_is_real), strict=True):
             in_second = is_behind & (position >= second)
-            moved[name] = torch.where(in_second, position - second + half, position - first).clamp(0, kept - 1)[:, 0]
+            place = torch.where(in_second, position - second + half, position - first)
+            # an answer that is too long for what stays is cut
+            place = torch.where(is_behind, place.clamp(max=kept - 1), place.clamp(max=kept))
+            moved[name] = place.masked_fill(~is_real, kept)[:, 0]
         answer = moved
     rows = torch.arange(batch, device=tokens.device)[:, None]
-    per_token = {"input_ids", "inputs_embeds", "attention_mask", "labels"}
     return {
-        name: value[rows, places] if name in per_token and _is_per_token(value, batch, length) else value
+        name: value[rows, places] if _is_per_token(name, value, batch, length) else value
         for name, value in inputs.items()
     } | answer
 
@@ -203,8 +207,17 @@ def shorten_pictures(inputs: Inputs, share: float) -> Inputs:
     return inputs | short | ({} if mask is None else {"pixel_mask": mask[at]})
 
 
-def _is_per_token(value: Any, batch: int, length: int) -> bool:
-    return isinstance(value, torch.Tensor) and value.dim() >= 2 and value.shape[:2] == (batch, length)
+def _is_real(position: torch.Tensor, mask: torch.Tensor | None, length: int) -> torch.Tensor:
+    """Whether positions [batch, 1] are those of real tokens, bool."""
+    is_inside = (position >= 0) & (position < length)
+    return is_inside if mask is None else is_inside & mask.gather(1, position.clamp(0, length - 1)).ne(0)
+
+
+def _is_per_token(name: str, value: Any, batch: int, length: int) -> bool:
+    """Whether a keyword is one value a token. Labels of several classes may be as many as tokens, and are floats."""
+    if name not in _PER_TOKEN or not isinstance(value, torch.Tensor) or value.dim() < 2:
+        return False
+    return value.shape[:2] == (batch, length) and not (name == "labels" and value.is_floating_point())
 
 
 def shorten_documents(inputs: Inputs, share: float) -> Inputs:
@@ -294,6 +307,24 @@ class ShortenDenoising:
         return short | {"labels": own_labels.masked_fill(torch.where(last >= 0, beyond, slots >= kept), -100)}
 
 
+def shortening_of(config: Any) -> Callable[[Inputs, float], Inputs]:
+    """What shortens the inputs of a model with this configuration, where a run has nothing better."""
+    if config.dimensions == 2:
+        return shorten_pictures
+    return shorten_documents if config.is_encoder_decoder else shorten
+
+
+def length_of(inputs: Inputs, config: Any) -> int | None:
+    """How many tokens, or patches of pictures, a batch of a model with this configuration has in a row; None where
+    there are none."""
+    if config.dimensions == 2 and "pixel_values" in inputs:
+        height, width = inputs["pixel_values"].shape[-2:]
+        # the last patches are filled up
+        return math.ceil(height / config.patch_size) * math.ceil(width / config.patch_size)
+    tokens = inputs.get("input_ids", inputs.get("inputs_embeds"))
+    return None if tokens is None else tokens.shape[1]
+
+
 def _with_fewer_labels(whole: Inputs, short: Inputs, share: float) -> Inputs:
     """`short`, with Trainer's count of labels, which it took before they were cut, lowered by the share that is left
     on average: by the real count of this batch, processes and accumulated batches would not weigh alike."""
@@ -318,7 +349,11 @@ class DenseStartCallback(TrainerCallback):
         shorten: from a batch's keywords and the schedule's `input_share` to a shorter batch; None for `shorten`, or
             `shorten_documents` for an encoder-decoder, or `shorten_pictures`.
         always: whether a model whose routers have been trained gets a dense start as well.
-        input_length: tokens, or patches, of the longest inputs, for the message about costs before the run.
+        input_length: tokens, or patches, of the longest inputs, for the message about costs before the run; with None
+            it comes after the first step, for the length of that step's inputs.
+
+    Raises:
+        ValueError: at the beginning of a run, for a model without learned routers.
     """
 
     def __init__(
@@ -326,13 +361,17 @@ class DenseStartCallback(TrainerCallback):
         schedule: DenseStart | None = None,
         shorten: Callable[[Inputs, float], Inputs] | None = None,
         always: bool = False,
-        input_length: int = 16_384,
+        input_length: int | None = None,
     ):
         self.schedule = schedule or DenseStart()
         self.shorten = shorten
         self.always = always
         self.input_length = input_length
         self.progress: float | None = None
+        # of the run: what shortens its inputs, whether its costs are still to be said, and how long its inputs are
+        self._shorten: Callable[[Inputs, float], Inputs] | None = None
+        self._is_to_say_costs = False
+        self._length = input_length
         # the CoLT5 model within what is trained, as long as its dense start lasts
         self._model: Any = None
         self._hook: Any = None
@@ -342,7 +381,8 @@ class DenseStartCallback(TrainerCallback):
     ) -> None:
         """Find the model, and say what the run will do."""
         self._model = next((part for part in model.modules() if hasattr(part, "set_dense_start")), None)
-        if self._model is None or self._model.config.routing != "learned":
+        routers = [] if self._model is None else learned_routers(self._model)
+        if not routers:
             raise ValueError(
                 f"{type(model).__name__} has no learned routers; a dense start needs a CoLT5 model with them"
             )
@@ -350,22 +390,19 @@ class DenseStartCallback(TrainerCallback):
             logger.info("The routers of this model have been trained: no dense start.")
             self._model = None
             return
-        routers = learned_routers(self._model)
         if not any(parameter.requires_grad for router in routers for parameter in router.parameters()):
             logger.warning("The routers of this model are frozen: no dense start.")
             self._model = None
             return
-        if self.shorten is None:
-            config = self._model.config
-            if config.dimensions == 2:
-                self.shorten = shorten_pictures
-            else:
-                self.shorten = shorten_documents if config.is_encoder_decoder else shorten
+        self._shorten = self.shorten or shortening_of(self._model.config)
         self._hook = model.register_forward_pre_hook(self._shorten_inputs, with_kwargs=True)
-        self._say_what_it_costs(state.max_steps)
+        self._length, self._is_to_say_costs = self.input_length, True
+        if self._length is not None:
+            self._say_what_it_costs(state.max_steps, self._length)
 
-    def _say_what_it_costs(self, steps: int) -> None:
-        schedule, length, config = self.schedule, self.input_length, self._model.config
+    def _say_what_it_costs(self, steps: int, length: int) -> None:
+        self._is_to_say_costs = False
+        schedule, config = self.schedule, self._model.config
         share = schedule.input_share
         ends = next(step for step in range(steps + 1) if schedule.progress(step, steps) is None)
         is_cross_routed = config.is_encoder_decoder and config.routed_cross_key_values is not None
@@ -416,6 +453,13 @@ class DenseStartCallback(TrainerCallback):
             self._model.config.routers_trained = True
             self._leave()
 
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Say what the run costs, where the first step had to show how long inputs are."""
+        if self._model is not None and self._is_to_say_costs and self._length is not None:
+            self._say_what_it_costs(state.max_steps, self._length)
+
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -434,7 +478,10 @@ class DenseStartCallback(TrainerCallback):
         self, model: nn.Module, args: tuple[Any, ...], kwargs: Inputs
     ) -> tuple[tuple[Any, ...], Inputs] | None:
         # the hook is there as long as the dense start lasts; asked for `progress`, a compiler would compile each step
-        if not model.training or self.shorten is None or self.schedule.input_share == 1:
+        if not model.training or self._shorten is None:
             return None
+        # a compiler would guard what is looked at
+        if not torch.compiler.is_compiling() and self._is_to_say_costs:
+            self._length = length_of(kwargs, self._model.config)
         share = self.schedule.input_share
-        return args, _with_fewer_labels(kwargs, self.shorten(kwargs, share), share)
+        return None if share == 1 else (args, _with_fewer_labels(kwargs, self._shorten(kwargs, share), share))

@@ -110,9 +110,8 @@ class CoLT5PreTrainedModel(PreTrainedModel):
             pretrained_model_name_or_path, *model_args, config=config, output_loading_info=True, **kwargs
         )
         new = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
-        if any("router" in name and "decoder.block." not in name for name in new):
-            # Some of the routers that a dense start trains are new and random, whatever the checkpoint says of its
-            # own.
+        if any("router" in name for name in new):
+            # Some are new and random, whatever the checkpoint says of its own.
             model.config.routers_trained = False
         # Without a name there is no checkpoint, but a state dict that is as the caller wants it. And a caller who
         # ignores weights of other sizes wants random ones in their place.

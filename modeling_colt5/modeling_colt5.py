@@ -431,7 +431,12 @@ class CoLT5ForCausalLM(CoLT5EmbeddingModel, CoLT5GenerationMixin):
     _auto_class = "AutoModelForCausalLM"
 
     def __init__(self, config: CoLT5Config):
-        super().__init__(_with_encoder_decoder(config, False))
+        config = _with_encoder_decoder(config, False)
+        if config.num_layers != config.num_decoder_layers:
+            # Who asks this model's configuration for `num_hidden_layers` is to hear its depth.
+            config = copy.deepcopy(config)
+            config.num_layers = config.num_decoder_layers
+        super().__init__(config)
         self.decoder = CoLT5Decoder(self.config)
         self.share_embedding()
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)

@@ -171,9 +171,10 @@ def test_routers_that_the_checkpoint_lacks_are_not_trained(saved: str, tmp_path:
     load = CoLT5ForConditionalGeneration.from_pretrained
     assert load(tmp_path).config.routers_trained
     assert not load(tmp_path, d_model=64, ignore_mismatched_sizes=True).config.routers_trained
-    # a dense start does nothing for the routers of causal layers
+    # routers of causal layers are new then
     if saved == "full cross-attention":
-        assert load(tmp_path, causal_attention="routed").config.routers_trained
+        assert not load(tmp_path, causal_attention="routed").config.routers_trained
+        assert not load(tmp_path, causal_feed_forward="routed").config.routers_trained
     # another budget needs no other routers
     assert load(tmp_path, routed_cross_key_values=BUDGET).config.routers_trained is (saved == "routed")
 

@@ -11,9 +11,12 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from modeling_colt5 import (
     CoLT5EncoderModel,
+    CoLT5ForCausalLM,
     CoLT5ForConditionalGeneration,
+    CoLT5ForQuestionAnswering,
     CoLT5ForTokenClassification,
     CoLT5Tokenizer,
+    CoLT5VisionConfig,
 )
 from modeling_colt5.denoising import DataCollatorForDenoising, SpanCorruption, chunk_documents
 from modeling_colt5.dense_start import (
@@ -21,6 +24,7 @@ from modeling_colt5.dense_start import (
     DenseStartCallback,
     DenseStartCosts,
     ShortenDenoising,
+    length_of,
     shorten,
     shorten_documents,
 )
@@ -210,6 +214,32 @@ def test_costs_are_said_before_the_run(tmp_path: Path, caplog: pytest.LogCapture
     assert f"input_share={costs.largest_share} keeps it at 1.5" in said
 
 
+def test_costs_are_said_after_the_first_step_for_its_length(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trainer(tmp_path, token_model(), DenseStartCallback(DenseStart(0.5, 0.1, 0.5))).train()
+    costs = DenseStartCosts.of(tiny_config(), 16, 0.5, fused_attention=False)
+    (said,) = (message for message in caplog.messages if message.startswith("Dense start"))
+    assert "For inputs of 16 tokens" in said and f"{costs.flops:.2f} times" in said
+
+
+def test_length_of_inputs_is_that_of_tokens_or_patches() -> None:
+    ids = {"input_ids": random_ids(2, 9)}
+    assert length_of(ids, tiny_config()) == 9 == length_of({"inputs_embeds": torch.zeros(2, 9, 4)}, tiny_config())
+    assert length_of({"labels": ids["input_ids"]}, tiny_config()) is None
+    assert length_of({"pixel_values": torch.zeros(2, 3, 33, 16)}, CoLT5VisionConfig()) == 3
+
+
+def test_a_callback_shortens_for_the_model_of_its_run(tmp_path: Path) -> None:
+    callback = DenseStartCallback(SCHEDULE)
+    control = TrainerControl()
+    batch = {"input_ids": random_ids(2, 16), "labels": random_ids(2, 16)}
+    for model_class, labels in ((CoLT5ForTokenClassification, 8), (CoLT5ForConditionalGeneration, 16)):
+        model = training_model(model_class)
+        callback.on_train_begin(None, TrainerState(max_steps=10), control, model=model)  # type: ignore[arg-type]
+        _, short = callback._shorten_inputs(model, (), batch)  # type: ignore[misc]
+        assert short["labels"].shape == (2, labels)
+        callback.on_train_end(None, TrainerState(), control)  # type: ignore[arg-type]
+
+
 @pytest.mark.slow
 def test_frozen_routers_get_no_dense_start(tmp_path: Path) -> None:
     model, seen = token_model(), Seen()
@@ -226,8 +256,8 @@ def test_shorter_targets_are_averaged_over_what_is_left() -> None:
     whole = {"input_ids": ids, "labels": ids % 3, "num_items_in_batch": torch.tensor(32)}
     expected = model(**shorten({"input_ids": ids, "labels": ids % 3}, 0.5)).loss
     callback = DenseStartCallback(SCHEDULE, shorten)
-    (_, short) = callback._shorten_inputs(model, (), whole)
-    torch.testing.assert_close(model(**short).loss, expected)
+    callback.on_train_begin(None, TrainerState(max_steps=10), TrainerControl(), model=model)  # type: ignore[arg-type]
+    torch.testing.assert_close(model(**whole).loss, expected)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -274,6 +304,31 @@ def test_answers_stay_in_shorter_inputs_with_their_question() -> None:
         row[7].item() for row in (batch["input_ids"])
     ]
     assert short["end_positions"].tolist() == [9, 9]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_answers_that_the_loss_leaves_out_stay_so(side: str) -> None:
+    """Beyond the input, or in padding: the loss is that of the answers that there are."""
+    model = training_model(CoLT5ForQuestionAnswering)
+    batch: dict[str, Any] = pad([random_ids(40), random_ids(31), random_ids(20)], side=side)
+    begin = batch["attention_mask"].ne(0).int().argmax(1)
+    padding = 5 if side == "left" else 25
+    batch["start_positions"] = torch.stack([begin[0] + 2, torch.tensor(40), torch.tensor(padding)])
+    batch["end_positions"] = torch.stack([begin[0] + 3, torch.tensor(40), torch.tensor(padding)])
+    short = shorten(batch, 1 / 4)
+    assert short["start_positions"].tolist() == [2, 10, 10] and short["end_positions"].tolist() == [3, 10, 10]
+    alone = {name: value[:1] for name, value in short.items()}
+    torch.testing.assert_close(model(**short).loss, model(**alone).loss)
+    # those without an answer are cut as without positions
+    plain = shorten({name: batch[name] for name in ("input_ids", "attention_mask")}, 1 / 4)
+    assert torch.equal(short["input_ids"], plain["input_ids"])
+
+
+def test_labels_of_classes_are_not_cut() -> None:
+    """Several classes are right at a time, and there are as many classes as tokens."""
+    labels = torch.ones(2, 8)
+    short = shorten({"input_ids": random_ids(2, 8), "labels": labels}, 1 / 4)
+    assert short["input_ids"].shape == (2, 2) and short["labels"] is labels
 
 
 def test_targets_of_documents_stay_whole() -> None:
@@ -481,8 +536,16 @@ def test_accumulated_steps_are_those_of_larger_batches(tmp_path: Path) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-3)
 
 
-def test_model_without_routers_is_refused(tmp_path: Path) -> None:
-    model = CoLT5ForTokenClassification(tiny_config(routing="none"))
+@pytest.mark.parametrize(
+    ("model_class", "fields"),
+    [
+        (CoLT5ForTokenClassification, {"routing": "none"}),
+        (CoLT5ForTokenClassification, {"routing": "even"}),
+        (CoLT5ForCausalLM, {"causal_attention": "full"}),
+    ],
+)
+def test_model_without_routers_is_refused(model_class: Any, fields: dict[str, str], tmp_path: Path) -> None:
+    model = model_class(tiny_config(**fields))
     with pytest.raises(ValueError, match="no learned routers"):
         trainer(tmp_path, model, DenseStartCallback()).train()
 

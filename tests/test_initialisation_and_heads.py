@@ -1,6 +1,7 @@
 """How models begin and load: initialisation, checkpoints of other heads, tied embeddings; heads and losses."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 
 from modeling_colt5 import (
     CoLT5EncoderModel,
+    CoLT5ForCausalLM,
     CoLT5ForConditionalGeneration,
     CoLT5ForQuestionAnswering,
     CoLT5ForSequenceClassification,
@@ -331,3 +333,12 @@ def test_an_answer_in_padding_is_left_out_of_the_loss(side, shape):
     beyond = positions.clone()
     beyond[2] = 12
     torch.testing.assert_close(whole.loss, model(**batch, start_positions=beyond, end_positions=beyond).loss)
+
+
+def test_a_causal_models_configuration_has_its_own_depth(tmp_path: Path) -> None:
+    """As Transformers and PEFT ask for `num_hidden_layers`; the caller's configuration is left as it is."""
+    config = tiny_config(num_layers=1, num_decoder_layers=3)
+    model = CoLT5ForCausalLM(config)
+    assert len(model.decoder.block) == model.config.num_hidden_layers == 3 and config.num_hidden_layers == 1
+    model.save_pretrained(tmp_path)
+    assert CoLT5ForCausalLM.from_pretrained(tmp_path).config.num_hidden_layers == 3
