@@ -73,6 +73,14 @@ def load_source(name: str) -> tuple[PreTrainedModel, list[str]]:
     return source, sorted(report["unexpected_keys"])
 
 
+# of the new model's layers, those that have a place for all of a source's weights
+_KINDS_OF_LAYERS = {
+    "routing": ("learned", "even", "random"),
+    "causal_attention": ("full",),
+    "causal_feed_forward": ("dense",),
+}
+
+
 def convert(
     source: PreTrainedModel,
     *,
@@ -87,9 +95,10 @@ def convert(
     """A CoLT5 model with the weights of a T5 1.0, T5 1.1, mT5, umT5 or LongT5 model.
 
     With every budget at 1, a radius that covers the input and all cross-attention heads kept, a converted T5 is the
-    same function. A converted LongT5 (local) is, at any length and any budget, where all its heads become light ones,
-    which is the default for it. A transient-global LongT5 loses its global tokens. An umT5 has a table of biases in
-    each layer, a CoLT5 one for all layers of a branch, which becomes their mean. `differences` lists what changed.
+    same function. A converted LongT5 (local) is, at any length and with any other budgets, where that of the feed-
+    forward is 1 and all its heads become light ones, which is the default for it. A transient-global LongT5 loses its
+    global tokens. An umT5 has a table of biases in each layer, a CoLT5 one for all layers of a branch, which becomes
+    their mean. `differences` lists what changed.
 
     Each branch has one table of biases for all layers, so that a head goes to the same branch in every layer. The
     heads that add most from near tokens become light ones, the units that matter most become light ones, and the
@@ -108,19 +117,26 @@ def convert(
             heads, both are read off the weights: the norm of a head's value and output matrices' product times the
             share that its biases alone would give to tokens within the radius, and the product of the norms of a
             unit's weights. There must be at least one.
-        config_kwargs: other fields of the new configuration.
+        config_kwargs: other fields of the new configuration, which the source says nothing of.
 
     Raises:
         TypeError: for a source of another kind, or samples that are no batches.
-        ValueError: for sizes that the source's heads or units do not fit into, samples without a batch, or a source
-            whose weights cannot be copied: quantised, on disk, with adapters on them, or such as a CoLT5 has no place
-            for (a bias of the head, an embedding of the encoder's own).
+        ValueError: for sizes that the source's heads or units do not fit into, fields that are the source's to say,
+            kinds of layers that have no place for its weights, samples without a batch, or a source whose weights
+            cannot be copied: quantised, on disk, with adapters on them, or such as a CoLT5 has no place for (a bias of
+            the head, an embedding of the encoder's own).
     """
     if not isinstance(source, SOURCES):
         raise TypeError(
             f"source is a {type(source).__name__}; it must be one of {', '.join(kind.__name__ for kind in SOURCES)}"
         )
     _check_weights(source)
+    for name, takes in _KINDS_OF_LAYERS.items():
+        if config_kwargs.get(name, takes[0]) not in takes:
+            raise ValueError(
+                f"{name} is {config_kwargs[name]!r}; it must be {' or '.join(map(repr, takes))}: other layers have no "
+                "place for the source's weights"
+            )
     old = source.config
     is_long = isinstance(source, LongT5ForConditionalGeneration)
     heads, units = old.num_heads, old.d_ff
@@ -143,7 +159,7 @@ def convert(
             )
     if is_long:
         config_kwargs.setdefault("local_radius", old.local_radius)
-    config = CoLT5Config(
+    fields = dict(
         vocab_size=source.shared.num_embeddings,
         d_model=old.d_model,
         d_kv=old.d_kv,
@@ -169,8 +185,10 @@ def convert(
         pad_token_id=old.pad_token_id,
         eos_token_id=old.eos_token_id,
         decoder_start_token_id=_start_token(source),
-        **({"dropout_rate": old.dropout_rate} | config_kwargs),
     )
+    for name in fields.keys() & config_kwargs.keys():
+        raise ValueError(f"{name} is given as {config_kwargs[name]!r}; it must be left out, as the source says it")
+    config = CoLT5Config(**({"dropout_rate": old.dropout_rate} | fields | config_kwargs))
     model = CoLT5ForConditionalGeneration(config).to(source.dtype)
     added, importance = _measure(source, config, samples) if samples is not None else _read_off(source, config)
     with torch.no_grad():
@@ -195,14 +213,16 @@ def differences(source: PreTrainedModel, model: CoLT5ForConditionalGeneration) -
     old, new = source.config, model.config
     is_long = isinstance(source, LongT5ForConditionalGeneration)
     found = []
-    budgets = {
-        "feed-forward's tokens": new.routed_feed_forward_fraction,
-        "queries": new.routed_query_fraction,
-        "keys and values": new.routed_key_value_fraction,
-    }
+    # what became heavy is for routed tokens alone; a heavy branch that is all new adds nothing yet
+    budgets = {}
+    if new.light_d_ff < old.d_ff:
+        budgets["feed-forward's tokens"] = new.routed_feed_forward_fraction
+    if new.num_light_heads < old.num_heads:
+        budgets |= {"queries": new.routed_query_fraction, "keys and values": new.routed_key_value_fraction}
     below = [f"{fraction:.3g} of the {what}" for what, fraction in budgets.items() if fraction < 1]
+    chosen = {"learned": "chosen by routers that are new", "even": "evenly spaced", "random": "drawn at random"}
     if below:
-        found.append(f"The heavy branches take {', '.join(below)}, chosen by routers that are new.")
+        found.append(f"The heavy branches take {', '.join(below)}, {chosen[new.routing]}.")
     if is_long:
         if old.encoder_attention_type == "transient-global":
             found.append("The global tokens of its attention are left out.")
@@ -222,6 +242,10 @@ def differences(source: PreTrainedModel, model: CoLT5ForConditionalGeneration) -
         found.append(
             f"Cross-attention's {old.num_heads} heads of keys and values are {new.num_cross_key_value_heads} means."
         )
+    if new.routed_cross_key_values is not None:
+        how = "which each token chooses itself" if new.asking_cross_routing else chosen[new.routing]
+        most = new.routed_cross_key_values
+        found.append(f"Cross-attention reads {most} tokens of the encoder's output at most, {how}.")
     if isinstance(source, UMT5ForConditionalGeneration):
         found.append("The layers' own tables of relative biases are their mean.")
     return found

@@ -204,3 +204,9 @@ def test_bad_sources_and_sizes_are_refused():
         convert(make_t5("relu", True, False), num_light_heads=5, num_heavy_heads=3)
     with pytest.raises(ValueError, match="light and heavy d_ff are 8 and 16; the source's 48"):
         convert(make_t5("relu", True, False), light_d_ff=8, heavy_d_ff=16)
+    for fields in ({"causal_attention": "local"}, {"routing": "none"}, {"causal_feed_forward": "routed"}):
+        (name,) = fields
+        with pytest.raises(ValueError, match=f"{name} is '.*'; it must be "):
+            convert(make_t5("relu", True, False), **fields)
+    with pytest.raises(ValueError, match="d_model is given as 16; it must be left out"):
+        convert(make_t5("relu", True, False), d_model=16)

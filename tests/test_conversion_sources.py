@@ -113,6 +113,35 @@ def test_differences_say_what_changed_and_nothing_else():
     ]
 
 
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        # the heavy branches hold nothing of the source's heads, and of its units only with their budget below 1
+        ({"routed_feed_forward_fraction": 1.0}, []),
+        ({}, ["feed-forward's tokens, chosen by routers that are new"]),
+        ({"routing": "even"}, ["feed-forward's tokens, evenly spaced"]),
+        ({"light_d_ff": TINY["d_ff"]}, []),
+        ({**FULL, "routed_cross_key_values": 4}, ["reads 4 tokens of the encoder's output at most, chosen by"]),
+        (
+            {**FULL, "routed_cross_key_values": 4, "asking_cross_routing": True, "num_cross_key_value_heads": 1},
+            ["1 means", "reads 4 tokens of the encoder's output at most, which each token chooses itself"],
+        ),
+    ],
+)
+def test_differences_are_named_where_logits_differ(fields: dict[str, Any], said: list[str]) -> None:
+    torch.manual_seed(0)
+    config = LongT5Config(**TINY, local_radius=7, encoder_attention_type="local", feed_forward_proj="gated-gelu")
+    source = LongT5ForConditionalGeneration(config).eval()
+    model = convert(source, **fields)
+    found = differences(source, model)
+    assert len(found) == len(said) and all(part in sentence for part, sentence in zip(said, found, strict=True))
+    ids = {"input_ids": torch.randint(5, 64, (2, 40)), "decoder_input_ids": torch.randint(5, 64, (2, 6))}
+    with torch.no_grad():
+        difference = (model(**ids).logits - source(**ids).logits).abs().max()
+    # fp32, logits of up to some tens
+    assert (difference > 1e-3) == bool(said), difference
+
+
 def save(model: Any, folder: Path) -> Path:
     """The model as a checkpoint with a tokenizer."""
     model.save_pretrained(folder)
