@@ -174,35 +174,59 @@ class CoLT5PreTrainedModel(PreTrainedModel):
         query: float | None = None,
         key_value: float | None = None,
         cross_key_values: int | None = None,
+        causal_routed_keys: int | None = None,
     ) -> None:
         """Change how many tokens a loaded model routes: quality against speed, without retraining.
 
         Args:
             feed_forward: new `routed_feed_forward_fraction`; None leaves it as it is.
             query: new `routed_query_fraction`.
-            key_value: new `routed_key_value_fraction`.
+            key_value: new `routed_key_value_fraction`, of an encoder's layers.
             cross_key_values: new `routed_cross_key_values`.
+            causal_routed_keys: new `causal_routed_keys`, of a causally routed decoder.
 
         Raises:
             StrictDataclassError: for a fraction outside of (0, 1], or a number of tokens below 1; nothing is changed
                 then.
-            ValueError: for `cross_key_values` where the model's cross-attention has no routers.
+            ValueError: for a budget that no layer of the model has.
         """
-        if cross_key_values is not None and getattr(self.config, "routed_cross_key_values", None) is None:
-            raise ValueError(
-                f"cross_key_values is {cross_key_values}; it must be None where the configuration's "
-                "routed_cross_key_values is, as the model then has no routers for its cross-attention"
-            )
-        budgets = {
-            "routed_feed_forward_fraction": feed_forward,
-            "routed_query_fraction": query,
-            "routed_key_value_fraction": key_value,
-            "routed_cross_key_values": cross_key_values,
+        fields = {
+            "feed_forward": ("routed_feed_forward_fraction", feed_forward),
+            "query": ("routed_query_fraction", query),
+            "key_value": ("routed_key_value_fraction", key_value),
+            "cross_key_values": ("routed_cross_key_values", cross_key_values),
+            "causal_routed_keys": ("causal_routed_keys", causal_routed_keys),
         }
-        given = {name: budget for name, budget in budgets.items() if budget is not None}
+        there = self._budgets()
+        given = {}
+        for argument, (name, budget) in fields.items():
+            if budget is None:
+                continue
+            if name not in there:
+                raise ValueError(
+                    f"{argument} is {budget}; it must be None, as no layer of this {type(self).__name__} has a budget "
+                    f"{name}; those that there are: {', '.join(sorted(there)) or 'none'}"
+                )
+            given[name] = budget
         type(self.config)(**given)
         for name, budget in given.items():
             setattr(self.config, name, budget)
+
+    def _budgets(self) -> set[str]:
+        """The fields of the configuration that say how many tokens the model's layers route."""
+        config = self.config
+        # by name: a model with code of the Hub has classes of its own, and FSDP2 makes others with longer names
+        kinds = {type(part).__name__.removeprefix("FSDP") for part in self.modules()}
+        found = set()
+        if "CoLT5EncoderBlock" in kinds and config.routing != "none":
+            found |= {"routed_feed_forward_fraction", "routed_query_fraction", "routed_key_value_fraction"}
+        if "CoLT5CausalRoutedAttention" in kinds:
+            found |= {"routed_query_fraction", "causal_routed_keys"}
+        if "CoLT5LayerCausalFF" in kinds:
+            found.add("routed_feed_forward_fraction")
+        if "CoLT5DecoderBlock" in kinds and config.is_encoder_decoder and config.routed_cross_key_values is not None:
+            found.add("routed_cross_key_values")
+        return found
 
     def set_dense_start(self, progress: float | None) -> None:
         """Train the routers of encoder, cross-attention and causally routed layers before they choose: see

@@ -127,7 +127,8 @@ class CoLT5Encoder(CoLT5Stack):
             input_ids: int64 [batch, n].
             attention_mask: [batch, n], 1 for real tokens, 0 for padding on either side; None where there is none.
             inputs_embeds: [batch, n, d_model], instead of `input_ids`.
-            kwargs: `output_hidden_states`, `output_attentions`, `output_routing` and `return_dict`.
+            kwargs: `output_hidden_states`, `output_attentions`, `output_heavy_attentions` (by default as
+                `output_attentions`), `output_routing` and `return_dict`.
 
         Raises:
             ValueError: for both or neither of ids and embeddings, no row or no token, or another shape of anything.

@@ -396,8 +396,8 @@ class RouterHealthCallback(TrainerCallback):
                 own = slice(first, first + rows)
                 chosen = (scores[own], real[own], indices[own], weights[own], valid[own])
                 parts.append(Choice(*chosen, types))
-        if self._encoder is not None:
-            types = TokenTypes.of(batch.get("decoder_input_ids"))
+        if causal and self._encoder is not None:
+            types = TokenTypes.of(_decoder_input_ids(model, batch))
         for (_, (_, scores)), (args, (_, *routed)) in zip(norms, causal, strict=True):
             plan = next(value for value in args if hasattr(value, "counts"))
             parts += causal_choices(scores, plan, tuple(routed), types)
@@ -431,6 +431,15 @@ class RouterHealthCallback(TrainerCallback):
             f"Routers (layer/router): {'; '.join(said)}. For {self.patience * self.interval} steps they had no "
             f"gradient or chose the very same tokens. {advice(self._routed_stack.config)}"
         )
+
+
+def _decoder_input_ids(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor | None:
+    """The ids that an encoder-decoder's decoder reads of a batch [batch, m]: given, or the labels moved by one."""
+    ids, labels = batch.get("decoder_input_ids"), batch.get("labels")
+    if ids is not None or labels is None:
+        return ids
+    name = "prepare_decoder_input_ids_from_labels"
+    return next(getattr(part, name)(labels) for part in model.modules() if hasattr(part, name))
 
 
 def advice(config: CoLT5Config) -> str:

@@ -249,6 +249,11 @@ def _by_router(layers: Any, n: int) -> dict[str, Tensor]:
 def _encoder_weights(model: Any, batch: dict[str, Tensor], n: int) -> dict[str, Tensor]:
     config = model.config
     if config.is_encoder_decoder and config.routed_cross_key_values is not None:
+        if config.decoder_start_token_id is None:
+            raise ValueError(
+                "decoder_start_token_id of the model's configuration is None; it must be a token, from which the "
+                "decoder begins: what its cross-attention reads is shown too"
+            )
         start = batch["input_ids"].new_full((1, 1), config.decoder_start_token_id)
         output = model(**batch, decoder_input_ids=start, output_routing=True)
         layers, cross = output.encoder_routing, output.cross_routing
@@ -326,7 +331,9 @@ def show_routing(model: Any, processor: Any, document: Any, title: str | None = 
             over pictures.
         processor: the model's tokenizer, which must be of the library `tokenizers` to tell where its tokens stand in
             the text, or its image processor.
-        document: the text, or a picture as the image processor takes it; it is read whole.
+        document: the text, or a picture as the image processor takes it; it is read whole. What a decoder's routed
+            cross-attention reads of it is shown too: with `asking_cross_routing`, where each token of the decoder
+            chooses, what its first one does.
         title: what stands above it; None for the model's kind and the number of tokens or patches.
 
     Returns:
@@ -334,7 +341,8 @@ def show_routing(model: Any, processor: Any, document: Any, title: str | None = 
 
     Raises:
         TypeError: for a text that is no string, or a processor of another kind than the model's.
-        ValueError: for a model that routes nothing, or several pictures.
+        ValueError: for a model that routes nothing, or one with routed cross-attention and no start token, or several
+            pictures.
     """
     kind = getattr(getattr(model, "config", None), "model_type", None)
     if kind not in ("colt5", "colt5_vision"):

@@ -24,7 +24,6 @@ class ForwardFlags(TypedDict, total=False):
 
     output_hidden_states: bool | None
     output_attentions: bool | None
-    output_cross_attentions: bool | None
     output_heavy_attentions: bool | None
     output_routing: bool | None
     return_dict: bool | None

@@ -13,10 +13,12 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 from modeling_colt5 import (
     CoLT5EncoderModel,
+    CoLT5ForCausalLM,
     CoLT5ForConditionalGeneration,
     CoLT5ForQuestionAnswering,
     CoLT5ForSequenceClassification,
     CoLT5ForTokenClassification,
+    CoLT5Model,
 )
 from modeling_colt5.model_encoder_layer import CoLT5EncoderBlock, CoLT5LocalAttention
 from modeling_colt5.model_from_config import encoder_settings
@@ -428,6 +430,49 @@ def test_refused_budget_leaves_all_as_it_was(bad):
         with pytest.raises(StrictDataclassError, match="routed_key_value_fraction"):
             model.set_routing_budget(**good, key_value=bad)
         assert model.config.to_dict() == before
+
+
+CAUSAL = {"causal_attention": "routed", "causal_window": 8, "causal_routed_keys": 6}
+
+
+@pytest.mark.parametrize(
+    ("model_class", "fields", "there"),
+    [
+        (CoLT5EncoderModel, {}, {"feed_forward", "query", "key_value"}),
+        (CoLT5EncoderModel, {"routing": "even"}, {"feed_forward", "query", "key_value"}),
+        (CoLT5EncoderModel, {"routing": "none"}, set()),
+        (CoLT5ForCausalLM, {}, set()),
+        (CoLT5ForCausalLM, {"causal_attention": "local", "causal_window": 8}, set()),
+        (CoLT5ForCausalLM, CAUSAL, {"query", "causal_routed_keys"}),
+        (
+            CoLT5ForCausalLM,
+            CAUSAL | {"causal_feed_forward": "routed"},
+            {"query", "causal_routed_keys", "feed_forward"},
+        ),
+        (CoLT5Model, CAUSAL, {"feed_forward", "query", "key_value", "causal_routed_keys"}),
+        (CoLT5Model, {"routed_cross_key_values": 9}, {"feed_forward", "query", "key_value", "cross_key_values"}),
+    ],
+)
+@torch.no_grad()
+def test_a_budget_that_is_set_changes_something(model_class, fields, there):
+    """And one that nothing reads is refused."""
+    model, ids = tiny_model(model_class, **fields), random_ids(1, 64)
+
+    def states():
+        inputs = {"decoder_input_ids": ids} if model_class is CoLT5Model else {}
+        return model(ids, **inputs)[0]
+
+    before = states()
+    for name in ("feed_forward", "query", "key_value", "cross_key_values", "causal_routed_keys"):
+        budget = 2 if name in ("cross_key_values", "causal_routed_keys") else 1 / 32
+        if name in there:
+            model.set_routing_budget(**{name: budget})
+            after = states()
+            assert not torch.equal(after, before), name
+            before = after
+        else:
+            with pytest.raises(ValueError, match=f"{name} is .*; it must be None"):
+                model.set_routing_budget(**{name: budget})
 
 
 @pytest.mark.parametrize("routing", ["random", "even"])

@@ -255,6 +255,25 @@ def test_causal_layers_are_measured(side: str, routers: int) -> None:
             check(own, f"{number}/attention", router, chosen, np.concatenate(read))
 
 
+def test_a_decoders_tokens_are_those_of_its_labels() -> None:
+    """Where a batch has no others: each router has the numbers that it has with the ids that the labels stand for."""
+    torch.manual_seed(0)
+    model = seq2seq_model(**CAUSAL).train()
+    ids, labels = random_ids(2, 20), random_ids(2, 17)
+    measured = []
+    for more in ({}, {"decoder_input_ids": model.prepare_decoder_input_ids_from_labels(labels)}):
+        watcher = RouterHealthCallback(lambda numbers: None)
+        watcher.on_train_begin(None, None, None, model=model)  # type: ignore[arg-type]
+        watcher._first_step.close()
+        watcher._batch = {"input_ids": ids, "labels": labels} | more
+        measured.append(watcher.measure(model, 1))
+    assert measured[0].keys() == measured[1].keys()
+    kinds = ("query", "key_value", "feed_forward")
+    assert {f"routers/0/causal_{kind}/entropy" for kind in kinds} <= measured[0].keys()
+    causal = [name for name in measured[0] if "causal" in name]
+    assert [measured[0][name] for name in causal] == pytest.approx([measured[1][name] for name in causal])
+
+
 @pytest.mark.slow
 def test_causal_layers_numbers_reach_the_logs(tmp_path: Path) -> None:
     """Of a language model, and of a decoder behind a routed encoder, whose routers are measured beside its own."""

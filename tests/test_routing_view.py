@@ -83,6 +83,9 @@ def test_routed_cross_attention_is_shown_with_the_encoder(tokenizer):
     assert view.weights["cross"].shape == (3, len(view.tokens)) and view.weights["query"].shape[0] == 2
     assert (view.weights["cross"] > 0).sum(1).tolist() == [9, 9, 9]
     assert '"name":"cross","layers":3' in view.html()
+    model.config.decoder_start_token_id = None
+    with pytest.raises(ValueError, match="decoder_start_token_id of the model's configuration is None"):
+        show_routing(model, tokenizer, TEXT)
 
 
 def test_a_causal_model(tokenizer):
