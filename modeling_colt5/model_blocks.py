@@ -326,8 +326,8 @@ class _CausalStandAlone(_StandAlone):
         repeated as the layers of Transformers' caches can."""
         return CoLT5DynamicRoutedLayer()
 
-    def plan(self, hidden_states: Tensor, mask: Tensor | None, cache: Any) -> CausalPlan:
-        """Where the new tokens stand in the windows; the cache has counted them.
+    def _count(self, hidden_states: Tensor, mask: Tensor | None, cache: Any) -> CausalPlan:
+        """Count the new tokens in the cache, where there is one, and give where they stand in the windows.
 
         Raises:
             TypeError, ValueError: for states, a mask or a cache that do not fit.
@@ -422,7 +422,7 @@ class CoLT5CausalConditionalAttention(_CausalStandAlone):
             TypeError: for states that are no floating point tensor, or another kind of cache.
             ValueError: for another shape of states or mask, or a cache of another number of rows.
         """
-        plan = self.plan(hidden_states, mask, cache)
+        plan = self._count(hidden_states, mask, cache)
         light_bias = plan.light_bias(bias_by_distance(self.light_relative_attention_bias))
         output, queries, pools = self.layer(
             hidden_states, light_bias, bias_by_distance(self.heavy_relative_attention_bias), plan, cache
@@ -465,7 +465,7 @@ class CoLT5CausalConditionalFeedForward(_CausalStandAlone):
             locals(),
             causal_attention="local",
             causal_feed_forward="routed",
-            # It has no attention, and nothing reads these two.
+            # It has no attention that would look back or read keys. The cache has room for a radius, so it is 0.
             local_radius=0,
             causal_routed_keys=1,
         )
@@ -486,7 +486,7 @@ class CoLT5CausalConditionalFeedForward(_CausalStandAlone):
             The states; with `output_routing` a pair of them and each token's routing weight, fp32 [batch, n], 0 where
             it was not routed.
         """
-        plan = self.plan(hidden_states, mask, cache)
+        plan = self._count(hidden_states, mask, cache)
         output, weights = self.layer(hidden_states, plan, cache)
         return (output, weights) if output_routing else output
 

@@ -182,7 +182,7 @@ def embed(stack: Any, input_ids: Tensor | None, inputs_embeds: Tensor | None, pr
 
 
 # The sizes of a batch of states but for their width, by the dimensions of positions.
-SIZES = {1: "batch, length", 2: "batch, height, width"}
+_AXES = {1: "batch, length", 2: "batch, height, width"}
 
 
 def check_states(name: str, states: Any, d_model: int, dimensions: int = 1) -> None:
@@ -194,9 +194,9 @@ def check_states(name: str, states: Any, d_model: int, dimensions: int = 1) -> N
         ValueError: for another shape.
     """
     if not isinstance(states, Tensor) or not states.is_floating_point():
-        raise _type_error(name, states, f"floating point [{SIZES[dimensions]}, {d_model}]")
+        raise _type_error(name, states, f"floating point [{_AXES[dimensions]}, {d_model}]")
     if states.dim() != dimensions + 2 or states.shape[-1] != d_model or 0 in states.shape:
-        wanted = f"[{SIZES[dimensions]}, {d_model}], as d_model is {d_model}, with at least one row and one token"
+        wanted = f"[{_AXES[dimensions]}, {d_model}], as d_model is {d_model}, with at least one row and one token"
         raise _shape_error(name, states, wanted)
 
 
@@ -251,7 +251,7 @@ def padding_mask(name: str, attention_mask: Tensor | None, states: Tensor) -> Te
     """
     if attention_mask is None:
         return None
-    wanted = f"[{SIZES[states.dim() - 2]}], here {tuple(states.shape[:-1])}, with 1 for real tokens and 0 for padding"
+    wanted = f"[{_AXES[states.dim() - 2]}], here {tuple(states.shape[:-1])}, with 1 for real tokens and 0 for padding"
     if not isinstance(attention_mask, Tensor):
         raise _type_error(name, attention_mask, wanted)
     if attention_mask.shape != states.shape[:-1]:
