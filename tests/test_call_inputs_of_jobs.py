@@ -82,6 +82,20 @@ def test_adapters(name, adapter):
     model.eval().generate(**inputs, max_new_tokens=3, num_beams=2)
 
 
+@pytest.mark.parametrize(
+    ("name", "settings"), [("causal", {}), ("encoder-decoder", {"num_layers": 3})], ids=["causal", "encoder-decoder"]
+)
+def test_prefixes_are_as_deep_as_the_decoder(name, settings):
+    """A causal model says so itself; PEFT takes the encoder's depth of an encoder-decoder that is told nothing."""
+    peft = pytest.importorskip("peft")
+    task = "CAUSAL_LM" if name == "causal" else "SEQ_2_SEQ_LM"
+    model = tiny_model(MODELS[name][0], num_layers=1, num_decoder_layers=3)
+    model = peft.get_peft_model(model, peft.PrefixTuningConfig(task_type=task, num_virtual_tokens=3, **settings))
+    inputs = batch()
+    model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    assert all(parameter.grad.any() for parameter in model.prompt_encoder.parameters())
+
+
 @pytest.mark.parametrize("adapter", ["PromptTuningConfig", "PrefixTuningConfig"])
 @pytest.mark.parametrize("name", ["encoder-decoder", "causal"])
 def test_prompts_and_prefixes_are_read_by_generation(name, adapter):
