@@ -30,7 +30,7 @@ from .model_outputs import CoLT5CausalLayerRouting, CoLT5LayerRouting
 from .op_routing import RoutedTokens
 from .run_causal_cache import CoLT5DynamicRoutedLayer, check_routed_layer
 from .run_causal_plan import CausalPlan
-from .run_inputs import check_no_dense_start, check_states, padding_mask, refuse_jit_trace
+from .run_inputs import check_cache, check_no_dense_start, check_states, padding_mask, refuse_jit_trace
 from .run_plan import DecoderPlan, EncoderPlan, SoftTopK
 
 ATTENTIONS = ("sdpa", "eager")
@@ -73,6 +73,10 @@ class _StandAlone(nn.Module):
 
     d_model: int
 
+    def cast(self, states: Tensor) -> Tensor:
+        """States in the dtype of the module's weights, as a model casts `inputs_embeds`."""
+        return states.to(next(part.dtype for part in self.parameters() if part.is_floating_point()))
+
     def initialise(self, d_model: int) -> None:
         """Initialise all layers for states of this width."""
         self.d_model = d_model
@@ -95,15 +99,16 @@ class EncoderStandAlone(_StandAlone):
         self.settings = encoder_settings(config)
         self.dense_start: Tensor | None = None
 
-    def read(self, hidden_states: Tensor, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """The mask as layers take it, and how far a dense start has come in this call.
+    def checked(self, hidden_states: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """States and mask as layers take them, and how far a dense start has come in this call.
 
         Raises:
             TypeError, ValueError: for states or a mask that do not fit.
         """
         refuse_jit_trace()
         check_states("hidden_states", hidden_states, self.d_model, self.dimensions)
-        return padding_mask("mask", mask, hidden_states), self.dense_start if self.training else None
+        bool_mask = padding_mask("mask", mask, hidden_states)
+        return self.cast(hidden_states), bool_mask, self.dense_start if self.training else None
 
 
 class CoLT5ConditionalFeedForward(EncoderStandAlone):
@@ -165,7 +170,7 @@ class CoLT5ConditionalFeedForward(EncoderStandAlone):
             TypeError: for states that are no floating point tensor.
             ValueError: for another shape of states or mask.
         """
-        bool_mask, progress = self.read(hidden_states, mask)
+        hidden_states, bool_mask, progress = self.checked(hidden_states, mask)
         plan = EncoderPlan.make(self.settings, hidden_states, bool_mask, progress)
         output, tokens = self.layer(hidden_states, plan)
         return (output, tokens) if output_routing else output
@@ -229,7 +234,7 @@ class CoLT5ConditionalAttention(EncoderStandAlone):
         Returns:
             The states; with `output_routing` a pair of them and what was routed, `query` and `key_value`.
         """
-        bool_mask, progress = self.read(hidden_states, mask)
+        hidden_states, bool_mask, progress = self.checked(hidden_states, mask)
         plan = EncoderPlan.make(self.settings, hidden_states, bool_mask, progress)
         output, _, _, queries, keys = self.layer(hidden_states, *branch_biases(self), plan)
         return (output, CoLT5LayerRouting(query=queries, key_value=keys)) if output_routing else output
@@ -295,7 +300,7 @@ class CoLT5ConditionalBlock(EncoderStandAlone):
             The states; with `output_routing` a pair of them and what was routed: `query`, `key_value` and
             `feed_forward`.
         """
-        bool_mask, progress = self.read(hidden_states, mask)
+        hidden_states, bool_mask, progress = self.checked(hidden_states, mask)
         plan = encoder_plan(self.settings, hidden_states, bool_mask, progress, output_routing)
         try:
             output, _, _, routing = self.block(hidden_states, *branch_biases(self), plan)
@@ -326,15 +331,16 @@ class _CausalStandAlone(_StandAlone):
         repeated as the layers of Transformers' caches can."""
         return CoLT5DynamicRoutedLayer()
 
-    def _count(self, hidden_states: Tensor, mask: Tensor | None, cache: Any) -> CausalPlan:
-        """Count the new tokens in the cache, where there is one, and give where they stand in the windows.
+    def _count(self, hidden_states: Tensor, mask: Tensor | None, cache: Any) -> tuple[Tensor, CausalPlan]:
+        """Count the new tokens in the cache, where there is one; states as layers take them, and where they stand in
+        the windows.
 
         Raises:
             TypeError, ValueError: for states, a mask or a cache that do not fit.
         """
         refuse_jit_trace()
         check_states("hidden_states", hidden_states, self.d_model)
-        bool_mask = padding_mask("mask", mask, hidden_states)
+        hidden_states, bool_mask = self.cast(hidden_states), padding_mask("mask", mask, hidden_states)
         dense_start = self.dense_start if self.training else None
         if cache is not None:
             check_routed_layer(cache, len(hidden_states))
@@ -343,7 +349,7 @@ class _CausalStandAlone(_StandAlone):
         plan = CausalPlan.make(self.settings, self.implementation, hidden_states, bool_mask, past, dense_start)
         if cache is not None:
             plan.count_in([cache], bool_mask)
-        return plan
+        return hidden_states, plan
 
 
 class CoLT5CausalConditionalAttention(_CausalStandAlone):
@@ -422,7 +428,7 @@ class CoLT5CausalConditionalAttention(_CausalStandAlone):
             TypeError: for states that are no floating point tensor, or another kind of cache.
             ValueError: for another shape of states or mask, or a cache of another number of rows.
         """
-        plan = self._count(hidden_states, mask, cache)
+        hidden_states, plan = self._count(hidden_states, mask, cache)
         light_bias = plan.light_bias(bias_by_distance(self.light_relative_attention_bias))
         output, queries, pools = self.layer(
             hidden_states, light_bias, bias_by_distance(self.heavy_relative_attention_bias), plan, cache
@@ -486,7 +492,7 @@ class CoLT5CausalConditionalFeedForward(_CausalStandAlone):
             The states; with `output_routing` a pair of them and each token's routing weight, fp32 [batch, n], 0 where
             it was not routed.
         """
-        plan = self._count(hidden_states, mask, cache)
+        hidden_states, plan = self._count(hidden_states, mask, cache)
         output, weights = self.layer(hidden_states, plan, cache)
         return (output, weights) if output_routing else output
 
@@ -585,9 +591,17 @@ class CoLT5ConditionalCrossAttention(_StandAlone):
             )
         if not isinstance(cache, EncoderDecoderCache | None):
             raise TypeError(f"cache is a {type(cache).__name__}; it must be what make_cache() made, or None")
+        check_cache(cache, hidden_states)
+        kept = None if cache is None or not cache.is_updated.get(0) else cache.cross_attention_cache.layers[0].keys
+        # of a routed memory the cache has the routed tokens alone
+        is_whole = self.asks or not self.layer.EncDecAttention.is_routed
+        if kept is not None and is_whole and kept.shape[2] != memory.shape[1]:
+            raise ValueError(
+                f"memory has {memory.shape[1]} tokens, and the cache was filled from one of {kept.shape[2]}; a cache "
+                "goes on only with the memory that it was filled from"
+            )
         mask = padding_mask("memory_mask", memory_mask, memory)
-        # In half precision the norm gives the states its weight's dtype.
-        memory, routing = memory.to(self.layer.layer_norm.weight.dtype), None
+        hidden_states, memory, routing = self.cast(hidden_states), self.cast(memory), None
         if self.layer.EncDecAttention.is_routed and not self.asks:
             memories, mask, routing = self.cross_routing.read(memory, mask, cache, self.settings, self.implementation)
             (memory,) = memories

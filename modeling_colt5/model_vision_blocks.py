@@ -80,7 +80,7 @@ class CoLT5ConditionalImageAttention(EncoderStandAlone):
             TypeError: for states that are no floating point tensor.
             ValueError: for another shape of states or mask.
         """
-        bool_mask, progress = self.read(hidden_states, mask)
+        hidden_states, bool_mask, progress = self.checked(hidden_states, mask)
         states, bool_mask = hidden_states.flatten(1, 2), None if bool_mask is None else bool_mask.flatten(1)
         plan = EncoderPlan.make(self.settings, states, bool_mask, progress, width=hidden_states.shape[2])
         output, _, _, queries, keys = self.layer(states, *branch_biases(self), plan)

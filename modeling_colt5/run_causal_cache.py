@@ -37,6 +37,28 @@ class _RoutedState:
         """Whether a routed layer has written to it."""
         return bool(self.counters)
 
+    def check_sizes(self, window: int, radius: int, pool_size: int) -> None:
+        """Check that what a routed layer wrote has the sizes that it is to go on with: `causal_window`, `local_radius`
+        and `causal_routed_keys`.
+
+        Raises:
+            ValueError: for other ones.
+        """
+        if not self.has_state:
+            return
+        ring, pool = self.counters["recent"].shape[1], self.carried.get("pool_score")
+        sizes = {
+            "causal_window": (self.window, window),
+            "local_radius": (ring - 2 * self.window, radius),
+            "causal_routed_keys": (pool_size if pool is None else pool.shape[-1], pool_size),
+        }
+        for name, (was, now) in sizes.items():
+            if was != now:
+                raise ValueError(
+                    f"cache was filled with {name} {was}, which is {now} now; it must stay as it is: begin a new "
+                    "cache after a change"
+                )
+
     def past_lengths(self) -> Tensor | None:
         """Real tokens of each row so far, int64 [batch]; None before the first one."""
         return self.counters["lengths"].clone() if self.has_state else None

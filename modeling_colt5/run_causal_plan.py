@@ -277,7 +277,13 @@ class CausalPlan(ABC):
         Args:
             layers: of `run_causal_cache`.
             mask: bool [batch, n], the new tokens'; None for all real.
+
+        Raises:
+            ValueError: for a layer that was filled with other sizes; none has changed then.
         """
+        settings = self.settings
+        for layer in layers:
+            layer.check_sizes(settings.window, settings.radius, settings.pool_size)
         counters = self.advance_counters(layers[0].counters, mask)
         for layer in layers:
             layer.window = self.settings.window

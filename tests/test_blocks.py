@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -513,3 +514,51 @@ def test_caches_that_do_not_fit_are_refused() -> None:
 def test_public_names() -> None:
     names = [type(make(kind)).__name__ for kind in MAKERS]
     assert set(names) | {"SoftTopK", "set_dense_start"} <= set(modeling_colt5.__all__)
+
+
+@pytest.mark.parametrize(("budget", "asks"), [(5, False), (5, True), (None, False)])
+def test_a_cache_goes_on_with_its_rows_and_its_memory(budget: int | None, asks: bool) -> None:
+    module = CoLT5ConditionalCrossAttention(32, budget, d_kv=4, num_heads=2, asking_cross_routing=asks).eval()
+    memory, cache = torch.randn(1, 10, 32), module.make_cache()
+    module(torch.randn(1, 1, 32), memory, cache=cache)
+    with pytest.raises(ValueError, match="has 1 rows, and the new tokens have 2"):
+        module(torch.randn(2, 1, 32), memory.expand(2, -1, -1), cache=cache)
+    if budget is None or asks:
+        with pytest.raises(ValueError, match="memory has 30 tokens, and the cache was filled from one of 10"):
+            module(torch.randn(1, 1, 32), torch.randn(1, 30, 32), cache=cache)
+    module(torch.randn(1, 1, 32), memory, cache=cache)
+
+
+@pytest.mark.parametrize("change", [{"window": 8}, {"radius": 2}, {"pool_size": 3}])
+def test_a_causal_cache_goes_on_with_its_sizes(change: dict[str, int]) -> None:
+    """Another size is refused before anything is counted."""
+    module = CoLT5CausalConditionalAttention(
+        32, d_kv=4, num_light_heads=2, num_heavy_heads=2, local_radius=3, causal_window=4, causal_routed_keys=6
+    ).eval()
+    states, cache = torch.randn(2, 12, 32), module.make_cache()
+    module(states[:, :9], cache=cache)
+    before, module.settings = module.settings, replace(module.settings, **change)
+    with pytest.raises(ValueError, match="cache was filled with .* must stay as it is"):
+        module(states[:, 9:], cache=cache)
+    module.settings = before
+    assert cache.get_seq_length() == 9
+    whole = module(states)
+    # sums in another order
+    torch.testing.assert_close(module(states[:, 9:], cache=cache), whole[:, 9:], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_states_are_cast_to_the_weights(dtype: torch.dtype) -> None:
+    """As a model casts `inputs_embeds`: the result is that of states that were cast before."""
+    other = torch.bfloat16 if dtype == torch.float32 else torch.float32
+    heads = {"d_kv": 4, "num_light_heads": 2, "num_heavy_heads": 2, "local_radius": 3}
+    states = torch.randn(2, 12, 32, dtype=other)
+    for module in (
+        CoLT5ConditionalBlock(32, 8, 24, **heads),
+        CoLT5CausalConditionalAttention(32, **heads, causal_window=4, causal_routed_keys=6),
+        CoLT5ConditionalCrossAttention(32, 5, d_kv=4, num_heads=2),
+    ):
+        module = module.to(dtype).eval()
+        memory = [states] if isinstance(module, CoLT5ConditionalCrossAttention) else []
+        expected = module(states.to(dtype), *[part.to(dtype) for part in memory])
+        assert expected.dtype == dtype and torch.equal(module(states, *memory), expected)
