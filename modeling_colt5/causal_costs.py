@@ -5,6 +5,13 @@ from .op_attention import BLOCK_LENGTH
 from .run_budgets import share_of
 
 
+def _check(config: CoLT5Config, n: int) -> None:
+    if config.causal_attention == "full":
+        raise ValueError("causal_attention is 'full'; it must be 'local' or 'routed': the formulas are for those")
+    if n < 1:
+        raise ValueError(f"n is {n}; it must be at least 1")
+
+
 def _routed(config: CoLT5Config, n: int, fraction: float, dense: bool) -> tuple[int, int]:
     """Tokens of n that a router takes on average, and the slots that all windows have for them."""
     window, windows = config.causal_window, -(-n // config.causal_window)
@@ -22,13 +29,18 @@ def _pool_slots(config: CoLT5Config, n: int, dense: bool) -> int:
 
 
 def causal_flops(config: CoLT5Config, n: int, dense: bool = False) -> int:
-    """FLOP of the matrix products of one row's forward pass through the layers, as `encoder_flops` counts them.
+    """FLOP of the matrix products of one row's forward pass through the layers, as `encoder_flops` counts them, but
+    without the routers' scores.
 
     Args:
         config: the model's.
         n: tokens, all real.
         dense: whether all tokens take the heavy branches, as in a dense start.
+
+    Raises:
+        ValueError: for a decoder with full attention, or no token.
     """
+    _check(config, n)
     width, light, radius = config.d_model, config.num_light_heads * config.d_kv, min(config.local_radius, n - 1)
     matrices = 3 if config.is_gated_act else 2
     pairs = n * (radius + 1) - radius * (radius + 1) // 2
@@ -51,7 +63,8 @@ def causal_kept_values(
     config: CoLT5Config, n: int, dense: bool = False, fused_attention: bool = True, checkpointed: bool = False
 ) -> int:
     """How many numbers the layers keep of one row's forward pass for its backward, as `kept_values` counts them; the
-    arguments are the same."""
+    arguments are the same, and the errors those of `causal_flops`."""
+    _check(config, n)
     width = config.d_model
     hidden = (2 if config.is_gated_act else 1) + (config.dropout_rate > 0 or config.dense_act_fn != "gelu_new")
     copies = 3 if config.dropout_rate > 0 else 1

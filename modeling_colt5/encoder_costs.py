@@ -24,7 +24,13 @@ class RoutedNumbers:
 
     @classmethod
     def of(cls, config: CoLT5BaseConfig, n: int, dense: bool = False) -> "RoutedNumbers":
-        """The numbers for n real tokens: the configuration's budgets, or all tokens where `dense`."""
+        """The numbers for n real tokens: the configuration's budgets, or all tokens where `dense`.
+
+        Raises:
+            ValueError: for no token.
+        """
+        if n < 1:
+            raise ValueError(f"n is {n}; it must be at least 1")
         if dense:
             return cls(n, n, n)
         fractions = (

@@ -159,7 +159,8 @@ class CoLT5ConditionalFeedForward(EncoderStandAlone):
 
         Args:
             hidden_states: floating point [batch, n, d_model].
-            mask: [batch, n], 1 or True for real tokens; None for all. What padding holds is never read.
+            mask: [batch, n], 1 or True for real tokens; None for all. What padding holds changes nothing, as long as
+                it is finite.
             output_routing: whether to return what was routed beside the states.
 
         Returns:
@@ -416,7 +417,8 @@ class CoLT5CausalConditionalAttention(_CausalStandAlone):
 
         Args:
             hidden_states: floating point [batch, n, d_model]; with a cache the new tokens alone, one or many.
-            mask: [batch, n], 1 or True for real tokens; None for all. What padding holds is never read.
+            mask: [batch, n], 1 or True for real tokens; None for all. What padding holds changes nothing, as long as
+                it is finite.
             cache: what `make_cache` made, which this call continues, and fills in place; None for a whole text.
             output_routing: whether to return what was routed beside the states.
 
@@ -568,7 +570,8 @@ class CoLT5ConditionalCrossAttention(_StandAlone):
         Args:
             hidden_states: floating point [batch, m, d_model].
             memory: floating point [batch, n, d_model]; with a filled cache only its shape is read.
-            memory_mask: [batch, n], 1 or True for real tokens; None for all. What padding holds is never read.
+            memory_mask: [batch, n], 1 or True for real tokens; None for all. What padding holds changes nothing, as
+                long as it is finite.
             cache: what `make_cache` made: the first call with it keeps the routed tokens' keys and values there, and
                 further calls read them, with the same memory and mask; None for a call of its own.
             output_routing: whether to return what was routed beside the states.

@@ -226,7 +226,7 @@ class CoLT5Seq2SeqPreTrainedModel(CoLT5EmbeddingModel):
                 "label_smoothing_factor takes the labels away from the model: DataCollatorForSeq2Seq(tokenizer, "
                 "model=model) makes decoder_input_ids of them. The encoder alone, for example for embeddings of "
                 "texts, needs a folder of its own, with the tokenizer beside it: "
-                f"AutoModelForTextEncoding.from_pretrained({self.name_or_path!r}, trust_remote_code=True)"
+                f"AutoModelForTextEncoding.from_pretrained({self.name_or_path or 'FOLDER'!r}, trust_remote_code=True)"
                 ".save_pretrained('encoder')"
             )
         if encoder_outputs is None:

@@ -367,7 +367,10 @@ def attention_reference(
         NotImplementedError: for dropout.
     """
     if dropout > 0:
-        raise NotImplementedError("only the Triton kernels drop attention probabilities; give the reference `attend`")
+        raise NotImplementedError(
+            f"dropout is {dropout}; it must be 0 where no kernels run, here {query.device} and {query.dtype}: the "
+            "references take an `attend` that drops"
+        )
     batch, length, heads = query.shape[:3]
     if query_positions is not None and key_positions is not None:
         positions = (query_positions, key_positions)
@@ -414,6 +417,29 @@ _attention = Operator(
 )
 
 
+def _check_arguments(
+    query: Tensor, key: Tensor, width: int | None, radius: int, dropout: float, seed: Tensor | None
+) -> None:
+    """Refuse what kernels would read or compute something else for.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+    if query.dim() != 4 or key.dim() != 4 or query.shape[0] != key.shape[0] or not (query.shape[1] and key.shape[1]):
+        raise ValueError(
+            f"query {tuple(query.shape)} and key {tuple(key.shape)} must be [batch, tokens, heads, d_kv] of one batch "
+            "and with at least one token each"
+        )
+    if width is not None and width < 1:
+        raise ValueError(f"width is {width}; it must be at least 1, or None for a text")
+    if radius < 0:
+        raise ValueError(f"radius is {radius}; it must be at least 0")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout is {dropout}; it must be at least 0 and below 1")
+    if seed is not None and (not isinstance(seed, Tensor) or seed.dtype != torch.int64 or seed.numel() != 1):
+        raise TypeError(f"seed is {seed!r}; it must be int64 [1], or None for one of PyTorch's generator")
+
+
 def _attend(
     query: Tensor,
     key: Tensor,
@@ -428,6 +454,7 @@ def _attend(
 ) -> Tensor:
     """The operator's output; the arguments are those of `attention_reference`, and a ValueError says which of them do
     not fit."""
+    _check_arguments(query, key, width, radius, dropout, seed)
     heads, head_size = query.shape[-2:]
     kv_heads, key_size = key.shape[-2:]
     if heads % kv_heads or head_size != key_size or key.shape != value.shape:
@@ -482,7 +509,7 @@ def local_attention(
         bias_table: fp32, of the shape that `routed_attention_reference` says.
         radius: positions to each side, ≥ 0.
         mask: bool [batch, length], True for real tokens; None for all. A token with no real token near it gets an
-            output of zeros.
+            output of zeros where kernels run, and some finite output elsewhere.
         dropout: probability of dropping an attention probability.
         seed: int64 [1], from which follows what is dropped; None for one from PyTorch's generator.
         width: of the grid whose places the tokens are, counted row by row; None for a text.
@@ -492,7 +519,8 @@ def local_attention(
         time.
 
     Raises:
-        ValueError: for shapes or dtypes that do not fit together.
+        TypeError: for a seed of another kind.
+        ValueError: for shapes or dtypes that do not fit together, or a number out of its range.
         NotImplementedError: for dropout where the kernels do not run.
     """
     return _attend(query, key, value, bias_table, width, radius, None, mask, dropout, seed)
@@ -520,7 +548,8 @@ def routed_attention(
             2^31. They must not descend, unused slots included: tiles of distant tokens take one bias for all. Places
             of a grid may stand in any order.
         key_positions: int64 [batch, keys], likewise; no two keys that `key_mask` lets through share a position.
-        key_mask: bool [batch, keys], True for used slots; None for all. A query without any key gets zeros.
+        key_mask: bool [batch, keys], True for used slots; None for all. A query without any key gets zeros where
+            kernels run, and some finite output elsewhere.
         dropout, seed: as of `local_attention`.
         width: of the grid whose places positions are, counted row by row; None for a text.
 
@@ -529,7 +558,8 @@ def routed_attention(
         time.
 
     Raises:
-        ValueError: for shapes or dtypes that do not fit together.
+        TypeError: for a seed of another kind.
+        ValueError: for shapes or dtypes that do not fit together, or a number out of its range.
         NotImplementedError: for dropout where the kernels do not run.
     """
     positions = (query_positions, key_positions)

@@ -151,8 +151,15 @@ _route = Operator(
 )
 
 
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
 def _check_rows(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:
-    if tensor is not None and tensor.shape != shape:
+    if tensor is None:
+        return
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} is a {type(tensor).__name__}; it must be a tensor")
+    if tensor.shape != shape:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}; for these scores it must be {tuple(shape)}")
 
 
@@ -196,6 +203,8 @@ def route(
             another argument of another shape.
     """
     check_scores(scores)
+    if budget is None:
+        raise TypeError("budget is None; it must be a tensor")
     check_solver(solver, epsilon, num_iterations, epsilon_init, epsilon_decay)
     check_mask(mask)
     check_positive("soft_topk_ratio", soft_topk_ratio)
@@ -211,6 +220,13 @@ def route(
     _check_rows("budget", budget, rows)
     _check_rows("lengths", lengths, rows)
     _check_rows("soft_budget", soft_budget, rows)
+    for name, tensor in (("budget", budget), ("lengths", lengths)):
+        if tensor is not None and tensor.dtype not in _INTEGERS:
+            raise TypeError(f"{name} has dtype {tensor.dtype}; it must hold integers")
+    if soft_budget is not None and not soft_budget.is_floating_point():
+        raise TypeError(f"soft_budget has dtype {soft_budget.dtype}; it must be floating point")
+    if isinstance(capacity, float):
+        raise TypeError(f"capacity is {capacity!r}; it must be an integer")
     if isinstance(capacity, int) and capacity < 1:
         raise ValueError(f"capacity is {capacity}; it must be at least 1")
     weights, indices, valid, _ = _route(

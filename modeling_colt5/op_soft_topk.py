@@ -157,6 +157,8 @@ def weights_dtype(scores: Tensor) -> torch.dtype:
 
 def check_scores(scores: Tensor) -> None:
     """Refuse scores that are not floating point."""
+    if not isinstance(scores, Tensor):
+        raise TypeError(f"scores is a {type(scores).__name__}; it must be a tensor")
     if not scores.is_floating_point():
         raise TypeError(f"scores have dtype {scores.dtype}; they must be floating point")
 
@@ -165,7 +167,7 @@ def check_positive(name: str, value: float) -> None:
     """Refuse a setting that is no finite number above 0."""
     # The usual type is looked at first, because a router checks its settings at every call.
     if type(value) is not float and (isinstance(value, bool) or not isinstance(value, int | float)):
-        raise TypeError(f"{name} is {value!r}; it must be a number")
+        raise TypeError(f"{name} is {value!r}; it must be a number of Python's, int or float")
     if not 0 < value < math.inf:
         raise ValueError(f"{name} is {value!r}; it must be finite and above 0")
 

@@ -340,6 +340,22 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="int64"):
         positions = torch.arange(8, dtype=torch.int32)[None]
         routed_attention(query, key, value, table, positions, positions)
+    # kernels would read beyond the keys of a smaller batch
+    with pytest.raises(ValueError, match="of one batch"):
+        local_attention(query.expand(2, -1, -1, -1), key, value, table, 4)
+    for part in (query[:, :0], query[0]):
+        with pytest.raises(ValueError, match="at least one token each"):
+            local_attention(part, part, part, table, 4)
+    with pytest.raises(ValueError, match="radius is -1"):
+        local_attention(query, key, value, table, -1)
+    with pytest.raises(ValueError, match="width is 0"):
+        local_attention(query, key, value, table, 4, width=0)
+    for dropout in (-0.5, 1.0, 1.5):
+        with pytest.raises(ValueError, match=f"dropout is {dropout}"):
+            local_attention(query, key, value, table, 4, dropout=dropout)
+    for seed in (3, torch.tensor([1.0]), torch.tensor([1, 2])):
+        with pytest.raises(TypeError, match="seed is"):
+            local_attention(query, key, value, table, 4, dropout=0.5, seed=seed)
 
 
 @pytest.mark.parametrize("routed", [False, True])

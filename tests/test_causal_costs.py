@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from modeling_colt5 import CoLT5Config, CoLT5ForCausalLM
 from modeling_colt5.causal_costs import causal_flops, causal_kept_values
+from modeling_colt5.encoder_costs import encoder_flops, kept_values
 
 
 def decoder(**fields: Any) -> CoLT5ForCausalLM:
@@ -66,3 +67,12 @@ def test_memory_of_a_dense_start_is_what_autograd_keeps(fields: dict[str, Any]) 
     expected.append(causal_kept_values(model.config, n // 4, dense=True, fused_attention=False))
     # the formula has the large tensors alone
     assert expected[1] / expected[0] == pytest.approx(sizes[True] / sizes[False], rel=0.15)
+
+
+def test_costs_that_no_formula_describes_are_refused() -> None:
+    config = decoder().config
+    with pytest.raises(ValueError, match="causal_attention is 'full'"):
+        causal_flops(CoLT5Config(), 64)
+    for cost in (causal_flops, causal_kept_values, encoder_flops, kept_values):
+        with pytest.raises(ValueError, match="n is 0; it must be at least 1"):
+            cost(config, 0)

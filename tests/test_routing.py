@@ -525,6 +525,15 @@ def test_refuses_what_cannot_be_routed():
             route(scores, budget, 1, **{name: tensor})
     with pytest.raises(ValueError, match=r"budget has shape \(1,\)"):
         route(scores, budget[:1], 1)
+    for budget in (None, 3, torch.tensor([2.0, 2.0])):
+        with pytest.raises(TypeError, match="budget"):
+            route(torch.zeros(2, 4), budget, 2)
+    with pytest.raises(TypeError, match="capacity is 2.0"):
+        route(torch.zeros(2, 4), torch.tensor([2, 2]), 2.0)
+    with pytest.raises(TypeError, match="soft_budget"):
+        route(torch.zeros(2, 4), torch.tensor([2, 2]), 2, soft_budget=torch.tensor([2, 2]))
+    with pytest.raises(TypeError, match="scores is a list"):
+        route([1.0], torch.tensor([2, 2]), 2)
 
 
 @pytest.mark.gpu
