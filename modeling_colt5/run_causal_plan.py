@@ -16,7 +16,7 @@ from torch import Tensor
 from .op_attention import bias_of_sequence
 from .op_routing import RoutedTokens
 from .run_budgets import share_of
-from .run_plan import Implementation
+from .run_plan import Implementation, check_fractions, check_numbers
 
 
 def _rows(index: Tensor, n: int) -> Tensor:
@@ -53,6 +53,9 @@ class CausalSettings:
         query_fraction, feed_forward_fraction: shares of a window's tokens that are routed on average.
         capacity_ratio: the most that a window may route, divided by the average.
         soft_topk_ratio, epsilon: of the soft top-k.
+
+    Raises:
+        ValueError: for a share or a number out of its range.
     """
 
     window: int
@@ -63,6 +66,12 @@ class CausalSettings:
     capacity_ratio: float
     soft_topk_ratio: float
     epsilon: float
+
+    def __post_init__(self) -> None:
+        check_fractions(query_fraction=self.query_fraction, feed_forward_fraction=self.feed_forward_fraction)
+        check_numbers(window=(self.window, 1), radius=(self.radius, 0), pool_size=(self.pool_size, 1))
+        if not self.capacity_ratio >= 1:
+            raise ValueError(f"capacity_ratio is {self.capacity_ratio}; it must be at least 1")
 
     @property
     def num_queries(self) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from .kernel_backend import Mode, uses_triton
+from .op_soft_topk import check_positive, check_solver
 from .run_budgets import RoutingBudget
 
 
@@ -38,13 +39,38 @@ class Implementation:
         return self.kernel_backend == "triton" and self.attention == "sdpa"
 
 
+def check_fractions(**fractions: float | None) -> None:
+    """Refuse shares of tokens that are none.
+
+    Raises:
+        ValueError: naming the share.
+    """
+    for name, fraction in fractions.items():
+        if fraction is not None and not (isinstance(fraction, int | float) and 0 < fraction <= 1):
+            raise ValueError(f"{name} is {fraction!r}; it must be a number above 0 and at most 1")
+
+
+def check_numbers(**numbers: tuple[int | None, int]) -> None:
+    """Refuse what is no integer, or below the least one that stands beside it.
+
+    Raises:
+        ValueError: naming the number.
+    """
+    for name, (number, least) in numbers.items():
+        if number is not None and (type(number) is not int or number < least):
+            raise ValueError(f"{name} is {number!r}; it must be an integer of at least {least}")
+
+
 @dataclass(frozen=True)
 class SoftTopK:
     """The soft top-k that gives routed tokens their weights; the arguments are those of `soft_topk`.
 
     Args:
-        ratio: its size over the number of routed tokens.
+        ratio: its size over the number of routed tokens, at least 1.
         epsilon, solver, num_iterations, epsilon_init, epsilon_decay: see there.
+
+    Raises:
+        TypeError, ValueError: for a setting of another type or out of its range.
     """
 
     ratio: float = 9 / 8
@@ -53,6 +79,12 @@ class SoftTopK:
     num_iterations: int = 50
     epsilon_init: float | None = None
     epsilon_decay: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_positive("ratio", self.ratio)
+        if self.ratio < 1:
+            raise ValueError(f"ratio is {self.ratio}; it must be at least 1")
+        check_solver(self.solver, self.epsilon, self.num_iterations, self.epsilon_init, self.epsilon_decay)
 
     def keywords(self, kernel_backend: str) -> dict[str, Any]:
         """The keywords of `route`."""
@@ -74,10 +106,16 @@ class CrossSettings:
     Args:
         num_tokens: that a router takes of a row of the memory, or all where the row has no more; None for all.
         soft_topk: of all routers.
+
+    Raises:
+        ValueError: for a number below 1.
     """
 
     num_tokens: int | None
     soft_topk: SoftTopK
+
+    def __post_init__(self) -> None:
+        check_numbers(num_tokens=(self.num_tokens, 1))
 
 
 @dataclass(frozen=True)
@@ -91,6 +129,9 @@ class EncoderSettings:
         min_routed_tokens: least number of tokens to route, as far as a row has so many.
         soft_topk: of all routers.
         implementation: who computes.
+
+    Raises:
+        ValueError: for a share that is none, or a number below 1.
     """
 
     routing: str
@@ -100,6 +141,14 @@ class EncoderSettings:
     min_routed_tokens: int
     soft_topk: SoftTopK
     implementation: Implementation
+
+    def __post_init__(self) -> None:
+        check_fractions(
+            query_fraction=self.query_fraction,
+            key_value_fraction=self.key_value_fraction,
+            feed_forward_fraction=self.feed_forward_fraction,
+        )
+        check_numbers(min_routed_tokens=(self.min_routed_tokens, 1))
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """The layers on their own: those of a model in another frame, with everything that holds for them there."""
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -458,7 +459,6 @@ def test_states_of_another_dtype_than_half_precision_weights(kind: str, given: t
         ("feed-forward", {"feed_forward_proj": "gelou"}, "feed_forward_proj"),
         ("attention", {"local_radius": -1}, "local_radius"),
         ("attention", {"d_kv": 8.5}, "d_kv"),
-        ("attention", {"soft_topk": SoftTopK(ratio=0.5)}, "soft_topk_ratio"),
         ("block", {"routing": "some"}, "routing"),
         ("block", {"kernel_backend": "cuda"}, "kernel_backend"),
         ("causal attention", {"num_causal_key_value_routers": 3}, "num_causal_key_value_routers"),
@@ -562,3 +562,28 @@ def test_states_are_cast_to_the_weights(dtype: torch.dtype) -> None:
         memory = [states] if isinstance(module, CoLT5ConditionalCrossAttention) else []
         expected = module(states.to(dtype), *[part.to(dtype) for part in memory])
         assert expected.dtype == dtype and torch.equal(module(states, *memory), expected)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("block", {"query_fraction": 0.0, "key_value_fraction": math.nan, "feed_forward_fraction": 5.0}),
+        ("block", {"query_fraction": "a", "min_routed_tokens": 0}),
+        ("causal attention", {"window": 0, "radius": -1, "pool_size": 2.5, "query_fraction": -1.0}),
+        ("cross-attention", {"num_tokens": 0}),
+        ("cross-attention", {"num_tokens": 2.5}),
+    ],
+)
+def test_settings_out_of_range_are_refused(kind: str, changes: dict[str, Any]) -> None:
+    """Where they are made, and by their own names."""
+    settings: Any = make(kind).settings
+    for name, value in changes.items():
+        with pytest.raises(ValueError, match=f"{name} is {value!r}"):
+            replace(settings, **{name: value})
+
+
+@pytest.mark.parametrize("wrong", [{"ratio": 0.5}, {"epsilon": 0.0}, {"num_iterations": 0}, {"solver": "fast"}])
+def test_a_soft_topk_out_of_range_is_refused(wrong: dict[str, Any]) -> None:
+    (name,) = wrong
+    with pytest.raises(ValueError, match=f"^{name} is"):
+        SoftTopK(**wrong)
