@@ -13,7 +13,7 @@ from typing import IO, Any
 from datasets import Dataset, DatasetDict, load_dataset
 from datasets.exceptions import DatasetGenerationError
 from run_costs import RowShape
-from sources import check_least
+from sources import check_dataset_config, check_least
 from transformers import BatchEncoding, TrainingArguments
 from transformers.utils import logging
 
@@ -53,6 +53,7 @@ class DataArguments:
 
     def __post_init__(self) -> None:
         check_least(1, max_train_samples=self.max_train_samples, max_eval_samples=self.max_eval_samples)
+        check_dataset_config(self.dataset_name, self.dataset_config_name)
 
 
 def ends(name: str | Path, *endings: str) -> bool:

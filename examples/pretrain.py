@@ -28,7 +28,7 @@ from model_arguments import (
 )
 from run_costs import RowShape, decide_costs
 from run_record import run
-from sources import check_least
+from sources import check_dataset_config, check_least
 from training_defaults import TimeLeft, TrainingDefaults, run_script
 from transformers import AutoModelForSeq2SeqLM, Trainer, TrainingArguments, set_seed
 
@@ -70,6 +70,7 @@ class CorpusArguments:
 
     def __post_init__(self) -> None:
         check_least(1, max_eval_chunks=self.max_eval_chunks)
+        check_dataset_config(self.dataset_name, self.dataset_config_name)
 
 
 @dataclass
@@ -113,7 +114,12 @@ def load_documents(arguments: CorpusArguments) -> tuple[Iterable[Any], Iterable[
             as its name says, a PDF without text, for files of several kinds, or for a dataset without a split "train"
             or without the column of text.
     """
-    if (arguments.dataset_name is None) == (not arguments.train_files):
+    if arguments.dataset_name is not None and (arguments.train_files or arguments.validation_files):
+        raise ValueError(
+            "give either --dataset_name, whose split validation is evaluated on, or --train_files and "
+            "--validation_files"
+        )
+    if arguments.dataset_name is None and not arguments.train_files:
         raise ValueError("give either --dataset_name or --train_files")
     if arguments.dataset_name is not None:
         streams = load_dataset(arguments.dataset_name, arguments.dataset_config_name, streaming=True)
@@ -212,7 +218,8 @@ def prepare(argv: list[str] | None = None) -> Callable[[], dict[str, float]]:
     )
     shorten = ShortenDenoising(collator.sentinels, collator.mode_ids)
     dense_start = watch_routers(trainer, routers, corpus.input_length, shorten)
-    data = corpus.dataset_name or f"{len(corpus.train_files)} files"
+    count = len(with_folders(corpus.train_files))
+    data = corpus.dataset_name or ("1 file" if count == 1 else f"{count} files")
     start = partial(
         run,
         trainer,

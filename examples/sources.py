@@ -39,6 +39,19 @@ def check_least(least: int, **options: int | None) -> None:
             raise ValueError(f"{name} is {value}; it must be at least {least}")
 
 
+def check_dataset_config(dataset_name: str | None, config_name: str | None) -> None:
+    """Refuse the configuration of a dataset where there is no dataset: it would say nothing.
+
+    Args:
+        dataset_name, config_name: as given.
+
+    Raises:
+        ValueError: for a configuration alone.
+    """
+    if config_name is not None and dataset_name is None:
+        raise ValueError("dataset_config_name is for a dataset: give --dataset_name, or leave it out")
+
+
 def one_line(error: Exception) -> str:
     """What an error says, in one line: other libraries wrap their messages."""
     return " ".join(str(error).split())

@@ -263,6 +263,7 @@ def test_missing_columns_and_broken_files_are_named_before_anything_is_written(t
     [
         ({}, "give either --dataset_name, or --train_file"),
         ({"dataset_name": "d", "train_file": "f.csv"}, "give either --dataset_name, or --train_file"),
+        ({"train_file": "f.csv", "dataset_config_name": "c"}, "dataset_config_name is for a dataset"),
         ({"train_file": "nowhere.csv"}, "nowhere.csv is missing or empty"),
         ({"train_file": __file__}, r"files end in .py; they must all end in one of .jsonl, .json, .csv, .parquet"),
         ({"train_file": __file__, "max_train_samples": 0}, "max_train_samples is 0; it must be at least 1"),
@@ -468,9 +469,12 @@ def test_pretraining_is_the_same_for_any_number_of_workers(tmp_path):
 
 @pytest.mark.slow
 def test_pretraining_reads_the_same_from_texts_and_from_rows(tmp_path):
-    """A document a file, a document a row, and packed: the same documents give the same weights."""
+    """A document a file, a folder of them, a document a row, and packed: the same documents give the same weights. The
+    run's record has the number of files, also of those in a folder."""
     texts = [row["document"] * 4 for row in ROWS]
-    files: dict[str, list[Path]] = {"text": [tmp_path / f"{i}.txt" for i in range(len(texts))]}
+    (tmp_path / "texts").mkdir()
+    files: dict[str, list[Path]] = {"text": [tmp_path / "texts" / f"{i}.txt" for i in range(len(texts))]}
+    files["folder"] = [tmp_path / "texts"]
     for path, text in zip(files["text"], texts, strict=True):
         path.write_text(text)
     files["rows"], files["packed"] = [tmp_path / "rows.jsonl"], [tmp_path / "packed.jsonl.gz"]
@@ -482,6 +486,8 @@ def test_pretraining_reads_the_same_from_texts_and_from_rows(tmp_path):
         output = ["--train_files", *map(str, names), "--output_dir", str(tmp_path / kind)]
         pretrain.main([*arguments, *output])
         assert_same_weights(tmp_path / kind, tmp_path / "text")
+        count = f"{len(texts)} files, " if kind in ("text", "folder") else "1 file, "
+        assert json.loads((tmp_path / kind / "run.json").read_text())["data"].startswith(count)
 
 
 @pytest.mark.slow
@@ -512,6 +518,12 @@ def test_pretraining_refuses_what_is_missing(tmp_path):
         pretrain.main([*arguments, "--train_files", str(tmp_path / "nowhere.txt")])
     with pytest.raises(ValueError, match="give either --dataset_name or --train_files"):
         pretrain.main(arguments)
+    for option in ("--train_files", "--validation_files"):
+        # neither the files nor the dataset are there: the mix is refused before either is looked for
+        with pytest.raises(ValueError, match="give either --dataset_name, whose split validation .*, or --train_files"):
+            pretrain.main([*arguments, "--dataset_name", "nowhere", option, "nowhere.txt"])
+    with pytest.raises(ValueError, match="dataset_config_name is for a dataset"):
+        pretrain.main([*arguments, "--train_files", "nowhere.txt", "--dataset_config_name", "c"])
     with pytest.raises(ValueError, match="text_column is 'text'; the columns are document"):
         rows = write_rows(tmp_path / "rows.jsonl", ROWS)
         pretrain.main([*arguments, "--train_files", rows])
