@@ -95,10 +95,10 @@ def convert(
     """A CoLT5 model with the weights of a T5 1.0, T5 1.1, mT5, umT5 or LongT5 model.
 
     With every budget at 1, a radius that covers the input and all cross-attention heads kept, a converted T5 is the
-    same function. A converted LongT5 (local) is, at any length and with any other budgets, where that of the feed-
-    forward is 1 and all its heads become light ones, which is the default for it. A transient-global LongT5 loses its
-    global tokens. An umT5 has a table of biases in each layer, a CoLT5 one for all layers of a branch, which becomes
-    their mean. `differences` lists what changed.
+    same function. A converted LongT5 (local) is, at any length and with any other budgets, where that of the
+    feed-forward is 1 and all its heads become light ones, which is the default for it. A transient-global LongT5 loses
+    its global tokens. An umT5 has a table of biases in each layer, a CoLT5 one for all layers of a branch, which
+    becomes their mean. `differences` lists what changed.
 
     Each branch has one table of biases for all layers, so that a head goes to the same branch in every layer. The
     heads that add most from near tokens become light ones, the units that matter most become light ones, and the
@@ -112,11 +112,12 @@ def convert(
         heavy_d_ff: by default four times the source's.
         num_cross_key_value_heads: by default all heads, as in the source; fewer are means of groups of neighbours,
             which changes the function.
-        samples: batches to measure on: how long what a head adds from tokens within `local_radius` is, on the mean,
-            and a unit's mean absolute activation times the norm of its output weights. Without them, and for LongT5's
-            heads, both are read off the weights: the norm of a head's value and output matrices' product times the
-            share that its biases alone would give to tokens within the radius, and the product of the norms of a
-            unit's weights. There must be at least one.
+        samples: batches of text, at least one; None to rank heads and units by the weights alone. Heads are ranked by
+            the length of what each adds to a token's state from tokens within `local_radius`, summed over tokens and
+            layers; without samples, and for LongT5 always, by the norm of the product of a head's value and output
+            matrices times the share of attention that its biases alone would give to these tokens. Units are ranked
+            by the sum of their absolute activations times the norm of their output weights; without samples by the
+            product of the norms of their input and output weights.
         config_kwargs: other fields of the new configuration, which the source says nothing of.
 
     Raises:
