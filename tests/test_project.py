@@ -4,12 +4,12 @@ import ast
 import functools
 import re
 import sys
+import tomllib
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import conftest
 import pytest
-import tomllib
 import yaml
 
 import modeling_colt5

@@ -82,8 +82,7 @@ CASES = {
     ),
     "no end of line": "def f(a: «int»)«»: return '''a: b'''",
 }
-if sys.version_info >= (3, 11):
-    CASES["star annotation"] = "def f(*a: «*Ts») -> «int»: pass\n"
+CASES["star annotation"] = "def f(*a: «*Ts») -> «int»: pass\n"
 if sys.version_info >= (3, 12):
     CASES["type parameters"] = (
         "def f[T: (int, ')->:'), **P](a: «T») -> «T»: pass\nclass A[T]:\n  def m(self, a: «T»)«»: pass\n"
@@ -223,8 +222,7 @@ def test_only_types_are_written():
         "Annotated[int, 5]", "Optional[\n int ]",
     ):  # fmt: skip
         assert as_type(as_type(given)) == as_type(given) is not None
-    # Python 3.10 does not know it
-    assert as_type("Tuple[int, *Ts]") == ("Tuple[int, *Ts]" if sys.version_info >= (3, 11) else None)
+    assert as_type("Tuple[int, *Ts]") == "Tuple[int, *Ts]"
     for given in (
         "", " ", "int,", "(int, str)", "[int]", "f()", "lambda: 1", "x := 1", "a = 1", "a if b else c", "a and b",
         "not a", "a < b", "a + b", "5", "...", "True", "a[1:2]", "{'a': 1}", "f'{a}'", "[a for a in b]", "await a",
