@@ -1,6 +1,5 @@
 """Learning rates relative to the parameters' sizes, as T5's Adafactor has them, for any optimiser."""
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -9,9 +8,7 @@ from torch import nn
 LEAST_SIZE = 1e-3
 
 
-def size_scaled_groups(
-    model: nn.Module, learning_rate: float, factor: Callable[[str], float] = lambda name: 1.0
-) -> list[dict[str, Any]]:
+def size_scaled_groups(model: nn.Module, learning_rate: float) -> list[dict[str, Any]]:
     """Groups of parameters for an optimiser, each with `learning_rate` times the size of its parameters.
 
     T5's initialisation spans two orders of magnitude: embeddings have a root mean square of 1, query projections of
@@ -25,7 +22,6 @@ def size_scaled_groups(
     Args:
         model: its parameters that need gradients; frozen ones are left out.
         learning_rate: relative to a parameter's size, above 0.
-        factor: of a parameter's rate, by its name.
 
     Raises:
         ValueError: for a learning rate that is not above 0, or a model of which nothing needs gradients.
@@ -33,10 +29,10 @@ def size_scaled_groups(
     if not learning_rate > 0:
         raise ValueError(f"learning_rate is {learning_rate}; it must be above 0")
     groups: dict[float, list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
+    for parameter in model.parameters():
         if parameter.requires_grad:
             size = max(float(parameter.detach().float().square().mean().sqrt()), LEAST_SIZE)
-            groups.setdefault(float(f"{size * factor(name):.1e}"), []).append(parameter)
+            groups.setdefault(float(f"{size:.1e}"), []).append(parameter)
     if not groups:
         raise ValueError("no parameter of the model needs gradients")
     return [{"params": parameters, "lr": size * learning_rate} for size, parameters in groups.items()]

@@ -33,17 +33,12 @@ def test_rates_are_adafactors() -> None:
         assert rates[id(parameter)] == pytest.approx(update, rel=0.055)
 
 
-def test_frozen_parameters_are_left_out_and_factors_go_by_name() -> None:
+def test_frozen_parameters_are_left_out() -> None:
     model = CoLT5Model(tiny_config())
     model.shared.requires_grad_(False)
-    plain = {id(p): group["lr"] for group in size_scaled_groups(model, 0.01) for p in group["params"]}
-    groups = size_scaled_groups(model, 0.01, lambda name: 10.0 if name.endswith("router.weight") else 1.0)
-    raised = {id(p): group["lr"] for group in groups for p in group["params"]}
-    assert id(model.shared.weight) not in plain
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            times = 10 if name.endswith("router.weight") else 1
-            assert raised[id(parameter)] == pytest.approx(times * plain[id(parameter)], rel=0.11)
+    grouped = [id(parameter) for group in size_scaled_groups(model, 0.01) for parameter in group["params"]]
+    # each of the others is in one group
+    assert sorted(grouped) == sorted(id(p) for p in model.parameters() if p is not model.shared.weight)
 
 
 def test_what_cannot_be_trained_is_refused() -> None:
