@@ -239,11 +239,13 @@ def main(argv: list[str] | None = None) -> None:
         "--no-copy", action="store_true", help="the model's types alone, also where the module annotates that name"
     )
     arguments = parser.parse_args(argv)
+    if not 0 <= arguments.least_probability <= 1:
+        parser.error(f"--least-probability is {arguments.least_probability}; it must be from 0 to 1")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         run(arguments)
-    except (SourceError, OSError) as error:
+    except (ValueError, OSError) as error:
         first, *_ = str(error).splitlines() or [type(error).__name__]
         sys.exit(f"annotate_types.py: {first}")
 

@@ -178,7 +178,7 @@ def main(argv: list[str] | None = None) -> None:
         if not holes:
             raise SourceError(f"{file}: has no annotations; the demo needs a module that has some, to count")
         model, tokenizer = load(options.model)
-    except (SourceError, OSError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"demo.py: {str(error).splitlines()[0]}")
 
     parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e6

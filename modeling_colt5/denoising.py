@@ -200,8 +200,17 @@ class DataCollatorForDenoising:
         denoiser: SpanCorruption | PrefixLM | MixtureOfDenoisers | None = None,
         seed: int = 0,
     ):
+        if not isinstance(denoiser, MixtureOfDenoisers | SpanCorruption | PrefixLM | None):
+            raise TypeError(
+                f"denoiser is a {type(denoiser).__name__}; it must be SpanCorruption, PrefixLM or MixtureOfDenoisers"
+            )
         if not isinstance(denoiser, MixtureOfDenoisers):
             denoiser = MixtureOfDenoisers((denoiser or SpanCorruption(),))
+        for name, number in (("input_length", input_length), ("target_length", target_length), ("seed", seed)):
+            if number is not None and (isinstance(number, bool) or not isinstance(number, int)):
+                raise TypeError(f"{name} is {number!r}; it must be an integer")
+        if seed < 0:
+            raise ValueError(f"seed is {seed}; it must be at least 0")
         if input_length < 8 or (target_length is not None and target_length < 4):
             raise ValueError(
                 f"input_length is {input_length} and target_length {target_length}, must be at least 8 and 4"
@@ -379,12 +388,16 @@ def chunk_documents(
 
 def _tokenized(documents: Iterable[Any], tokenizer: Any, text_column: str, repeat: bool) -> Iterator[np.ndarray]:
     """The documents' token ids, int64 [length], each with eos at its end."""
+    if isinstance(documents, str | Mapping):
+        raise TypeError(f"documents is a {type(documents).__name__}; it must be several: put a single one into a list")
     while True:
         found = False
         for number, document in enumerate(_all_documents(documents)):
             is_row = isinstance(document, Mapping)
             if is_row and "input_ids" in document:
                 tokens = np.asarray(document["input_ids"], dtype=np.int64)
+                if tokens.ndim != 1:
+                    raise ValueError(f"input_ids of document {number} have shape {tokens.shape}; they must be one row")
                 if len(tokens) and tokens[-1] != tokenizer.eos_token_id:
                     tokens = np.append(tokens, tokenizer.eos_token_id)
             else:

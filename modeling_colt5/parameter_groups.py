@@ -1,5 +1,6 @@
 """Learning rates relative to the parameters' sizes, as T5's Adafactor has them, for any optimiser."""
 
+import math
 from typing import Any
 
 from torch import nn
@@ -24,14 +25,18 @@ def size_scaled_groups(model: nn.Module, learning_rate: float) -> list[dict[str,
         learning_rate: relative to a parameter's size, above 0.
 
     Raises:
-        ValueError: for a learning rate that is not above 0, or a model of which nothing needs gradients.
+        ValueError: for a learning rate that is not above 0, a parameter that is not finite, or a model of which
+            nothing needs gradients.
     """
     if not learning_rate > 0:
         raise ValueError(f"learning_rate is {learning_rate}; it must be above 0")
     groups: dict[float, list[nn.Parameter]] = {}
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            size = max(float(parameter.detach().float().square().mean().sqrt()), LEAST_SIZE)
+            size = float(parameter.detach().float().square().mean().sqrt())
+            if parameter.numel() and not math.isfinite(size):
+                raise ValueError(f"{name} has a size of {size}; all numbers of a parameter must be finite")
+            size = max(size, LEAST_SIZE)
             groups.setdefault(float(f"{size:.1e}"), []).append(parameter)
     if not groups:
         raise ValueError("no parameter of the model needs gradients")

@@ -185,7 +185,14 @@ def test_a_missing_model_is_one_line(file, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(SystemExit) as error:
         annotate_types.main([str(file), "--model", str(tmp_path / "none")])
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and "where no folder is" in str(error.value)
+
+
+@pytest.mark.parametrize("given", ["5", "-0.1", "nan"])
+def test_a_probability_out_of_range_is_refused(given, file, capsys):
+    with pytest.raises(SystemExit):
+        annotate_types.main([str(file), "--least-probability", given])
+    assert "--least-probability is" in capsys.readouterr().err
 
 
 def test_a_score_hides_what_is_there(answers, file, capsys):

@@ -328,6 +328,12 @@ def test_empty_texts_are_skipped_and_bad_ones_named(tokenizer):
         next(chunk_documents(iter(["ab"]), collator, repeat=True))
     with pytest.raises(ValueError, match="no text"):
         next(chunk_documents([""], collator, repeat=True))
+    # a single one would be read character by character, or key by key
+    for single in ("ab", {"text": "ab"}):
+        with pytest.raises(TypeError, match="documents is a .*; it must be several"):
+            next(chunk_documents(single, collator))
+    with pytest.raises(ValueError, match=r"input_ids of document 1 have shape \(1, 2\)"):
+        list(chunk_documents(["ab", {"input_ids": [[4, 5]]}], collator))
 
 
 def test_a_chunk_that_does_not_fit_is_refused(tokenizer):
@@ -357,6 +363,7 @@ def test_a_chunk_that_does_not_fit_is_refused(tokenizer):
         (lambda: MixtureOfDenoisers((SpanCorruption(),), [0]), "positive"),
         (lambda: DataCollatorForDenoising(make_tokenizer(), 4), "input_length is 4"),
         (lambda: DataCollatorForDenoising(make_tokenizer(), 64, 3), "target_length 3"),
+        (lambda: DataCollatorForDenoising(make_tokenizer(), 64, seed=-1), "seed is -1"),
         (lambda: DataCollatorForDenoising(make_tokenizer(0), 64), "no sentinels"),
         (lambda: DataCollatorForDenoising(CoLT5Tokenizer(), 64, denoiser=MixtureOfDenoisers()), "mode_tokens=True"),
         (lambda: ChunkedDocuments([], DataCollatorForDenoising(make_tokenizer(), 64), batch_size=0), "batch_size"),
@@ -365,3 +372,17 @@ def test_a_chunk_that_does_not_fit_is_refused(tokenizer):
 def test_impossible_values_are_refused(make, match):
     with pytest.raises(ValueError, match=match):
         make()
+
+
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [
+        ({"input_length": 64.5}, "input_length is 64.5"),
+        ({"input_length": 64, "target_length": 20.0}, "target_length is 20.0"),
+        ({"input_length": 64, "seed": "1"}, "seed is '1'"),
+        ({"input_length": 64, "denoiser": [SpanCorruption()]}, "denoiser is a list"),
+    ],
+)
+def test_arguments_of_another_type_are_refused(given, match):
+    with pytest.raises(TypeError, match=match):
+        DataCollatorForDenoising(make_tokenizer(), **given)

@@ -45,5 +45,9 @@ def test_what_cannot_be_trained_is_refused() -> None:
     model = torch.nn.Linear(2, 2)
     with pytest.raises(ValueError, match="learning_rate is 0"):
         size_scaled_groups(model, 0)
+    with torch.no_grad():
+        model.bias[0] = torch.nan
+    with pytest.raises(ValueError, match="bias has a size of nan"):
+        size_scaled_groups(model, 0.1)
     with pytest.raises(ValueError, match="no parameter"):
         size_scaled_groups(model.requires_grad_(False), 0.1)

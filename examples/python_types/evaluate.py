@@ -1,6 +1,7 @@
 """Exact match on packages that were never trained on, beside baselines that copy by name, by one command.
 
-    python -m python_types.evaluate --model checkpoints/python-types --corpus build/python_types --out build/types
+    python -m python_types.evaluate --model ../checkpoints/python-types --corpus ../build/python_types \\
+        --baselines ../build/types/baselines.json --out ../build/types/evaluation
 
 run from the folder examples/. It needs the corpus of corpus.py, and the baselines.json of `train.py --prepare`.
 """

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from python_types.holes import types_in
+from sources import check_source
 from torch import Tensor
 from transformers import AutoModelForSeq2SeqLM, LogitsProcessor, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
@@ -32,8 +33,10 @@ def load(folder: str | os.PathLike[str]) -> tuple[PreTrainedModel, CoLT5Tokenize
         folder: the checkpoint's folder, or its name on the Hub.
 
     Raises:
-        OSError: if there is none.
+        ValueError: for a path without a folder.
+        OSError: if there is no such checkpoint.
     """
+    check_source(str(folder), "model")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
     return model, CoLT5Tokenizer.from_pretrained(folder)
