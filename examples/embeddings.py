@@ -14,14 +14,26 @@ import ast
 import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-from data import DataArguments, check_rows, hold_out, load_rows
+import torch
+from data import DataArguments, check_rows, describe, hold_out, load_rows, lost_tokens, map_rows
 from datasets import Dataset, DatasetDict
-from model_arguments import ModelArguments, check_model, load_model, load_tokenizer, parse_arguments
+from model_arguments import (
+    ModelArguments,
+    RouterArguments,
+    check_model,
+    load_model,
+    load_tokenizer,
+    parse_arguments,
+    watch_routers,
+)
+from run_costs import warn_of_few_steps
+from run_record import keep_record
 from safetensors.torch import save_file
 from sentence_transformers import (
     SentenceTransformer,
@@ -31,12 +43,20 @@ from sentence_transformers import (
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
 from sklearn.feature_extraction.text import TfidfVectorizer
+from small_model import modules_of
 from sources import check_least
-from training_defaults import BestOfRouted, TimeLeft, TrainingDefaults, run_script
-from transformers import AutoModelForTextEncoding, set_seed
+from training_defaults import CHECKPOINTING, TimeLeft, TrainingDefaults, run_script
+from transformers import (
+    AutoModelForTextEncoding,
+    PreTrainedTokenizerBase,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from modeling_colt5.dense_start import DenseStart, DenseStartCallback
+from modeling_colt5.router_health import RouterHealthCallback
 
 # one module in so many is held out, chosen by its place in the order of names
 HELD_OUT = 8
@@ -69,6 +89,73 @@ class RunArguments(TrainingDefaults, SentenceTransformerTrainingArguments):
     # the more documents a batch has, the more a query is told from
     per_device_train_batch_size: int = field(default=64, metadata={"help": "pairs of a batch on each device"})
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "passes of a step"})
+    gradient_checkpointing: bool | None = field(
+        default=None, metadata={"help": f"see {CHECKPOINTING}; not decided here: lower --rows_of_a_pass first"}
+    )
+    dry_run: bool = field(default=False, metadata={"help": "not here: there is no formula for training by contrast"})
+
+
+@dataclass
+class WholeTextRouterArguments(RouterArguments):
+    """How the routers are trained, and watched. The dense start reads texts whole, since a query's beginning may fit
+    several documents."""
+
+    dense_start_input_share: float = field(
+        default=1.0, metadata={"help": "the share of every input that both read: here 1, texts are read whole"}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.dense_start_input_share != 1:
+            raise ValueError(
+                f"dense_start_input_share is {self.dense_start_input_share}; embeddings read texts whole: it must be 1"
+            )
+
+
+class DocumentsHealth(RouterHealthCallback):
+    """Logs what the routers do on the first documents: queries are too short to choose from, and sentence-transformers
+    calls the encoder without its hooks, so that its batches are not seen.
+
+    Args:
+        log, interval: as of `RouterHealthCallback`.
+        documents: the encoder's keywords.
+    """
+
+    def __init__(self, log: Callable[[dict[str, float]], None], interval: int, documents: dict[str, torch.Tensor]):
+        super().__init__(log, interval)
+        self.documents = documents
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any, **kwargs: Any
+    ) -> None:
+        """Find the routers, and give the encoder the documents, which are kept as the run's first batch."""
+        encoder = model[0].auto_model
+        super().on_train_begin(args, state, control, encoder, **kwargs)
+        was_training = encoder.training
+        encoder.train()
+        with torch.no_grad():
+            encoder(**{name: tensor.to(encoder.device) for name, tensor in self.documents.items()})
+        encoder.train(was_training)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any, **kwargs: Any
+    ) -> None:
+        """Measure the encoder."""
+        super().on_step_end(args, state, control, model[0].auto_model, **kwargs)
+
+
+def say_what_is_cut(
+    rows: DatasetDict, task: TaskArguments, tokenizer: PreTrainedTokenizerBase, training: RunArguments
+) -> None:
+    """Say how much of queries and documents does not fit into `max_length`: sentence-transformers cuts in silence."""
+    for column, what in ((task.query_column, "queries"), (task.document_column, "documents")):
+
+        def tokenize(batch: dict[str, list[str]], column: str = column, what: str = what) -> Any:
+            inputs = tokenizer(batch[column], max_length=task.max_length, truncation=True)
+            inputs[f"lost_{what}"] = lost_tokens(inputs)
+            return inputs
+
+        map_rows(rows, tokenize, training)
 
 
 def documented_code(source: str) -> Iterator[tuple[str, str]]:
@@ -102,8 +189,7 @@ def local_pairs(folder: Path, query_column: str, document_column: str) -> Datase
         folder: of modules, such as the standard library; tests and installed packages in it are left out.
         query_column, document_column: what the columns are called.
     """
-    skipped = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
-    files = sorted(path for path in folder.rglob("*.py") if not skipped & set(path.relative_to(folder).parts))
+    files = modules_of(folder)
     places = {name: i for i, name in enumerate(sorted({path.relative_to(folder).parts[0] for path in files}))}
     seen: set[str] = set()
     rows: dict[str, list[dict[str, str]]] = {"train": [], "validation": []}
@@ -146,8 +232,8 @@ def words_score(queries: list[str], documents: list[str]) -> float:
 
 def prepare(argv: list[str] | None = None) -> Callable[[], dict[str, float]]:
     """Check the rows, load the model; gives what trains, scores and saves."""
-    kinds = (ModelArguments, TaskArguments, RunArguments)
-    model_arguments, task, training = parse_arguments(kinds, __doc__, argv)
+    kinds = (ModelArguments, WholeTextRouterArguments, TaskArguments, RunArguments)
+    model_arguments, routers, task, training = parse_arguments(kinds, __doc__, argv)
     if training.dry_run:
         raise ValueError("dry_run has no formula for training by contrast: try a few steps with --max_steps 5")
     check_model(model_arguments)
@@ -171,8 +257,8 @@ def prepare(argv: list[str] | None = None) -> Callable[[], dict[str, float]]:
     texts = [list(rows["validation"][column]) for column in (task.query_column, task.document_column)]
 
     tokenizer = load_tokenizer(model_arguments)
+    say_what_is_cut(rows, task, tokenizer, training)
     encoder = load_model(model_arguments, AutoModelForTextEncoding, tokenizer)
-    needs_dense_start = not encoder.config.routers_trained
     with TemporaryDirectory() as folder:
         # each process for itself, where `encoder.save_pretrained` writes in the first one alone
         encoder.config.save_pretrained(folder)
@@ -194,20 +280,20 @@ def prepare(argv: list[str] | None = None) -> Callable[[], dict[str, float]]:
         optimizers=(optimizer, None),
         callbacks=[TimeLeft()],
     )
-    if needs_dense_start:
-        # the texts are read whole, since a query's beginning may fit several documents
-        schedule = DenseStart(input_share=1.0)
-        trainer.add_callback(DenseStartCallback(schedule, input_length=task.max_length))
-        trainer.add_callback(BestOfRouted(schedule))
+    if pairs is not None:
+        first = pairs[:8][task.document_column]
+        length = {"max_length": task.max_length, "truncation": True, "padding": True}
+        documents = tokenizer(first, return_tensors="pt", **length)
+        watch_routers(trainer, routers, task.max_length, health=partial(DocumentsHealth, documents=dict(documents)))
+        warn_of_few_steps(trainer)
+    data = describe(task) or "functions and classes of Python's standard library, with their docstrings"
 
     def start() -> dict[str, float]:
-        def score() -> dict[str, Any]:
-            return evaluator(model)
-
-        scores = {"before": score()}
+        scores = {}
         if pairs is not None:
+            scores["before"] = evaluator(model)
             trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
-            scores["after"] = score()
+        scores["eval"] = evaluator(model)
         trainer.save_model()
         metrics = {
             f"{when}_{name}": float(found[f"held_out_cosine_{name}"])
@@ -215,8 +301,7 @@ def prepare(argv: list[str] | None = None) -> Callable[[], dict[str, float]]:
             for name in ("mrr@10", "recall@10")
         }
         metrics |= {"words_mrr@10": words_score(*texts), "queries": float(len(texts[0]))}
-        trainer.log_metrics("all", metrics)
-        trainer.save_metrics("all", metrics)
+        keep_record(trainer, metrics, "embeddings", data, task.dataset_name, model_arguments.model_name_or_path)
         return metrics
 
     return start

@@ -313,6 +313,7 @@ def watch_routers(
     arguments: RouterArguments,
     input_length: int,
     shorten: Callable[[dict[str, Any], float], dict[str, Any]] | None = None,
+    health: Callable[[Any, int], RouterHealthCallback] = RouterHealthCallback,
 ) -> DenseStart | None:
     """Give a run its dense start and the log of its routers' health, as far as its model has routers to learn.
 
@@ -321,6 +322,7 @@ def watch_routers(
         arguments: which of them, and the dense start's schedule.
         input_length: tokens of the longest inputs.
         shorten: as in `DenseStartCallback`.
+        health: makes what logs the routers' health, of `Trainer.log` and the steps between measurements.
 
     Returns:
         The dense start's schedule, None where there is none.
@@ -332,9 +334,11 @@ def watch_routers(
     if arguments.dense_start:
         trainer.add_callback(DenseStartCallback(schedule, shorten, input_length=input_length))
     if arguments.router_health_steps:
-        trainer.add_callback(RouterHealthCallback(trainer.log, arguments.router_health_steps))
+        trainer.add_callback(health(trainer.log, arguments.router_health_steps))
     trains_routers = any(parameter.requires_grad for router in routers for parameter in router.parameters())
-    if not arguments.dense_start or trainer.model.config.routers_trained or not trains_routers:
+    # what is trained may hold the model: sentence-transformers' does
+    model: Any = next(part for part in trainer.model.modules() if hasattr(part, "set_dense_start"))
+    if not arguments.dense_start or model.config.routers_trained or not trains_routers:
         return None
     trainer.add_callback(BestOfRouted(schedule))
     return schedule

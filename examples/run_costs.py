@@ -266,6 +266,19 @@ class RunCosts:
         )
 
 
+def warn_of_few_steps(trainer: Trainer) -> None:
+    """Say so where a run that is told its epochs has too few steps to learn from, and what gives it more."""
+    arguments = trainer.args
+    if arguments.max_steps > 0:
+        return
+    steps, _ = run_steps(trainer)
+    if steps < FEW_STEPS and trainer.is_world_process_zero():
+        advice = f"raise --num_train_epochs from {arguments.num_train_epochs:g}"
+        if arguments.gradient_accumulation_steps > 1:
+            advice += f", or lower --gradient_accumulation_steps from {arguments.gradient_accumulation_steps}"
+        logger.warning(f"The run has {steps} steps, which are few: {advice}")
+
+
 def decide_costs(
     trainer: Trainer, rows: Sequence[RowShape], dense_start: DenseStart | None, start: Callable[[], dict[str, float]]
 ) -> Callable[[], dict[str, float]]:
@@ -287,13 +300,8 @@ def decide_costs(
         available = torch.cuda.get_device_properties(arguments.device).total_memory
         if sum(run_memory(trainer, rows, dense_start)) > HEADROOM * available:
             setattr(arguments, CHECKPOINTING, True)
-    if rows and arguments.max_steps <= 0:
-        steps, _ = run_steps(trainer)
-        if steps < FEW_STEPS and trainer.is_world_process_zero():
-            advice = f"raise --num_train_epochs from {arguments.num_train_epochs:g}"
-            if arguments.gradient_accumulation_steps > 1:
-                advice += f", or lower --gradient_accumulation_steps from {arguments.gradient_accumulation_steps}"
-            logger.warning(f"The run has {steps} steps, which are few: {advice}")
+    if rows:
+        warn_of_few_steps(trainer)
     if not arguments.dry_run:
         return start
 

@@ -18,7 +18,7 @@ class RunRecord:
 
     Attributes:
         task: what was trained: "pre-training", "summarization", "question answering", "text classification",
-            "text regression" or "token classification".
+            "text regression", "token classification" or "embeddings".
         data: name of the data: a dataset of the Hub, or files.
         dataset: the Hub's id of it, if it has one.
         base_model: the checkpoint that training began with; None for a new model.
@@ -101,6 +101,27 @@ def run(trainer: Trainer, task: str, data: str, dataset: str | None, base_model:
         save_whole(trainer)
     if trainer.eval_dataset is not None:
         metrics |= trainer.evaluate()
+    labels = trainer.model.config.label2id if task.split()[0] in ("text", "token") else None
+    keep_record(trainer, metrics, task, data, dataset, base_model, labels)
+    return metrics
+
+
+def keep_record(
+    trainer: Trainer,
+    metrics: dict[str, float],
+    task: str,
+    data: str,
+    dataset: str | None,
+    base_model: str | None,
+    labels: dict[str, int] | None = None,
+) -> None:
+    """Print the metrics of a finished run, and write them, its state and its record into its folder.
+
+    Args:
+        trainer: the run's.
+        metrics: what came out.
+        task, data, dataset, base_model, labels: as in `RunRecord`.
+    """
     trainer.log_metrics("all", metrics)
     trainer.save_metrics("all", metrics)
     trainer.save_state()
@@ -108,10 +129,7 @@ def run(trainer: Trainer, task: str, data: str, dataset: str | None, base_model:
     settings = {name: arguments[name] for name in SETTINGS if arguments[name] not in (False, None)}
     settings |= {"steps": trainer.state.global_step, "processes": trainer.args.world_size}
     versions = {name: version(name) for name in ("torch", "transformers")}
-    has_labels = task.split()[0] in ("text", "token")
-    labels = trainer.model.config.label2id if has_labels else None
     record = RunRecord(task, data, dataset, base_model, settings, versions, labels)
     if trainer.is_world_process_zero():
         text = json.dumps(asdict(record), indent=1) + "\n"
         Path(trainer.args.output_dir, RECORD).write_text(text, encoding="utf-8")
-    return metrics

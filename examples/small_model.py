@@ -8,11 +8,17 @@ from modeling_colt5 import CoLT5Config, CoLT5ForConditionalGeneration, CoLT5Toke
 VOCABULARY = Path(__file__).parent.parent / "tokenization" / "python_stdlib"
 
 
+SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
+
+
+def modules_of(folder: Path) -> list[Path]:
+    """The modules of a folder, without tests and installed packages, in a fixed order."""
+    return sorted(path for path in folder.rglob("*.py") if not SKIPPED_FOLDERS & set(path.relative_to(folder).parts))
+
+
 def standard_library() -> list[Path]:
-    """The modules of the running Python, without tests and installed packages, in a fixed order."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    skipped = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
-    return sorted(path for path in root.rglob("*.py") if not skipped & set(path.relative_to(root).parts))
+    """The modules of the running Python, as `modules_of` gives them."""
+    return modules_of(Path(sysconfig.get_paths()["stdlib"]))
 
 
 def read(path: Path) -> str:

@@ -30,6 +30,7 @@ PIPELINES = {
     "text classification": "text-classification",
     "text regression": "text-classification",
     "token classification": "token-classification",
+    "embeddings": "sentence-similarity",
 }
 METRICS = {
     "rouge1": "rouge",
@@ -43,6 +44,8 @@ METRICS = {
     "mse": "mse",
     "mae": "mae",
     "r2": "r_squared",
+    "mrr@10": "mrr",
+    "recall@10": "recall",
 }
 # checkpoints to resume from and what only they need
 LEFT_OUT = ["checkpoint-*/*", "runs/*", "training_args.bin", "trainer_state.json", "*.pt", "*.pth"]
@@ -87,8 +90,23 @@ def auto_map(folder: Path) -> dict[str, str]:
     return {name: value for name, value in config.get("auto_map", {}).items() if isinstance(value, str)}
 
 
+def library(folder: Path) -> str:
+    """What loads the model: "peft", "sentence-transformers" or "transformers"."""
+    if adapter_of(folder) is not None:
+        return "peft"
+    return "sentence-transformers" if RunRecord.load(folder).task == "embeddings" else "transformers"
+
+
 def loading(folder: Path, repository: str) -> tuple[str, list[str]]:
     """The lines of Python that load the model from its repository, and the code files that go along."""
+    if library(folder) == "sentence-transformers":
+        lines = [
+            "from sentence_transformers import SentenceTransformer",
+            "",
+            f'model = SentenceTransformer("{repository}", trust_remote_code=True)',
+            'print(model.encode(["A query.", "A long document."]).shape)',
+        ]
+        return "\n".join(lines), sorted(path.name for path in folder.glob("*.py"))
     adapter = adapter_of(folder)
     if adapter is not None:
         kind = {"SEQ_2_SEQ_LM": "Seq2SeqLM", "SEQ_CLS": "SequenceClassification", "TOKEN_CLS": "TokenClassification"}
@@ -183,7 +201,7 @@ def card_data(
     ]
     return ModelCardData(
         model_name=repository.split("/")[-1],
-        library_name="transformers" if adapter_of(folder) is None else "peft",
+        library_name=library(folder),
         license=license_name,
         language=language,
         pipeline_tag=task,
@@ -205,6 +223,8 @@ def make_card(folder: Path, repository: str, license_name: str | None, language:
     origin = f"`{base_model}`" if base_model else "a checkpoint" if source else "scratch"
     load, code = loading(folder, repository)
     whose = f"this repository ({', '.join(f'`{file}`' for file in code)})" if code else "its base model's repository"
+    needed = "`transformers>=5.17`, `torch>=2.11`, `einops`"
+    needed += "" if library(folder) == "transformers" else f", `{library(folder)}`"
     config, length = base_config(folder), 16_384
     budgets = {
         "tokens through the heavy feed-forward": config.routed_feed_forward_fraction,
@@ -220,7 +240,7 @@ def make_card(folder: Path, repository: str, license_name: str | None, language:
         "Google's weights: none were published.",
         "## How to load it",
         f"```python\n{load}\n```",
-        f"It needs `transformers>=5.17`, `torch>=2.11`, `einops`{'' if code else ', `peft`'}; with `triton` on "
+        f"It needs {needed}; with `triton` on "
         f"an NVIDIA GPU it runs fused kernels. `trust_remote_code=True` runs the code of {whose}; where the package "
         "`modeling_colt5` is installed and imported, its own code runs and the argument is not needed.",
         "## Budgets",
