@@ -1,10 +1,12 @@
 """Denoising examples for pre-training: span corruption, UL2's mixture, and chunks that fill inputs exactly."""
 
 import math
+import re
 import zlib
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -118,6 +120,13 @@ def _check_density_and_mode(denoiser: SpanCorruption | PrefixLM) -> None:
         raise ValueError(f"mode is {denoiser.mode!r}, must be 'R', 'S', 'X' or None")
 
 
+def _check_integers(**numbers: Any) -> None:
+    """Refuse arguments, given by name, that are no integers; NumPy's are."""
+    for name, number in numbers.items():
+        if isinstance(number, bool) or not isinstance(number, Integral):
+            raise TypeError(f"{name} is {number!r}; it must be an integer")
+
+
 def _random_parts(total: int, parts: int, generator: np.random.Generator) -> np.ndarray:
     """Draw one of the ways to write `total` as an ordered sum of `parts` positive integers, all equally likely."""
     if total < parts:
@@ -148,6 +157,7 @@ class MixtureOfDenoisers:
         weights: how often each is drawn, relative to the others; `None`: equally often.
 
     Raises:
+        TypeError: denoisers that are no sequence of `SpanCorruption` and `PrefixLM`.
         ValueError: no denoisers, or weights that are not one positive number for each.
     """
 
@@ -155,6 +165,12 @@ class MixtureOfDenoisers:
     weights: Sequence[float] | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.denoisers, Sequence) or not all(
+            isinstance(denoiser, SpanCorruption | PrefixLM) for denoiser in self.denoisers
+        ):
+            raise TypeError(
+                f"denoisers is {self.denoisers!r}; it must be a sequence of SpanCorruption and PrefixLM objects"
+            )
         if not self.denoisers:
             raise ValueError("denoisers is empty, must hold at least one")
         if self.weights is not None:
@@ -189,7 +205,9 @@ class DataCollatorForDenoising:
         target_length: as above, a number.
 
     Raises:
-        ValueError: a length too short for anything, no sentinels, or a mode the tokenizer has no token for.
+        TypeError: a length or a seed that is no integer, or another kind of denoiser.
+        ValueError: a length too short for anything, a seed below 0, no sentinels, or a mode the tokenizer has no token
+            for.
     """
 
     def __init__(
@@ -202,13 +220,14 @@ class DataCollatorForDenoising:
     ):
         if not isinstance(denoiser, MixtureOfDenoisers | SpanCorruption | PrefixLM | None):
             raise TypeError(
-                f"denoiser is a {type(denoiser).__name__}; it must be SpanCorruption, PrefixLM or MixtureOfDenoisers"
+                f"denoiser is a {type(denoiser).__name__}; it must be a SpanCorruption, a PrefixLM, or, for "
+                "several, a MixtureOfDenoisers"
             )
         if not isinstance(denoiser, MixtureOfDenoisers):
             denoiser = MixtureOfDenoisers((denoiser or SpanCorruption(),))
-        for name, number in (("input_length", input_length), ("target_length", target_length), ("seed", seed)):
-            if number is not None and (isinstance(number, bool) or not isinstance(number, int)):
-                raise TypeError(f"{name} is {number!r}; it must be an integer")
+        _check_integers(input_length=input_length, seed=seed)
+        if target_length is not None:
+            _check_integers(target_length=target_length)
         if seed < 0:
             raise ValueError(f"seed is {seed}; it must be at least 0")
         if input_length < 8 or (target_length is not None and target_length < 4):
@@ -351,12 +370,13 @@ def chunk_documents(
     """Join documents, each closed by eos, and cut the stream into the chunks that the collator's inputs hold.
 
     Every token of every document is in exactly one chunk, in order; only the last chunk may be shorter than its
-    denoiser's raw length. Text that spells a sentinel (`<extra_id_0>`) is read as ordinary text. One document at a
-    time is held in memory.
+    denoiser's raw length. Text that spells a special token (`<extra_id_0>`, `</s>`, `[NLU]`) is read as ordinary text:
+    a space breaks its spelling. One document at a time is held in memory.
 
     Args:
         documents: texts, or mappings with `text_column` or with ready `input_ids` (an eos is added where it is
-            missing): a list, a generator, or a `datasets` dataset, streaming or not. Empty texts are skipped.
+            missing): a list, a generator, or a `datasets` dataset, streaming or not. Empty texts are skipped. Ready
+            `input_ids` are taken as they are, and hold no sentinels.
         collator: the collator that will get the chunks.
         text_column: where a mapping has its text.
         repeat: begin again at the end, for ever. The stream goes on without a break, so chunks begin elsewhere in
@@ -366,14 +386,15 @@ def chunk_documents(
         `{"input_ids": int64 [raw]}`.
 
     Raises:
-        TypeError: a document is no text, or `repeat` with an iterator, which ends after one pass.
-        ValueError: `repeat` without any text.
+        TypeError: `documents` is a single text or mapping, a document is no text, its `input_ids` are no integers, or
+            `repeat` with an iterator, which ends after one pass.
+        ValueError: `input_ids` that are not one row, or hold a sentinel or a number below 0, or `repeat` without any
+            text.
     """
-    if repeat and iter(documents) is documents:
-        raise TypeError("repeat=True needs documents that can be read again: a list or a dataset, not an iterator")
+    _check_documents(documents, repeat)
     # chunk_length wants this many tokens, or all that are left
     rest = np.empty(0, dtype=np.int64)
-    for tokens in _tokenized(documents, collator.tokenizer, text_column, repeat):
+    for tokens in _tokenized(documents, collator, text_column, repeat):
         rest = np.concatenate([rest, tokens])
         start = 0
         while len(rest) - start >= _HEAD and len(rest) - start >= (length := collator.chunk_length(rest[start:])):
@@ -386,18 +407,94 @@ def chunk_documents(
         rest = rest[length:]
 
 
-def _tokenized(documents: Iterable[Any], tokenizer: Any, text_column: str, repeat: bool) -> Iterator[np.ndarray]:
+def _check_documents(documents: Any, repeat: bool) -> None:
+    """Refuse a single document, which would be read by characters or keys, and an iterator that is to repeat.
+
+    Raises:
+        TypeError: for those.
+    """
+    if isinstance(documents, str | bytes | Mapping):
+        raise TypeError(
+            f"documents is a {type(documents).__name__}; it must be texts or mappings in a list, a generator or a "
+            "dataset: put a single one into a list, and of a DatasetDict give one split"
+        )
+    if repeat and iter(documents) is documents:
+        raise TypeError("repeat=True needs documents that can be read again: a list or a dataset, not an iterator")
+
+
+def _breaker_of(tokenizer: Any) -> Callable[[str], str]:
+    """What puts a space into all that the tokenizer would take for a special token, whose letters stay."""
+    special = {str(token) for token in tokenizer.all_special_tokens}
+    special |= {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    # of sentinels the beginning is enough. The longest first: one may be a part of another
+    tokens = sorted((token for token in special if not token.startswith("<extra_id_")), key=len, reverse=True)
+    parts = [("<extra_id_", "<extra_id _")]
+    parts += [(token, f"{token[:-1]} {token[-1]}") for token in tokens if len(token) > 1 and not token.isspace()]
+    normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
+
+    def broken(text: str) -> str:
+        for whole, apart in parts:
+            text = text.replace(whole, apart)
+        return text
+
+    def broken_word(match: re.Match[str]) -> str:
+        word = match[0]
+        if word.isascii() and word.isprintable():
+            return word
+        # NFKC makes < of a wide ＜, and the pieces hold the special tokens
+        normal = normalizer.normalize_str(word)
+        return word if (apart := broken(normal)) == normal else apart
+
+    def break_all(text: str) -> str:
+        text = broken(text)
+        if normalizer is None or (text.isascii() and text.isprintable()):
+            return text
+        return re.sub(r"[^ \t\n\r]+", broken_word, text)
+
+    return break_all
+
+
+def _ready_tokens(number: int, input_ids: Any, collator: DataCollatorForDenoising) -> np.ndarray:
+    """The `input_ids` of a document, int64 [length], checked; `number` is the document's.
+
+    Raises:
+        TypeError, ValueError: as of `chunk_documents`.
+    """
+    of = f"input_ids of document {number}"
+    try:
+        tokens = np.asarray(input_ids)
+    except ValueError:
+        raise ValueError(f"{of} have rows of several lengths; they must be one row") from None
+    if tokens.ndim != 1:
+        raise ValueError(f"{of} have shape {tokens.shape}; they must be one row")
+    if len(tokens) and tokens.dtype.kind not in "iu":
+        raise TypeError(f"{of} are {tokens.dtype}; they must be integers")
+    tokens = tokens.astype(np.int64)
+    if len(tokens) and tokens.min() < 0:
+        raise ValueError(f"{of} hold {tokens.min()}; they must be at least 0")
+    held = tokens[np.isin(tokens, collator.sentinels)]
+    if len(held):
+        sentinel = collator.tokenizer.convert_ids_to_tokens(int(held[0]))
+        raise ValueError(
+            f"{of} hold the sentinel {sentinel}, which only the collator may put there; they must be of text that is "
+            "not corrupted yet and spells no sentinel. Or give the document's text, in which sentinels are read as "
+            "ordinary text"
+        )
+    return tokens
+
+
+def _tokenized(
+    documents: Iterable[Any], collator: DataCollatorForDenoising, text_column: str, repeat: bool
+) -> Iterator[np.ndarray]:
     """The documents' token ids, int64 [length], each with eos at its end."""
-    if isinstance(documents, str | Mapping):
-        raise TypeError(f"documents is a {type(documents).__name__}; it must be several: put a single one into a list")
+    tokenizer = collator.tokenizer
+    break_all = _breaker_of(tokenizer)
     while True:
         found = False
         for number, document in enumerate(_all_documents(documents)):
             is_row = isinstance(document, Mapping)
             if is_row and "input_ids" in document:
-                tokens = np.asarray(document["input_ids"], dtype=np.int64)
-                if tokens.ndim != 1:
-                    raise ValueError(f"input_ids of document {number} have shape {tokens.shape}; they must be one row")
+                tokens = _ready_tokens(number, document["input_ids"], collator)
                 if len(tokens) and tokens[-1] != tokenizer.eos_token_id:
                     tokens = np.append(tokens, tokenizer.eos_token_id)
             else:
@@ -405,9 +502,8 @@ def _tokenized(documents: Iterable[Any], tokenizer: Any, text_column: str, repea
                 if not isinstance(text, str):
                     where = f"column {text_column!r} of document {number}" if is_row else f"document {number}"
                     raise TypeError(f"{where} is {type(text).__name__}, must be text")
-                # a space inside keeps the tokenizer from finding the sentinel, whose letters stay
-                text = text.replace("<extra_id_", "<extra_id _")
-                tokens = np.array(tokenizer(text, verbose=False)["input_ids"] if text.strip() else [], dtype=np.int64)
+                ids = tokenizer(break_all(text), verbose=False)["input_ids"] if text.strip() else []
+                tokens = np.array(ids, dtype=np.int64)
             if len(tokens):
                 found = True
                 yield tokens
@@ -438,6 +534,11 @@ class ChunkedDocuments(IterableDataset):
         batch_size: chunks that a worker yields in turn. With the `DataLoader`'s batch size, batches and their order do
             not depend on the number of workers either. Under `Trainer` that is `per_device_train_batch_size`: its
             first process loads the batches of all.
+
+    Raises:
+        TypeError: a single text or mapping as `documents`, `repeat` with an iterator, or a `batch_size` that is no
+            integer.
+        ValueError: a `batch_size` below 1.
     """
 
     def __init__(
@@ -449,6 +550,8 @@ class ChunkedDocuments(IterableDataset):
         repeat: bool = False,
         batch_size: int = 1,
     ):
+        _check_documents(documents, repeat)
+        _check_integers(batch_size=batch_size)
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}, must be at least 1")
         self.documents = documents

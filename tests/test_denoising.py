@@ -3,6 +3,7 @@
 import json
 import math
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -33,6 +34,11 @@ def make_tokenizer(extra_ids=100):
 @pytest.fixture(scope="module")
 def tokenizer():
     return make_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return CoLT5Tokenizer.from_pretrained(Path(__file__).parents[1] / "tokenization/python_stdlib")
 
 
 def random_tokens(length, seed=0):
@@ -315,6 +321,32 @@ def test_text_that_spells_a_sentinel_stays_text(tokenizer):
     assert tokenizer.decode(chunk["input_ids"]) == "ab <extra_id _0> cd</s>"
 
 
+@pytest.mark.parametrize(
+    "spelling",
+    ["</s>", "<pad>", "<unk>", "[NLU]", "[S2S]", "<extra_id_7>", "＜/s＞", "<ｐad>", "＜unk>", "<extra_id＿7>"],
+)
+@pytest.mark.parametrize("text", ["{}", "a = '{}'  # wide： ＞\n    b", "x<{0}{0}>", "é 　{} \x1c{}"])
+def test_text_that_spells_a_special_token_stays_text(spelling, text, shipped):
+    """Also in wide letters, which the vocabulary's rules make narrow; a special token is only at a text's end."""
+    collator = DataCollatorForDenoising(shipped, 256, denoiser=SpanCorruption(mode="R"))
+    (chunk,) = chunk_documents([text.format(spelling, spelling)], collator)
+    *ids, end = chunk["input_ids"].tolist()
+    assert end == shipped.eos_token_id
+    # what the vocabulary has no piece for is <unk> with and without the spelling
+    unknown = shipped(text.format("", ""))["input_ids"].count(shipped.unk_token_id)
+    assert [i for i in ids if i in shipped.all_special_ids] == [shipped.unk_token_id] * unknown
+    # all of its letters are there
+    read = "".join(shipped.decode([i for i in ids if i != shipped.unk_token_id]).split())
+    plain = "".join(shipped.backend_tokenizer.normalizer.normalize_str(text.format(spelling, spelling)).split())
+    assert read == plain.replace("é", "")
+
+
+@pytest.mark.parametrize("text", ["def f(x):\n    return x  # 　ﬁ ＞", "a > b < c [x] /s pad", "\tñ\n\n  日本　語"])
+def test_other_text_is_tokenized_as_it_is(text, shipped):
+    (chunk,) = chunk_documents([text], DataCollatorForDenoising(shipped, 256))
+    assert chunk["input_ids"].tolist() == shipped(text)["input_ids"]
+
+
 def test_empty_texts_are_skipped_and_bad_ones_named(tokenizer):
     collator = DataCollatorForDenoising(tokenizer, 64)
     assert list(chunk_documents(["", " \n", {"text": ""}, {"input_ids": []}], collator)) == []
@@ -329,11 +361,45 @@ def test_empty_texts_are_skipped_and_bad_ones_named(tokenizer):
     with pytest.raises(ValueError, match="no text"):
         next(chunk_documents([""], collator, repeat=True))
     # a single one would be read character by character, or key by key
-    for single in ("ab", {"text": "ab"}):
-        with pytest.raises(TypeError, match="documents is a .*; it must be several"):
-            next(chunk_documents(single, collator))
-    with pytest.raises(ValueError, match=r"input_ids of document 1 have shape \(1, 2\)"):
-        list(chunk_documents(["ab", {"input_ids": [[4, 5]]}], collator))
+    for single in ("ab", b"ab", {"text": "ab"}):
+        for read in (
+            lambda given: next(chunk_documents(given, collator)),
+            lambda given: ChunkedDocuments(given, collator),
+        ):
+            with pytest.raises(TypeError, match="documents is a .* put a single one into a list"):
+                read(single)
+    with pytest.raises(TypeError, match="read again"):
+        ChunkedDocuments(iter(["ab"]), collator, repeat=True)
+
+
+@pytest.mark.parametrize(
+    ("input_ids", "error", "match"),
+    [
+        ([[4, 5]], ValueError, r"have shape \(1, 2\); they must be one row"),
+        ([[4, 5], [6]], ValueError, "must be one row"),
+        (4, ValueError, r"have shape \(\); they must be one row"),
+        ([4.5, 5.0], TypeError, "are float64; they must be integers"),
+        (["a"], TypeError, "must be integers"),
+        (None, ValueError, "must be one row"),
+        ([4, -100], ValueError, "hold -100; they must be at least 0"),
+        (
+            torch.tensor([4, 47, 5]),
+            ValueError,
+            "hold the sentinel <extra_id_99>, which only the collator may put there",
+        ),
+    ],
+)
+def test_ready_tokens_that_cannot_be_are_refused_with_the_documents_number(input_ids, error, match, tokenizer):
+    chunks = chunk_documents(["ab", {"input_ids": input_ids}], DataCollatorForDenoising(tokenizer, 64))
+    with pytest.raises(error, match=f"input_ids of document 1 {match}" if match[0] != "m" else match):
+        list(chunks)
+
+
+def test_ready_tokens_may_be_a_list_an_array_or_a_tensor(tokenizer):
+    collator = DataCollatorForDenoising(tokenizer, 64)
+    rows = [[4, 5], np.array([4, 5], dtype=np.uint16), torch.tensor([4, 5], dtype=torch.int32), []]
+    (chunk,) = chunk_documents([{"input_ids": row} for row in rows], collator)
+    assert chunk["input_ids"].tolist() == [4, 5, 1] * 3
 
 
 def test_a_chunk_that_does_not_fit_is_refused(tokenizer):
@@ -379,10 +445,29 @@ def test_impossible_values_are_refused(make, match):
     [
         ({"input_length": 64.5}, "input_length is 64.5"),
         ({"input_length": 64, "target_length": 20.0}, "target_length is 20.0"),
+        ({"input_length": None}, "input_length is None"),
+        ({"input_length": True}, "input_length is True"),
         ({"input_length": 64, "seed": "1"}, "seed is '1'"),
+        ({"input_length": 64, "seed": None}, "seed is None"),
         ({"input_length": 64, "denoiser": [SpanCorruption()]}, "denoiser is a list"),
     ],
 )
 def test_arguments_of_another_type_are_refused(given, match):
     with pytest.raises(TypeError, match=match):
         DataCollatorForDenoising(make_tokenizer(), **given)
+
+
+def test_other_kinds_in_a_mixture_or_as_batch_size_are_refused():
+    for denoisers in (SpanCorruption(), ["R"], [MixtureOfDenoisers()]):
+        with pytest.raises(TypeError, match="denoisers is .* sequence of SpanCorruption and PrefixLM"):
+            MixtureOfDenoisers(denoisers)
+    with pytest.raises(TypeError, match="batch_size is 1.5"):
+        ChunkedDocuments([], DataCollatorForDenoising(make_tokenizer(), 64), batch_size=1.5)
+
+
+def test_numpys_integers_are_integers(tokenizer):
+    numbers = {"input_length": np.int64(64), "target_length": np.int32(20), "seed": np.uint8(3)}
+    chunk = {"input_ids": random_tokens(40)}
+    batch = DataCollatorForDenoising(tokenizer, **numbers)([chunk])
+    expected = DataCollatorForDenoising(tokenizer, 64, 20, seed=3)([chunk])
+    assert all(torch.equal(batch[name], expected[name]) for name in expected)
