@@ -22,20 +22,21 @@ def size_scaled_groups(model: nn.Module, learning_rate: float) -> list[dict[str,
 
     Args:
         model: its parameters that need gradients; frozen ones are left out.
-        learning_rate: relative to a parameter's size, above 0.
+        learning_rate: relative to a parameter's size, above 0 and finite.
 
     Raises:
-        ValueError: for a learning rate that is not above 0, a parameter that is not finite, or a model of which
-            nothing needs gradients.
+        ValueError: for a learning rate that is not above 0 or not finite, a parameter that is not finite, or a model
+            of which nothing needs gradients.
     """
-    if not learning_rate > 0:
-        raise ValueError(f"learning_rate is {learning_rate}; it must be above 0")
+    if not 0 < learning_rate < math.inf:
+        raise ValueError(f"learning_rate is {learning_rate}; it must be above 0 and finite")
     groups: dict[float, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            size = float(parameter.detach().float().square().mean().sqrt())
-            if parameter.numel() and not math.isfinite(size):
-                raise ValueError(f"{name} has a size of {size}; all numbers of a parameter must be finite")
+            # the mean of no numbers is no number, and no size
+            size = float(parameter.detach().float().square().mean().sqrt()) if parameter.numel() else 0.0
+            if not math.isfinite(size):
+                raise ValueError(f"{name} has a size of {size}; the parameter and its square must be finite")
             size = max(size, LEAST_SIZE)
             groups.setdefault(float(f"{size:.1e}"), []).append(parameter)
     if not groups:

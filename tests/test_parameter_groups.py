@@ -1,6 +1,7 @@
 """Learning rates relative to the parameters' sizes, against the first step of Transformers' Adafactor."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -43,11 +44,20 @@ def test_frozen_parameters_are_left_out() -> None:
 
 def test_what_cannot_be_trained_is_refused() -> None:
     model = torch.nn.Linear(2, 2)
-    with pytest.raises(ValueError, match="learning_rate is 0"):
-        size_scaled_groups(model, 0)
-    with torch.no_grad():
-        model.bias[0] = torch.nan
-    with pytest.raises(ValueError, match="bias has a size of nan"):
-        size_scaled_groups(model, 0.1)
+    for rate in (0, -1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match=f"learning_rate is {rate}; it must be above 0 and finite"):
+            size_scaled_groups(model, rate)
+    for number in (math.nan, math.inf, -math.inf):
+        with torch.no_grad():
+            model.bias[0] = number
+        with pytest.raises(ValueError, match=f"bias has a size of {abs(number)}"):
+            size_scaled_groups(model, 0.1)
     with pytest.raises(ValueError, match="no parameter"):
         size_scaled_groups(model.requires_grad_(False), 0.1)
+
+
+def test_a_parameter_without_numbers_has_a_rate() -> None:
+    """As a rank's share of a sharded parameter may be."""
+    model = torch.nn.ParameterList([torch.ones(3), torch.empty(0)])
+    rates = {group["params"][0].numel(): group["lr"] for group in size_scaled_groups(model, 0.1)}
+    assert rates == {3: 0.1, 0: pytest.approx(1e-4)}
