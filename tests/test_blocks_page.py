@@ -1,15 +1,23 @@
-"""docs/blocks.md: its block runs, and its tables have every class and option of colt5-attention 0.11.2."""
+"""docs/blocks.md: its blocks run, and its tables have every class and option of colt5-attention 0.11.2."""
 
 import dataclasses
 import inspect
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from rounding import assert_same_but_for_rounding
 
 import modeling_colt5
-from modeling_colt5 import CoLT5Config, CoLT5VisionConfig
+from modeling_colt5 import (
+    CoLT5ConditionalAttention,
+    CoLT5ConditionalBlock,
+    CoLT5ConditionalFeedForward,
+    CoLT5Config,
+    CoLT5VisionConfig,
+)
 
 PAGE = Path(__file__).resolve().parents[1] / "docs/blocks.md"
 # what `colt5_attention/__init__.py` names
@@ -62,13 +70,39 @@ def test_what_stands_for_them_exists() -> None:
                 assert set(used) <= ours, (code, set(used) - ours)
 
 
-def test_the_pages_block_runs(capsys: pytest.CaptureFixture) -> None:
-    (block,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.S)
-    namespace: dict = {}
+def run_block(number: int, **namespace: Any) -> dict[str, Any]:
+    """Run a Python block of the page, with these names; gives all names that there are then."""
+    block = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.S)[number]
     exec(compile(block, str(PAGE), "exec"), namespace)
+    return namespace
+
+
+def test_the_pages_block_runs(capsys: pytest.CaptureFixture) -> None:
+    namespace = run_block(0)
     assert capsys.readouterr().out == "torch.Size([2, 64])\n"
     parts = torch.cat([namespace["first"], namespace["second"]], 1)
     # a cache is the whole, to rounding
     torch.testing.assert_close(parts, namespace["whole"], rtol=1e-4, atol=1e-4)
     assert namespace["read"].shape == (2, 8, 256)
     assert namespace["grids"].shape == (2, 24, 32, 256)
+
+
+@torch.no_grad()
+def test_with_the_weights_that_the_page_loads_modules_are_a_models_layer() -> None:
+    block = CoLT5ConditionalBlock(256, light_d_ff=128, heavy_d_ff=1024, d_kv=32).eval()
+    loaded = run_block(1, block=block)
+    encoder = loaded["model"].eval().encoder
+    states = torch.randn(2, 96, 256)
+    expected = encoder(inputs_embeds=states).last_hidden_state
+    assert_same_but_for_rounding(encoder.final_layer_norm(block(states))[0], expected)
+    # sublayer by sublayer
+    attention = CoLT5ConditionalAttention(256, d_kv=32).eval()
+    feed_forward = CoLT5ConditionalFeedForward(256, light_d_ff=128, heavy_d_ff=1024).eval()
+    attention.layer.load_state_dict(encoder.block[0].layer[0].state_dict())
+    feed_forward.layer.load_state_dict(encoder.block[0].layer[1].state_dict())
+    assert not torch.allclose(feed_forward(attention(states)), block(states), atol=1e-3), (
+        "the biases are still to come"
+    )
+    for name in ("light_relative_attention_bias", "heavy_relative_attention_bias"):
+        getattr(attention, name).load_state_dict(getattr(encoder, name).state_dict())
+    assert_same_but_for_rounding(encoder.final_layer_norm(feed_forward(attention(states)))[0], expected)
