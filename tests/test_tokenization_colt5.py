@@ -313,6 +313,49 @@ def test_training_gives_t5s_form_and_the_same_file_twice(script, keep_whitespace
     assert all(tokenizer(text)["input_ids"] == theirs(text)["input_ids"] for text in TEXTS)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--vocab_size", "60"], "vocab_size is 60; it must be at least 98, for any text$"),
+        (["--vocab_size", "-1"], "vocab_size is -1; it must be at least 98"),
+        (["--vocab_size", "60", "--keep_whitespace"], "at least 171, for any text, 73 layout tokens among them"),
+        (["--vocab_size", "170", "--keep_whitespace"], "vocab_size is 170; it must be at least 171"),
+        (["--extra_ids", "-1"], "extra_ids is -1; it must be at least 0"),
+        (["--character_coverage", "0.9"], "character_coverage is 0.9; it must be from 0.98 to 1"),
+        (["--character_coverage", "nan"], "character_coverage is nan"),
+        (["--vocab_size", "5000"], r"Vocabulary size too high \(5000\). Please set it to a value <= \d+.$"),
+        (["--vocab_size", "5000", "--keep_whitespace"], r"too high \(4927\).* without the 73 layout tokens"),
+    ],
+)
+def test_what_cannot_be_trained_is_one_line(script, options, message, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox\n" * 9, encoding="utf-8")
+    with pytest.raises(SystemExit, match=message) as error:
+        script.main([str(tmp_path / "out"), "--files", str(text), *options])
+    assert str(error.value).startswith("train_vocabulary.py: ") and "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("keep_whitespace", [False, True])
+def test_the_least_size_is_the_least_that_can_be_trained(script, keep_whitespace):
+    """Of text of no other characters. One less is refused before sentencepiece would refuse it."""
+    least = 98 + 73 * keep_whitespace
+    tokenizer = script.train(["abc"] * 9, least, keep_whitespace=keep_whitespace, extra_ids=0)
+    assert len(tokenizer) == least
+    with pytest.raises(ValueError, match=f"vocab_size is {least - 1}"):
+        script.train(["abc"] * 9, least - 1, keep_whitespace=keep_whitespace, extra_ids=0)
+
+
+def test_files_that_are_not_there_are_named(script, tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(SystemExit, match=r"^train_vocabulary.py: --files has .*none.txt, .*, where no file is$"):
+        script.main(
+            [str(tmp_path / "out"), "--files", *(str(tmp_path / name) for name in ("empty.txt", "none.txt", ""))]
+        )
+    with pytest.raises(SystemExit, match="there is no text to train on"):
+        script.main([str(tmp_path / "out"), "--files", str(tmp_path / "empty.txt")])
+
+
 @pytest.mark.slow
 def test_the_standard_library_is_found(script):
     files = script.standard_library()

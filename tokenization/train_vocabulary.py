@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 import sysconfig
 from collections.abc import Iterable, Iterator
 from io import BytesIO
@@ -20,6 +21,13 @@ LAYOUT_TOKENS = ["\n" + " " * width for width in range(41)] + ["\t"] + [" " * wi
 EXCLUDED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
 
 
+# these always have a piece of their own: printable ASCII, pad, eos and unk, and what a space becomes
+REQUIRED_CHARACTERS = "".join(map(chr, range(33, 127)))
+LEAST_PIECES = len(REQUIRED_CHARACTERS) + 4
+# sentencepiece takes no other
+LEAST_COVERAGE = 0.98
+
+
 def standard_library() -> list[Path]:
     """The source files of the running Python's standard library, without its tests, in order of path."""
     root = Path(sysconfig.get_paths()["stdlib"])
@@ -31,6 +39,32 @@ def lines_of(files: Iterable[Path]) -> Iterator[str]:
     """The lines of UTF-8 files, without their ends; what is not UTF-8 becomes U+FFFD."""
     for file in files:
         yield from file.read_text(encoding="utf-8", errors="replace").splitlines()
+
+
+def check_files(files: Iterable[Path]) -> None:
+    """Refuse what cannot be read as text, before anything is trained.
+
+    Raises:
+        ValueError: naming all that are no files.
+    """
+    if missing := [str(file) for file in files if not file.is_file()]:
+        raise ValueError(f"--files has {', '.join(missing)}, where no file is")
+
+
+def check_numbers(vocab_size: int, layout: int, extra_ids: int, character_coverage: float) -> None:
+    """Refuse what no text could be trained with; `layout` is the number of layout tokens.
+
+    Raises:
+        ValueError: naming the first of them.
+    """
+    least = LEAST_PIECES + layout
+    if vocab_size < least:
+        counted = f", {layout} layout tokens among them" if layout else ""
+        raise ValueError(f"vocab_size is {vocab_size}; it must be at least {least}, for any text{counted}")
+    if extra_ids < 0:
+        raise ValueError(f"extra_ids is {extra_ids}; it must be at least 0")
+    if not LEAST_COVERAGE <= character_coverage <= 1:
+        raise ValueError(f"character_coverage is {character_coverage}; it must be from {LEAST_COVERAGE} to 1")
 
 
 def train(
@@ -57,26 +91,39 @@ def train(
         character_coverage: share of the text's characters that get a piece of their own. Printable ASCII always does.
 
     Raises:
-        RuntimeError: `vocab_size` is too large or too small for the text (sentencepiece says what would fit).
+        ValueError: before training, `vocab_size` is too small for any text, `extra_ids` is below 0, or
+            `character_coverage` is not from 0.98 to 1.
+        RuntimeError: `vocab_size` is too large or too small for this text (sentencepiece says what would fit, without
+            the layout tokens), or there is no text.
     """
     layout = LAYOUT_TOKENS if keep_whitespace else []
+    check_numbers(vocab_size, len(layout), extra_ids, character_coverage)
     model = BytesIO()
-    SentencePieceTrainer.train(
-        sentence_iterator=iter(lines),
-        model_writer=model,
-        model_type="unigram",
-        vocab_size=vocab_size - len(layout),
-        normalization_rule_name="nmt_nfkc",
-        character_coverage=character_coverage,
-        required_chars="".join(map(chr, range(33, 127))),
-        pad_id=0,
-        eos_id=1,
-        unk_id=2,
-        bos_id=-1,
-        # sums over threads depend on how many there are
-        num_threads=1,
-        minloglevel=1,
-    )
+    try:
+        SentencePieceTrainer.train(
+            sentence_iterator=iter(lines),
+            model_writer=model,
+            model_type="unigram",
+            vocab_size=vocab_size - len(layout),
+            normalization_rule_name="nmt_nfkc",
+            character_coverage=character_coverage,
+            required_chars=REQUIRED_CHARACTERS,
+            pad_id=0,
+            eos_id=1,
+            unk_id=2,
+            bos_id=-1,
+            # sums over threads depend on how many there are
+            num_threads=1,
+            minloglevel=1,
+        )
+    except RuntimeError as error:
+        if "sentences_.empty()" in str(error):
+            raise RuntimeError("there is no text to train on: all lines are empty") from error
+        if layout:
+            raise RuntimeError(
+                f"{error} These sizes are without the {len(layout)} layout tokens, which vocab_size counts"
+            ) from error
+        raise
     proto = sentencepiece_model_pb2.ModelProto()
     proto.ParseFromString(model.getvalue())
     # more digits than these are noise of the last bits, and half the file
@@ -127,14 +174,18 @@ def main(arguments: list[str] | None = None) -> None:
         "--character_coverage", type=float, default=0.9995, help="share of characters with a piece of their own"
     )
     options = parser.parse_args(arguments)
-    tokenizer = train(
-        lines_of(options.files or standard_library()),
-        options.vocab_size,
-        keep_whitespace=options.keep_whitespace,
-        mode_tokens=options.mode_tokens,
-        extra_ids=options.extra_ids,
-        character_coverage=options.character_coverage,
-    )
+    try:
+        check_files(options.files or [])
+        tokenizer = train(
+            lines_of(options.files or standard_library()),
+            options.vocab_size,
+            keep_whitespace=options.keep_whitespace,
+            mode_tokens=options.mode_tokens,
+            extra_ids=options.extra_ids,
+            character_coverage=options.character_coverage,
+        )
+    except (ValueError, OSError, RuntimeError) as error:
+        sys.exit(f"train_vocabulary.py: {' '.join(str(error).split())}")
     save_data(tokenizer, options.output)
     print(f"{options.output}: {len(tokenizer)} tokens")
 
