@@ -6,7 +6,8 @@ r"""Fine-tune CoLT5 on long-document summarisation, or on questions about long d
 With `--query_column` the input is the query, a newline, and the document, and exact match and F1 are reported as well.
 A folder of .txt and .pdf files does as well, with a metadata.jsonl in it that has a file's name and its summary in a
 row.
-All options of `Seq2SeqTrainingArguments` work; `--resume_from_checkpoint` continues an interrupted run.
+All options of `Seq2SeqTrainingArguments` work, but for `--predict_with_generate false`: ROUGE is of generated texts.
+`--resume_from_checkpoint` continues an interrupted run.
 """
 
 from collections.abc import Callable
@@ -63,7 +64,15 @@ class TaskArguments(DataArguments):
 class RunArguments(TrainingDefaults, Seq2SeqTrainingArguments):
     """Trainer's arguments, with the defaults of these scripts."""
 
+    predict_with_generate: bool = field(
+        default=True, metadata={"help": "evaluate what the model generates; must be true, for ROUGE and F1 need texts"}
+    )
+
     def __post_init__(self) -> None:
+        if not self.predict_with_generate:
+            raise ValueError(
+                "predict_with_generate is false; it must be true, for ROUGE and F1 are of generated texts"
+            )
         # a limit counts the token that decoding starts with
         check_least(2, generation_max_length=self.generation_max_length)
         check_least(1, generation_num_beams=self.generation_num_beams)
@@ -74,7 +83,6 @@ def prepare(argv: list[str] | None = None) -> Callable[[], dict[str, float]]:
     """Check the rows, load the model; gives what trains, evaluates and saves."""
     kinds = (FineTunedModelArguments, RouterArguments, TaskArguments, RunArguments)
     model_arguments, routers, task, training = parse_arguments(kinds, __doc__, argv)
-    training.predict_with_generate = True
     check_model(model_arguments)
     set_seed(training.seed)
 

@@ -258,6 +258,17 @@ def test_missing_columns_and_broken_files_are_named_before_anything_is_written(t
     assert not (tmp_path / "out").exists()
 
 
+def test_evaluation_without_generated_texts_is_refused(tmp_path):
+    """Also where there are no files; by default, and where it is asked for, the model generates."""
+    kinds = (finetune_seq2seq.RunArguments,)
+    for given in ([], ["--predict_with_generate"], ["--predict_with_generate", "true"]):
+        options = ["--output_dir", str(tmp_path / "out"), "--use_cpu", "true", *given]
+        (training,) = model_arguments.parse_arguments(kinds, None, options)
+        assert training.predict_with_generate is True
+    with pytest.raises(ValueError, match="predict_with_generate is false; it must be true"):
+        finetune_seq2seq.main([*seq2seq_arguments(tmp_path, ROWS), "--predict_with_generate", "false"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
