@@ -167,6 +167,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=30, help="steps of training; 0 for none")
     parser.add_argument("--output-dir", type=Path, default=Path(".demo"), help="where the trained model goes")
     options = parser.parse_args(argv)
+    if options.steps < 0:
+        parser.error(f"--steps is {options.steps}; it must be at least 0")
     set_seed(0)
     logging.disable_progress_bar()
 
@@ -179,7 +181,8 @@ def main(argv: list[str] | None = None) -> None:
             raise SourceError(f"{file}: has no annotations; the demo needs a module that has some, to count")
         model, tokenizer = load(options.model)
     except (ValueError, OSError) as error:
-        sys.exit(f"demo.py: {str(error).splitlines()[0]}")
+        first, *_ = str(error).splitlines() or [type(error).__name__]
+        sys.exit(f"demo.py: {first}")
 
     parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     length = len(tokenizer(source.text, verbose=False)["input_ids"])

@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import annotate_types
+import demo
 import pytest
 import torch
 from annotate_types import annotate, read_source
@@ -186,6 +187,14 @@ def test_a_missing_model_is_one_line(file, tmp_path, monkeypatch):
     with pytest.raises(SystemExit) as error:
         annotate_types.main([str(file), "--model", str(tmp_path / "none")])
     assert "\n" not in str(error.value) and "where no folder is" in str(error.value)
+
+
+def test_the_demo_refuses_a_missing_model_and_steps_below_none(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="^demo.py: model is .*none', where no folder is"):
+        demo.main(["--model", str(tmp_path / "none")])
+    with pytest.raises(SystemExit):
+        demo.main(["--steps", "-1"])
+    assert "--steps is -1; it must be at least 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("given", ["5", "-0.1", "nan"])

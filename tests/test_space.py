@@ -97,6 +97,11 @@ def test_an_uploaded_file_is_read_in_its_encoding(page, tmp_path):
     assert page.upload(None) == ("", "")
 
 
+def test_a_missing_model_is_one_line(tmp_path):
+    with pytest.raises(SystemExit, match="^app.py: model is .*none', where no folder is"):
+        app.main(["--model", str(tmp_path / "none")])
+
+
 @pytest.fixture(scope="module")
 def address(page) -> Any:
     blocks, address = app.launch(page, prevent_thread_lock=True, quiet=True, server_name="127.0.0.1")

@@ -251,7 +251,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", default=str(CHECKPOINT), help="a checkpoint's folder, or its name on the Hub")
     parser.add_argument("--port", type=int, help="default: the first free one from 7860")
     arguments = parser.parse_args(argv)
-    launch(Page(*load(arguments.model)), server_port=arguments.port)
+    try:
+        page = Page(*load(arguments.model))
+    except (ValueError, OSError) as error:
+        first, *_ = str(error).splitlines() or [type(error).__name__]
+        sys.exit(f"app.py: {first}")
+    launch(page, server_port=arguments.port)
 
 
 if __name__ == "__main__":
