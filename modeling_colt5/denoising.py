@@ -430,7 +430,7 @@ def _breaker_of(tokenizer: Any) -> Callable[[str], str]:
     tokens = sorted((token for token in special if not token.startswith("<extra_id_")), key=len, reverse=True)
     parts = [("<extra_id_", "<extra_id _")]
     parts += [(token, f"{token[:-1]} {token[-1]}") for token in tokens if len(token) > 1 and not token.isspace()]
-    normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
+    normalizer: Any = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
 
     def broken(text: str) -> str:
         for whole, apart in parts:

@@ -2,8 +2,10 @@
 
 import ast
 import os
+import re
 import stat
 import subprocess
+import sys
 from pathlib import Path
 
 import annotate_types
@@ -255,3 +257,34 @@ def test_more_places_than_sentinels_take_more_passes(answers, file):
     given[:] = [("int", 1.0)] * 240
     annotated = annotate(read_source(file), None, tokenizer)
     assert len(asked) == 3 and annotated.text.count("a: int, b: int, c: int) -> int") == 60
+
+
+# runs the shipped checkpoint once
+def test_a_space_of_ones_own_has_what_the_page_needs(tmp_path):
+    """What is read of the repository is in the folders that the Space's page copies, and all of these are read."""
+    page = (ROOT / "spaces/python-types/README.md").read_text(encoding="utf-8")
+    *folders, space = re.search(r"cp -rL (.+)", page)[1].split()
+    assert space == "space"
+    (tmp_path / "module.py").write_text("def f(a): ...\n")
+    program = """
+import sys
+read = []
+sys.addaudithook(lambda event, given: read.append(str(given[0])) if event == "open" else None)
+import annotate_types
+from modeling_colt5 import show_routing
+annotate_types.main(sys.argv[1:])
+print("\\n".join(read))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "module.py")],
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'examples'}", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    paths = [Path(line) for line in done.stdout.splitlines() if line.startswith(f"{ROOT}{os.sep}")]
+    inside = {path.relative_to(ROOT).parts[0] for path in paths if "site-packages" not in path.parts}
+    # an environment in the folder and its notes on the package, .venv and .egg-info, are none of the repository
+    assert {name for name in inside if name.isidentifier()} == set(folders)
