@@ -18,6 +18,8 @@ logger = logging.get_logger(__name__)
 
 # a chunk's denoiser is drawn from its first tokens: enough of them to differ from chunk to chunk
 _HEAD = 64
+# what a tokenizer's rules may turn into another character
+_UNUSUAL = re.compile(r"[^\t\n\r -~]")
 
 
 @dataclass(frozen=True)
@@ -427,7 +429,8 @@ def _breaker_of(tokenizer: Any) -> Callable[[str], str]:
     special = {str(token) for token in tokenizer.all_special_tokens}
     special |= {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     # of sentinels the beginning is enough. The longest first: one may be a part of another
-    tokens = sorted((token for token in special if not token.startswith("<extra_id_")), key=len, reverse=True)
+    rest = [token for token in special if not token.startswith("<extra_id_")]
+    tokens = sorted(rest, key=lambda token: (-len(token), token))
     parts = [("<extra_id_", "<extra_id _")]
     parts += [(token, f"{token[:-1]} {token[-1]}") for token in tokens if len(token) > 1 and not token.isspace()]
     normalizer: Any = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
@@ -439,7 +442,7 @@ def _breaker_of(tokenizer: Any) -> Callable[[str], str]:
 
     def broken_word(match: re.Match[str]) -> str:
         word = match[0]
-        if word.isascii() and word.isprintable():
+        if _UNUSUAL.search(word) is None:
             return word
         # NFKC makes < of a wide ＜, and the pieces hold the special tokens
         normal = normalizer.normalize_str(word)
@@ -447,7 +450,7 @@ def _breaker_of(tokenizer: Any) -> Callable[[str], str]:
 
     def break_all(text: str) -> str:
         text = broken(text)
-        if normalizer is None or (text.isascii() and text.isprintable()):
+        if normalizer is None or _UNUSUAL.search(text) is None:
             return text
         return re.sub(r"[^ \t\n\r]+", broken_word, text)
 
