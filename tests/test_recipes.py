@@ -11,6 +11,7 @@ from models import tiny_model
 
 from modeling_colt5 import (
     CoLT5EncoderModel,
+    CoLT5ForCausalLM,
     CoLT5ForConditionalGeneration,
     CoLT5ForQuestionAnswering,
     CoLT5ForSequenceClassification,
@@ -25,6 +26,7 @@ FOLDERS = {
     "my-classifier": CoLT5ForSequenceClassification,
     "my-tagger": CoLT5ForTokenClassification,
     "my-encoder": CoLT5EncoderModel,
+    "my-writer": CoLT5ForCausalLM,
 }
 # a ligature, which the vocabulary's normalisation makes two letters, and runs of white space
 REPORT = "import os\n\n\ndef ﬁnd(path,  name):\n    return os.path.join(path, name)  # written by a cat\n"
@@ -146,6 +148,18 @@ def test_pipelines_give_what_plain_calls_give(page):
     padded = page["read"](texts, batch_size=2, return_tensors=True)
     states = page["read"].model(**batch).last_hidden_state.cpu()
     torch.testing.assert_close(padded[1][0][: len(ids[0])], states[1, : len(ids[0])], rtol=1e-4, atol=1e-4)
+
+
+def test_a_text_is_continued_behind_its_last_token(page):
+    """As by `generate` on the prompt's tokens without an end mark, which the pipeline's default would add."""
+    tokenizer, model, prompt = page["tokenizer"], page["write"].model, page["prompt"]
+    ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"].to(model.device)
+    assert tokenizer.eos_token_id not in ids
+    generated = model.generate(ids, max_new_tokens=20, do_sample=False)[0, ids.shape[1] :]
+    text = tokenizer.decode(generated, skip_special_tokens=True)
+    assert page["continued"] == text != ""
+    by_default = {name: value for name, value in page["how"].items() if name != "add_special_tokens"}
+    assert page["write"](prompt, **by_default)[0]["generated_text"] != text
 
 
 def test_a_spread_model_generates_the_same(page):
