@@ -334,13 +334,13 @@ def state_file(run: Run, folder: Path) -> Path:
     return folder / f"router_gym-{'-'.join(map(str, asdict(run).values()))}.state"
 
 
-def train(run: Run, settings: Settings, device: torch.device, folder: Path) -> dict[str, Any]:
+def train(run: Run, settings: Settings, device: torch.device, folder: Path | None = None) -> dict[str, Any]:
     """Do a run, or what is left of one that was cut off; its line of the results.
 
     Args:
         run, settings: what to do.
         device: where.
-        folder: of the run's state.
+        folder: of the run's state; None for a run that keeps none.
     """
     began = time.perf_counter()
     task, config = task_of(run), make_config(run, settings)
@@ -364,8 +364,10 @@ def train(run: Run, settings: Settings, device: torch.device, folder: Path) -> d
     curve: list[dict[str, Any]] = []
     flops = 0
     own = str((run, settings))
-    state = state_file(run, folder)
-    saved = torch.load(state, map_location="cpu", weights_only=True) if state.exists() else None
+    state = None if folder is None else state_file(run, folder)
+    saved = None
+    if state is not None and state.exists():
+        saved = torch.load(state, map_location="cpu", weights_only=True)
     if saved is not None and saved["own"] == own:
         model.load_state_dict(saved["model"])
         step_of.load_state_dict(saved["step"])
@@ -378,12 +380,13 @@ def train(run: Run, settings: Settings, device: torch.device, folder: Path) -> d
         if not is_measured and (step % settings.eval_every == 0 or step == run.steps or step in EARLY_STEPS):
             point = measure_point(model, held_out, probe, settings, task.vocab_size)
             curve.append({"step": step, "flops": flops} | point)
-            states = {"model": model.state_dict(), "step": step_of.state_dict()}
-            states |= {"examples": generator.get_state(), "random": random.get_rng_state()}
-            seconds = time.perf_counter() - began
-            unfinished = state.with_suffix(".unfinished")
-            torch.save({"own": own, "curve": curve, "flops": flops, "seconds": seconds} | states, unfinished)
-            unfinished.replace(state)
+            if state is not None:
+                states = {"model": model.state_dict(), "step": step_of.state_dict()}
+                states |= {"examples": generator.get_state(), "random": random.get_rng_state()}
+                seconds = time.perf_counter() - began
+                unfinished = state.with_suffix(".unfinished")
+                torch.save({"own": own, "curve": curve, "flops": flops, "seconds": seconds} | states, unfinished)
+                unfinished.replace(state)
         if step == run.steps:
             break
         progress = start.progress(step, run.steps) if start is not None else None
