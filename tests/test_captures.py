@@ -112,7 +112,7 @@ def test_streams_join_only_where_they_parted(monkeypatch: pytest.MonkeyPatch) ->
 
 @ROADS
 @pytest.mark.gpu
-def test_a_capture_has_heavy_branches_on_another_stream_and_the_same_bits(
+def test_a_capture_has_the_same_bits_and_a_straight_line_its_heavy_branches_on_another_stream(
     straight: bool, model: CoLT5EncoderModel, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sides, heavy = [], EncoderPlan.heavy
@@ -125,7 +125,8 @@ def test_a_capture_has_heavy_branches_on_another_stream_and_the_same_bits(
     monkeypatch.setattr(EncoderPlan, "heavy", noted)
     inputs = batch(device, 160)
     replay = capture(lambda: states(model, inputs))
-    assert sides[0] is None and sides[-1] is not None
+    # modules have one stream
+    assert (sides[0] is None and sides[-1] is not None) if straight else not sides
     for _ in range(3):
         inputs["input_ids"].copy_(random_ids(2, 160))
         assert torch.equal(replay(), states(model, inputs))
