@@ -435,3 +435,10 @@ def bias_by_distance(bias: nn.Module) -> torch.Tensor:
     table = bias(own.bucket_beside_weight()).movedim(-1, 0)
     # one copy, whatever the dtype: the first leaves fp32 as it is, the second what the first has copied
     return table.to(accumulation_dtype(table.dtype), memory_format=torch.contiguous_format).contiguous()
+
+
+def causal_table(table: torch.Tensor) -> torch.Tensor:
+    """A bias by distance, [num_heads, 2 * max_distance + 1], with minus infinity for keys after their query."""
+    max_distance = table.shape[-1] // 2
+    distance = torch.arange(-max_distance, max_distance + 1, device=table.device)
+    return table.masked_fill(distance > 0, float("-inf"))

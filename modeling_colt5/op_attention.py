@@ -1,8 +1,9 @@
-"""Attention to what is near and among routed tokens, of texts and of grids: in PyTorch, the operator with its kernels,
-and the public functions.
+"""Attention to what is near, among routed tokens, and to everything, of texts and of grids: in PyTorch, the operator
+with its kernels, and the public functions.
 
 Near is a band of a text, or a square window of a grid. In PyTorch both are cut into blocks, so that memory is linear
-in the number of tokens. The bias goes by distance, or in a grid by the offset of two places.
+in the number of tokens. The bias goes by distance, or in a grid by the offset of two places. To everything is a band
+of a text that is wide enough.
 """
 
 import functools
@@ -351,9 +352,10 @@ def attention_reference(
     Args:
         query: [batch, queries, heads, d_kv]; the places of a grid are counted row by row.
         key, value: [batch, keys, key/value heads, d_kv].
-        bias_table: as of the two functions above.
+        bias_table: as of the two functions above; entries may be minus infinity, but for the one of distance 0.
         width: of the grid; None for a text.
-        radius: positions, or places, to each side; not read where positions are given.
+        radius: positions, or places, to each side; not read where positions are given. Where there are not as many
+            keys as queries, it must reach all of them.
         query_positions, key_positions: int64 [batch, queries] and [batch, keys], or None for what is near.
         mask: bool [batch, keys], True for keys to read; None for all.
         dropout: probability of dropping an attention probability.
@@ -375,6 +377,9 @@ def attention_reference(
     if query_positions is not None and key_positions is not None:
         positions = (query_positions, key_positions)
         output, _ = routed_attention_reference(query, key, value, bias_table, *positions, mask, width=width)
+    elif key.shape[1] != length:
+        queries, keys = (torch.arange(part.shape[1], device=query.device) for part in (query, key))
+        output, _ = routed_attention_reference(query, key, value, bias_table, queries, keys, mask)
     else:
         output, _ = local_attention_reference(query, key, value, bias_table, radius, mask, width=width)
     return output.contiguous(), torch.zeros(batch, heads, length, dtype=torch.float32, device=query.device)
@@ -418,7 +423,7 @@ _attention = Operator(
 
 
 def _check_arguments(
-    query: Tensor, key: Tensor, width: int | None, radius: int, dropout: float, seed: Tensor | None
+    query: Tensor, key: Tensor, width: int | None, radius: int | None, dropout: float, seed: Tensor | None
 ) -> None:
     """Refuse what kernels would read or compute something else for.
 
@@ -432,7 +437,7 @@ def _check_arguments(
         )
     if width is not None and width < 1:
         raise ValueError(f"width is {width}; it must be at least 1, or None for a text")
-    if radius < 0:
+    if radius is not None and radius < 0:
         raise ValueError(f"radius is {radius}; it must be at least 0")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout is {dropout}; it must be at least 0 and below 1")
@@ -440,20 +445,25 @@ def _check_arguments(
         raise TypeError(f"seed is {seed!r}; it must be int64 [1], or None for one of PyTorch's generator")
 
 
+def no_bias(heads: int, device: torch.device) -> Tensor:
+    """A bias by distance that is 0, fp32 [heads, 1]."""
+    return torch.zeros(heads, 1, dtype=torch.float32, device=device)
+
+
 def _attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    bias_table: Tensor,
+    bias_table: Tensor | None,
     width: int | None,
-    radius: int,
+    radius: int | None,
     positions: tuple[Tensor, Tensor] | None,
     mask: Tensor | None,
     dropout: float,
     seed: Tensor | None,
 ) -> Tensor:
-    """The operator's output; the arguments are those of `attention_reference`, and a ValueError says which of them do
-    not fit."""
+    """The operator's output; the arguments are those of `attention_reference`, but None for a bias of 0, and for a
+    radius that reaches all keys. A ValueError says which of them do not fit."""
     _check_arguments(query, key, width, radius, dropout, seed)
     heads, head_size = query.shape[-2:]
     kv_heads, key_size = key.shape[-2:]
@@ -462,8 +472,10 @@ def _attend(
             f"query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)} do not fit: the last "
             "two must be alike, with the query's d_kv and a number of heads that divides the query's"
         )
-    dimensions, entries = 1 if width is None else 2, bias_table.shape[-1]
-    if bias_table.shape != (heads, *(entries,) * dimensions) or entries < 3 or entries % 2 == 0:
+    dimensions, entries = 1 if width is None else 2, 3 if bias_table is None else bias_table.shape[-1]
+    if bias_table is None:
+        bias_table = no_bias(heads, query.device)
+    elif bias_table.shape != (heads, *(entries,) * dimensions) or entries < 3 or entries % 2 == 0:
         raise ValueError(
             f"bias_table {tuple(bias_table.shape)} must be [{heads} heads{', 2 * max_distance + 1' * dimensions}], "
             "with a max_distance of at least 1"
@@ -472,7 +484,9 @@ def _attend(
         raise ValueError(f"query, key and value differ in dtype: {query.dtype}, {key.dtype}, {value.dtype}")
     if mask is not None and (mask.dtype != torch.bool or mask.shape != key.shape[:2]):
         raise ValueError(f"the mask is {mask.dtype} {tuple(mask.shape)}; it must be bool {tuple(key.shape[:2])}")
-    if positions is None:
+    if radius is None:
+        radius = max(query.shape[1], key.shape[1])
+    elif positions is None:
         if key.shape[1] != query.shape[1] or (width is not None and key.shape[1] % width):
             rows = "" if width is None else f", in rows of {width}"
             raise ValueError(f"query {tuple(query.shape)} and key {tuple(key.shape)} must have as many tokens{rows}")
@@ -564,3 +578,35 @@ def routed_attention(
     """
     positions = (query_positions, key_positions)
     return _attend(query, key, value, bias_table, width, 0, positions, key_mask, dropout, seed)
+
+
+def full_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias_table: Tensor | None = None,
+    mask: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """Each query attends to all real keys whose bias is not minus infinity.
+
+    Args:
+        query: fp16, bf16 or fp32 [batch, queries, heads, d_kv], any strides.
+        key, value: [batch, keys, key/value heads, d_kv], any strides; the number of heads is a multiple of theirs.
+        bias_table: fp32 [heads, 2 * max_distance + 1], added to the scores by clamped distance, see
+            `bias_by_position`; queries and keys count from 0. Minus infinity behind the middle makes attention causal.
+            None for no bias.
+        mask: bool [batch, keys], True for real keys; None for all. A query without any key gets zeros.
+        dropout, seed: as of `local_attention`.
+
+    Returns:
+        [batch, queries, heads, d_kv] in the query's dtype. Every gradient is summed so that it has the same bits each
+        time.
+
+    Raises:
+        TypeError: for a seed of another kind.
+        ValueError: for shapes or dtypes that do not fit together, or a dropout out of its range.
+        NotImplementedError: for dropout where the kernels do not run.
+    """
+    return _attend(query, key, value, bias_table, None, None, None, mask, dropout, seed)

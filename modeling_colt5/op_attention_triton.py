@@ -1,6 +1,8 @@
 """Triton kernel and launch of band and routed attention, with tile sizes and steps that its gradient shares.
 
-The kernels are one family: with the positions of routed tokens, or without for a band.
+The kernels are one family: with the positions of routed tokens, or without for a band. A band whose radius is the
+length, or more, is attention to all keys, of which there may be more or fewer than queries. Where the table is minus
+infinity, probabilities and gradients are 0, as they are where the mask is False.
 """
 
 import functools
@@ -291,7 +293,8 @@ class Problem:
         _, num_queries, heads, head_size = query.shape
         _, num_keys, kv_heads, _ = key.shape
         self.routed = query_positions is not None and key_positions is not None
-        radius = 0 if self.routed else min(radius, num_keys - 1)
+        # a larger one would cut nothing off either, as no two are further apart
+        radius = 0 if self.routed else min(radius, max(num_queries, num_keys) - 1)
         max_distance = bias_table.shape[1] // 2
         rest = map(adjacent, (bias_table.float(), query_positions, key_positions, mask, seed))
         self.operands = (query, key, value, *rest)

@@ -9,7 +9,13 @@ from dense_attention import band, dense_attention, random_positions
 from rounding import assert_all_same_but_for_rounding, assert_same_but_for_rounding
 
 from modeling_colt5 import kernel_backend
-from modeling_colt5.op_attention import local_attention, local_attention_reference, routed_attention
+from modeling_colt5.model_layers import causal_table
+from modeling_colt5.op_attention import (
+    full_attention,
+    local_attention,
+    local_attention_reference,
+    routed_attention,
+)
 
 pytest.importorskip("triton")
 
@@ -40,7 +46,7 @@ def draw(batch, queries, keys, heads, kv_heads, head_size, max_distance, dtype, 
 
 
 def assert_all_close(attend, leaves, query_positions, key_positions, allowed):
-    """`attend(*leaves)` and its gradients against the dense reference."""
+    """`attend(*leaves)` and its gradients against the dense reference; without a table among them, with one of 0."""
     dtype = leaves[0].dtype
     leaves = [tensor.detach().requires_grad_() for tensor in leaves]
     actual = attend(*leaves)
@@ -49,10 +55,11 @@ def assert_all_close(attend, leaves, query_positions, key_positions, allowed):
     gradients = torch.autograd.grad(actual, leaves, cotangent)
 
     exact = [tensor.detach().double().requires_grad_() for tensor in leaves]
-    expected, _ = dense_attention(*exact, query_positions, key_positions, allowed)
+    table = exact[3:] or [exact[0].new_zeros(exact[0].shape[2], 1)]
+    expected, _ = dense_attention(*exact[:3], *table, query_positions, key_positions, allowed)
     exact_gradients = torch.autograd.grad(expected, exact, cotangent.double())
     for name, ours, theirs in zip(
-        ("output", "query", "key", "value", "table"),
+        ("output", "query", "key", "value", "table")[: 1 + len(leaves)],
         (actual, *gradients),
         (expected, *exact_gradients),
         strict=True,
@@ -91,6 +98,23 @@ def check_routed(batch, length, queries, keys, max_distance, heads, kv_heads, he
     )
 
 
+def check_full(batch, queries, keys, max_distance, heads, kv_heads, head_size, dtype, mask, device):
+    """Causal, with a bias by distance, where there is a `max_distance`; else as a decoder attends to a memory."""
+    *states, table = draw(batch, queries, keys, heads, kv_heads, head_size, max_distance or 1, dtype, device)
+    positions = [torch.arange(length, device=device).expand(batch, length) for length in (queries, keys)]
+    mask = None if mask is None else mask.to(device).expand(batch, -1).contiguous()
+    allowed = torch.ones(batch, 1, keys, dtype=torch.bool, device=device) if mask is None else mask[:, None]
+    if max_distance is None:
+        assert_all_close(lambda *inputs: full_attention(*inputs, None, mask), states, *positions, allowed)
+        return
+    allowed = allowed & (positions[1][:, None] <= positions[0][:, :, None])
+
+    def attend(query, key, value, table):
+        return full_attention(query, key, value, causal_table(table), mask)
+
+    assert_all_close(attend, [*states, table], *positions, allowed)
+
+
 LEFT = torch.arange(75)[None] >= 30
 RIGHT = torch.arange(75)[None] < 40
 HOLES = torch.arange(75)[None] % 3 == 1
@@ -112,6 +136,62 @@ BAND_CASES = [
 @pytest.mark.parametrize("batch, length, radius, max_distance, heads, kv_heads, head_size, dtype, mask", BAND_CASES)
 def test_band(batch, length, radius, max_distance, heads, kv_heads, head_size, dtype, mask, device):
     check_band(batch, length, radius, max_distance, heads, kv_heads, head_size, dtype, mask, device)
+
+
+# causal: one token, the table's reach beyond the length and within it, one tile and several, rows without any key
+# (before padding on the left ends); of a memory: fewer queries than keys, many more, one of either, no real key at all
+FULL_CASES = [
+    (2, 1, 1, 5, 2, 2, 16, torch.float32, None),
+    (1, 40, 40, 128, 2, 1, 16, torch.float32, None),
+    (2, 75, 75, 12, 2, 2, 16, torch.float32, LEFT),
+    (1, 75, 75, 20, 2, 2, 24, torch.float32, RIGHT),
+    (1, 150, 150, 16, 1, 1, 64, torch.float16, None),
+    (1, 75, 75, 16, 2, 2, 16, torch.bfloat16, HOLES),
+    (2, 40, 75, None, 4, 1, 16, torch.float32, RIGHT),
+    (1, 140, 3, None, 4, 2, 16, torch.float32, None),
+    (1, 100, 75, None, 2, 1, 24, torch.float32, HOLES),
+    (2, 1, 75, None, 2, 1, 16, torch.float32, LEFT),
+    (1, 75, 1, None, 2, 2, 16, torch.float32, None),
+    (1, 5, 75, None, 2, 1, 16, torch.float32, torch.zeros(1, 75, dtype=torch.bool)),
+    (1, 150, 40, None, 2, 1, 64, torch.bfloat16, None),
+]
+
+
+@pytest.mark.parametrize(
+    "batch, queries, keys, max_distance, heads, kv_heads, head_size, dtype, mask", FULL_CASES, ids=str
+)
+def test_full(batch, queries, keys, max_distance, heads, kv_heads, head_size, dtype, mask, device):
+    check_full(batch, queries, keys, max_distance, heads, kv_heads, head_size, dtype, mask, device)
+
+
+@pytest.mark.parametrize("case", FULL_CASES, ids=str)
+def test_full_without_kernels(case, device, monkeypatch):
+    """The same in PyTorch, wherever a query has a key; what the others give is some finite number."""
+    monkeypatch.setattr(kernel_backend, "FORCED_BACKEND", "torch")
+    batch, queries, keys, max_distance, heads, kv_heads, head_size, _, mask = case
+    *states, table = draw(batch, queries, keys, heads, kv_heads, head_size, max_distance or 1, torch.float64, device)
+    leaves = [tensor.double().requires_grad_() for tensor in (*states, table)]
+    mask = None if mask is None else mask.to(device).expand(batch, -1)
+    allowed = torch.ones(batch, queries, keys, dtype=torch.bool, device=device)
+    allowed = allowed if mask is None else allowed & mask[:, None]
+    if max_distance is not None:
+        allowed = allowed.tril()
+    has_key = allowed.any(-1)[..., None, None]
+    positions = [torch.arange(length, device=device).expand(batch, length) for length in (queries, keys)]
+    if max_distance is None:
+        leaves[3] = torch.zeros_like(leaves[3])
+        given = full_attention(*leaves[:3], None, mask)
+    else:
+        given = full_attention(*leaves[:3], causal_table(leaves[3]), mask)
+    wanted, _ = dense_attention(*leaves, *positions, allowed)
+    assert given.isfinite().all()
+    assert_same_but_for_rounding(given * has_key, wanted * has_key)
+    used = [leaf for leaf in leaves if leaf.requires_grad]
+    cotangent = torch.randn_like(given) * has_key
+    gradients = (torch.autograd.grad(output, used, cotangent) for output in (given, wanted))
+    for ours, theirs in zip(*gradients, strict=True):
+        # where a softmax has one key, all cancels
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12 * cotangent.norm().item())
 
 
 # keys all near, all far and both; fewer keys than a tile; unused slots, a whole tile of them too
@@ -154,6 +234,19 @@ def test_band_compiled_radii(radius, max_distance, dtype, device):
 @pytest.mark.parametrize("used", [None, (600, 37)])
 def test_routed_compiled(head_size, dtype, used, device):
     check_routed(2, 4800, 300, 600, 128, 4, 2, head_size, dtype, used, device)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_size", [48, 64])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    "queries, keys, max_distance, kv_heads",
+    [(500, 500, 128, 4), (500, 500, 1000, 4), (300, 1500, None, 1), (700, 90, None, 2)],
+)
+def test_full_compiled(queries, keys, max_distance, kv_heads, head_size, dtype, masked, device):
+    mask = torch.rand(2, keys) < 0.8 if masked else None
+    check_full(2, queries, keys, max_distance, 4, kv_heads, head_size, dtype, mask, device)
 
 
 @pytest.mark.gpu
@@ -337,6 +430,11 @@ def test_what_does_not_fit_is_refused():
         local_attention(query, key.half(), value, table, 4)
     with pytest.raises(ValueError, match="bool"):
         local_attention(query, key, value, table, 4, torch.ones(1, 8, dtype=torch.int64))
+    for keys in (key, key[:, :5]):
+        with pytest.raises(ValueError, match="bias_table"):
+            full_attention(query, keys, keys, table[:, :1])
+    with pytest.raises(ValueError, match="as many tokens"):
+        local_attention(query, key[:, :5], value[:, :5], table, 4)
     with pytest.raises(ValueError, match="int64"):
         positions = torch.arange(8, dtype=torch.int32)[None]
         routed_attention(query, key, value, table, positions, positions)
