@@ -15,7 +15,7 @@ The first call of a part with certain shapes, dtypes and numbers launches one ke
 then on the list is repeated by one call of C (run_launch_list_triton.py), with other tensors' addresses.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from .kernel_backend import Mode, normed_dtype, triton_is_available
 from .layer_decoder import PlainDecoderLayer
 from .layer_program import MOST_TOKENS_OF_A_LIST, PassStates, Places, Room
+from .op_attention import no_bias
 from .op_dropout import draw_seeds
 from .run_operator import check_backward_of_kernels
 
@@ -42,14 +43,17 @@ _DTYPE, _SHAPE = attrgetter("dtype"), attrgetter("shape")
 
 
 class DecoderDrop:
-    """The places where a layer drops, in the order of its seeds: what self-attention adds, what cross-attention adds,
-    the feed-forward's activations, and what it adds."""
+    """The places where a layer drops, in the order of its seeds: of each attention its weights, whose seed is read
+    where kernels attend, and what it adds; the feed-forward's activations, and what it adds."""
 
-    SELF, CROSS, ACTIVATION, FEED_FORWARD = range(4)
+    SELF_WEIGHTS, SELF, CROSS_WEIGHTS, CROSS, ACTIVATION, FEED_FORWARD = range(6)
 
 
-# Modules that drop, by the places of `DecoderDrop`.
-_DROPOUTS = ("self.dropout", "cross.dropout", "dense.dropout", "ff.dropout")
+# Modules that drop and the names of their probabilities, by the places of `DecoderDrop`.
+_DROPOUTS = (
+    ("self", "dropout"), ("self.dropout", "p"), ("cross", "dropout"), ("cross.dropout", "p"),
+    ("dense.dropout", "p"), ("ff.dropout", "p"),
+)  # fmt: skip
 
 
 class Part(NamedTuple):
@@ -86,7 +90,9 @@ class PlainT5Layer(PlainDecoderLayer):
 
     def __init__(self, block: Any, modules: dict[str, nn.Module]):
         super().__init__(block, modules)
-        self.rates = tuple(self.named[name, "p"] if self.named.get((name, "training")) else 0.0 for name in _DROPOUTS)
+        self.rates = tuple(
+            self.named[name, rate] if self.named.get((name, "training")) else 0.0 for name, rate in _DROPOUTS
+        )
         # what each part drops, and features of a head; it begins with a norm, or with the projection before that
         contents: list[tuple[tuple[int, ...], int | None]] = [((), self.d_kv[0])]
         last = DecoderDrop.SELF
@@ -100,6 +106,11 @@ class PlainT5Layer(PlainDecoderLayer):
             Part(first, end, first > 0, d_kv, eps, drops, tuple(self.rates[place] for place in drops))
             for first, end, (drops, d_kv), eps in zip(places, places[1:], contents, self.eps, strict=False)
         )
+
+    def draw_seeds(self, device: torch.device) -> Tensor | None:
+        """The seeds of what the layer drops, int64 [6, 2] by the places of `DecoderDrop`; None where it drops
+        nothing."""
+        return draw_seeds(len(self.rates), device) if any(self.rates) else None
 
 
 class DecoderPass(PassStates):
@@ -124,6 +135,14 @@ class DecoderPass(PassStates):
             self.takes_matrices = {torch.float32, torch.bfloat16, torch.float16}
         # the last program of each part
         self.programs: dict[int, PartProgram] = {}
+        # biases of 0, by the number of heads
+        self.no_biases: dict[int, Tensor] = {}
+
+    def no_bias(self, heads: int) -> Tensor:
+        """The bias of attentions to the memory by kernels, fp32 [heads, 1], one for all layers."""
+        if heads not in self.no_biases:
+            self.no_biases[heads] = no_bias(heads, self.device)
+        return self.no_biases[heads]
 
     @classmethod
     def of(cls, hidden_states: Tensor, mode: Mode) -> "DecoderPass | None":
@@ -133,10 +152,23 @@ class DecoderPass(PassStates):
         return cls(hidden_states, mode) if may_run else None
 
 
-# Programs by all that they depend on; None where a part has to run as modules. Each new length adds three, so there is
-# a limit.
-programs: dict[Any, "PartProgram | None"] = {}
+# Programs of parts and layers by all that they depend on; None where one has to run as modules. Each new length adds
+# some, so there is a limit.
+programs: dict[Any, Any] = {}
 MOST_PROGRAMS = 512
+
+
+def kept_program(key: Any, make: Callable[[], Any]) -> Any:
+    """The program of a key, made if there is none yet."""
+    # one look, as another thread may clear them after it
+    try:
+        return programs[key]
+    except KeyError:
+        program = make()
+        if len(programs) >= MOST_PROGRAMS:
+            programs.clear()
+        programs[key] = program
+        return program
 
 
 class PartProgram:
@@ -145,6 +177,7 @@ class PartProgram:
     Attributes:
         kept: what a backward pass reads besides the inputs, the weights and the results; copies of matrices in another
             dtype are among it.
+        results: dtype and shape of the states, where they are one, and of each projection.
         lists: for each kind of call its launches; None where they cannot be repeated.
     """
 
@@ -166,6 +199,11 @@ class PartProgram:
         if self.casts:
             places |= {f"matrix {place}": (self.dtype, tuple(self.shapes[place])) for place in self.matrices}
         self.kept = Room(places)
+        self.results: list[tuple[torch.dtype, tuple[int, ...]]] = []
+        if part.follows or part.d_kv is None:
+            self.results.append((self.hidden_dtype, (self.batch, self.n, self.d)))
+        if part.d_kv is not None:
+            self.results += [(self.dtype, (rows, shape[0])) for shape in self.shapes[self.norm + 1 :]]
         self.lists: dict[Any, LaunchList | None] = {}
 
     @staticmethod
@@ -176,17 +214,28 @@ class PartProgram:
         if last is not None and (last.part, last.dtypes, last.shapes) == (part, dtypes, shapes):
             return last
         key = (common.key, part, tuple(dtypes), tuple(shapes))
-        # one look, as another thread may clear them after it
-        try:
-            program = programs[key]
-        except KeyError:
-            program = PartProgram(common, part, weights) if _fits(common, part, weights) else None
-            if len(programs) >= MOST_PROGRAMS:
-                programs.clear()
-            programs[key] = program
+        program = kept_program(
+            key, lambda: PartProgram(common, part, weights) if _fits(common, part, weights) else None
+        )
         if program is not None:
             common.programs[part.first] = program
         return program
+
+    @staticmethod
+    def of_layer(common: DecoderPass, layer: PlainT5Layer, weights: tuple[Tensor, ...]) -> "list[PartProgram] | None":
+        """The programs of all parts of a layer, of which `PlainBlock.read` gave this; None where it has to run as
+        modules."""
+        if not all(map(Tensor.is_contiguous, weights)) or set(map(Tensor.get_device, weights)) != {
+            common.device_index
+        }:
+            return None
+        parts: list[PartProgram] = []
+        for part in layer.sequence:
+            program = PartProgram.of(common, part, weights[part.first : part.end])
+            if program is None:
+                return None
+            parts.append(program)
+        return parts
 
 
 def _fits(common: DecoderPass, part: Part, weights: Sequence[Tensor]) -> bool:
@@ -219,7 +268,7 @@ class StraightParts:
         common: of the pass.
         weights: of the layer.
         parts: the programs of the layer's parts.
-        seeds: of what the layer drops, int64 [4, 2] by the places of `DecoderDrop`; None where it drops nothing.
+        seeds: of what the layer drops, int64 [6, 2] by the places of `DecoderDrop`; None where it drops nothing.
     """
 
     def __init__(
@@ -235,17 +284,8 @@ class StraightParts:
             common: of the pass.
             layer, weights: what `PlainBlock.read` gave.
         """
-        if not all(map(Tensor.is_contiguous, weights)) or set(map(Tensor.get_device, weights)) != {
-            common.device_index
-        }:
-            return None
-        parts: list[PartProgram] = []
-        for part in layer.sequence:
-            program = PartProgram.of(common, part, weights[part.first : part.end])
-            if program is None:
-                return None
-            parts.append(program)
-        return cls(common, weights, parts, draw_seeds(len(layer.rates), common.device) if any(layer.rates) else None)
+        parts = PartProgram.of_layer(common, layer, weights)
+        return None if parts is None else cls(common, weights, parts, layer.draw_seeds(common.device))
 
     def __call__(self, number: int, hidden_states: Tensor, attended: Tensor | None = None) -> tuple[Tensor, ...]:
         """A part, for a backward pass where autograd records.
@@ -289,15 +329,11 @@ class PartCall:
     def forward(self, hidden_states: Tensor, attended: Tensor | None, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The results; arguments, which are contiguous, and results as of `StraightParts`."""
         program, part = self.program, self.program.part
-        batch, n, d = program.batch, program.n, program.d
+        batch, n = program.batch, program.n
         kept = self.kept = program.kept.take(program.device)
-        made: list[Tensor] = []
-        if part.follows or part.d_kv is None:
-            made.append(torch.empty((batch, n, d), dtype=program.hidden_dtype, device=program.device))
-        if part.d_kv is not None:
-            self.hidden = made[0] if part.follows else None
-            widths = [shape[0] for shape in program.shapes[program.norm + 1 :]]
-            made += [torch.empty((batch * n, width), dtype=program.dtype, device=program.device) for width in widths]
+        made = [torch.empty(shape, dtype=dtype, device=program.device) for dtype, shape in program.results]
+        if part.d_kv is not None and part.follows:
+            self.hidden = made[0]
         inputs = [hidden_states] if attended is None else [hidden_states, attended]
         seeds = [] if self.seeds is None else [self.seeds]
         memories = [*inputs, *weights, kept, *made, *seeds]
@@ -414,6 +450,7 @@ class PartLine:
 
     def backward(
         self,
+        residual: Tensor | None,
         grads: Sequence[Tensor | None],
         hidden: Tensor,
         attended: Tensor | None,
@@ -424,7 +461,9 @@ class PartLine:
         """Write all gradients.
 
         Args:
-            grads: of the results, as `forward` has them; None of what nobody uses.
+            residual: the gradient of the states where they go on: of the result of that name, and of the first part,
+                from what follows the attention; None where there is none.
+            grads: of the projections, as `forward` has them, None of what nobody uses; none in the feed-forward.
             hidden: [batch, n, d_model], what was normalised.
             attended: [batch, n, heads * d_kv]; None in the first part.
             out, attended_grad: room for the gradients of the states and of `attended`.
@@ -433,12 +472,11 @@ class PartLine:
         program, part, kept, recorder = self.program, self.program.part, self.kept, self.recorder
         self.cast_matrices(copies=False)
         matrices, matrix_grads = self.weights[program.norm + 1 :], weight_grads[program.norm + 1 :]
-        residual, *others = grads if part.follows or part.d_kv is None else (None, *grads)
         if part.d_kv is None:
             assert residual is not None
-            others = self.dense(residual, matrices, matrix_grads)
+            grads = self.dense(residual, matrices, matrix_grads)
         normed_grad = None
-        for grad, matrix, matrix_grad in zip(others, matrices, matrix_grads, strict=False):
+        for grad, matrix, matrix_grad in zip(grads, matrices, matrix_grads, strict=False):
             if grad is None:
                 continue
             if normed_grad is None:
@@ -525,8 +563,9 @@ class _Part(torch.autograd.Function):
         if recorder is not None:
             line = PartLine(program, recorder, weights, kept, seeds)
             normalised = line.kept["hidden"] if part.d_kv is None else hidden
+            residual, *others = own if attended is not None else (None, *own)
             with recorder:
-                line.backward(own, normalised, attended, out, attended_grad, weight_grads)
+                line.backward(residual, others, normalised, attended, out, attended_grad, weight_grads)
         return None, out if needs_states else None, attended_grad if needs_attended else None, *weight_grads
 
 

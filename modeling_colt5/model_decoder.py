@@ -29,7 +29,7 @@ from .model_from_config import (
     layer_norm,
     position_bias,
 )
-from .model_layers import bias_by_distance, masked_bias
+from .model_layers import bias_by_distance, causal_table, masked_bias
 from .model_outputs import CoLT5DecoderOutput
 from .op_attention import bias_of_sequence
 from .op_routing import RoutedTokens
@@ -48,7 +48,7 @@ from .run_inputs import (
     refuse_jit_trace,
     warn_of_missing_attentions,
 )
-from .run_plan import DecoderPlan
+from .run_plan import DecoderPlan, kernels_attend
 from .run_release import CACHE, cache_of_forward
 
 
@@ -143,9 +143,11 @@ class CoLT5Decoder(CoLT5Stack):
                 cache = EncoderDecoderCache(cache, DynamicCache(config=self.config))
             let_grow(cache)
         self_cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
-        own = self.inputs_of_self_attention(hidden_states, attention_mask, self_cache)
+        by_kernels = self.kernels_attend(hidden_states, attention_mask, memory, cache)
+        own = self.inputs_of_self_attention(hidden_states, attention_mask, self_cache, by_kernels)
         memories, encoder_mask, cross_routing = self.route_memory(memory, encoder_mask, cache)
-        hidden_states, asked = self.run_blocks(self.dropout(hidden_states), own, memories, encoder_mask, cache)
+        inputs = (own, memories, encoder_mask, cache, by_kernels)
+        hidden_states, asked = self.run_blocks(self.dropout(hidden_states), *inputs)
         return CoLT5DecoderOutput(
             last_hidden_state=self.end(hidden_states),
             **{CACHE: cache},
@@ -265,6 +267,7 @@ class CoLT5Decoder(CoLT5Stack):
         memories: Sequence[torch.Tensor | None],
         encoder_mask: torch.Tensor | None,
         cache: Cache | None,
+        by_kernels: bool,
     ) -> tuple[torch.Tensor, tuple[tuple[RoutedTokens, ...], ...]]:
         """All layers: the states [batch, n, d_model], and what each layer's tokens chose of the memory.
 
@@ -273,6 +276,7 @@ class CoLT5Decoder(CoLT5Stack):
             own: what `inputs_of_self_attention` gave.
             memories, encoder_mask: what `route_memory` gave.
             cache: of the decoder.
+            by_kernels: what `kernels_attend` said.
         """
         position_bias, heavy_bias_table, mask, windows = own
         asking = cross_settings(self.config) if self.asks else None
@@ -281,7 +285,7 @@ class CoLT5Decoder(CoLT5Stack):
         if self.attends_to_all and who.fuses_attention:
             straight = DecoderPass.of(hidden_states, Mode.of_now(hidden_states))
         projected = None if straight is None or cache is not None else self.projected_memory(straight, memories[0])
-        plan = DecoderPlan(who, mask, windows, encoder_mask, asking, straight, projected)
+        plan = DecoderPlan(who, mask, windows, encoder_mask, asking, straight, projected, by_kernels)
         asked = []
         for layer_idx, (block, memory) in enumerate(zip(self.block, memories, strict=True)):
             # Gradient checkpointing hands gradients through arguments by position alone, and looks for the cache by
@@ -323,12 +327,29 @@ class CoLT5Decoder(CoLT5Stack):
             return None
         return project_memory(straight, memory, weights, attentions[0].d_kv)
 
+    def kernels_attend(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        memory: torch.Tensor | None,
+        cache: Cache | None,
+    ) -> bool:
+        """Whether kernels attend in this pass, as `DecoderPlan` has it; the arguments are those of `forward`."""
+        # a ready mask may hold anything, and several routers choose other keys for each group of heads
+        is_ready = attention_mask is not None and getattr(attention_mask, "ndim", None) != 2
+        has_routers = self.is_cross_routed and self.cross_routing.num_routers > 1
+        if not self.attends_to_all or cache is not None or is_ready or self.asks or has_routers:
+            return False
+        who, mode = implementation(self.config).for_states(hidden_states), Mode.of_now(hidden_states)
+        return kernels_attend(who, mode, hidden_states.shape[1], 0 if memory is None else memory.shape[1])
+
     def inputs_of_self_attention(
-        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, cache: Cache | None
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, cache: Cache | None, by_kernels: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, CausalPlan | None]:
-        """Position bias and heavy bias table, as the blocks take them; mask and windows, as their plan does."""
+        """Position bias and heavy bias table, as the blocks take them; mask and windows, as their plan does.
+        `by_kernels` is what `kernels_attend` said."""
         if self.attends_to_all:
-            bias, mask = self.attention_to_all(hidden_states, attention_mask, cache)
+            bias, mask = self.attention_to_all(hidden_states, attention_mask, cache, by_kernels)
             return bias, None, mask, None
         plan = self.windows_of(hidden_states, attention_mask, cache)
         bias, heavy_bias_table = plan.light_bias(bias_by_distance(self.light_relative_attention_bias)), None
@@ -337,16 +358,23 @@ class CoLT5Decoder(CoLT5Stack):
         return bias, heavy_bias_table, None, plan
 
     def attention_to_all(
-        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, cache: Cache | None
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, cache: Cache | None, by_kernels: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Position bias and mask of T5's self-attention; the mask is None where the bias holds it."""
+        """Position bias and mask of T5's self-attention, as the blocks and their plan take them; `by_kernels` is what
+        `kernels_attend` said."""
         length = hidden_states.shape[1]
         past = cache.get_seq_length() if cache is not None else 0
         key_length = cache.get_mask_sizes(length, 0)[0] if cache is not None else length
         check_causal_mask(f"{self.prefix}attention_mask", attention_mask, hidden_states, past, key_length)
+        table = bias_by_distance(self.relative_attention_bias)
+        if by_kernels:
+            real = None
+            if attention_mask is not None:
+                real = attention_mask.to(hidden_states.device, torch.bool).contiguous()
+            return causal_table(table), real
         # The arguments go by position, because Transformers renamed the last one.
         mask = create_causal_mask(self.config, hidden_states, attention_mask, cache)
-        position_bias = bias_of_sequence(bias_by_distance(self.relative_attention_bias), length, key_length, past)
+        position_bias = bias_of_sequence(table, length, key_length, past)
         if implementation(self.config).bias_holds_mask:
             dtype = product_dtype(hidden_states) or hidden_states.dtype
             return masked_bias(position_bias[None], mask, past, dtype), None

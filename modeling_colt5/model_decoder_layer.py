@@ -13,6 +13,7 @@ from transformers.utils.generic import maybe_autocast
 from .kernel_backend import accumulation_dtype
 from .layer_causal import PlainRoutedLayer
 from .layer_decoder_parts import DecoderDrop, PlainT5Layer, StraightParts
+from .layer_decoder_whole import AttentionInputs, StraightDecoderLayer
 from .layer_plain import PlainBlock, kinds_of
 from .model_causal import (
     CoLT5CausalLocalAttention,
@@ -33,6 +34,7 @@ from .model_layers import (
 )
 from .model_outputs import CoLT5CausalLayerRouting
 from .model_router import CoLT5Router, CoLT5Routing, run_routers
+from .op_attention import full_attention
 from .op_dropout import draw_seeds
 from .op_routing import RoutedTokens
 from .run_budgets import RoutingBudget
@@ -56,11 +58,17 @@ class CoLT5SelfAttention(CoLT5Attention):
         plan: DecoderPlan,
         cache: Cache | None,
         layer_idx: int,
+        seed: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[batch, n, d_model] → the same shape, and the weights where the implementation gives them; `layer_idx` is
-        where the cache has this layer. The bias is `masked_bias` where the implementation says so."""
+        where the cache has this layer. The bias is `masked_bias` where the implementation says so, and where kernels
+        attend `causal_table`; these drop weights by the seed."""
         projections = (self.q, self.k, self.v)
-        query, key, value = (self.split_heads(part(hidden_states)).transpose(1, 2) for part in projections)
+        query, key, value = (self.split_heads(part(hidden_states)) for part in projections)
+        if plan.kernels_attend:
+            attended = full_attention(query, key, value, position_bias, plan.mask, drop_rate(self), seed)
+            return self.o(attended.flatten(-2)), None
+        query, key, value = (states.transpose(1, 2) for states in (query, key, value))
         attended, weights = self.read(query, key, value, position_bias, plan, cache, layer_idx)
         return self.o(attended), weights
 
@@ -74,8 +82,8 @@ class CoLT5SelfAttention(CoLT5Attention):
         cache: Cache | None,
         layer_idx: int,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The attention without its projections, [batch, heads, n, d_kv] → [batch, n, heads * d_kv], and the weights
-        where the implementation gives them; other arguments as of `forward`."""
+        """The attention without its projections where no kernels attend, [batch, heads, n, d_kv] → [batch, n, heads *
+        d_kv], and the weights where the implementation gives them; other arguments as of `forward`."""
         if cache is not None:
             key, value = cache.update(key, value, layer_idx)
         holds_mask = plan.implementation.bias_holds_mask
@@ -151,15 +159,22 @@ class CoLT5CrossAttention(CoLT5Attention):
         plan: DecoderPlan,
         cache: Cache | None,
         layer_idx: int,
+        seed: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, RoutedTokens | None]:
         """[batch, n, d_model] → the same shape, the weights where the implementation gives them, and what each token
         chose, which is None here.
 
         `encoder_hidden_states` is [batch, encoder length, d_model], or the routed rows [batch, routers * slots,
         d_model], and not read where the cache has its keys and values. `layer_idx` is where the cache has this layer.
+        Where kernels attend, they drop weights by the seed.
         """
-        query = self.split_heads(self.q(hidden_states)).transpose(1, 2)
-        attended, weights = self.read(query, encoder_hidden_states, plan, cache, layer_idx)
+        query = self.split_heads(self.q(hidden_states))
+        if plan.kernels_attend:
+            keys_and_values = self.keys_and_values(encoder_hidden_states, plan, cache, layer_idx)
+            key, value = (states.transpose(1, 2).to(query.dtype) for states in keys_and_values)
+            attended = full_attention(query, key, value, None, plan.memory_mask, drop_rate(self), seed)
+            return self.o(attended.flatten(-2)), None, None
+        attended, weights = self.read(query.transpose(1, 2), encoder_hidden_states, plan, cache, layer_idx)
         return self.o(attended), weights, None
 
     def read(
@@ -170,8 +185,9 @@ class CoLT5CrossAttention(CoLT5Attention):
         cache: Cache | None,
         layer_idx: int,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The attention without the projections of queries and result, [batch, heads, n, d_kv] → [batch, n, heads *
-        d_kv], and the weights where the implementation gives them; other arguments as of `forward`."""
+        """The attention without the projections of queries and result where no kernels attend, [batch, heads, n, d_kv]
+        → [batch, n, heads * d_kv], and the weights where the implementation gives them; other arguments as of
+        `forward`."""
         key, value = self.keys_and_values(encoder_hidden_states, plan, cache, layer_idx)
         mask = None if plan.memory_mask is None else plan.memory_mask[:, None, None, :]
         if query.shape[2] == 1 and plan.implementation.attention == "sdpa" and not self.training:
@@ -228,9 +244,10 @@ class CoLT5AskingCrossAttention(CoLT5CrossAttention):
         plan: DecoderPlan,
         cache: Cache | None,
         layer_idx: int,
+        seed: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, RoutedTokens | None]:
         """As of `CoLT5CrossAttention`, with all of the encoder's output, and what each token chose, [batch, n,
-        slots]; `plan.asking` has to be given."""
+        slots]; `plan.asking` has to be given, and no kernels attend."""
         key, value = self.keys_and_values(encoder_hidden_states, plan, cache, layer_idx)
         keys, values = key[:, 0], value[:, 0]
         query = self.split_heads(self.q(hidden_states))
@@ -282,11 +299,13 @@ class CoLT5LayerSelfAttention(nn.Module):
         plan: DecoderPlan,
         cache: Cache | None,
         layer_idx: int,
+        weights_seed: torch.Tensor | None = None,
         seed: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """[batch, n, d_model] → the same shape, and the attention weights; `seed` is that of dropout."""
+        """[batch, n, d_model] → the same shape, and the attention weights; the seeds are those of dropout: of
+        attention's weights, and of the result."""
         normed, _ = self.layer_norm(hidden_states, None, plan.kernel_backend, for_products=True)
-        output, weights = self.SelfAttention(normed, position_bias, plan, cache, layer_idx)
+        output, weights = self.SelfAttention(normed, position_bias, plan, cache, layer_idx, weights_seed)
         return clamp_half(hidden_states + drop(self.dropout, output, seed)), weights
 
 
@@ -324,12 +343,14 @@ class CoLT5LayerCrossAttention(nn.Module):
         plan: DecoderPlan,
         cache: Cache | None,
         layer_idx: int,
+        weights_seed: torch.Tensor | None = None,
         seed: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, RoutedTokens | None]:
-        """[batch, n, d_model] → the same shape, the attention weights, and what each token chose where it does; `seed`
-        is that of dropout."""
+        """[batch, n, d_model] → the same shape, the attention weights, and what each token chose where it does; the
+        seeds are those of dropout: of attention's weights, and of the result."""
         normed, _ = self.layer_norm(hidden_states, None, plan.kernel_backend, for_products=True)
-        output, weights, tokens = self.EncDecAttention(normed, encoder_hidden_states, plan, cache, layer_idx)
+        inputs = (normed, encoder_hidden_states, plan, cache, layer_idx, weights_seed)
+        output, weights, tokens = self.EncDecAttention(*inputs)
         return clamp_half(hidden_states + drop(self.dropout, output, seed)), weights, tokens
 
 
@@ -401,7 +422,8 @@ class CoLT5DecoderBlock(GradientCheckpointingLayer):
         Args:
             hidden_states: [batch, n, d_model].
             position_bias: of T5's self-attention, [1, heads, n, keys], or `masked_bias` where the implementation
-                says so; of a causally routed layer's light branch, what `CausalPlan.light_bias` gives.
+                says so, or `causal_table` where kernels attend; of a causally routed layer's light branch, what
+                `CausalPlan.light_bias` gives.
             heavy_bias_table: of a routed layer's heavy branch; None where there is none.
             encoder_hidden_states: for the cross-attention; None without an encoder.
             plan: of the pass.
@@ -413,18 +435,17 @@ class CoLT5DecoderBlock(GradientCheckpointingLayer):
             routed (None in T5's layer), and what each token's cross-attention chose (None where it does not).
         """
         cache = one_cache(cache, past_key_values)
-        parts = self.straight_parts(hidden_states, plan)
-        if parts is not None:
-            results = self.run_in_parts(
-                parts, hidden_states, position_bias, encoder_hidden_states, plan, layer_idx, cache
-            )
+        inputs = (hidden_states, position_bias, encoder_hidden_states, plan, layer_idx, cache)
+        results = self.run_straight(*inputs)
+        if results is not None:
             return *results, None, None
         self_cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
         weights = cross_weights = routing = asked = None
         seeds = self.draw_seeds(plan, hidden_states.device)
         if plan.windows is None:
+            own_seeds = (seeds[DecoderDrop.SELF_WEIGHTS], seeds[DecoderDrop.SELF])
             hidden_states, weights = self.layer[0](
-                hidden_states, position_bias, plan, self_cache, layer_idx, seeds[DecoderDrop.SELF]
+                hidden_states, position_bias, plan, self_cache, layer_idx, *own_seeds
             )
         else:
             routing = CoLT5CausalLayerRouting()
@@ -433,8 +454,9 @@ class CoLT5DecoderBlock(GradientCheckpointingLayer):
                 hidden_states, position_bias, heavy_bias_table, plan.windows, self_cache
             )
         if self.has_cross_attention:
+            own_seeds = (seeds[DecoderDrop.CROSS_WEIGHTS], seeds[DecoderDrop.CROSS])
             hidden_states, cross_weights, asked = self.layer[1](
-                hidden_states, encoder_hidden_states, plan, cache, layer_idx, seeds[DecoderDrop.CROSS]
+                hidden_states, encoder_hidden_states, plan, cache, layer_idx, *own_seeds
             )
         if isinstance(self.layer[-1], CoLT5LayerCausalFF):
             assert routing is not None
@@ -447,26 +469,53 @@ class CoLT5DecoderBlock(GradientCheckpointingLayer):
 
     def drop_rates(self) -> tuple[float, ...]:
         """With which probabilities T5's layer drops now, by the places of `DecoderDrop`."""
-        attention, *cross, feed_forward = self.layer
-        dense: Any = getattr(feed_forward, "DenseReluDense", None)
-        return tuple(map(drop_rate, (attention, cross[0] if cross else None, dense, feed_forward)))
+        attention, *others, feed_forward = self.layer
+        cross = others[0] if others else None
+        dropping = (
+            getattr(attention, "SelfAttention", None), attention, getattr(cross, "EncDecAttention", None), cross,
+            getattr(feed_forward, "DenseReluDense", None), feed_forward,
+        )  # fmt: skip
+        return tuple(map(drop_rate, dropping))
 
     def draw_seeds(self, plan: DecoderPlan, device: torch.device) -> Sequence[torch.Tensor | None]:
         """The seeds of what the layer drops, by the places of `DecoderDrop`; None where PyTorch drops.
 
         PyTorch's dropout would keep its masks, and what a layer drops must not depend on how it runs.
         """
-        if plan.windows is not None or plan.kernel_backend != "triton" or not any(self.drop_rates()):
-            return (None,) * 4
-        return draw_seeds(4, device)[:, :1].unbind()
+        rates = self.drop_rates()
+        if plan.windows is not None or plan.kernel_backend != "triton" or not any(rates):
+            return (None,) * len(rates)
+        return draw_seeds(len(rates), device)[:, :1].unbind()
 
-    def straight_parts(self, hidden_states: torch.Tensor, plan: DecoderPlan) -> StraightParts | None:
-        """This block as straight lines of kernels between its attentions, where it is plain and may run so for these
-        states; None for modules."""
+    def run_straight(
+        self,
+        hidden_states: torch.Tensor,
+        position_bias: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None,
+        plan: DecoderPlan,
+        layer_idx: int,
+        cache: Cache | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None] | None:
+        """T5's layer as straight lines of kernels, where this block is plain and may run so for these states: the new
+        hidden states, and self-attention and cross-attention weights (None where not given). None for modules.
+        Arguments as of `forward`."""
         if plan.straight is None or not plan.straight.takes(hidden_states):
             return None
         found = self.plain.read(self, PLAIN)
-        return None if found is None else StraightParts.of(plan.straight, *found)
+        if found is None:
+            return None
+        if not plan.kernels_attend:
+            parts = StraightParts.of(plan.straight, *found)
+            inputs = (hidden_states, position_bias, encoder_hidden_states, plan, layer_idx, cache)
+            return None if parts is None else self.run_in_parts(parts, *inputs)
+        key = value = None
+        if self.has_cross_attention:
+            attention: Any = self.layer[1].EncDecAttention
+            keys_and_values = attention.keys_and_values(encoder_hidden_states, plan, None, layer_idx)
+            key, value = (states.transpose(1, 2).to(plan.straight.dtype) for states in keys_and_values)
+        read = AttentionInputs(position_bias, plan.mask, key, value, plan.memory_mask)
+        line = StraightDecoderLayer.of(plan.straight, *found, read)
+        return None if line is None else (line(hidden_states), None, None)
 
     def run_in_parts(
         self,
@@ -478,8 +527,7 @@ class CoLT5DecoderBlock(GradientCheckpointingLayer):
         layer_idx: int,
         cache: Cache | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """T5's layer as straight lines with its attentions between them: the new hidden states, and self-attention and
-        cross-attention weights (None where not given); other arguments as of `forward`."""
+        """What `run_straight` gives, as straight lines with the attentions between them, which are not kernels'."""
         self_cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
         cross_weights = None
         layers: Any = self.layer

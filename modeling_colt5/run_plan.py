@@ -151,6 +151,30 @@ class EncoderSettings:
         check_numbers(min_routed_tokens=(self.min_routed_tokens, 1))
 
 
+# Where there is more to do, PyTorch attends: the GPU then has so much work that the host's part of the time no longer
+# counts, and PyTorch's kernels split the keys of few queries among programs, which ours do not. Both limits, of
+# queries times keys and of a row's own tokens, are to be measured on a card.
+MOST_PAIRS_OF_KERNELS = 512 * 131_072
+MOST_TOKENS_OF_KERNELS = 2_048
+
+
+def kernels_attend(implementation: Implementation, mode: Mode, tokens: int, memory_tokens: int) -> bool:
+    """Whether kernels attend in a pass of T5's decoder without a cache, as `DecoderPlan` has it.
+
+    Args:
+        implementation: who computes, decided for the pass.
+        mode: of the pass.
+        tokens: of a row.
+        memory_tokens: of a row of the memory; 0 without an encoder.
+    """
+    return (
+        implementation.fuses_attention
+        and mode.is_eager
+        and tokens <= MOST_TOKENS_OF_KERNELS
+        and tokens * memory_tokens <= MOST_PAIRS_OF_KERNELS
+    )
+
+
 @dataclass
 class DecoderPlan:
     """What all decoder layers share in one forward pass.
@@ -158,7 +182,7 @@ class DecoderPlan:
     Args:
         implementation: who computes.
         mask: of T5's self-attention, as Transformers makes it; None for all earlier tokens, in routed layers, and
-            where the bias holds it.
+            where the bias holds it. Where kernels attend, bool [batch, n], True for real tokens; None for all.
         windows: of causally routed layers (`CausalPlan` of run_causal_plan.py); None in T5's.
         memory_mask: bool [batch, encoder length or slots], True for real tokens; None for all, and without an encoder.
         asking: for tokens that choose themselves what they read of the memory; None where they do not.
@@ -166,6 +190,8 @@ class DecoderPlan:
             blocks may run as such; None where all run as modules.
         projected: the memory's keys and values, [batch, encoder length, key/value heads, d_kv] each, of one layer
             after another; None where each layer projects the memory itself.
+        kernels_attend: whether both attentions of T5's layers are `full_attention` of op_attention.py, in modules as
+            in straight lines. The bias of self-attention is then a table by distance.
     """
 
     implementation: Implementation
@@ -175,6 +201,7 @@ class DecoderPlan:
     asking: CrossSettings | None = None
     straight: Any = None
     projected: tuple[torch.Tensor, ...] | None = None
+    kernels_attend: bool = False
 
     @property
     def kernel_backend(self) -> str:

@@ -1,13 +1,13 @@
 """T5 decoder layers whose attentions stand between straight lines: they give what the modules give."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from decoder_layers import as_modules, batch_of, gradients_of, model_of, repeats
 from launch_lists import interpreting_launcher
-from models import checkpoint_activations, pad, random_ids, tiny_model
+from models import checkpoint_activations, random_ids
 from rounding import assert_same_but_for_rounding, assert_same_gradients
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -16,15 +16,21 @@ pytest.importorskip("triton")
 
 from modeling_colt5 import (  # noqa: E402
     CoLT5ForCausalLM,
-    CoLT5ForConditionalGeneration,
     layer_decoder_parts,
     layer_program,
     model_decoder,
     run_launch_list_triton,
+    run_plan,
 )
 from modeling_colt5.kernel_backend import Mode  # noqa: E402
 from modeling_colt5.layer_decoder_parts import DecoderPass, StraightParts  # noqa: E402
 from modeling_colt5.run_release import CACHE  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def attended_by_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if all texts were too long for attention by kernels, with which layers are whole."""
+    monkeypatch.setattr(run_plan, "MOST_TOKENS_OF_KERNELS", 0)
 
 
 @pytest.fixture
@@ -40,45 +46,6 @@ def layers(monkeypatch: pytest.MonkeyPatch) -> list[StraightParts]:
 
     monkeypatch.setattr(StraightParts, "of", classmethod(counted))
     return ran
-
-
-def model_of(device: torch.device, dtype: torch.dtype = torch.float32, model_class: Any = None, **fields: Any) -> Any:
-    """A model whose encoder takes no part: "none" has light branches alone, which are the quickest."""
-    fields = {"routing": "none", "num_layers": 1, "num_decoder_layers": 2} | fields
-    return tiny_model(model_class or CoLT5ForConditionalGeneration, dtype, kernel_backend="triton", **fields).to(
-        device
-    )
-
-
-def batch_of(device: torch.device, *lengths: int, masked: bool = True) -> dict[str, torch.Tensor]:
-    """Inputs and labels of such lengths; those of the labels are half as many."""
-    batch = pad([random_ids(length) for length in lengths])
-    labels = pad([random_ids(1 + length // 2) for length in lengths])
-    batch["labels"] = labels["input_ids"].masked_fill(labels["attention_mask"] == 0, -100)
-    if not masked:
-        del batch["attention_mask"]
-    return {name: tensor.to(device) for name, tensor in batch.items()}
-
-
-def as_modules(call: Callable[[], Any]) -> Any:
-    """What a call gives where all decoder blocks run as modules."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layer_decoder_parts, "enabled", False)
-        return call()
-
-
-def gradients_of(model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor | None]:
-    """The scores, and the gradients of all parameters for the loss."""
-    model.zero_grad(set_to_none=True)
-    torch.manual_seed(3)
-    output = model(**batch)
-    output.loss.backward()
-    return {"scores": output.logits.detach(), **{name: part.grad for name, part in model.named_parameters()}}
-
-
-def repeats(device: torch.device) -> range:
-    """On a GPU the first call notes the launches that the others repeat."""
-    return range(1 if device.type == "cpu" else 3)
 
 
 CASES = {

@@ -1,0 +1,1 @@
+../../modeling_colt5/layer_decoder_whole.py
