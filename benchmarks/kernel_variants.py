@@ -152,7 +152,8 @@ def record(capability: int = 90, quick: bool = False) -> set[Variant]:
 
 
 def attention_jobs(capability: int, quick: bool) -> None:
-    """Band and routed attention: light and heavy layers and the decoder's cross-attention; the same over pictures."""
+    """Band and routed attention: light and heavy layers, and a decoder's attentions, to its memory without a bias; the
+    first two over pictures too."""
     # bf16 goes to PyTorch on cards without it
     half = [torch.float16] if capability < 80 else [torch.bfloat16] if quick else [torch.float16, torch.bfloat16]
     sizes = (128,) if quick else (16, 32, 64, 96, 128)
@@ -169,7 +170,8 @@ def attention_jobs(capability: int, quick: bool) -> None:
         for places in ((None, None),) if quick else ((None, None), (positions, positions)):
             rest = (*places, mask, dropout, seed)
             operator = op_attention._attention
-            for of_kind in ((table, None, 127), (torch.empty(4, 257, 257), 16, 3)):
+            of_decoder = [] if places[0] is not None else [(None, None, n), (table, None, n)]
+            for of_kind in ((table, None, 127), (torch.empty(4, 257, 257), 16, 3), *of_decoder):
                 inputs = (query, key, key, *of_kind, *rest)
                 output, log_sum_exp = operator.kernel(*inputs)
                 for wanted in (True,) if quick else (True, False):

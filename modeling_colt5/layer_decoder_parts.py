@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from .kernel_backend import Mode, normed_dtype, triton_is_available
 from .layer_decoder import PlainDecoderLayer
 from .layer_program import MOST_TOKENS_OF_A_LIST, PassStates, Places, Room
-from .op_attention import no_bias
 from .op_dropout import draw_seeds
 from .run_operator import check_backward_of_kernels
 
@@ -135,14 +134,6 @@ class DecoderPass(PassStates):
             self.takes_matrices = {torch.float32, torch.bfloat16, torch.float16}
         # the last program of each part
         self.programs: dict[int, PartProgram] = {}
-        # biases of 0, by the number of heads
-        self.no_biases: dict[int, Tensor] = {}
-
-    def no_bias(self, heads: int) -> Tensor:
-        """The bias of attentions to the memory by kernels, fp32 [heads, 1], one for all layers."""
-        if heads not in self.no_biases:
-            self.no_biases[heads] = no_bias(heads, self.device)
-        return self.no_biases[heads]
 
     @classmethod
     def of(cls, hidden_states: Tensor, mode: Mode) -> "DecoderPass | None":

@@ -7,8 +7,8 @@ in one backward (run_launch_list_triton.py):
     part 0, self-attention, part 1, cross-attention, part 2
 
 Without an encoder these are part 0, self-attention and the last part. Self-attention reads a bias by distance that is
-minus infinity for keys after their query, cross-attention one of 0. The keys and values of the memory come from
-outside, and so does what is done with their gradients.
+minus infinity for keys after their query, cross-attention none. The keys and values of the memory come from outside,
+and so does what is done with their gradients.
 """
 
 from collections.abc import Sequence
@@ -221,11 +221,10 @@ class StraightDecoderLayer:
             kept: the memory of what is kept.
         """
         inputs, common = self.inputs, self.common
-        tables = [inputs.table, *(common.no_bias(own.heads) for own in self.program.attentions[CROSS:])]
         # of strided keys and values what each begins with, which no other has
         beginnings = [states[0, 0] for states in inputs.memory]
         seeds = [] if self.seeds is None else [self.seeds]
-        everything = [*memories, kept, *self.weights, *tables, *inputs.masks, *beginnings, *seeds]
+        everything = [*memories, kept, *self.weights, inputs.table, *inputs.masks, *beginnings, *seeds]
         kind = (kind, *[states.stride() for states in inputs.memory])
         recorder = repeated_or_recorder(self.program.lists, kind, [everything], common.repeats)
         return None if recorder is None else LayerLine(self, recorder, kept)
@@ -295,7 +294,7 @@ class LayerLine:
             table, mask = inputs.table, inputs.mask
         else:
             query, (key, value) = self.heads(made[1], CROSS), inputs.memory
-            table, mask = self.layer.common.no_bias(own.heads), inputs.memory_mask
+            table, mask = None, inputs.memory_mask
         seeds = self.layer.seeds
         seed = seeds[own.drop, :1] if seeds is not None and own.rate else None
         # a radius that cuts nothing off

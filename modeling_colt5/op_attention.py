@@ -338,7 +338,7 @@ def attention_reference(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    bias_table: Tensor,
+    bias_table: Tensor | None,
     width: int | None,
     radius: int,
     query_positions: Tensor | None,
@@ -352,7 +352,8 @@ def attention_reference(
     Args:
         query: [batch, queries, heads, d_kv]; the places of a grid are counted row by row.
         key, value: [batch, keys, key/value heads, d_kv].
-        bias_table: as of the two functions above; entries may be minus infinity, but for the one of distance 0.
+        bias_table: as of the two functions above; entries may be minus infinity, but for the one of distance 0. None
+            for no bias, of what is near in a text.
         width: of the grid; None for a text.
         radius: positions, or places, to each side; not read where positions are given. Where there are not as many
             keys as queries, it must reach all of them.
@@ -374,6 +375,8 @@ def attention_reference(
             "references take an `attend` that drops"
         )
     batch, length, heads = query.shape[:3]
+    if bias_table is None:
+        bias_table = torch.zeros(heads, 1, dtype=torch.float32, device=query.device)
     if query_positions is not None and key_positions is not None:
         positions = (query_positions, key_positions)
         output, _ = routed_attention_reference(query, key, value, bias_table, *positions, mask, width=width)
@@ -445,11 +448,6 @@ def _check_arguments(
         raise TypeError(f"seed is {seed!r}; it must be int64 [1], or None for one of PyTorch's generator")
 
 
-def no_bias(heads: int, device: torch.device) -> Tensor:
-    """A bias by distance that is 0, fp32 [heads, 1]."""
-    return torch.zeros(heads, 1, dtype=torch.float32, device=device)
-
-
 def _attend(
     query: Tensor,
     key: Tensor,
@@ -462,8 +460,8 @@ def _attend(
     dropout: float,
     seed: Tensor | None,
 ) -> Tensor:
-    """The operator's output; the arguments are those of `attention_reference`, but None for a bias of 0, and for a
-    radius that reaches all keys. A ValueError says which of them do not fit."""
+    """The operator's output; the arguments are those of `attention_reference`, but None for a radius that reaches all
+    keys. A ValueError says which of them do not fit."""
     _check_arguments(query, key, width, radius, dropout, seed)
     heads, head_size = query.shape[-2:]
     kv_heads, key_size = key.shape[-2:]
@@ -472,14 +470,13 @@ def _attend(
             f"query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)} do not fit: the last "
             "two must be alike, with the query's d_kv and a number of heads that divides the query's"
         )
-    dimensions, entries = 1 if width is None else 2, 3 if bias_table is None else bias_table.shape[-1]
-    if bias_table is None:
-        bias_table = no_bias(heads, query.device)
-    elif bias_table.shape != (heads, *(entries,) * dimensions) or entries < 3 or entries % 2 == 0:
-        raise ValueError(
-            f"bias_table {tuple(bias_table.shape)} must be [{heads} heads{', 2 * max_distance + 1' * dimensions}], "
-            "with a max_distance of at least 1"
-        )
+    if bias_table is not None:
+        dimensions, entries = 1 if width is None else 2, bias_table.shape[-1]
+        if bias_table.shape != (heads, *(entries,) * dimensions) or entries < 3 or entries % 2 == 0:
+            raise ValueError(
+                f"bias_table {tuple(bias_table.shape)} must be [{heads} heads"
+                f"{', 2 * max_distance + 1' * dimensions}], with a max_distance of at least 1"
+            )
     if key.dtype != query.dtype or value.dtype != query.dtype:
         raise ValueError(f"query, key and value differ in dtype: {query.dtype}, {key.dtype}, {value.dtype}")
     if mask is not None and (mask.dtype != torch.bool or mask.shape != key.shape[:2]):

@@ -82,7 +82,8 @@ def attention_backward_query_kernel(
     key += batch * key_stride_b + head // GROUP * key_stride_h
     value += batch * value_stride_b + head // GROUP * value_stride_h
     head_offset = (batch * num_queries * HEADS + head) * HEAD
-    table += head * (2 * max_distance + 1)
+    if table is not None:
+        table += head * (2 * max_distance + 1)
     if mask is not None:
         mask += batch * num_keys
     if TABLE_GRADIENT:
@@ -225,7 +226,9 @@ def attention_backward_key_kernel(
         head_query = query + batch * query_stride_b + head * query_stride_h
         head_gradient = output_gradient + (batch * num_queries * HEADS + head) * HEAD
         head_vector = (batch * HEADS + head) * num_queries
-        head_table = table + head * (2 * max_distance + 1)
+        head_table = None
+        if table is not None:
+            head_table = table + head * (2 * max_distance + 1)
         for NEAR in tl.static_range(0 if ROUTED else 1, 2):
             steps = near_end - near_begin if NEAR else tl.cdiv(num_queries, BLOCK_Q) - (near_end - near_begin)
             for step in range(0, steps):
@@ -287,7 +290,7 @@ def attention_backward_into(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    bias_table: Tensor,
+    bias_table: Tensor | None,
     radius: int,
     query_positions: Tensor | None,
     key_positions: Tensor | None,
@@ -317,7 +320,7 @@ def attention_backward_into(
     batch, num_queries, heads, head_size = query.shape
     problem = Problem(query, key, value, bias_table, radius, query_positions, key_positions, mask, dropout, seed)
     delta = torch.empty_like(log_sum_exp) if delta is None else delta
-    if table_gradient is None:
+    if table_gradient is None or bias_table is None:
         partials, rows = None, 0
     else:
         rows = partial_sums(num_queries, head_size, query.dtype, query.device, problem.routed)
@@ -338,7 +341,7 @@ def attention_backward_into(
         *problem.sizes, key_gradient.stride(1), *constants, **options,
     )  # fmt: skip
     if partials is not None:
-        width = bias_table.shape[1]
+        width = partials.shape[-1]
         launch(
             table_sums_kernel, (cdiv(width, 32), heads),
             partials, table_gradient, batch, rows, width, heads, 128, 32, num_warps=4,

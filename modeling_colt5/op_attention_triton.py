@@ -2,7 +2,7 @@
 
 The kernels are one family: with the positions of routed tokens, or without for a band. A band whose radius is the
 length, or more, is attention to all keys, of which there may be more or fewer than queries. Where the table is minus
-infinity, probabilities and gradients are 0, as they are where the mask is False.
+infinity, probabilities and gradients are 0, as they are where the mask is False. A band may do without a table.
 """
 
 import functools
@@ -83,12 +83,17 @@ def store_rows(base, tile, start, length, stride, HEAD: tl.constexpr, BLOCK: tl.
 
 @triton.jit
 def add_bias(scores, distance, valid, table, max_distance, radius, ROUTED: tl.constexpr, WIDE: tl.constexpr):
-    """The scores plus the bias of each distance; minus infinity where not valid or out of the band."""
+    """The scores plus the bias of each distance, if there is a table; minus infinity where not valid or out of the
+    band."""
     if not ROUTED:
         valid = valid & (distance <= radius) & (distance >= -radius)
-    if ROUTED or WIDE:
-        distance = tl.minimum(tl.maximum(distance, -max_distance), max_distance)
-    return scores + tl.load(table + max_distance + distance, mask=valid, other=float("-inf"))
+    if table is not None:
+        if ROUTED or WIDE:
+            distance = tl.minimum(tl.maximum(distance, -max_distance), max_distance)
+        scores += tl.load(table + max_distance + distance, mask=valid, other=float("-inf"))
+    else:
+        scores = tl.where(valid, scores, float("-inf"))
+    return scores
 
 
 @triton.jit
@@ -159,7 +164,8 @@ def attention_forward_kernel(
     value += batch * value_stride_b + head // GROUP * value_stride_h
     output += (batch * num_queries * HEADS + head) * HEAD
     log_sum_exp += (batch * HEADS + head) * num_queries
-    table += head * (2 * max_distance + 1)
+    if table is not None:
+        table += head * (2 * max_distance + 1)
     if mask is not None:
         mask += batch * num_keys
 
@@ -271,7 +277,7 @@ class Problem:
     """What the three kernels share: operands in the kernels' layout, sizes, and what decides about a kernel's code.
 
     Rows of query, key and value may lie anywhere, their elements side by side; the rest is contiguous, the table in
-    fp32.
+    fp32. None for the table of a band is a bias of 0.
     """
 
     __slots__ = ("code", "operands", "routed", "sizes")
@@ -281,7 +287,7 @@ class Problem:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        bias_table: Tensor,
+        bias_table: Tensor | None,
         radius: int,
         query_positions: Tensor | None,
         key_positions: Tensor | None,
@@ -295,8 +301,9 @@ class Problem:
         self.routed = query_positions is not None and key_positions is not None
         # a larger one would cut nothing off either, as no two are further apart
         radius = 0 if self.routed else min(radius, max(num_queries, num_keys) - 1)
-        max_distance = bias_table.shape[1] // 2
-        rest = map(adjacent, (bias_table.float(), query_positions, key_positions, mask, seed))
+        bias_table = None if bias_table is None else bias_table.float()
+        max_distance = 0 if bias_table is None else bias_table.shape[1] // 2
+        rest = map(adjacent, (bias_table, query_positions, key_positions, mask, seed))
         self.operands = (query, key, value, *rest)
         strides = (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3])
         self.sizes = (*strides, num_queries, num_keys, radius, max_distance)
@@ -353,7 +360,7 @@ def attention_into(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    bias_table: Tensor,
+    bias_table: Tensor | None,
     radius: int,
     query_positions: Tensor | None,
     key_positions: Tensor | None,
