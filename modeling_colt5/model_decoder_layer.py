@@ -66,6 +66,7 @@ class CoLT5SelfAttention(CoLT5Attention):
         projections = (self.q, self.k, self.v)
         query, key, value = (self.split_heads(part(hidden_states)) for part in projections)
         if plan.kernels_attend:
+            key, value = key.to(query.dtype), value.to(query.dtype)
             attended = full_attention(query, key, value, position_bias, plan.mask, drop_rate(self), seed)
             return self.o(attended.flatten(-2)), None
         query, key, value = (states.transpose(1, 2) for states in (query, key, value))
@@ -510,6 +511,7 @@ class CoLT5DecoderBlock(GradientCheckpointingLayer):
             return None if parts is None else self.run_in_parts(parts, *inputs)
         key = value = None
         if self.has_cross_attention:
+            # what does not fit here fits no module either
             attention: Any = self.layer[1].EncDecAttention
             keys_and_values = attention.keys_and_values(encoder_hidden_states, plan, None, layer_idx)
             key, value = (states.transpose(1, 2).to(plan.straight.dtype) for states in keys_and_values)

@@ -151,9 +151,9 @@ class EncoderSettings:
         check_numbers(min_routed_tokens=(self.min_routed_tokens, 1))
 
 
-# Where there is more to do, PyTorch attends: the GPU then has so much work that the host's part of the time no longer
-# counts, and PyTorch's kernels split the keys of few queries among programs, which ours do not. Both limits, of
-# queries times keys and of a row's own tokens, are to be measured on a card.
+# Where there is more to do, PyTorch attends: a GPU then has so much work that the host's part of the time, which lists
+# of kernels save, no longer counts, and PyTorch's kernels may be faster. Both limits, of a row's queries times keys
+# and of its own tokens, are to be measured on a card.
 MOST_PAIRS_OF_KERNELS = 512 * 131_072
 MOST_TOKENS_OF_KERNELS = 2_048
 

@@ -233,6 +233,26 @@ def test_projections_of_the_memory_that_are_more_than_products_are_called(
     assert len(layers) == len(model.decoder.block)
 
 
+def test_projections_may_differ_in_dtype(device: torch.device, layers: list) -> None:
+    model = model_of(device, torch.bfloat16, num_decoder_layers=1).eval()
+    batch = batch_of(device, 6)
+    layer = model.decoder.block[0].layer
+
+    def call() -> torch.Tensor:
+        with torch.no_grad():
+            return model(**batch).logits
+
+    for attention in (layer[0].SelfAttention, layer[1].EncDecAttention):
+        for projection in (attention.k, attention.v):
+            projection.register_forward_hook(lambda module, inputs, output: output.float())
+        assert_same_but_for_rounding(call(), in_pytorch(call))
+    # hooks on the projections of the memory leave a block plain
+    layer[0].SelfAttention.k._forward_hooks.clear()
+    layer[0].SelfAttention.v._forward_hooks.clear()
+    assert_same_but_for_rounding(call(), in_pytorch(call))
+    assert len(layers) == 1
+
+
 FROZEN = {
     "weights": ("decoder.block.0", ".q.", "wo", "EncDecAttention.o", "layer.1.layer_norm", "shared"),
     "biases": ("relative_attention_bias",),
