@@ -213,10 +213,15 @@ def sweep_call(kernel: str, routed: bool, length: int) -> Callable[[], object]:
     return lambda: op_attention._attention.gradient.kernel(cotangent, *inputs, *results, [True] * 4)
 
 
+def kind_of(routed: bool) -> str:
+    """What is read, as `BLOCKS` names it."""
+    return op_attention_triton.AMONG_ROUTED if routed else op_attention_triton.BAND
+
+
 def compile_candidate(candidate: tuple[str, bool, tuple[int, int, int, int]]) -> None:
     """Run a candidate once, so that its binary is in Triton's cache on disk."""
     kernel, routed, blocks = candidate
-    op_attention_triton.BLOCKS[kernel, routed] = blocks
+    op_attention_triton.BLOCKS[kernel, kind_of(routed)] = blocks
     try:
         sweep_call(kernel, routed, 1024)()
         torch.cuda.synchronize()
@@ -230,14 +235,14 @@ def sweep(lengths: Iterable[int]) -> None:
     with ProcessPoolExecutor(10, get_context("spawn")) as pool:
         list(pool.map(compile_candidate, candidates))
     for ((kernel, routed), choices), length in itertools.product(CANDIDATES.items(), lengths):
-        default, times = op_attention_triton.BLOCKS[kernel, routed], []
+        default, times = op_attention_triton.BLOCKS[kernel, kind_of(routed)], []
         for blocks in choices:
-            op_attention_triton.BLOCKS[kernel, routed] = blocks
+            op_attention_triton.BLOCKS[kernel, kind_of(routed)] = blocks
             try:
                 times.append((gpu_ms(sweep_call(kernel, routed, length)), blocks))
             except triton.runtime.errors.OutOfResources:
                 continue
-        op_attention_triton.BLOCKS[kernel, routed] = default
+        op_attention_triton.BLOCKS[kernel, kind_of(routed)] = default
         ranking = ", ".join(f"{blocks} {1e3 * time:.1f}" for time, blocks in sorted(times))
         print(f"{kernel}, {'routed' if routed else 'band'}, n = {length}, µs: {ranking}", flush=True)
 

@@ -167,16 +167,22 @@ def attention_jobs(capability: int, quick: bool) -> None:
         table = torch.empty(4, 257)
         seed = torch.zeros(1, dtype=torch.int64) if dropout else None
         positions = torch.arange(n).expand(2, n)
-        for places in ((None, None),) if quick else ((None, None), (positions, positions)):
-            rest = (*places, mask, dropout, seed)
-            operator = op_attention._attention
-            of_decoder = [] if places[0] is not None else [(None, None, n), (table, None, n)]
-            for of_kind in ((table, None, 127), (torch.empty(4, 257, 257), 16, 3), *of_decoder):
-                inputs = (query, key, key, *of_kind, *rest)
-                output, log_sum_exp = operator.kernel(*inputs)
-                for wanted in (True,) if quick else (True, False):
-                    needs = [True, True, True, wanted]
-                    operator.gradient.kernel(output, *inputs, output, log_sum_exp, needs)
+        # as long as a memory has to be for its sums to be split
+        memory = torch.empty(2, 4096, kv_heads, size, dtype=dtype)
+        memory_mask = torch.ones(2, 4096, dtype=torch.bool) if masked else None
+        grid = torch.empty(4, 257, 257)
+        nowhere, everywhere = (None, None), (positions, positions)
+        kinds = [(key, table, None, 127, *nowhere, mask), (key, grid, 16, 3, *nowhere, mask)]
+        kinds += [(key, table, None, n, *nowhere, mask), (memory, None, None, 4096, *nowhere, memory_mask)]
+        if not quick:
+            kinds += [(key, table, None, 0, *everywhere, mask), (key, grid, 16, 3, *everywhere, mask)]
+        operator = op_attention._attention
+        for keys, *rest in kinds:
+            inputs = (query, keys, keys, *rest, dropout, seed)
+            output, log_sum_exp = operator.kernel(*inputs)
+            for wanted in (True,) if quick else (True, False):
+                needs = [True, True, True, wanted]
+                operator.gradient.kernel(output, *inputs, output, log_sum_exp, needs)
 
 
 def routing_jobs(quick: bool) -> None:

@@ -24,7 +24,7 @@ from .run_operator import check_backward_of_kernels
 
 if triton_is_available():
     from .op_attention_gradient_triton import attention_backward_into
-    from .op_attention_triton import attention_into, partial_sums
+    from .op_attention_triton import attention_into, partial_sums, room_of_parts
     from .run_launch_list_triton import LaunchList, Recorder, repeated_or_recorder
 
 # The attentions of a layer, in their order.
@@ -310,7 +310,8 @@ class LayerLine:
         if self.layer.inputs.memory:
             made = self.made(CROSS)
             self.parts[CROSS].forward(made, states, attended)
-            attention_into(*self.operands(CROSS))
+            operands = self.operands(CROSS)
+            attention_into(*operands, self.room_for(operands[0], operands[1], False))
             states, attended = made[0], self.attended(CROSS)
         self.parts[-1].forward([result], states, attended)
 
@@ -335,6 +336,11 @@ class LayerLine:
         self.attention_backward(SELF, attended_grad, [self.heads(part, SELF) for part in made], gradients.table)
         weights = gradients.of_part(self.program.parts[SELF])
         self.parts[SELF].backward(residual, made, states, None, gradients.states, None, weights)
+
+    def room_for(self, query: Tensor, key: Tensor, backward: bool) -> Tensor | None:
+        """Room for the parts of cross-attention's sums; None where nothing is split."""
+        numbers = room_of_parts(query, key, backward)
+        return self.recorder.temporary(torch.float32, numbers) if numbers else None
 
     def temporary_like(self, states: Tensor) -> Tensor:
         """Room of the dtype and shape of a contiguous tensor."""
@@ -369,8 +375,9 @@ class LayerLine:
             rows = partial_sums(n, own.size, self.program.dtype, self.program.device, False)
             partials = self.recorder.temporary(torch.float32, batch, heads, rows, table_grad.shape[1])
             self.recorder.zeros(partials)
+        room = self.room_for(operands[0], operands[1], True) if attention == CROSS else None
         delta = self.temporary_like(sums)
-        attention_backward_into(self.heads(grad, attention), *operands, *grads, table_grad, delta, partials)
+        attention_backward_into(self.heads(grad, attention), *operands, *grads, table_grad, delta, partials, room)
 
 
 class _Layer(torch.autograd.Function):

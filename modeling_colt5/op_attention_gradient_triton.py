@@ -4,16 +4,22 @@ import torch
 from torch import Tensor
 
 from .op_attention_triton import (
+    FULL,
     LOG2_E,
     UNSPECIALIZED,
     Problem,
     add_bias,
     in_multiplied_dtype,
+    launch_parts,
     load_rows,
     load_valid,
     near_range,
+    number_of_parts,
     partial_sums,
+    room_of_parts,
+    share_of,
     store_rows,
+    tile_and_part,
     tile_start,
 )
 from .op_dropout_triton import keeps, keys_of_rows
@@ -64,7 +70,8 @@ def attention_backward_query_kernel(
     query_stride_b, query_stride_n, query_stride_h,
     key_stride_b, key_stride_n, key_stride_h,
     value_stride_b, value_stride_n, value_stride_h,
-    num_queries, num_keys, radius, max_distance, gradient_stride, num_partials, TABLE_GRADIENT: tl.constexpr,
+    num_queries, num_keys, radius, max_distance, gradient_stride, num_partials, num_parts,
+    TABLE_GRADIENT: tl.constexpr, SPLIT: tl.constexpr,
     HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD: tl.constexpr, BLOCK_D: tl.constexpr,
     ROUTED: tl.constexpr, WIDE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -73,9 +80,12 @@ def attention_backward_query_kernel(
 
     Routed: a query's row of partials holds its own score gradients at their distances, which are distinct.
     Band: a block's row holds the sums along the diagonals of its score gradients.
+    Without a table keys may be split, and the gradient is that of one part.
     """
     tl.static_assert(ROUTED or BLOCK_Q == BLOCK_K)
-    start = tl.program_id(0) * BLOCK_Q
+    tl.static_assert(not (TABLE_GRADIENT and SPLIT))
+    tile, part = tile_and_part(num_parts, SPLIT)
+    start = tile * BLOCK_Q
     head = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
     query += batch * query_stride_b + head * query_stride_h
@@ -100,20 +110,25 @@ def attention_backward_query_kernel(
         if ROUTED:
             partial_rows = table_partials + rows.to(tl.int64) * (2 * max_distance + 1)
         else:
-            partial_rows = table_partials + tl.program_id(0).to(tl.int64) * (2 * max_distance + 1)
+            partial_rows = table_partials + tl.cast(tile, tl.int64) * (2 * max_distance + 1)
+    if SPLIT:
+        near_begin, near_end = share_of(near_begin, near_end, part, num_parts)
+        query_gradient += tl.cast(part, tl.int64) * tl.num_programs(2) * num_queries * gradient_stride
 
     query_tile = load_rows(query, start, num_queries, query_stride_n, HEAD, BLOCK_Q, BLOCK_D)
     gradient_tile = load_rows(output_gradient + head_offset, start, num_queries, HEADS * HEAD, HEAD, BLOCK_Q, BLOCK_D)
     output_tile = load_rows(output + head_offset, start, num_queries, HEADS * HEAD, HEAD, BLOCK_Q, BLOCK_D)
     row_delta = tl.sum(output_tile.to(tl.float32) * gradient_tile.to(tl.float32), 1)
     row_vector = (batch * HEADS + head) * num_queries + rows
-    tl.store(delta + row_vector, row_delta, mask=rows < num_queries)
+    if not SPLIT or part == 0:
+        tl.store(delta + row_vector, row_delta, mask=rows < num_queries)
     row_lse = tl.load(log_sum_exp + row_vector, mask=rows < num_queries, other=float("inf")) * LOG2_E
 
     row_keys = None
     if DROPOUT > 0.0:
         row_keys = keys_of_rows(seed, batch * HEADS + head, rows)[:, None]
     accumulator = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+    # of routed tokens by query, of a band by lane
     left = tl.zeros([BLOCK_Q], tl.float32)
     right = tl.zeros([BLOCK_Q], tl.float32)
     carried = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
@@ -163,8 +178,8 @@ def attention_backward_query_kernel(
                     inside = (diagonal > -max_distance) & (diagonal < max_distance)
                     tl.store(partial_rows + max_distance + diagonal, diagonals, mask=inside)
                     if WIDE:
-                        left += tl.sum(tl.where(diagonal <= -max_distance, diagonals, 0.0))
-                        right += tl.sum(tl.where(diagonal >= max_distance, diagonals, 0.0))
+                        left += tl.where(diagonal <= -max_distance, diagonals, 0.0)
+                        right += tl.where(diagonal >= max_distance, diagonals, 0.0)
                     carried = skewed
 
     query_gradient += batch * num_queries * gradient_stride + head * HEAD
@@ -180,11 +195,10 @@ def attention_backward_query_kernel(
             inside = (diagonal > -max_distance) & (diagonal < max_distance)
             tl.store(partial_rows + max_distance + diagonal, diagonals, mask=inside)
             if WIDE:
-                left += tl.sum(tl.where(diagonal <= -max_distance, diagonals, 0.0))
-                right += tl.sum(tl.where(diagonal >= max_distance, diagonals, 0.0))
-                one = tl.arange(0, BLOCK_Q)
-                tl.store(partial_rows + one, left, mask=one == 0)
-                tl.store(partial_rows + 2 * max_distance + one, right, mask=one == 0)
+                left += tl.where(diagonal <= -max_distance, diagonals, 0.0)
+                right += tl.where(diagonal >= max_distance, diagonals, 0.0)
+                tl.store(partial_rows, tl.sum(left))
+                tl.store(partial_rows + 2 * max_distance, tl.sum(right))
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -194,13 +208,15 @@ def attention_backward_key_kernel(
     query_stride_b, query_stride_n, query_stride_h,
     key_stride_b, key_stride_n, key_stride_h,
     value_stride_b, value_stride_n, value_stride_h,
-    num_queries, num_keys, radius, max_distance, gradient_stride,
+    num_queries, num_keys, radius, max_distance, gradient_stride, num_parts, SPLIT: tl.constexpr,
     HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD: tl.constexpr, BLOCK_D: tl.constexpr,
     ROUTED: tl.constexpr, WIDE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One block of keys of one key/value head: gradients of keys and values, over all query heads that share them."""
-    start = tl.program_id(0) * BLOCK_K
+    """One block of keys of one key/value head: gradients of keys and values, over all query heads that share them;
+    where these are split, over those of one part."""
+    tile, part = tile_and_part(num_parts, SPLIT)
+    start = tile * BLOCK_K
     kv_head = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
     key += batch * key_stride_b + kv_head * key_stride_h
@@ -221,7 +237,10 @@ def attention_backward_key_kernel(
     valid = load_valid(mask, start, num_keys, BLOCK_K)[:, None]
     key_accumulator = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     value_accumulator = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
-    for member in range(GROUP):
+    first_member, last_member = 0, GROUP
+    if SPLIT:
+        first_member, last_member = share_of(0, GROUP, part, num_parts)
+    for member in range(first_member, last_member):
         head = kv_head * GROUP + member
         head_query = query + batch * query_stride_b + head * query_stride_h
         head_gradient = output_gradient + (batch * num_queries * HEADS + head) * HEAD
@@ -260,6 +279,8 @@ def attention_backward_key_kernel(
                 )  # fmt: skip
 
     offset = batch * num_keys * gradient_stride + kv_head * HEAD
+    if SPLIT:
+        offset += tl.cast(part, tl.int64) * tl.num_programs(2) * num_keys * gradient_stride
     store_rows(key_gradient + offset, key_accumulator, start, num_keys, gradient_stride, HEAD, BLOCK_K, BLOCK_D)
     store_rows(value_gradient + offset, value_accumulator, start, num_keys, gradient_stride, HEAD, BLOCK_K, BLOCK_D)
 
@@ -305,12 +326,13 @@ def attention_backward_into(
     table_gradient: Tensor | None,
     delta: Tensor | None = None,
     partials: Tensor | None = None,
+    room: Tensor | None = None,
 ) -> None:
     """Write the gradients of `attention_into`, each sum in a fixed order; None for `table_gradient` leaves it out.
 
     The gradients' heads lie side by side, their rows anywhere, those of key and value equally far apart. `delta` is
-    room of log_sum_exp's shape, and `partials` of fp32 zeros [batch, heads, `partial_sums`, 2 * max_distance + 1];
-    None takes some.
+    room of log_sum_exp's shape, `partials` fp32 zeros [batch, heads, `partial_sums`, 2 * max_distance + 1], and `room`
+    is for `room_of_parts`; None takes some.
     """
     gradients = (query_gradient, key_gradient, value_gradient, table_gradient)
     if query.numel() == 0 or key.numel() == 0:
@@ -328,18 +350,36 @@ def attention_backward_into(
             shape = (batch, heads, rows, bias_table.shape[1])
             partials = torch.zeros(shape, dtype=torch.float32, device=query.device)
     output_gradient = output_gradient.contiguous()
+    if problem.kind == FULL and room is None:
+        room = torch.empty(room_of_parts(query, key, True), dtype=torch.float32, device=query.device)
+
     block_q, _, constants, options = problem.options("backward_query")
+    num_parts = number_of_parts("backward_query", query, key) if problem.kind == FULL else 1
+    gradient, stride = query_gradient, query_gradient.stride(1)
+    if num_parts > 1 and room is not None:
+        gradient, stride = room, heads * head_size
     launch(
-        attention_backward_query_kernel, (cdiv(num_queries, block_q), heads, batch),
-        *problem.operands, output, log_sum_exp, output_gradient, delta, query_gradient, partials,
-        *problem.sizes, query_gradient.stride(1), rows, partials is not None, *constants, **options,
+        attention_backward_query_kernel, (cdiv(num_queries, block_q) * num_parts, heads, batch),
+        *problem.operands, output, log_sum_exp, output_gradient, delta, gradient, partials,
+        *problem.sizes, stride, rows, num_parts, partials is not None, num_parts > 1, *constants, **options,
     )  # fmt: skip
+    if num_parts > 1:
+        launch_parts(gradient, None, query_gradient, None, num_parts)
+
+    num_keys, kv_heads = key.shape[1:3]
     _, block_k, constants, options = problem.options("backward_key")
+    num_parts = number_of_parts("backward_key", query, key) if problem.kind == FULL else 1
+    gradients_of_keys, stride = (key_gradient, value_gradient), key_gradient.stride(1)
+    if num_parts > 1 and room is not None:
+        gradients_of_keys, stride = (room, room[num_parts * key.numel() :]), kv_heads * head_size
     launch(
-        attention_backward_key_kernel, (cdiv(key.shape[1], block_k), key.shape[2], batch),
-        *problem.operands, log_sum_exp, output_gradient, delta, key_gradient, value_gradient,
-        *problem.sizes, key_gradient.stride(1), *constants, **options,
+        attention_backward_key_kernel, (cdiv(num_keys, block_k) * num_parts, kv_heads, batch),
+        *problem.operands, log_sum_exp, output_gradient, delta, *gradients_of_keys,
+        *problem.sizes, stride, num_parts, num_parts > 1, *constants, **options,
     )  # fmt: skip
+    if num_parts > 1:
+        for gradient, result in zip(gradients_of_keys, (key_gradient, value_gradient), strict=True):
+            launch_parts(gradient, None, result, None, num_parts)
     if partials is not None:
         width = partials.shape[-1]
         launch(

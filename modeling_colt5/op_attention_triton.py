@@ -2,7 +2,12 @@
 
 The kernels are one family: with the positions of routed tokens, or without for a band. A band whose radius is the
 length, or more, is attention to all keys, of which there may be more or fewer than queries. Where the table is minus
-infinity, probabilities and gradients are 0, as they are where the mask is False. A band may do without a table.
+infinity, probabilities and gradients are 0, as they are where the mask is False. Without a table all keys are read,
+whatever the radius.
+
+A decoder has few queries and a long memory, which makes few programs. So without a table the keys are split among
+more of them, and for the gradients of keys the heads that share these. Each program leaves its part of a sum in fp32,
+and a last kernel adds up the parts in their order.
 """
 
 import functools
@@ -19,7 +24,7 @@ from .run_launch_triton import adjacent, cdiv, launch, next_power_of_2, tl, trit
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 # A new length must not mean a new compilation.
-UNSPECIALIZED = ["num_queries", "num_keys", "radius", "max_distance", "num_partials"]
+UNSPECIALIZED = ["num_queries", "num_keys", "radius", "max_distance", "num_partials", "num_parts"]
 
 
 @triton.jit
@@ -83,16 +88,16 @@ def store_rows(base, tile, start, length, stride, HEAD: tl.constexpr, BLOCK: tl.
 
 @triton.jit
 def add_bias(scores, distance, valid, table, max_distance, radius, ROUTED: tl.constexpr, WIDE: tl.constexpr):
-    """The scores plus the bias of each distance, if there is a table; minus infinity where not valid or out of the
-    band."""
-    if not ROUTED:
-        valid = valid & (distance <= radius) & (distance >= -radius)
-    if table is not None:
+    """The scores plus the bias of each distance, if there is a table; minus infinity where not valid, and with a table
+    out of the band."""
+    if table is None:
+        scores = tl.where(valid, scores, float("-inf"))
+    else:
+        if not ROUTED:
+            valid = valid & (distance <= radius) & (distance >= -radius)
         if ROUTED or WIDE:
             distance = tl.minimum(tl.maximum(distance, -max_distance), max_distance)
         scores += tl.load(table + max_distance + distance, mask=valid, other=float("-inf"))
-    else:
-        scores = tl.where(valid, scores, float("-inf"))
     return scores
 
 
@@ -102,6 +107,23 @@ def tile_start(step, near_begin, near_end, NEAR: tl.constexpr, BLOCK: tl.constex
     if not NEAR:
         return tl.where(step < near_begin, step, step + near_end - near_begin) * BLOCK
     return (step + near_begin) * BLOCK
+
+
+@triton.jit
+def tile_and_part(num_parts, SPLIT: tl.constexpr):
+    """The tile of a program, and the part of what is summed for it; 0 where nothing is split."""
+    tile, part = tl.program_id(0), 0
+    if SPLIT:
+        tile, part = tile // num_parts, tile % num_parts
+    return tile, part
+
+
+@triton.jit
+def share_of(begin, end, part, num_parts):
+    """The part of a range [begin, end): all parts are as long, the last ones perhaps shorter or empty."""
+    share = tl.cdiv(end - begin, num_parts)
+    first = tl.minimum(begin + part * share, end)
+    return first, tl.minimum(first + share, end)
 
 
 @triton.jit
@@ -150,13 +172,15 @@ def attention_forward_kernel(
     query_stride_b, query_stride_n, query_stride_h,
     key_stride_b, key_stride_n, key_stride_h,
     value_stride_b, value_stride_n, value_stride_h,
-    num_queries, num_keys, radius, max_distance,
+    num_queries, num_keys, radius, max_distance, num_parts, SPLIT: tl.constexpr,
     HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD: tl.constexpr, BLOCK_D: tl.constexpr,
     ROUTED: tl.constexpr, WIDE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One block of queries of one head: output and log-sum-exp, by online softmax over tiles of keys."""
-    start = tl.program_id(0) * BLOCK_Q
+    """One block of queries of one head: output and log-sum-exp, by online softmax over tiles of keys; where these are
+    split, those of one part."""
+    tile, part = tile_and_part(num_parts, SPLIT)
+    start = tile * BLOCK_Q
     head = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
     query += batch * query_stride_b + head * query_stride_h
@@ -176,6 +200,11 @@ def attention_forward_kernel(
     row_positions, near_begin, near_end = near_range(
         query_positions, key_positions, start, num_queries, num_keys, radius, max_distance, ROUTED, BLOCK_Q, BLOCK_K
     )
+    if SPLIT:
+        near_begin, near_end = share_of(near_begin, near_end, part, num_parts)
+        of_part = tl.cast(part, tl.int64) * tl.num_programs(2) * num_queries * HEADS
+        output += of_part * HEAD
+        log_sum_exp += of_part
 
     query_tile = load_rows(query, start, num_queries, query_stride_n, HEAD, BLOCK_Q, BLOCK_D)
     row_keys = None
@@ -212,17 +241,65 @@ def attention_forward_kernel(
     tl.store(log_sum_exp + rows, row_lse, mask=rows < num_queries)
 
 
-# A tile has these (queries, keys, warps, stages), by kernel and by whether positions are given; other head sizes and
-# dtypes take others below. They are from benchmarks/attention.py --sweep on one H200; of two within 5 %, the one with
-# less shared memory was taken, so that smaller cards have room.
+@triton.jit(do_not_specialize=["length", "stride", "num_parts"])
+def attention_parts_kernel(
+    parts, sums, result, log_sum_exp, length, stride, num_parts,
+    HEADS: tl.constexpr, HEAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One block of rows of one head: the sum of their parts; with log-sum-exps, the mean by these, and that of all."""
+    start = tl.program_id(0) * BLOCK
+    head = tl.program_id(1)
+    batch = tl.program_id(2).to(tl.int64)
+    of_part = tl.cast(tl.num_programs(2), tl.int64) * length * HEADS
+    parts += (batch * length * HEADS + head) * HEAD
+    rows = start + tl.arange(0, BLOCK)
+    vector = (batch * HEADS + head) * length + rows
+    accumulator = tl.zeros([BLOCK, BLOCK_D], tl.float32)
+    if sums is None:
+        for part in range(0, num_parts):
+            accumulator += load_rows(parts + part * of_part * HEAD, start, length, HEADS * HEAD, HEAD, BLOCK, BLOCK_D)
+    else:
+        maximum = tl.full([BLOCK], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK], tl.float32)
+        for part in range(0, num_parts):
+            tile = load_rows(parts + part * of_part * HEAD, start, length, HEADS * HEAD, HEAD, BLOCK, BLOCK_D)
+            row_lse = tl.load(sums + part * of_part + vector, mask=rows < length, other=float("inf"))
+            # a part without any real key
+            row_lse = tl.where(row_lse == float("inf"), float("-inf"), row_lse)
+            new_maximum = tl.maximum(maximum, row_lse)
+            finite = tl.where(new_maximum == float("-inf"), 0.0, new_maximum) * LOG2_E
+            rescale, weight = tl.exp2(maximum * LOG2_E - finite), tl.exp2(row_lse * LOG2_E - finite)
+            total = total * rescale + weight
+            accumulator = accumulator * rescale[:, None] + tile * weight[:, None]
+            maximum = new_maximum
+        accumulator, row_lse = softmax_end(maximum, total, accumulator, 0.0)
+        tl.store(log_sum_exp + vector, row_lse, mask=rows < length)
+    result += batch * length * stride + head * HEAD
+    store_rows(result, accumulator, start, length, stride, HEAD, BLOCK, BLOCK_D)
+
+
+# What is read: all keys without a bias, those of a band, and those of routed tokens.
+FULL, BAND, AMONG_ROUTED = "full", "band", "routed"
+# A tile has these (queries, keys, warps, stages), by kernel and by what is read; other head sizes and dtypes take
+# others below. They are from benchmarks/attention.py --sweep on one H200; of two within 5 %, the one with less shared
+# memory was taken, so that smaller cards have room.
 BLOCKS = {
-    ("forward", False): (64, 64, 4, 3),
-    ("forward", True): (64, 128, 4, 2),
-    ("backward_query", False): (64, 64, 4, 1),
-    ("backward_query", True): (64, 64, 4, 3),
-    ("backward_key", False): (64, 64, 4, 1),
-    ("backward_key", True): (64, 64, 4, 1),
+    ("forward", FULL): (64, 64, 4, 3),
+    ("forward", BAND): (64, 64, 4, 3),
+    ("forward", AMONG_ROUTED): (64, 128, 4, 2),
+    ("backward_query", FULL): (64, 64, 4, 3),
+    ("backward_query", BAND): (64, 64, 4, 1),
+    ("backward_query", AMONG_ROUTED): (64, 64, 4, 3),
+    ("backward_key", FULL): (64, 64, 4, 1),
+    ("backward_key", BAND): (64, 64, 4, 1),
+    ("backward_key", AMONG_ROUTED): (64, 64, 4, 1),
 }
+
+# Sums are split where there would be at most half as many programs as this: a constant, and not by the device's number
+# of processors, so that sums are taken in the same order on every device.
+PROGRAMS = 384
+# No part has fewer tiles: adding up takes a launch.
+LEAST_TILES = 8
 
 # Heads of more than 64 features take large tiles where a program may have at least this many bytes of shared memory.
 LARGE_SHARED_MEMORY = 98_304
@@ -277,10 +354,10 @@ class Problem:
     """What the three kernels share: operands in the kernels' layout, sizes, and what decides about a kernel's code.
 
     Rows of query, key and value may lie anywhere, their elements side by side; the rest is contiguous, the table in
-    fp32. None for the table of a band is a bias of 0.
+    fp32. Without a table and positions all keys are read.
     """
 
-    __slots__ = ("code", "operands", "routed", "sizes")
+    __slots__ = ("code", "kind", "operands", "routed", "sizes")
 
     def __init__(
         self,
@@ -299,8 +376,10 @@ class Problem:
         _, num_queries, heads, head_size = query.shape
         _, num_keys, kv_heads, _ = key.shape
         self.routed = query_positions is not None and key_positions is not None
+        self.kind = AMONG_ROUTED if self.routed else FULL if bias_table is None else BAND
         # a larger one would cut nothing off either, as no two are further apart
-        radius = 0 if self.routed else min(radius, max(num_queries, num_keys) - 1)
+        farthest = max(num_queries, num_keys) - 1
+        radius = {AMONG_ROUTED: 0, FULL: farthest, BAND: min(radius, farthest)}[self.kind]
         bias_table = None if bias_table is None else bias_table.float()
         max_distance = 0 if bias_table is None else bias_table.shape[1] // 2
         rest = map(adjacent, (bias_table, query_positions, key_positions, mask, seed))
@@ -313,7 +392,7 @@ class Problem:
         self.code = (dtype, heads, kv_heads, head_size, self.routed, radius >= max_distance, dropout, tf32, is_large)
 
     def options(self, kernel: str) -> tuple[int, int, tuple[Any, ...], dict[str, int]]:
-        return _launch_options(kernel, BLOCKS[kernel, self.routed], *self.code)
+        return _launch_options(kernel, BLOCKS[kernel, self.kind], *self.code)
 
 
 def _multiplied_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -350,9 +429,56 @@ def partial_sums(num_queries: int, head_size: int, dtype: torch.dtype, device: t
     of routed attention one of each query."""
     if routed:
         return num_queries
-    is_large = _has_large_shared_memory(device)
-    code = (_multiplied_dtype(dtype), 1, 1, head_size, False, True, 0.0, False, is_large)
-    return cdiv(num_queries, _launch_options("backward_query", BLOCKS["backward_query", False], *code)[0])
+    return cdiv(num_queries, _blocks("backward_query", BAND, 1, 1, head_size, dtype, device)[0])
+
+
+def _blocks(
+    kernel: str, kind: str, heads: int, kv_heads: int, head_size: int, dtype: torch.dtype, device: torch.device
+) -> tuple[int, int]:
+    """Queries and keys of a tile."""
+    code = (_multiplied_dtype(dtype), heads, kv_heads, head_size, kind == AMONG_ROUTED, True, 0.0, False)
+    return _launch_options(kernel, BLOCKS[kernel, kind], *code, _has_large_shared_memory(device))[:2]
+
+
+def number_of_parts(kernel: str, query: Tensor, key: Tensor) -> int:
+    """In how many parts a kernel's sums are split without a table: over keys, in "backward_key" over the heads that
+    share them."""
+    batch, num_queries, heads, head_size = query.shape
+    num_keys, kv_heads = key.shape[1:3]
+    block_q, block_k = _blocks(kernel, FULL, heads, kv_heads, head_size, query.dtype, query.device)
+    query_tiles, key_tiles, group = cdiv(num_queries, block_q), cdiv(num_keys, block_k), heads // kv_heads
+    if kernel == "backward_key":
+        most, tiles, programs = group, group * query_tiles, key_tiles * kv_heads * batch
+    else:
+        most, tiles, programs = key_tiles, key_tiles, query_tiles * heads * batch
+    return max(1, min(most, tiles // LEAST_TILES, PROGRAMS // programs))
+
+
+def room_of_parts(query: Tensor, key: Tensor, backward: bool) -> int:
+    """How many fp32 numbers the parts of attention without a table take, forward or backward; 0 where nothing is
+    split."""
+    kernels = ("backward_query", "backward_key") if backward else ("forward",)
+    parts = {kernel: number_of_parts(kernel, query, key) for kernel in kernels}
+    sizes = {
+        "forward": query.numel() + query.numel() // query.shape[-1],
+        "backward_query": query.numel(),
+        "backward_key": 2 * key.numel(),
+    }
+    return max(count * sizes[kernel] if count > 1 else 0 for kernel, count in parts.items())
+
+
+def launch_parts(
+    parts: Tensor, sums: Tensor | None, result: Tensor, log_sum_exp: Tensor | None, num_parts: int
+) -> None:
+    """Add up parts, fp32 [parts, batch, length, heads * d_kv], to the result [batch, length, heads, d_kv], whose rows
+    may lie anywhere. With log-sum-exps, fp32 [parts, batch, heads, length], it is the mean by these, and theirs is
+    written too."""
+    batch, length, heads, head_size = result.shape
+    launch(
+        attention_parts_kernel, (cdiv(length, 32), heads, batch),
+        parts, sums, result, log_sum_exp, length, result.stride(1), num_parts,
+        heads, head_size, max(16, next_power_of_2(head_size)), 32, num_warps=4,
+    )  # fmt: skip
 
 
 @in_multiplied_dtype(first_result=10)
@@ -369,18 +495,28 @@ def attention_into(
     seed: Tensor | None,
     output: Tensor,
     log_sum_exp: Tensor,
+    room: Tensor | None = None,
 ) -> None:
     """Write `attention_reference` of op_attention.py, of a text, to `output` [batch, queries, heads, d_kv],
-    contiguous, and the log-sum-exp of the scores, fp32 [batch, heads, queries]."""
+    contiguous, and the log-sum-exp of the scores, fp32 [batch, heads, queries]. `room` is for `room_of_parts`; None
+    takes some."""
     batch, num_queries, heads, _ = query.shape
     if query.numel() == 0 or key.numel() == 0:
         output.zero_()
         log_sum_exp.zero_()
         return
     problem = Problem(query, key, value, bias_table, radius, query_positions, key_positions, mask, dropout, seed)
+    num_parts = number_of_parts("forward", query, key) if problem.kind == FULL else 1
+    parts, sums = output, log_sum_exp
+    if num_parts > 1:
+        if room is None:
+            room = torch.empty(room_of_parts(query, key, False), dtype=torch.float32, device=query.device)
+        parts, sums = room, room[num_parts * query.numel() :]
     block_q, _, constants, options = problem.options("forward")
     launch(
-        attention_forward_kernel, (cdiv(num_queries, block_q), heads, batch),
-        *problem.operands, output, log_sum_exp,
-        *problem.sizes, *constants, **options,
+        attention_forward_kernel, (cdiv(num_queries, block_q) * num_parts, heads, batch),
+        *problem.operands, parts, sums,
+        *problem.sizes, num_parts, num_parts > 1, *constants, **options,
     )  # fmt: skip
+    if num_parts > 1:
+        launch_parts(parts, sums, output, log_sum_exp, num_parts)

@@ -19,6 +19,8 @@ from modeling_colt5.op_attention import (
 
 pytest.importorskip("triton")
 
+from modeling_colt5 import op_attention_gradient_triton, op_attention_triton  # noqa: E402
+
 # error relative to the float64 reference on the same rounded inputs, in the 2-norm. fp32: a score adds up to 128
 # rounded products, which makes it wrong by some 4e-7 of its size (2^-24 times the root of 128, over the root of 3); a
 # score's gradient is a difference of two such sums, and is multiplied by a probability that is wrong as well, so that
@@ -164,6 +166,57 @@ def test_full(batch, queries, keys, max_distance, heads, kv_heads, head_size, dt
     check_full(batch, queries, keys, max_distance, heads, kv_heads, head_size, dtype, mask, device)
 
 
+# of keys, of heads, and of both; more parts than tiles, and parts without any real key
+SPLIT_CASES = [
+    (2, 40, 75, None, 4, 1, 16, torch.float32, RIGHT),
+    (2, 3, 75, None, 4, 2, 16, torch.float32, LEFT),
+    (1, 100, 150, None, 6, 1, 24, torch.float32, None),
+    (1, 5, 75, None, 2, 1, 16, torch.float32, torch.zeros(1, 75, dtype=torch.bool)),
+    (1, 150, 300, None, 2, 2, 64, torch.float16, None),
+    (1, 40, 75, None, 4, 1, 64, torch.bfloat16, HOLES),
+]
+
+
+@pytest.fixture
+def split(monkeypatch):
+    """Sums are split wherever there are two tiles of keys, or two heads that share keys; the launches of their parts
+    are counted."""
+    launched = []
+    monkeypatch.setattr(op_attention_triton, "LEAST_TILES", 1)
+    for module in (op_attention_triton, op_attention_gradient_triton):
+
+        def noted(*arguments, add_up=module.launch_parts):
+            launched.append(arguments[-1])
+            add_up(*arguments)
+
+        monkeypatch.setattr(module, "launch_parts", noted)
+    return launched
+
+
+@pytest.mark.parametrize("case", SPLIT_CASES, ids=lambda case: "-".join(map(str, case[:7])))
+def test_full_in_parts(case, device, split):
+    check_full(*case, device)
+    heads_share_keys = case[4] > case[5]
+    # the output, the query's gradient, and where heads share keys those of key and value
+    assert len(split) == 2 + 2 * heads_share_keys and min(split) > 1
+
+
+def test_parts_drop_what_the_whole_drops(device, split, monkeypatch):
+    query, key, value, _ = draw(1, 40, 150, 4, 1, 16, 1, torch.float32, device)
+    leaves = [states.requires_grad_() for states in (query, key, value)]
+    seed = torch.tensor([5], device=device)
+
+    def results():
+        output = full_attention(*leaves, dropout=0.3, seed=seed)
+        return output, *torch.autograd.grad(output, leaves, torch.ones_like(output))
+
+    in_parts = results()
+    assert len(split) == 4
+    monkeypatch.setattr(op_attention_triton, "PROGRAMS", 1)
+    assert_all_same_but_for_rounding(in_parts, results())
+    assert len(split) == 4
+
+
 @pytest.mark.parametrize("case", FULL_CASES, ids=str)
 def test_full_without_kernels(case, device, monkeypatch):
     """The same in PyTorch, wherever a query has a key; what the others give is some finite number."""
@@ -242,8 +295,12 @@ def test_routed_compiled(head_size, dtype, used, device):
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(
     "queries, keys, max_distance, kv_heads",
-    [(500, 500, 128, 4), (500, 500, 1000, 4), (300, 1500, None, 1), (700, 90, None, 2)],
-)
+    [
+        (500, 500, 128, 4), (500, 500, 1000, 4), (300, 1500, None, 1), (700, 90, None, 2),
+        # in parts: of many keys, and of heads that share few
+        (70, 20_000, None, 2), (300, 1100, None, 1),
+    ],
+)  # fmt: skip
 def test_full_compiled(queries, keys, max_distance, kv_heads, head_size, dtype, masked, device):
     mask = torch.rand(2, keys) < 0.8 if masked else None
     check_full(2, queries, keys, max_distance, 4, kv_heads, head_size, dtype, mask, device)
@@ -256,7 +313,9 @@ def test_gradients_are_bit_identical_from_run_to_run(dtype, device):
     leaves = [tensor.requires_grad_() for tensor in leaves]
     positions = random_positions(2, 512, 4096).to(device)
     routed = [states[:, :512].detach().requires_grad_() for states in leaves[:3]] + [leaves[3]]
+    memory = [leaves[0][:, :64].detach().requires_grad_(), *leaves[1:3]]
     for attend, inputs in (
+        (full_attention, memory),
         (lambda *states: local_attention(*states, 127), leaves),
         (lambda *states: routed_attention(*states, positions, positions), routed),
     ):

@@ -24,19 +24,20 @@ from modeling_colt5 import (  # noqa: E402
     run_plan,
 )
 from modeling_colt5.layer_decoder_parts import StraightParts  # noqa: E402
-from modeling_colt5.layer_decoder_whole import StraightDecoderLayer  # noqa: E402
+from modeling_colt5.layer_decoder_whole import LayerProgram, StraightDecoderLayer  # noqa: E402
 from modeling_colt5.run_launch_graphs import LaunchGraphs  # noqa: E402
 
 
 @pytest.fixture
-def layers(monkeypatch: pytest.MonkeyPatch) -> list[StraightDecoderLayer]:
-    """The layers that ran as one straight line."""
+def layers(monkeypatch: pytest.MonkeyPatch) -> list[LayerProgram]:
+    """Of each layer that ran as one straight line its program, which holds none of its tensors: the next call may then
+    have their addresses."""
     ran = []
     of = StraightDecoderLayer.of.__func__
 
     def counted(cls: type[StraightDecoderLayer], *arguments: Any) -> StraightDecoderLayer | None:
         line = of(cls, *arguments)
-        ran.extend([] if line is None else [line])
+        ran.extend([] if line is None else [line.program])
         return line
 
     monkeypatch.setattr(StraightDecoderLayer, "of", classmethod(counted))
