@@ -29,6 +29,8 @@ if triton_is_available():
 
 # The attentions of a layer, in their order.
 SELF, CROSS = range(2)
+# How far after its query a key of self-attention may be; later ones have a bias of minus infinity.
+KEYS_AHEAD = 0
 
 
 class AttentionInputs(NamedTuple):
@@ -305,7 +307,7 @@ class LayerLine:
     def forward(self, states: Tensor, result: Tensor) -> None:
         """Write the result, [batch, n, d_model], of states of that shape."""
         self.parts[SELF].forward(self.made(SELF), states)
-        attention_into(*self.operands(SELF))
+        attention_into(*self.operands(SELF), None, KEYS_AHEAD)
         attended = self.attended(SELF)
         if self.layer.inputs.memory:
             made = self.made(CROSS)
@@ -375,9 +377,11 @@ class LayerLine:
             rows = partial_sums(n, own.size, self.program.dtype, self.program.device, False)
             partials = self.recorder.temporary(torch.float32, batch, heads, rows, table_grad.shape[1])
             self.recorder.zeros(partials)
-        room = self.room_for(operands[0], operands[1], True) if attention == CROSS else None
+        is_self = attention == SELF
+        room = None if is_self else self.room_for(operands[0], operands[1], True)
         delta = self.temporary_like(sums)
-        attention_backward_into(self.heads(grad, attention), *operands, *grads, table_grad, delta, partials, room)
+        rest = (table_grad, delta, partials, room, KEYS_AHEAD if is_self else None)
+        attention_backward_into(self.heads(grad, attention), *operands, *grads, *rest)
 
 
 class _Layer(torch.autograd.Function):

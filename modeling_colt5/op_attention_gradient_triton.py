@@ -70,7 +70,7 @@ def attention_backward_query_kernel(
     query_stride_b, query_stride_n, query_stride_h,
     key_stride_b, key_stride_n, key_stride_h,
     value_stride_b, value_stride_n, value_stride_h,
-    num_queries, num_keys, radius, max_distance, gradient_stride, num_partials, num_parts,
+    num_queries, num_keys, radius, max_distance, ahead, gradient_stride, num_partials, num_parts,
     TABLE_GRADIENT: tl.constexpr, SPLIT: tl.constexpr,
     HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD: tl.constexpr, BLOCK_D: tl.constexpr,
     ROUTED: tl.constexpr, WIDE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
@@ -104,8 +104,9 @@ def attention_backward_query_kernel(
         query_positions += batch * num_queries
         key_positions += batch * num_keys
     row_positions, near_begin, near_end = near_range(
-        query_positions, key_positions, start, num_queries, num_keys, radius, max_distance, ROUTED, BLOCK_Q, BLOCK_K
-    )
+        query_positions, key_positions, start, num_queries, num_keys, radius, ahead, max_distance,
+        ROUTED, BLOCK_Q, BLOCK_K,
+    )  # fmt: skip
     if TABLE_GRADIENT:
         if ROUTED:
             partial_rows = table_partials + rows.to(tl.int64) * (2 * max_distance + 1)
@@ -208,7 +209,7 @@ def attention_backward_key_kernel(
     query_stride_b, query_stride_n, query_stride_h,
     key_stride_b, key_stride_n, key_stride_h,
     value_stride_b, value_stride_n, value_stride_h,
-    num_queries, num_keys, radius, max_distance, gradient_stride, num_parts, SPLIT: tl.constexpr,
+    num_queries, num_keys, radius, max_distance, ahead, gradient_stride, num_parts, SPLIT: tl.constexpr,
     HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD: tl.constexpr, BLOCK_D: tl.constexpr,
     ROUTED: tl.constexpr, WIDE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -229,8 +230,9 @@ def attention_backward_key_kernel(
         query_positions += batch * num_queries
         key_positions += batch * num_keys
     column_positions, near_begin, near_end = near_range(
-        key_positions, query_positions, start, num_keys, num_queries, radius, max_distance, ROUTED, BLOCK_K, BLOCK_Q
-    )
+        key_positions, query_positions, start, num_keys, num_queries, ahead, radius, max_distance,
+        ROUTED, BLOCK_K, BLOCK_Q,
+    )  # fmt: skip
 
     key_tile = load_rows(key, start, num_keys, key_stride_n, HEAD, BLOCK_K, BLOCK_D)
     value_tile = load_rows(value, start, num_keys, value_stride_n, HEAD, BLOCK_K, BLOCK_D)
@@ -327,12 +329,13 @@ def attention_backward_into(
     delta: Tensor | None = None,
     partials: Tensor | None = None,
     room: Tensor | None = None,
+    ahead: int | None = None,
 ) -> None:
     """Write the gradients of `attention_into`, each sum in a fixed order; None for `table_gradient` leaves it out.
 
     The gradients' heads lie side by side, their rows anywhere, those of key and value equally far apart. `delta` is
     room of log_sum_exp's shape, `partials` fp32 zeros [batch, heads, `partial_sums`, 2 * max_distance + 1], and `room`
-    is for `room_of_parts`; None takes some.
+    is for `room_of_parts`; None takes some. `ahead` is as of `attention_into`.
     """
     gradients = (query_gradient, key_gradient, value_gradient, table_gradient)
     if query.numel() == 0 or key.numel() == 0:
@@ -340,7 +343,8 @@ def attention_backward_into(
             _ = None if gradient is None else gradient.zero_()
         return
     batch, num_queries, heads, head_size = query.shape
-    problem = Problem(query, key, value, bias_table, radius, query_positions, key_positions, mask, dropout, seed)
+    rest = (query_positions, key_positions, mask, dropout, seed, ahead)
+    problem = Problem(query, key, value, bias_table, radius, *rest)
     delta = torch.empty_like(log_sum_exp) if delta is None else delta
     if table_gradient is None or bias_table is None:
         partials, rows = None, 0
@@ -361,7 +365,8 @@ def attention_backward_into(
     launch(
         attention_backward_query_kernel, (cdiv(num_queries, block_q) * num_parts, heads, batch),
         *problem.operands, output, log_sum_exp, output_gradient, delta, gradient, partials,
-        *problem.sizes, stride, rows, num_parts, partials is not None, num_parts > 1, *constants, **options,
+        *problem.sizes, problem.ahead, stride, rows, num_parts, partials is not None, num_parts > 1, *constants,
+        **options,
     )  # fmt: skip
     if num_parts > 1:
         launch_parts(gradient, None, query_gradient, None, num_parts)
@@ -375,7 +380,7 @@ def attention_backward_into(
     launch(
         attention_backward_key_kernel, (cdiv(num_keys, block_k) * num_parts, kv_heads, batch),
         *problem.operands, log_sum_exp, output_gradient, delta, *gradients_of_keys,
-        *problem.sizes, stride, num_parts, num_parts > 1, *constants, **options,
+        *problem.sizes, problem.ahead, stride, num_parts, num_parts > 1, *constants, **options,
     )  # fmt: skip
     if num_parts > 1:
         for gradient, result in zip(gradients_of_keys, (key_gradient, value_gradient), strict=True):

@@ -24,7 +24,7 @@ from .run_launch_triton import adjacent, cdiv, launch, next_power_of_2, tl, trit
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 # A new length must not mean a new compilation.
-UNSPECIALIZED = ["num_queries", "num_keys", "radius", "max_distance", "num_partials", "num_parts"]
+UNSPECIALIZED = ["num_queries", "num_keys", "radius", "max_distance", "num_partials", "num_parts", "ahead"]
 
 
 @triton.jit
@@ -47,11 +47,12 @@ def _near_tiles(positions, length, first, last, max_distance, BLOCK: tl.constexp
 
 @triton.jit
 def near_range(
-    own_positions, other_positions, start, num_own, num_other, radius, max_distance,
+    own_positions, other_positions, start, num_own, num_other, behind, ahead, max_distance,
     ROUTED: tl.constexpr, BLOCK: tl.constexpr, OTHER_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The positions [BLOCK] of a tile of queries or of keys that begins at `start`, and the tiles [begin, end) of the
-    other kind that are near: in a band those within the radius, of routed tokens those of distances that differ."""
+    other kind that are near: in a band those at most so far behind or ahead, of routed tokens those of distances that
+    differ."""
     rows = start + tl.arange(0, BLOCK)
     if ROUTED:
         first = tl.load(own_positions + start).to(tl.int32)
@@ -59,8 +60,8 @@ def near_range(
         begin, end = _near_tiles(other_positions, num_other, first, last, max_distance, OTHER_BLOCK)
         rows = tl.load(own_positions + rows, mask=rows < num_own, other=0).to(tl.int32)
     else:
-        begin = tl.maximum(start - radius, 0) // OTHER_BLOCK
-        end = tl.cdiv(tl.minimum(start + BLOCK + radius, num_other), OTHER_BLOCK)
+        begin = tl.minimum(tl.maximum(start - behind, 0), num_other) // OTHER_BLOCK
+        end = tl.cdiv(tl.minimum(start + BLOCK + ahead, num_other), OTHER_BLOCK)
     return rows, begin, end
 
 
@@ -172,7 +173,7 @@ def attention_forward_kernel(
     query_stride_b, query_stride_n, query_stride_h,
     key_stride_b, key_stride_n, key_stride_h,
     value_stride_b, value_stride_n, value_stride_h,
-    num_queries, num_keys, radius, max_distance, num_parts, SPLIT: tl.constexpr,
+    num_queries, num_keys, radius, max_distance, ahead, num_parts, SPLIT: tl.constexpr,
     HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD: tl.constexpr, BLOCK_D: tl.constexpr,
     ROUTED: tl.constexpr, WIDE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -198,8 +199,9 @@ def attention_forward_kernel(
         query_positions += batch * num_queries
         key_positions += batch * num_keys
     row_positions, near_begin, near_end = near_range(
-        query_positions, key_positions, start, num_queries, num_keys, radius, max_distance, ROUTED, BLOCK_Q, BLOCK_K
-    )
+        query_positions, key_positions, start, num_queries, num_keys, radius, ahead, max_distance,
+        ROUTED, BLOCK_Q, BLOCK_K,
+    )  # fmt: skip
     if SPLIT:
         near_begin, near_end = share_of(near_begin, near_end, part, num_parts)
         of_part = tl.cast(part, tl.int64) * tl.num_programs(2) * num_queries * HEADS
@@ -300,6 +302,8 @@ BLOCKS = {
 PROGRAMS = 384
 # No part has fewer tiles: adding up takes a launch.
 LEAST_TILES = 8
+# Nothing has more parts: one program adds up all of a row.
+MOST_PARTS = 16
 
 # Heads of more than 64 features take large tiles where a program may have at least this many bytes of shared memory.
 LARGE_SHARED_MEMORY = 98_304
@@ -354,10 +358,10 @@ class Problem:
     """What the three kernels share: operands in the kernels' layout, sizes, and what decides about a kernel's code.
 
     Rows of query, key and value may lie anywhere, their elements side by side; the rest is contiguous, the table in
-    fp32. Without a table and positions all keys are read.
+    fp32. Without a table and positions all keys are read. `ahead` is as of `attention_into`.
     """
 
-    __slots__ = ("code", "kind", "operands", "routed", "sizes")
+    __slots__ = ("ahead", "code", "kind", "operands", "routed", "sizes")
 
     def __init__(
         self,
@@ -371,6 +375,7 @@ class Problem:
         mask: Tensor | None,
         dropout: float,
         seed: Tensor | None,
+        ahead: int | None = None,
     ):
         query, key, value = (part if part.stride(3) == 1 else part.contiguous() for part in (query, key, value))
         _, num_queries, heads, head_size = query.shape
@@ -380,6 +385,7 @@ class Problem:
         # a larger one would cut nothing off either, as no two are further apart
         farthest = max(num_queries, num_keys) - 1
         radius = {AMONG_ROUTED: 0, FULL: farthest, BAND: min(radius, farthest)}[self.kind]
+        self.ahead = radius if ahead is None else min(ahead, radius)
         bias_table = None if bias_table is None else bias_table.float()
         max_distance = 0 if bias_table is None else bias_table.shape[1] // 2
         rest = map(adjacent, (bias_table, query_positions, key_positions, mask, seed))
@@ -451,7 +457,7 @@ def number_of_parts(kernel: str, query: Tensor, key: Tensor) -> int:
         most, tiles, programs = group, group * query_tiles, key_tiles * kv_heads * batch
     else:
         most, tiles, programs = key_tiles, key_tiles, query_tiles * heads * batch
-    return max(1, min(most, tiles // LEAST_TILES, PROGRAMS // programs))
+    return max(1, min(most, tiles // LEAST_TILES, PROGRAMS // programs, MOST_PARTS))
 
 
 def room_of_parts(query: Tensor, key: Tensor, backward: bool) -> int:
@@ -496,16 +502,21 @@ def attention_into(
     output: Tensor,
     log_sum_exp: Tensor,
     room: Tensor | None = None,
+    ahead: int | None = None,
 ) -> None:
     """Write `attention_reference` of op_attention.py, of a text, to `output` [batch, queries, heads, d_kv],
-    contiguous, and the log-sum-exp of the scores, fp32 [batch, heads, queries]. `room` is for `room_of_parts`; None
-    takes some."""
+    contiguous, and the log-sum-exp of the scores, fp32 [batch, heads, queries].
+
+    `room` is for `room_of_parts`; None takes some. Keys of a band more than `ahead` after their query need not be
+    looked at, since their bias is minus infinity; None where it is not.
+    """
     batch, num_queries, heads, _ = query.shape
     if query.numel() == 0 or key.numel() == 0:
         output.zero_()
         log_sum_exp.zero_()
         return
-    problem = Problem(query, key, value, bias_table, radius, query_positions, key_positions, mask, dropout, seed)
+    rest = (query_positions, key_positions, mask, dropout, seed, ahead)
+    problem = Problem(query, key, value, bias_table, radius, *rest)
     num_parts = number_of_parts("forward", query, key) if problem.kind == FULL else 1
     parts, sums = output, log_sum_exp
     if num_parts > 1:
@@ -516,7 +527,7 @@ def attention_into(
     launch(
         attention_forward_kernel, (cdiv(num_queries, block_q) * num_parts, heads, batch),
         *problem.operands, parts, sums,
-        *problem.sizes, num_parts, num_parts > 1, *constants, **options,
+        *problem.sizes, problem.ahead, num_parts, num_parts > 1, *constants, **options,
     )  # fmt: skip
     if num_parts > 1:
         launch_parts(parts, sums, output, log_sum_exp, num_parts)

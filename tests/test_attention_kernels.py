@@ -217,6 +217,28 @@ def test_parts_drop_what_the_whole_drops(device, split, monkeypatch):
     assert len(split) == 4
 
 
+@pytest.mark.parametrize("length, ahead, max_distance", [(75, 0, 12), (150, 3, 128), (140, 40, 20)])
+def test_keys_ahead_are_left_out_without_a_change(length, ahead, max_distance, device):
+    """Where their bias is minus infinity, the kernels give the same bits with them: they add 0."""
+    query, key, value, table = draw(2, length, length, 2, 2, 16, max_distance, torch.float32, device)
+    # the largest distance stands for all beyond
+    table[:, max_distance + 1 + min(ahead, max_distance - 1) :] = -torch.inf
+    mask = torch.rand(2, length, device=device) < 0.8
+    cotangent = torch.randn_like(query)
+    operands = (query, key, value, table, length, None, None, mask, 0.0, None)
+
+    def results(ahead):
+        output, sums = torch.empty_like(query), torch.empty(2, 2, length, device=device)
+        op_attention_triton.attention_into(*operands, output, sums, None, ahead)
+        gradients = [torch.empty_like(part) for part in (query, key, value, table)]
+        rest = (output, sums, *gradients, None, None, None, ahead)
+        op_attention_gradient_triton.attention_backward_into(cotangent, *operands, *rest)
+        return output, sums, *gradients
+
+    for ours, theirs in zip(results(ahead), results(None), strict=True):
+        assert torch.equal(ours, theirs)
+
+
 @pytest.mark.parametrize("case", FULL_CASES, ids=str)
 def test_full_without_kernels(case, device, monkeypatch):
     """The same in PyTorch, wherever a query has a key; what the others give is some finite number."""
