@@ -341,7 +341,7 @@ class CoLT5Decoder(CoLT5Stack):
         if not self.attends_to_all or cache is not None or is_ready or self.asks or has_routers:
             return False
         who, mode = implementation(self.config).for_states(hidden_states), Mode.of_now(hidden_states)
-        return kernels_attend(who, mode, hidden_states.shape[1], 0 if memory is None else memory.shape[1])
+        return kernels_attend(who, mode, hidden_states, 0 if memory is None else memory.shape[1])
 
     def inputs_of_self_attention(
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, cache: Cache | None, by_kernels: bool

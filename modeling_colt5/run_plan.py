@@ -151,28 +151,32 @@ class EncoderSettings:
         check_numbers(min_routed_tokens=(self.min_routed_tokens, 1))
 
 
-# Where there is more to do, PyTorch attends: a GPU then has so much work that the host's part of the time, which lists
-# of kernels save, no longer counts, and PyTorch's kernels may be faster. Both limits, of a row's queries times keys
-# and of its own tokens, are to be measured on a card.
+# How many queries times keys, of all rows, kernels attend to; more are PyTorch's. By what a decoder of base size took
+# forward and backward on an H200: kernels save most of the host's time, and up to this many pairs with a memory the
+# card's time too in half precision. In fp32 they take the card four times as long as PyTorch.
 MOST_PAIRS_OF_KERNELS = 512 * 131_072
-MOST_TOKENS_OF_KERNELS = 2_048
+MOST_PAIRS_IN_FLOAT32 = 256 * 256
+# For self-attention PyTorch reads a bias for each pair, and takes twice as long and more. So in half precision a text
+# whose memory is at most so many times as long is always one for kernels.
+LONGEST_MEMORY_OF_KERNELS = 32
 
 
-def kernels_attend(implementation: Implementation, mode: Mode, tokens: int, memory_tokens: int) -> bool:
+def kernels_attend(implementation: Implementation, mode: Mode, states: torch.Tensor, memory_tokens: int) -> bool:
     """Whether kernels attend in a pass of T5's decoder without a cache, as `DecoderPlan` has it.
 
     Args:
         implementation: who computes, decided for the pass.
         mode: of the pass.
-        tokens: of a row.
+        states: [batch, n, d_model].
         memory_tokens: of a row of the memory; 0 without an encoder.
     """
-    return (
-        implementation.fuses_attention
-        and mode.is_eager
-        and tokens <= MOST_TOKENS_OF_KERNELS
-        and tokens * memory_tokens <= MOST_PAIRS_OF_KERNELS
-    )
+    if not (implementation.fuses_attention and mode.is_eager):
+        return False
+    batch, tokens, _ = states.shape
+    if mode.dtype_of_products(states.dtype) == torch.float32:
+        return batch * tokens * max(tokens, memory_tokens) <= MOST_PAIRS_IN_FLOAT32
+    is_short = memory_tokens <= LONGEST_MEMORY_OF_KERNELS * tokens
+    return is_short or batch * tokens * memory_tokens <= MOST_PAIRS_OF_KERNELS
 
 
 @dataclass

@@ -30,7 +30,8 @@ from modeling_colt5.run_release import CACHE  # noqa: E402
 @pytest.fixture(autouse=True)
 def attended_by_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if all texts were too long for attention by kernels, with which layers are whole."""
-    monkeypatch.setattr(run_plan, "MOST_TOKENS_OF_KERNELS", 0)
+    for limit in ("MOST_PAIRS_OF_KERNELS", "MOST_PAIRS_IN_FLOAT32", "LONGEST_MEMORY_OF_KERNELS"):
+        monkeypatch.setattr(run_plan, limit, -1)
 
 
 @pytest.fixture

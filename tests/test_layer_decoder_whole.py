@@ -23,9 +23,11 @@ from modeling_colt5 import (  # noqa: E402
     run_launch_list_triton,
     run_plan,
 )
+from modeling_colt5.kernel_backend import Mode  # noqa: E402
 from modeling_colt5.layer_decoder_parts import StraightParts  # noqa: E402
 from modeling_colt5.layer_decoder_whole import LayerProgram, StraightDecoderLayer  # noqa: E402
 from modeling_colt5.run_launch_graphs import LaunchGraphs  # noqa: E402
+from modeling_colt5.run_plan import Implementation, kernels_attend  # noqa: E402
 
 
 @pytest.fixture
@@ -411,18 +413,38 @@ def test_longer_inputs_and_other_passes_run_in_parts(
             return model(**batch | changed).logits[real]
 
     expected = in_pytorch(call)
-    monkeypatch.setattr(run_plan, "MOST_PAIRS_OF_KERNELS", 48)
-    monkeypatch.setattr(run_plan, "MOST_TOKENS_OF_KERNELS", 6)
+    # two rows of six tokens on eight
+    monkeypatch.setattr(run_plan, "MOST_PAIRS_IN_FLOAT32", 96)
     assert_same_but_for_rounding(call(), expected)
     assert (len(layers), len(parts)) == (1, 0)
     for changed in ({"use_cache": True}, {"decoder_attention_mask": causal[:, None]}):
         assert_same_but_for_rounding(call(**changed), expected)
-    monkeypatch.setattr(run_plan, "MOST_PAIRS_OF_KERNELS", 47)
+    monkeypatch.setattr(run_plan, "MOST_PAIRS_IN_FLOAT32", 95)
     assert_same_but_for_rounding(call(), expected)
-    monkeypatch.setattr(run_plan, "MOST_PAIRS_OF_KERNELS", 48)
-    monkeypatch.setattr(run_plan, "MOST_TOKENS_OF_KERNELS", 5)
-    assert_same_but_for_rounding(call(), expected)
-    assert (len(layers), len(parts)) == (1, 4)
+    assert (len(layers), len(parts)) == (1, 3)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "memory", "attends"),
+    [
+        (torch.bfloat16, (1, 512), 131_072, True),
+        (torch.bfloat16, (2, 512), 131_072, False),
+        (torch.bfloat16, (1, 4096), 131_072, True),
+        (torch.float16, (1, 65_536), 0, True),
+        (torch.float32, (1, 256), 256, True),
+        (torch.float32, (1, 256), 257, False),
+        (torch.float32, (1, 257), 0, False),
+        (torch.float32, (2, 256), 256, False),
+    ],
+)
+def test_who_attends(dtype: torch.dtype, shape: tuple[int, int], memory: int, attends: bool) -> None:
+    states = torch.empty(*shape, 1, dtype=dtype)
+    who, mode = Implementation("triton", "sdpa"), Mode.of_now(states)
+    assert kernels_attend(who, mode, states, memory) == attends
+    assert not kernels_attend(Implementation("torch", "sdpa"), mode, states, memory)
+    if dtype == torch.float32:
+        with torch.autocast("cpu", torch.bfloat16):
+            assert kernels_attend(who, Mode.of_now(states), states, memory)
 
 
 OTHERS = {
@@ -588,7 +610,14 @@ def test_each_call_may_be_a_graph(
 # on a card
 
 
+@pytest.fixture
+def long_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long texts in fp32 too, whose kernels are right but slow."""
+    monkeypatch.setattr(run_plan, "MOST_PAIRS_IN_FLOAT32", 2**40)
+
+
 @pytest.mark.gpu
+@pytest.mark.usefixtures("long_in_float32")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rate", [0.0, 0.3])
 @pytest.mark.parametrize("targets", [(200, 130), (900, 1100)])
@@ -612,6 +641,7 @@ def test_calls_that_come_again_on_a_card_are_graphs(
 @pytest.mark.gpu
 @pytest.mark.parametrize("fields", [{}, {"d_kv": 64, "num_heads": 12, "d_model": 768}, {"d_kv": 128}], ids=str)
 @pytest.mark.parametrize("is_cast", [False, True])
+@pytest.mark.usefixtures("long_in_float32")
 def test_larger_heads_and_memories_on_a_card(fields: dict[str, Any], is_cast: bool, layers: list) -> None:
     device = torch.device("cuda")
     model = model_of(device, **fields).train()
