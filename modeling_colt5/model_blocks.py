@@ -606,7 +606,9 @@ class CoLT5ConditionalCrossAttention(_StandAlone):
         mask = padding_mask("memory_mask", memory_mask, memory)
         hidden_states, memory, routing = self.cast(hidden_states), self.cast(memory), None
         if self.layer.EncDecAttention.is_routed and not self.asks:
-            memories, mask, routing = self.cross_routing.read(memory, mask, cache, self.settings, self.implementation)
+            memories, mask, routing = self.cross_routing.memories_of_layers(
+                memory, mask, cache, self.settings, self.implementation
+            )
             (memory,) = memories
         plan = DecoderPlan(self.implementation, memory_mask=mask, asking=self.settings if self.asks else None)
         output, _, asked = self.layer(hidden_states, memory, plan, cache, 0)

@@ -90,7 +90,7 @@ class CoLT5CrossRouting(nn.Module):
         states = [torch.cat(rows[layer], 1) if self.num_routers > 1 else rows[layer.start] for layer in layers]
         return states, tuple(tuple(routed[layer]) for layer in layers)
 
-    def read(
+    def memories_of_layers(
         self,
         memory: torch.Tensor,
         mask: torch.Tensor | None,

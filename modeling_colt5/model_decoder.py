@@ -1,7 +1,7 @@
 """The decoder: T5's or causally routed, with an encoder or without."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -50,6 +50,21 @@ from .run_inputs import (
 )
 from .run_plan import DecoderPlan, kernels_attend
 from .run_release import CACHE, cache_of_forward
+
+
+class SelfAttentionInputs(NamedTuple):
+    """What the self-attention of all layers takes in one pass.
+
+    Args:
+        position_bias: as `CoLT5DecoderBlock.forward` takes it.
+        heavy_bias_table: fp32 [heads, 2 * max_distance + 1], of causally routed layers; None in others.
+        mask, windows: as of `DecoderPlan`.
+    """
+
+    position_bias: torch.Tensor
+    heavy_bias_table: torch.Tensor | None
+    mask: torch.Tensor | None
+    windows: CausalPlan | None
 
 
 class CoLT5Decoder(CoLT5Stack):
@@ -144,9 +159,9 @@ class CoLT5Decoder(CoLT5Stack):
             let_grow(cache)
         self_cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
         by_kernels = self.kernels_attend(hidden_states, attention_mask, memory, cache)
-        own = self.inputs_of_self_attention(hidden_states, attention_mask, self_cache, by_kernels)
+        to_itself = self.inputs_of_self_attention(hidden_states, attention_mask, self_cache, by_kernels)
         memories, encoder_mask, cross_routing = self.route_memory(memory, encoder_mask, cache)
-        inputs = (own, memories, encoder_mask, cache, by_kernels)
+        inputs = (to_itself, memories, encoder_mask, cache, by_kernels)
         hidden_states, asked = self.run_blocks(self.dropout(hidden_states), *inputs)
         return CoLT5DecoderOutput(
             last_hidden_state=self.end(hidden_states),
@@ -263,7 +278,7 @@ class CoLT5Decoder(CoLT5Stack):
     def run_blocks(
         self,
         hidden_states: torch.Tensor,
-        own: tuple[Any, ...],
+        to_itself: SelfAttentionInputs,
         memories: Sequence[torch.Tensor | None],
         encoder_mask: torch.Tensor | None,
         cache: Cache | None,
@@ -273,24 +288,24 @@ class CoLT5Decoder(CoLT5Stack):
 
         Args:
             hidden_states: [batch, n, d_model].
-            own: what `inputs_of_self_attention` gave.
+            to_itself: what `inputs_of_self_attention` gave.
             memories, encoder_mask: what `route_memory` gave.
             cache: of the decoder.
             by_kernels: what `kernels_attend` said.
         """
-        position_bias, heavy_bias_table, mask, windows = own
         asking = cross_settings(self.config) if self.asks else None
         who = implementation(self.config).for_states(hidden_states)
         straight = None
         if self.attends_to_all and who.fuses_attention:
             straight = DecoderPass.of(hidden_states, Mode.of_now(hidden_states))
         projected = None if straight is None or cache is not None else self.projected_memory(straight, memories[0])
-        plan = DecoderPlan(who, mask, windows, encoder_mask, asking, straight, projected, by_kernels)
+        masks = (to_itself.mask, to_itself.windows, encoder_mask)
+        plan = DecoderPlan(who, *masks, asking, straight, projected, by_kernels)
         asked = []
         for layer_idx, (block, memory) in enumerate(zip(self.block, memories, strict=True)):
             # Gradient checkpointing hands gradients through arguments by position alone, and looks for the cache by
             # the release's name for it.
-            inputs = (position_bias, heavy_bias_table, memory, plan, layer_idx)
+            inputs = (to_itself.position_bias, to_itself.heavy_bias_table, memory, plan, layer_idx)
             hidden_states, *_, tokens = block(hidden_states, *inputs, **{CACHE: cache})
             asked.append((tokens,))
         return hidden_states, tuple(asked)
@@ -345,17 +360,16 @@ class CoLT5Decoder(CoLT5Stack):
 
     def inputs_of_self_attention(
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, cache: Cache | None, by_kernels: bool
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, CausalPlan | None]:
-        """Position bias and heavy bias table, as the blocks take them; mask and windows, as their plan does.
-        `by_kernels` is what `kernels_attend` said."""
+    ) -> SelfAttentionInputs:
+        """What self-attention takes in all layers; `by_kernels` is what `kernels_attend` said."""
         if self.attends_to_all:
             bias, mask = self.attention_to_all(hidden_states, attention_mask, cache, by_kernels)
-            return bias, None, mask, None
+            return SelfAttentionInputs(bias, None, mask, None)
         plan = self.windows_of(hidden_states, attention_mask, cache)
         bias, heavy_bias_table = plan.light_bias(bias_by_distance(self.light_relative_attention_bias)), None
         if self.config.causal_attention == "routed":
             heavy_bias_table = bias_by_distance(self.heavy_relative_attention_bias)
-        return bias, heavy_bias_table, None, plan
+        return SelfAttentionInputs(bias, heavy_bias_table, None, plan)
 
     def attention_to_all(
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, cache: Cache | None, by_kernels: bool
@@ -396,7 +410,7 @@ class CoLT5Decoder(CoLT5Stack):
                     f"cross_routing.routers has {routers} routers; it must have {needed} for the decoder's "
                     f"{len(self.block)} layers. Whoever takes layers out takes their routers out as well"
                 )
-            return self.cross_routing.read(memory, mask, cache, settings, who)
+            return self.cross_routing.memories_of_layers(memory, mask, cache, settings, who)
         if memory is not None and self.asks and cache is not None and mask is None:
             # A static cache may have more slots than the memory has tokens.
             mask = memory.new_ones(memory.shape[:2], dtype=torch.bool)

@@ -70,10 +70,10 @@ class CoLT5SelfAttention(CoLT5Attention):
             attended = full_attention(query, key, value, position_bias, plan.mask, drop_rate(self), seed)
             return self.o(attended.flatten(-2)), None
         query, key, value = (states.transpose(1, 2) for states in (query, key, value))
-        attended, weights = self.read(query, key, value, position_bias, plan, cache, layer_idx)
+        attended, weights = self.attend_projected(query, key, value, position_bias, plan, cache, layer_idx)
         return self.o(attended), weights
 
-    def read(
+    def attend_projected(
         self,
         query: torch.Tensor,
         key: torch.Tensor,
@@ -175,10 +175,10 @@ class CoLT5CrossAttention(CoLT5Attention):
             key, value = (states.transpose(1, 2).to(query.dtype) for states in keys_and_values)
             attended = full_attention(query, key, value, None, plan.memory_mask, drop_rate(self), seed)
             return self.o(attended.flatten(-2)), None, None
-        attended, weights = self.read(query.transpose(1, 2), encoder_hidden_states, plan, cache, layer_idx)
+        attended, weights = self.attend_projected(query.transpose(1, 2), encoder_hidden_states, plan, cache, layer_idx)
         return self.o(attended), weights, None
 
-    def read(
+    def attend_projected(
         self,
         query: torch.Tensor,
         encoder_hidden_states: torch.Tensor,
@@ -515,8 +515,8 @@ class CoLT5DecoderBlock(GradientCheckpointingLayer):
             attention: Any = self.layer[1].EncDecAttention
             keys_and_values = attention.keys_and_values(encoder_hidden_states, plan, None, layer_idx)
             key, value = (states.transpose(1, 2).to(plan.straight.dtype) for states in keys_and_values)
-        read = AttentionInputs(position_bias, plan.mask, key, value, plan.memory_mask)
-        line = StraightDecoderLayer.of(plan.straight, *found, read)
+        of_attentions = AttentionInputs(position_bias, plan.mask, key, value, plan.memory_mask)
+        line = StraightDecoderLayer.of(plan.straight, *found, of_attentions)
         return None if line is None else (line(hidden_states), None, None)
 
     def run_in_parts(
@@ -534,10 +534,12 @@ class CoLT5DecoderBlock(GradientCheckpointingLayer):
         cross_weights = None
         layers: Any = self.layer
         query, key, value = parts(0, hidden_states)
-        attended, weights = layers[0].SelfAttention.read(query, key, value, position_bias, plan, self_cache, layer_idx)
+        attended, weights = layers[0].SelfAttention.attend_projected(
+            query, key, value, position_bias, plan, self_cache, layer_idx
+        )
         if self.has_cross_attention:
             hidden_states, query = parts(1, hidden_states, attended)
-            attended, cross_weights = layers[1].EncDecAttention.read(
+            attended, cross_weights = layers[1].EncDecAttention.attend_projected(
                 query, encoder_hidden_states, plan, cache, layer_idx
             )
         (hidden_states,) = parts(-1, hidden_states, attended)

@@ -331,8 +331,8 @@ def test_batches_of_gradients_are_refused(device: torch.device, layers: list, on
     # between a layer's parts, at their end, and at what they read of the memory
     attention = model.decoder.block[1].layer[0].SelfAttention
     seen: list[torch.Tensor] = []
-    read = attention.read
-    attention.read = lambda query, *others: seen.append(query) or read(query, *others)
+    attend = attention.attend_projected
+    attention.attend_projected = lambda query, *others: seen.append(query) or attend(query, *others)
     states = model(**batch, output_hidden_states=True).decoder_hidden_states[1]
     memory = torch.randn(1, 5, model.config.d_model, device=device, requires_grad=True)
     common = DecoderPass.of(memory, Mode.of_now(memory))
