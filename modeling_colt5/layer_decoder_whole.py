@@ -38,10 +38,10 @@ class AttentionInputs(NamedTuple):
 
     Args:
         table: of self-attention, fp32 [heads, 2 * max_distance + 1], see `causal_table` of model_layers.py.
-        mask: bool [batch, n], True for real tokens; None for all.
+        mask: bool [batch, n], contiguous, True for real tokens; None for all.
         key, value: of the memory, [batch, keys, key/value heads, d_kv], with the features of all heads of a token side
             by side; None without an encoder.
-        memory_mask: bool [batch, keys], True for real tokens; None for all.
+        memory_mask: bool [batch, keys], contiguous, True for real tokens; None for all.
     """
 
     table: Tensor
@@ -412,6 +412,7 @@ class _Layer(torch.autograd.Function):
             return (None,) * (5 + len(needs))
         table, mask, key, value, memory_mask, seeds, *saved = ctx.saved_tensors
         states, kept, *weights = (part.contiguous() for part in saved)
+        mask, memory_mask = (None if part is None else part.contiguous() for part in (mask, memory_mask))
         inputs = AttentionInputs(table.contiguous(), mask, key, value, memory_mask)
         program, common = ctx.of_pass
         layer = StraightDecoderLayer(program, common, weights, inputs, seeds)

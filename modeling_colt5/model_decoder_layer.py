@@ -515,7 +515,9 @@ class CoLT5DecoderBlock(GradientCheckpointingLayer):
             attention: Any = self.layer[1].EncDecAttention
             keys_and_values = attention.keys_and_values(encoder_hidden_states, plan, None, layer_idx)
             key, value = (states.transpose(1, 2).to(plan.straight.dtype) for states in keys_and_values)
-        of_attentions = AttentionInputs(position_bias, plan.mask, key, value, plan.memory_mask)
+        # it is the caller's own where that is bool, and may be a part of a wider one
+        memory_mask = None if plan.memory_mask is None else plan.memory_mask.contiguous()
+        of_attentions = AttentionInputs(position_bias, plan.mask, key, value, memory_mask)
         line = StraightDecoderLayer.of(plan.straight, *found, of_attentions)
         return None if line is None else (line(hidden_states), None, None)
 

@@ -573,6 +573,31 @@ def test_lists_read_and_write_what_they_should(
 
 
 @on_cpus
+def test_masks_may_lie_anywhere_in_memory(lists: list[str]) -> None:
+    """A list has of each memory the beginning alone, and would read what stands behind a row of a wider mask."""
+    device = torch.device("cpu")
+    model = model_of(device, num_decoder_layers=1).train()
+    first, second = (padded_batch(device, (9, 5), (7, 4), side) for side in ("left", "right"))
+    for batch in (first, second):
+        for name in ("attention_mask", "decoder_attention_mask"):
+            batch[name] = batch[name].bool()
+    gradients_of(model, first)
+    expected = at_real_tokens(in_pytorch(lambda: gradients_of(model, second)), second)
+    lists.clear()
+    for name in ("attention_mask", "decoder_attention_mask"):
+        wide = torch.cat([second[name], ~second[name]], 1)
+        second[name] = wide[:, : second[name].shape[1]]
+    assert_same_gradients(at_real_tokens(gradients_of(model, second), second), expected)
+
+    def elsewhere(saved: torch.Tensor) -> torch.Tensor:
+        return saved.t().contiguous().t() if saved.dtype == torch.bool and saved.dim() == 2 else saved
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, elsewhere):
+        assert_same_gradients(at_real_tokens(gradients_of(model, second), second), expected)
+    assert lists.count("attention_forward_kernel") == lists.count("attention_backward_query_kernel") == 2 * 2
+
+
+@on_cpus
 def test_lists_of_a_stack_without_an_encoder_and_of_frozen_weights(lists: list[str]) -> None:
     device = torch.device("cpu")
     model = model_of(
