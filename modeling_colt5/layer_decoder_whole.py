@@ -116,12 +116,9 @@ class LayerProgram:
 
     @staticmethod
     def of(
-        common: DecoderPass, layer: PlainT5Layer, weights: tuple[Tensor, ...], inputs: AttentionInputs
+        common: DecoderPass, layer: PlainT5Layer, parts: Sequence[PartProgram], inputs: AttentionInputs
     ) -> "LayerProgram | None":
-        """The program for these weights and inputs; None where the layer has to run as modules."""
-        parts = PartProgram.of_layer(common, layer, weights)
-        if parts is None:
-            return None
+        """The program for these parts and inputs; None where the layer has to run as modules."""
 
         def make() -> LayerProgram | None:
             attentions = Attention.all_of(layer, parts)
@@ -182,17 +179,24 @@ class StraightDecoderLayer:
 
     @classmethod
     def of(
-        cls, common: DecoderPass, layer: PlainT5Layer, weights: tuple[Tensor, ...], inputs: AttentionInputs
+        cls,
+        common: DecoderPass,
+        layer: PlainT5Layer,
+        weights: tuple[Tensor, ...],
+        parts: Sequence[PartProgram],
+        inputs: AttentionInputs,
+        seeds: Tensor | None,
     ) -> "StraightDecoderLayer | None":
-        """The layer; None where it has to run as modules, for which nothing has changed then.
+        """The layer; None where it has to run as modules.
 
         Args:
             common: of the pass.
             layer, weights: what `PlainBlock.read` gave.
-            inputs: as above.
+            parts: what `PartProgram.of_layer` gave of these.
+            inputs, seeds: as above.
         """
-        program = LayerProgram.of(common, layer, weights, inputs)
-        return None if program is None else cls(program, common, weights, inputs, layer.draw_seeds(common.device))
+        program = LayerProgram.of(common, layer, parts, inputs)
+        return None if program is None else cls(program, common, weights, inputs, seeds)
 
     def __call__(self, hidden_states: Tensor) -> Tensor:
         """From states to states [batch, n, d_model], for a backward pass where autograd records."""

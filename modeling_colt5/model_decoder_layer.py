@@ -12,7 +12,7 @@ from transformers.utils.generic import maybe_autocast
 
 from .kernel_backend import accumulation_dtype
 from .layer_causal import PlainRoutedLayer
-from .layer_decoder_parts import DecoderDrop, PlainT5Layer, StraightParts
+from .layer_decoder_parts import DecoderDrop, PartProgram, PlainT5Layer, StraightParts
 from .layer_decoder_whole import AttentionInputs, StraightDecoderLayer
 from .layer_plain import PlainBlock, kinds_of
 from .model_causal import (
@@ -509,6 +509,12 @@ class CoLT5DecoderBlock(GradientCheckpointingLayer):
             parts = StraightParts.of(plan.straight, *found)
             inputs = (hidden_states, position_bias, encoder_hidden_states, plan, layer_idx, cache)
             return None if parts is None else self.run_in_parts(parts, *inputs)
+        # both come before the memory is projected, whose projections may have hooks that are called once, and may drop
+        programs = PartProgram.of_layer(plan.straight, *found)
+        if programs is None:
+            return None
+        layer, weights = found
+        seeds = layer.draw_seeds(plan.straight.device)
         key = value = None
         if self.has_cross_attention:
             # what does not fit here fits no module either
@@ -518,7 +524,7 @@ class CoLT5DecoderBlock(GradientCheckpointingLayer):
         # it is the caller's own where that is bool, and may be a part of a wider one
         memory_mask = None if plan.memory_mask is None else plan.memory_mask.contiguous()
         of_attentions = AttentionInputs(position_bias, plan.mask, key, value, memory_mask)
-        line = StraightDecoderLayer.of(plan.straight, *found, of_attentions)
+        line = StraightDecoderLayer.of(plan.straight, layer, weights, programs, of_attentions, seeds)
         return None if line is None else (line(hidden_states), None, None)
 
     def run_in_parts(

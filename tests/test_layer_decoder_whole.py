@@ -256,6 +256,31 @@ def test_projections_may_differ_in_dtype(device: torch.device, layers: list) -> 
     assert len(layers) == 1
 
 
+def test_adapters_of_the_memory_drop_after_the_seeds_are_drawn(device: torch.device, layers: list) -> None:
+    """As in modules, so that a hook changes nothing that is dropped."""
+    model = model_of(device, num_decoder_layers=1, dropout_rate=0.3).train()
+    batch = batch_of(device, 6)
+    projection = model.decoder.block[0].layer[1].EncDecAttention.k
+    # as an adapter's dropout
+    projection.register_forward_hook(lambda module, inputs, output: nn.functional.dropout(output, 0.4))
+    expected = as_modules(lambda: gradients_of(model, batch))
+    assert_same_gradients(gradients_of(model, batch), expected)
+    assert len(layers) == 1
+
+
+def test_a_memory_is_projected_once_where_a_layer_runs_as_modules(device: torch.device, layers: list) -> None:
+    model = model_of(device, num_decoder_layers=1).eval()
+    layer = model.decoder.block[0].layer
+    # no straight line takes such a weight
+    weight = layer[2].DenseReluDense.wo.weight
+    weight.data = weight.data.t().contiguous().t()
+    seen: list[torch.Tensor] = []
+    layer[1].EncDecAttention.k.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    with torch.no_grad():
+        model(**batch_of(device, 6))
+    assert len(seen) == 1 and not layers
+
+
 FROZEN = {
     "weights": ("decoder.block.0", ".q.", "wo", "EncDecAttention.o", "layer.1.layer_norm", "shared"),
     "biases": ("relative_attention_bias",),
