@@ -90,6 +90,7 @@ class CoLT5Decoder(CoLT5Stack):
         self.plain = PlainStack()
         # Transformers' configurations take long to answer, for one token.
         self.has_encoder = config.is_encoder_decoder
+        self.head_size = config.d_kv
         self.attends_to_all = config.causal_attention == "full"
         self.is_causally_routed = "routed" in (config.causal_attention, config.causal_feed_forward)
         self.prefix = "decoder_" if self.has_encoder else ""
@@ -356,7 +357,8 @@ class CoLT5Decoder(CoLT5Stack):
         if not self.attends_to_all or cache is not None or is_ready or self.asks or has_routers:
             return False
         who, mode = implementation(self.config).for_states(hidden_states), Mode.of_now(hidden_states)
-        return kernels_attend(who, mode, hidden_states, 0 if memory is None else memory.shape[1])
+        memory_tokens = 0 if memory is None else memory.shape[1]
+        return kernels_attend(who, mode, hidden_states, memory_tokens, self.head_size)
 
     def inputs_of_self_attention(
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, cache: Cache | None, by_kernels: bool

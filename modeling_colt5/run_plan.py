@@ -159,9 +159,13 @@ MOST_PAIRS_IN_FLOAT32 = 256 * 256
 # For self-attention PyTorch reads a bias for each pair, and takes twice as long and more. So in half precision a text
 # whose memory is at most so many times as long is always one for kernels.
 LONGEST_MEMORY_OF_KERNELS = 32
+# Tiles of larger heads need more shared memory than many cards have (docs/operators.md).
+MOST_FEATURES_OF_KERNELS = 128
 
 
-def kernels_attend(implementation: Implementation, mode: Mode, states: torch.Tensor, memory_tokens: int) -> bool:
+def kernels_attend(
+    implementation: Implementation, mode: Mode, states: torch.Tensor, memory_tokens: int, head_size: int
+) -> bool:
     """Whether kernels attend in a pass of T5's decoder without a cache, as `DecoderPlan` has it.
 
     Args:
@@ -169,8 +173,9 @@ def kernels_attend(implementation: Implementation, mode: Mode, states: torch.Ten
         mode: of the pass.
         states: [batch, n, d_model].
         memory_tokens: of a row of the memory; 0 without an encoder.
+        head_size: features of a head.
     """
-    if not (implementation.fuses_attention and mode.is_eager):
+    if not (implementation.fuses_attention and mode.is_eager) or head_size > MOST_FEATURES_OF_KERNELS:
         return False
     batch, tokens, _ = states.shape
     if mode.dtype_of_products(states.dtype) == torch.float32:

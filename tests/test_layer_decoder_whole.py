@@ -465,14 +465,16 @@ def test_longer_inputs_and_other_passes_run_in_parts(
 def test_who_attends(dtype: torch.dtype, shape: tuple[int, int], memory: int, attends: bool) -> None:
     states = torch.empty(*shape, 1, dtype=dtype)
     who, mode = Implementation("triton", "sdpa"), Mode.of_now(states)
-    assert kernels_attend(who, mode, states, memory) == attends
-    assert not kernels_attend(Implementation("torch", "sdpa"), mode, states, memory)
+    assert kernels_attend(who, mode, states, memory, 128) == attends
+    assert not kernels_attend(Implementation("torch", "sdpa"), mode, states, memory, 128)
+    assert not kernels_attend(who, mode, states, memory, 129)
     if dtype == torch.float32:
         with torch.autocast("cpu", torch.bfloat16):
-            assert kernels_attend(who, Mode.of_now(states), states, memory)
+            assert kernels_attend(who, Mode.of_now(states), states, memory, 128)
 
 
 OTHERS = {
+    "large heads": {"d_kv": 136},
     "eager": {"attn_implementation": "eager"},
     "torch": {"kernel_backend": "torch"},
     "asking": {"routed_cross_key_values": 2, "asking_cross_routing": True, "routing": "learned"},
