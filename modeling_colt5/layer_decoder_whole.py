@@ -27,7 +27,7 @@ if triton_is_available():
     from .op_attention_triton import attention_into, partial_sums, room_of_parts
     from .run_launch_list_triton import LaunchList, Recorder, repeated_or_recorder
 
-# The attentions of a layer, in their order.
+# The attentions of a layer, in their order. Each comes after the part of the same number.
 SELF, CROSS = range(2)
 # How far after its query a key of self-attention may be; later ones have a bias of minus infinity.
 KEYS_AHEAD = 0
@@ -90,6 +90,23 @@ class Attention(NamedTuple):
     def width(self) -> int:
         """Features of all heads."""
         return self.heads * self.size
+
+
+class AttentionCall(NamedTuple):
+    """What `attention_into` takes, and its gradient behind the gradient of the output, in their order."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    table: Tensor | None
+    radius: int
+    query_positions: None
+    key_positions: None
+    mask: Tensor | None
+    dropout: float
+    seed: Tensor | None
+    attended: Tensor
+    sums: Tensor
 
 
 class LayerProgram:
@@ -292,8 +309,8 @@ class LayerLine:
         """States [batch * n, heads * d_kv] as [batch, n, heads, d_kv]."""
         return states.view(self.program.batch, self.program.n, -1, self.program.attentions[attention].size)
 
-    def operands(self, attention: int) -> tuple[Any, ...]:
-        """What `attention_into` takes, and its gradient behind the gradient of the output."""
+    def call(self, attention: int) -> AttentionCall:
+        """An attention, from the results of the part before it."""
         inputs, own, made = self.layer.inputs, self.program.attentions[attention], self.made(attention)
         if attention == SELF:
             query, key, value = (self.heads(states, SELF) for states in made)
@@ -306,18 +323,18 @@ class LayerLine:
         # a radius that cuts nothing off
         radius = max(query.shape[1], key.shape[1])
         attended, sums = self.heads(self.attended(attention), attention), self.tensors[self.program.sums[attention]]
-        return query, key, value, table, radius, None, None, mask, own.rate, seed, attended, sums
+        return AttentionCall(query, key, value, table, radius, None, None, mask, own.rate, seed, attended, sums)
 
     def forward(self, states: Tensor, result: Tensor) -> None:
         """Write the result, [batch, n, d_model], of states of that shape."""
         self.parts[SELF].forward(self.made(SELF), states)
-        attention_into(*self.operands(SELF), None, KEYS_AHEAD)
+        attention_into(*self.call(SELF), None, KEYS_AHEAD)
         attended = self.attended(SELF)
         if self.layer.inputs.memory:
             made = self.made(CROSS)
             self.parts[CROSS].forward(made, states, attended)
-            operands = self.operands(CROSS)
-            attention_into(*operands, self.room_for(operands[0], operands[1], False))
+            call = self.call(CROSS)
+            attention_into(*call, self.room_for(call, backward=False))
             states, attended = made[0], self.attended(CROSS)
         self.parts[-1].forward([result], states, attended)
 
@@ -343,9 +360,9 @@ class LayerLine:
         weights = gradients.of_part(self.program.parts[SELF])
         self.parts[SELF].backward(residual, made, states, None, gradients.states, None, weights)
 
-    def room_for(self, query: Tensor, key: Tensor, backward: bool) -> Tensor | None:
+    def room_for(self, call: AttentionCall, backward: bool) -> Tensor | None:
         """Room for the parts of cross-attention's sums; None where nothing is split."""
-        numbers = room_of_parts(query, key, backward)
+        numbers = room_of_parts(call.query, call.key, backward)
         return self.recorder.temporary(torch.float32, numbers) if numbers else None
 
     def temporary_like(self, states: Tensor) -> Tensor:
@@ -373,19 +390,18 @@ class LayerLine:
             grads: of query, key and value, to be written.
             table_grad: of the table, likewise; None where it is not wanted.
         """
-        own, operands = self.program.attentions[attention], self.operands(attention)
-        sums = operands[-1]
+        own, call = self.program.attentions[attention], self.call(attention)
         partials = None
         if table_grad is not None:
-            batch, heads, n = sums.shape
+            batch, heads, n = call.sums.shape
             rows = partial_sums(n, own.size, self.program.dtype, self.program.device, False)
             partials = self.recorder.temporary(torch.float32, batch, heads, rows, table_grad.shape[1])
             self.recorder.zeros(partials)
         is_self = attention == SELF
-        room = None if is_self else self.room_for(operands[0], operands[1], True)
-        delta = self.temporary_like(sums)
+        room = None if is_self else self.room_for(call, backward=True)
+        delta = self.temporary_like(call.sums)
         rest = (table_grad, delta, partials, room, KEYS_AHEAD if is_self else None)
-        attention_backward_into(self.heads(grad, attention), *operands, *grads, *rest)
+        attention_backward_into(self.heads(grad, attention), *call, *grads, *rest)
 
 
 class _Layer(torch.autograd.Function):

@@ -307,6 +307,26 @@ def table_sums_kernel(
     tl.store(table + head * width + columns, tl.sum(total, axis=0), mask=columns < width)
 
 
+def _written(
+    kernel: str, query: Tensor, key: Tensor, results: tuple[Tensor, ...], room: Tensor | None
+) -> tuple[tuple[Tensor, ...], int, int]:
+    """Where a kernel writes results of one shape, which is there or to parts of each in a room; how far apart rows are
+    there, and how many parts there are."""
+    num_parts = 1 if room is None else number_of_parts(kernel, query, key)
+    if room is None or num_parts == 1:
+        return results, results[0].stride(1), 1
+    size = num_parts * results[0].numel()
+    rooms = tuple(room[number * size :] for number in range(len(results)))
+    return rooms, results[0].shape[2] * results[0].shape[3], num_parts
+
+
+def _add_up(parts: tuple[Tensor, ...], results: tuple[Tensor, ...], num_parts: int) -> None:
+    """Add up the parts of each result, where it has more than one."""
+    if num_parts > 1:
+        for own, result in zip(parts, results, strict=True):
+            launch_parts(own, None, result, None, num_parts)
+
+
 @in_multiplied_dtype(first_result=13)
 def attention_backward_into(
     output_gradient: Tensor,
@@ -354,37 +374,32 @@ def attention_backward_into(
             shape = (batch, heads, rows, bias_table.shape[1])
             partials = torch.zeros(shape, dtype=torch.float32, device=query.device)
     output_gradient = output_gradient.contiguous()
-    if problem.kind == FULL and room is None:
+    if problem.kind != FULL:
+        room = None
+    elif room is None:
         room = torch.empty(room_of_parts(query, key, True), dtype=torch.float32, device=query.device)
 
     block_q, _, constants, options = problem.options("backward_query")
-    num_parts = number_of_parts("backward_query", query, key) if problem.kind == FULL else 1
-    gradient, stride = query_gradient, query_gradient.stride(1)
-    if num_parts > 1 and room is not None:
-        gradient, stride = room, heads * head_size
+    of_query = (query_gradient,)
+    written, stride, num_parts = _written("backward_query", query, key, of_query, room)
     launch(
         attention_backward_query_kernel, (cdiv(num_queries, block_q) * num_parts, heads, batch),
-        *problem.operands, output, log_sum_exp, output_gradient, delta, gradient, partials,
+        *problem.operands, output, log_sum_exp, output_gradient, delta, *written, partials,
         *problem.sizes, problem.ahead, stride, rows, num_parts, partials is not None, num_parts > 1, *constants,
         **options,
     )  # fmt: skip
-    if num_parts > 1:
-        launch_parts(gradient, None, query_gradient, None, num_parts)
+    _add_up(written, of_query, num_parts)
 
     num_keys, kv_heads = key.shape[1:3]
     _, block_k, constants, options = problem.options("backward_key")
-    num_parts = number_of_parts("backward_key", query, key) if problem.kind == FULL else 1
-    gradients_of_keys, stride = (key_gradient, value_gradient), key_gradient.stride(1)
-    if num_parts > 1 and room is not None:
-        gradients_of_keys, stride = (room, room[num_parts * key.numel() :]), kv_heads * head_size
+    of_keys = (key_gradient, value_gradient)
+    written, stride, num_parts = _written("backward_key", query, key, of_keys, room)
     launch(
         attention_backward_key_kernel, (cdiv(num_keys, block_k) * num_parts, kv_heads, batch),
-        *problem.operands, log_sum_exp, output_gradient, delta, *gradients_of_keys,
+        *problem.operands, log_sum_exp, output_gradient, delta, *written,
         *problem.sizes, problem.ahead, stride, num_parts, num_parts > 1, *constants, **options,
     )  # fmt: skip
-    if num_parts > 1:
-        for gradient, result in zip(gradients_of_keys, (key_gradient, value_gradient), strict=True):
-            launch_parts(gradient, None, result, None, num_parts)
+    _add_up(written, of_keys, num_parts)
     if partials is not None:
         width = partials.shape[-1]
         launch(
