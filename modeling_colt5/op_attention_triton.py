@@ -283,8 +283,9 @@ def attention_parts_kernel(
 # What is read: all keys without a bias, those of a band, and those of routed tokens.
 FULL, BAND, AMONG_ROUTED = "full", "band", "routed"
 # A tile has these (queries, keys, warps, stages), by kernel and by what is read; other head sizes and dtypes take
-# others below. They are from benchmarks/attention.py --sweep on one H200; of two within 5 %, the one with less shared
-# memory was taken, so that smaller cards have room.
+# others below. They are from benchmarks/attention.py --sweep on one H200, those for all keys from a like one over 64 to
+# 2,048 queries on 512 to 131,072 keys; of two within 5 %, the one with less shared memory was taken, so that smaller
+# cards have room.
 BLOCKS = {
     ("forward", FULL): (64, 64, 4, 3),
     ("forward", BAND): (64, 64, 4, 3),
@@ -297,8 +298,9 @@ BLOCKS = {
     ("backward_key", AMONG_ROUTED): (64, 64, 4, 1),
 }
 
-# Sums are split where there would be at most half as many programs as this: a constant, and not by the device's number
-# of processors, so that sums are taken in the same order on every device.
+# Sums are split where there would be at most half as many programs as this, which was the best of six numbers in the
+# same sweep. It is a constant, and not by the device's number of processors, so that sums are taken in the same order
+# on every device.
 PROGRAMS = 384
 # No part has fewer tiles: adding up takes a launch.
 LEAST_TILES = 8
