@@ -283,9 +283,9 @@ def attention_parts_kernel(
 # What is read: all keys without a bias, those of a band, and those of routed tokens.
 FULL, BAND, AMONG_ROUTED = "full", "band", "routed"
 # A tile has these (queries, keys, warps, stages), by kernel and by what is read; other head sizes and dtypes take
-# others below. They are from benchmarks/attention.py --sweep on one H200, those for all keys from a like one over 64 to
-# 2,048 queries on 512 to 131,072 keys; of two within 5 %, the one with less shared memory was taken, so that smaller
-# cards have room.
+# others below. They are from benchmarks/attention.py --sweep on one H200, those for all keys from a like one over 64
+# to 2,048 queries on 512 to 131,072 keys; of two within 5 %, the one with less shared memory was taken, so that
+# smaller cards have room.
 BLOCKS = {
     ("forward", FULL): (64, 64, 4, 3),
     ("forward", BAND): (64, 64, 4, 3),
