@@ -27,14 +27,17 @@ TITLE = (
     "512 tokens of output; medians of the time from one step's end to the next's. Accumulated: documents a step that "
     "had to be taken one by one. Compiled: `torch_compile=True`; with graphs: "
     '`torch_compile_mode="reduce-overhead"` too. One thread: with '
-    "`torch.autograd.set_multithreading_enabled(False)`. Health: the routers' health is measured at every step, which "
-    "is otherwise done at every hundredth. GPU: what its kernels take in one step, which PyTorch's profiler looks at. "
+    "`torch.autograd.set_multithreading_enabled(False)`. Health: the routers' health is measured at every tenth step, "
+    "which is otherwise done at every hundredth; a measurement is the time of ten steps beyond ten medians, the mean "
+    "of several tens. GPU: what its kernels take in one step, which PyTorch's profiler looks at. "
     "Compilation: what the first three steps took beyond three others"
 )
 BATCH = 2
 # Of a run's steps the last ones are counted. CoLT5's launches become graphs in the course of more steps, whenever
 # PyTorch gives their tensors the memory of an earlier step.
-COUNTED, STEPS, STEPS_OF_COLT5 = 8, 12, 48
+COUNTED, STEPS, STEPS_OF_COLT5, TINY_STEPS = 8, 12, 48, 6
+# steps between measurements of health, and how many measurements are counted
+INTERVAL, MEASUREMENTS = 10, 5
 EAGER, ONE_THREAD, COMPILED, WITH_GRAPHS = "eager", "eager, one thread", "compiled", "compiled with graphs"
 HEALTH = "eager, health"
 NOT_COMPILED = EAGER, ONE_THREAD, HEALTH
@@ -131,12 +134,13 @@ def measure(name: str, mode: str, data: RandomDocuments, accumulated: int, steps
         )
         trainer = Trainer(make_seq2seq(name, tiny), training_arguments, train_dataset=data, callbacks=[times])
         if mode == HEALTH:
-            trainer.add_callback(RouterHealthCallback(trainer.log, interval=1))
+            trainer.add_callback(RouterHealthCallback(trainer.log, interval=INTERVAL))
         start = time.perf_counter()
         with torch.autograd.set_multithreading_enabled(mode != ONE_THREAD):
             loss = trainer.train().training_loss
     assert 0 < loss < 1000, f"the loss is {loss}"
     step = statistics.median(b - a for a, b in pairwise(times.times[-COUNTED - 1 :]))
+    health = {"measurement ms": 1e3 * measurement_time(times.times)} if mode == HEALTH else {}
     compilation = {} if mode in NOT_COMPILED else {"compilation s": times.times[2] - start - 3 * step}
     return {
         "step ms": 1e3 * step,
@@ -144,7 +148,26 @@ def measure(name: str, mode: str, data: RandomDocuments, accumulated: int, steps
         "input tokens/s": data.inputs.shape[1] * BATCH / step,
         "peak MiB": torch.cuda.max_memory_allocated() / 2**20 if on_gpu else None,
         **compilation,
+        **health,
     }
+
+
+def measurement_time(ends: Sequence[float]) -> float:
+    """Seconds of a measurement of health, and of what it makes other steps take: a mean, by the steps' ends."""
+    # a step's end is noted before its measurement, which is counted in the next one's time
+    last = len(ends) // INTERVAL * INTERVAL - 1
+    steps = [after - before for before, after in pairwise(ends[last - MEASUREMENTS * INTERVAL : last + 1])]
+    return (sum(steps) - len(steps) * statistics.median(steps)) / MEASUREMENTS
+
+
+def steps_of(name: str, mode: str, tiny: bool) -> int:
+    """How many steps a row's run has."""
+    if mode == HEALTH:
+        # as many are made before those that count
+        return 2 * MEASUREMENTS * INTERVAL
+    if tiny:
+        return TINY_STEPS
+    return STEPS_OF_COLT5 if name == COLT5 and mode in NOT_COMPILED else STEPS
 
 
 def measure_fitting(name: str, mode: str, data: RandomDocuments, table: Table, steps: int, tiny: bool) -> None:
@@ -179,8 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             rest = ", ".join(f"{name} {mode}" for name, mode in cases[position:])
             table.note(f"Not measured for lack of time: {rest}.")
             break
-        steps = STEPS_OF_COLT5 if name == COLT5 and mode in NOT_COMPILED else STEPS
-        measure_fitting(name, mode, data, table, 6 if options.tiny else steps, options.tiny)
+        measure_fitting(name, mode, data, table, steps_of(name, mode, options.tiny), options.tiny)
     table.finish()
 
 

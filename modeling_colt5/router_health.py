@@ -1,6 +1,6 @@
 """The health of routers while they train: numbers for Trainer's logs, and a warning of routers that do not learn."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -38,17 +38,17 @@ class TokenTypes:
         return cls(numbers, len(types))
 
     def counts(self, where: torch.Tensor) -> torch.Tensor:
-        """int64 [count], how many of the tokens that bool [batch, n] is True of have each type."""
-        nothing = torch.zeros(self.count, dtype=torch.int64, device=where.device)
-        return nothing.scatter_add(0, self.numbers.flatten(), where.flatten().long())
+        """int64 [routers, count], how many of the tokens that bool [routers, batch, n] is True of have each type."""
+        nothing = torch.zeros(len(where), self.count, dtype=torch.int64, device=where.device)
+        return nothing.scatter_add(1, self.numbers.flatten().expand(len(where), -1), where.flatten(1).long())
 
 
 @dataclass
 class Choice:
-    """What one router chose on a batch.
+    """What one router chose on a batch, or several routers with as many slots.
 
     Attributes:
-        scores: [batch, n].
+        scores: [batch, n], of several routers [routers, batch, n]; the same holds for the others.
         real: bool [batch, n], True for real tokens.
         indices: int64 [batch, slots]; of a causal layer's keys/values a token has a slot in each pool that holds it.
         weights: fp32 [batch, slots].
@@ -66,8 +66,27 @@ class Choice:
     def chosen(self) -> torch.Tensor:
         """bool [batch, n], which tokens were routed."""
         # unused slots all name the last token
-        counts = torch.zeros_like(self.real, dtype=torch.int32).scatter_add(1, self.indices, self.valid.int())
+        counts = torch.zeros_like(self.real, dtype=torch.int32).scatter_add(-1, self.indices, self.valid.int())
         return counts > 0
+
+
+def together(choices: Mapping[str, Choice]) -> dict[tuple[str, ...], Choice]:
+    """The choices of routers that read the same tokens and have as many slots as one each, under their names.
+
+    A model has dozens of routers, and dozens of small operations for each would take a GPU's host longer than the
+    model does.
+    """
+    alike: dict[tuple[Any, ...], list[str]] = {}
+    for name, choice in choices.items():
+        alike.setdefault((id(choice.types), choice.real.shape, choice.indices.shape), []).append(name)
+    parts = ("scores", "real", "indices", "weights", "valid")
+    return {
+        tuple(names): Choice(
+            **{part: torch.stack([getattr(choices[name], part) for name in names]) for part in parts},
+            types=choices[names[0]].types,
+        )
+        for names in alike.values()
+    }
 
 
 # a weight of a saturated token is 1 but for rounding
@@ -75,16 +94,17 @@ SATURATED = 0.9999
 
 
 def choice_numbers(choice: Choice) -> dict[str, torch.Tensor]:
-    """The numbers of one choice, each fp32 []; `RouterHealthCallback` says what they are. Where the tokens are not
-    known there is no entropy."""
+    """The numbers of several routers' choice, each fp32 [routers]; `RouterHealthCallback` says what they are. Where
+    the tokens are not known there is no entropy."""
     # without a shape that depends on values, for which the host would have to wait for the GPU
     real, valid = choice.real, choice.valid
-    number = real.sum()
+    number = _sum(real)
     scores = choice.scores.float()
-    mean = torch.where(real, scores, 0).sum() / number
+    mean = _sum(torch.where(real, scores, 0)) / number
+    deviations = torch.where(real, scores - mean[:, None, None], 0)
     numbers = {
-        "saturated": ((choice.weights > SATURATED) & valid).sum() / valid.sum(),
-        "score_std": (torch.where(real, scores - mean, 0).square().sum() / number).sqrt(),
+        "saturated": _sum((choice.weights > SATURATED) & valid) / _sum(valid),
+        "score_std": (_sum(deviations.square()) / number).sqrt(),
     }
     if choice.types is not None:
         of_choice, of_all = (_entropy_of(choice.types.counts(where)) for where in (choice.chosen(), real))
@@ -92,8 +112,13 @@ def choice_numbers(choice: Choice) -> dict[str, torch.Tensor]:
     return numbers
 
 
+def _sum(values: torch.Tensor) -> torch.Tensor:
+    # [routers, batch, n] to [routers]
+    return values.sum((1, 2))
+
+
 def _entropy_of(counts: torch.Tensor) -> torch.Tensor:
-    return torch.special.entr(counts / counts.sum().clamp(min=1)).sum()
+    return torch.special.entr(counts / counts.sum(1, keepdim=True).clamp(min=1)).sum(1)
 
 
 @dataclass
@@ -322,37 +347,56 @@ class RouterHealthCallback(TrainerCallback):
         """The numbers of all routers after a step."""
         assert self._batch is not None
         choices = self._choices(model)
-        measured: dict[str, torch.Tensor] = {}
-        leaves_out: list[torch.Tensor] = []
-        for name, choice in choices.items():
-            numbers = choice_numbers(choice)
-            record, chosen = self.records.setdefault(name, RouterRecord()), choice.chosen()
-            if record.chosen is not None:
-                numbers["overlap"] = (chosen & record.chosen).sum() / record.chosen.sum().clamp(min=1)
-            if choice.types is not None:
-                numbers["unrouted_types"] = self._unrouted_types(record, choice.types, choice.real, chosen, step)
-            if name in self._gradients:
-                numbers["gradient_norm"] = self._gradients[name]
-            record.chosen = chosen
-            leaves_out.append((choice.real & ~chosen).any())
-            measured |= {f"routers/{name}/{number}": value for number, value in numbers.items()}
+        for name in choices:
+            self.records.setdefault(name, RouterRecord())
+        measured: dict[str, dict[str, torch.Tensor]] = {name: {} for name in choices}
+        leaves_out: dict[str, torch.Tensor] = {}
+        for names, choice in together(choices).items():
+            chosen = choice.chosen()
+            numbers = choice_numbers(choice) | self._since_the_last(names, choice, chosen, step)
+            for number, values in numbers.items():
+                for name, value in zip(names, values, strict=True):
+                    measured[name][number] = value
+            leaves_out |= dict(zip(names, (choice.real & ~chosen).any(2).any(1), strict=True))
         if not measured:
             return {}
+        tensors = {f"routers/{name}/{number}": value for name in measured for number, value in measured[name].items()}
+        tensors |= {
+            f"routers/{name}/gradient_norm": norm for name, norm in self._gradients.items() if name in measured
+        }
         # the one place where the host waits for the GPU
-        values = torch.stack([value.float() for value in (*measured.values(), *leaves_out)]).tolist()
-        for name, value in zip(choices, values[len(measured) :], strict=True):
-            self.records[name].has_choice = bool(value)
-        return dict(zip(measured, values[: len(measured)], strict=True))
+        floats = torch.stack([value.float() for value in (*tensors.values(), *leaves_out.values())]).tolist()
+        for name, is_left_out in zip(leaves_out, floats[len(tensors) :], strict=True):
+            self.records[name].has_choice = bool(is_left_out)
+        return dict(zip(tensors, floats[: len(tensors)], strict=True))
+
+    def _since_the_last(
+        self, names: tuple[str, ...], choice: Choice, chosen: torch.Tensor, step: int
+    ) -> dict[str, torch.Tensor]:
+        records = [self.records[name] for name in names]
+        numbers: dict[str, torch.Tensor] = {}
+        last = [record.chosen for record in records if record.chosen is not None]
+        if last:
+            stayed = torch.stack(last)
+            numbers["overlap"] = _sum(chosen & stayed) / _sum(stayed).clamp(min=1)
+        if choice.types is not None:
+            numbers["unrouted_types"] = self._unrouted_types(records, choice.types, choice.real, chosen, step)
+        for record, own in zip(records, chosen, strict=True):
+            record.chosen = own
+        return numbers
 
     def _unrouted_types(
-        self, record: RouterRecord, types: TokenTypes, real: torch.Tensor, chosen: torch.Tensor, step: int
+        self, records: Sequence[RouterRecord], types: TokenTypes, real: torch.Tensor, chosen: torch.Tensor, step: int
     ) -> torch.Tensor:
         counts = types.counts(real)
-        frequent = (counts > 0) & (counts * chosen.sum() >= real.sum())
-        since = torch.full_like(counts, -1) if record.unrouted_since is None else record.unrouted_since
+        frequent = (counts > 0) & (counts * _sum(chosen)[:, None] >= _sum(real)[:, None])
+        last = [record.unrouted_since for record in records if record.unrouted_since is not None]
+        since = torch.stack(last) if last else torch.full_like(counts, -1)
         seen = frequent & ((types.counts(chosen) > 0) | (since < 0))
-        record.unrouted_since = torch.where(seen, step, since)
-        return (frequent & (step - record.unrouted_since >= self.unrouted_steps)).sum()
+        since = torch.where(seen, step, since)
+        for record, own in zip(records, since, strict=True):
+            record.unrouted_since = own
+        return (frequent & (step - since >= self.unrouted_steps)).sum(1)
 
     def _choices(self, model: nn.Module) -> dict[str, Choice]:
         """What the routers choose of the kept batch, in the order of `routers`. The encoder's run in order too: a
