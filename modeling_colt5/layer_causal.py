@@ -9,6 +9,7 @@ What layer_decoder.py says of blocks, of lists of launches and of memories holds
 """
 
 from collections.abc import Sequence
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
@@ -199,8 +200,7 @@ class RoutedStep(TokenStep):
         for lists, layers in self.layers:
             calls = [[*shared, *layer.tensors] for layer in layers]
             for number, recorder in calls_to_compute(lists, self.may_end, calls, self.repeats, self.room):
-                with recorder:
-                    _RoutedLine(self, layers[number], recorder).run(hidden, branches)
+                recorder(partial(_RoutedLine(self, layers[number], recorder).run, hidden, branches))
         counters = first.cache.counters_after_token(self.lengths, self.real, self.may_end)
         for _, layers in self.layers:
             for layer in layers:

@@ -365,8 +365,7 @@ class StraightStep(TokenStep):
         for lists, layers in self.layers:
             calls = [[*shared, *layer.tensors] for layer in layers]
             for number, recorder in calls_to_compute(lists, None, calls, self.repeats, self.room):
-                with recorder:
-                    _Line(self, layers[number], recorder).run(hidden, update, length)
+                recorder(partial(_Line(self, layers[number], recorder).run, hidden, update, length))
             for layer in layers:
                 layer.cache.count_token()
         return hidden + update

@@ -330,8 +330,7 @@ class PartCall:
         memories = [*inputs, *weights, kept, *made, *seeds]
         recorder = repeated_or_recorder(program.lists, "forward", [memories], self.common.repeats)
         if recorder is not None:
-            with recorder:
-                PartLine(program, recorder, weights, kept, self.seeds).forward(made, *inputs)
+            recorder(lambda: PartLine(program, recorder, weights, kept, self.seeds).forward(made, *inputs))
         if part.d_kv is None:
             return tuple(made)
         first = int(part.follows)
@@ -552,11 +551,14 @@ class _Part(torch.autograd.Function):
         kind = (*needs, *[grad is None for grad in grads])
         recorder = repeated_or_recorder(program.lists, kind, [[*saved, *written]], common.repeats)
         if recorder is not None:
-            line = PartLine(program, recorder, weights, kept, seeds)
-            normalised = line.kept["hidden"] if part.d_kv is None else hidden
             residual, *others = own if attended is not None else (None, *own)
-            with recorder:
+
+            def compute() -> None:
+                line = PartLine(program, recorder, weights, kept, seeds)
+                normalised = line.kept["hidden"] if part.d_kv is None else hidden
                 line.backward(residual, others, normalised, attended, out, attended_grad, weight_grads)
+
+            recorder(compute)
         return None, out if needs_states else None, attended_grad if needs_attended else None, *weight_grads
 
 

@@ -11,7 +11,7 @@ minus infinity for keys after their query, cross-attention none. The keys and va
 and so does what is done with their gradients.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -229,19 +229,19 @@ class StraightDecoderLayer:
         program = self.program
         kept = program.kept.take(program.device)
         result = torch.empty(states.shape, dtype=program.hidden_dtype, device=program.device)
-        line = self.line("forward", [states, result], kept)
-        if line is not None:
-            with line.recorder:
-                line.forward(states, result)
+        self.compute("forward", [states, result], kept, lambda line: line.forward(states, result))
         return result, kept
 
-    def line(self, kind: Any, memories: list[Tensor], kept: Tensor) -> "LayerLine | None":
-        """What computes a call, forward or backward; None where a list of launches was repeated.
+    def compute(
+        self, kind: Any, memories: list[Tensor], kept: Tensor, launches: "Callable[[LayerLine], None]"
+    ) -> None:
+        """Compute a call, forward or backward, or repeat its list of launches.
 
         Args:
             kind: tells apart the calls that launch different kernels.
             memories: all contiguous tensors that a call reads or writes beside what the layer has.
             kept: the memory of what is kept.
+            launches: those of the call.
         """
         inputs, common = self.inputs, self.common
         # of strided keys and values what each begins with, which no other has
@@ -250,7 +250,9 @@ class StraightDecoderLayer:
         everything = [*memories, kept, *self.weights, inputs.table, *inputs.masks, *beginnings, *seeds]
         kind = (kind, *[states.stride() for states in inputs.memory])
         recorder = repeated_or_recorder(self.program.lists, kind, [everything], common.repeats)
-        return None if recorder is None else LayerLine(self, recorder, kept)
+        if recorder is not None:
+            # a line is changed by what it computes
+            recorder(lambda: launches(LayerLine(self, recorder, kept)))
 
 
 class LayerGradients(NamedTuple):
@@ -444,10 +446,8 @@ class _Layer(torch.autograd.Function):
             [torch.empty_like(weight) if need else None for weight, need in zip(weights, needs, strict=True)],
         )
         grad = grad.contiguous()
-        line = layer.line((needs_table, *needs), [grad, states, *gradients.written], kept)
-        if line is not None:
-            with line.recorder:
-                line.backward(grad, states, gradients)
+        kind, memories = (needs_table, *needs), [grad, states, *gradients.written]
+        layer.compute(kind, memories, kept, lambda line: line.backward(grad, states, gradients))
         *of_inputs, of_weights = gradients
         return None, *of_inputs, *of_weights
 

@@ -9,7 +9,8 @@ the list is repeated by one call of C (run_launch_list_triton.py), with other te
 such call repeats it for all layers of a stack but the first (`StraightStack`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from .run_plan import EncoderPlan, EncoderSettings
 
 if triton_is_available():
     from .op_routing_triton import kernels_take
-    from .run_launch_list_triton import calls_to_compute, repeated_or_recorder
+    from .run_launch_list_triton import Recorder, calls_to_compute, repeated_or_recorder
 
 # False lets every block run as modules, for a comparison.
 enabled = True
@@ -168,9 +169,12 @@ class StraightStack:
         total = torch.empty(self.shape, dtype=program.hidden_dtype, device=program.device)
         recorder = repeated_or_recorder(program.lists, "total", [[self.memory, total]], self.first.common.repeats)
         if recorder is not None:
-            with recorder:
+
+            def compute() -> None:
                 line = Line(self.first, recorder, program.outgoing, self.memory)
                 combined(line, parts_of(line), total, Drop.FEED_FORWARD)
+
+            recorder(compute)
         return total
 
     def _run(self, kind: str, layers: Sequence[StraightLayer], states: Tensor | None = None) -> None:
@@ -178,25 +182,34 @@ class StraightStack:
         read = common.read if states is None else [*common.read, states]
         calls = [[self.memory, *layer.tables, *layer.weights, *read] for layer in layers]
         for number, recorder in calls_to_compute(program.lists, kind, calls, common.repeats):
-            with recorder:
-                line = Line(layers[number], recorder, program.outgoing, self.memory)
-                feed_forward(line, [*attention(line, states)])
+            recorder(partial(self._compute, layers[number], recorder, states))
+
+    def _compute(self, layer: StraightLayer, recorder: "Recorder", states: Tensor | None) -> None:
+        line = Line(layer, recorder, self.program.outgoing, self.memory)
+        feed_forward(line, [*attention(line, states)])
 
 
-def _with_gradients(
-    layer: StraightLayer, kind: Any, memories: list[Tensor], kept: Tensor, seeds: Sequence[Tensor]
-) -> Line | None:
-    """What computes a call of a layer that autograd records, or its gradient; None where a list of launches was
-    repeated.
+def _compute_with_gradients(
+    layer: StraightLayer,
+    kind: Any,
+    memories: list[Tensor],
+    kept: Tensor,
+    seeds: Sequence[Tensor],
+    compute: Callable[[Line], object],
+) -> None:
+    """Compute a call of a layer that autograd records, or its gradient, or repeat its list of launches.
 
     Args:
         layer: whose call it is.
         kind, memories: as of `repeated_or_recorder`; `memories` is one call's.
         kept: the memory of what the backward pass reads, one of the memories.
         seeds: of what the layer drops; none where it drops nothing.
+        compute: launches what computes the call.
     """
     recorder = repeated_or_recorder(layer.program.lists, kind, [memories], layer.common.repeats)
-    return None if recorder is None else Line(layer, recorder, layer.program.kept, kept, *seeds)
+    if recorder is not None:
+        # a line is changed by what it computes
+        recorder(lambda: compute(Line(layer, recorder, layer.program.kept, kept, *seeds)))
 
 
 class _Straight(torch.autograd.Function):
@@ -210,10 +223,11 @@ class _Straight(torch.autograd.Function):
         result = torch.empty(states.shape, dtype=program.hidden_dtype, device=program.device)
         seeds = [draw_seeds(len(program.drops), program.device)] if any(program.drops) else []
         memories = [states, *inputs, *layer.common.read, kept, result, *seeds]
-        line = _with_gradients(layer, "training", memories, kept, seeds)
-        if line is not None:
-            with line.recorder:
-                combined(line, feed_forward(line, [*attention(line, states)]), result, Drop.FEED_FORWARD)
+
+        def compute(line: Line) -> None:
+            combined(line, feed_forward(line, [*attention(line, states)]), result, Drop.FEED_FORWARD)
+
+        _compute_with_gradients(layer, "training", memories, kept, seeds, compute)
         ctx.set_materialize_grads(False)
         ctx.layer = (program, layer.plan)
         ctx.save_for_backward(states, *inputs, kept, *seeds)
@@ -239,10 +253,11 @@ class _Straight(torch.autograd.Function):
         )
         memories = [*saved, *layer.common.read, out, *gradients.memories]
         memories += [table for table in (light, heavy) if table is not None]
-        line = _with_gradients(layer, needs[2:], memories, kept, seeds)
-        if line is not None:
-            with line.recorder:
-                Backward(line, gradients, (light, heavy)).run(grad, states, out)
+
+        def compute(line: Line) -> None:
+            Backward(line, gradients, (light, heavy)).run(grad, states, out)
+
+        _compute_with_gradients(layer, needs[2:], memories, kept, seeds, compute)
         return None, out, light, heavy, *gradients.wanted()
 
 

@@ -33,7 +33,7 @@ from .run_launch_code_triton import (
     launcher,
 )
 from .run_launch_graphs import launch_graphs
-from .run_launch_triton import Compiled, has_listeners, note_launches
+from .run_launch_triton import Compiled, has_listeners, note_launches, only_compiled
 
 # each temporary begins at a multiple of so many bytes, so that kernels may read 16 bytes at once
 ALIGNMENT = 128
@@ -129,8 +129,8 @@ Lists = dict[Any, LaunchList | None]
 
 
 class Recorder:
-    """Notes what a block under `with` computes: launches of kernels, and what the methods here do; nothing else may be
-    in such a block. At its end the list is kept, where it has a place.
+    """Notes what a function computes: launches of kernels, and what the methods here do; nothing else may be in such a
+    function. At its end the list is kept, where it has a place.
 
     Args:
         device: where.
@@ -143,38 +143,50 @@ class Recorder:
         # what was compiled, grid and arguments; or a word and tensors
         self.notes: list[tuple[Any, ...]] | None = [] if records else None
         self.temporaries: list[Tensor] = []
+        self.is_rehearsal = False
 
-    def __enter__(self) -> None:
-        self.before = note_launches(self.notes)
-
-    def __exit__(self, error: type[BaseException] | None, *_: Any) -> None:
-        note_launches(self.before)
-        if error is None and self.notes is not None and self.place is not None:
+    def __call__(self, function: Callable[[], object]) -> None:
+        """Compute a function. Where it is noted, it is called twice: the first time for what has to be compiled, and
+        nothing is computed then."""
+        if self.notes is not None:
+            self.is_rehearsal = True
+            with only_compiled():
+                function()
+            self.is_rehearsal = False
+        before = note_launches(self.notes)
+        try:
+            function()
+        finally:
+            note_launches(before)
+        if self.notes is not None and self.place is not None:
             lists, kind, memories = self.place
             lists[kind] = self.finish(memories)
 
     def temporary(self, dtype: torch.dtype, *shape: int) -> Tensor:
         """Memory for the time of the function."""
         memory = torch.empty(shape, dtype=dtype, device=self.device)
-        if self.notes is not None:
+        if self.notes is not None and not self.is_rehearsal:
             self.temporaries.append(memory)
         return memory
 
     def product(self, first: Tensor, second: Tensor, out: Tensor) -> None:
         """Write the product of two matrices, of which each or its transpose has rows of adjacent numbers, to a
         contiguous one."""
-        torch.mm(first, second, out=out)
-        self._note("product", first, second, out, False)
+        if not self.is_rehearsal:
+            torch.mm(first, second, out=out)
+            self._note("product", first, second, out, False)
 
     def add_product(self, first: Tensor, second: Tensor, out: Tensor) -> None:
         """The same, added to what is there."""
-        out.addmm_(first, second)
-        self._note("product", first, second, out, True)
+        if not self.is_rehearsal:
+            out.addmm_(first, second)
+            self._note("product", first, second, out, True)
 
     def zeros(self, memory: Tensor) -> None:
         """Fill a contiguous tensor with zeros."""
-        memory.zero_()
-        self._note("zeros", memory)
+        if not self.is_rehearsal:
+            memory.zero_()
+            self._note("zeros", memory)
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:
@@ -188,7 +200,7 @@ class Recorder:
         self._note("join")
 
     def _note(self, *note: Any) -> None:
-        if self.notes is not None:
+        if self.notes is not None and not self.is_rehearsal:
             self.notes.append(note)
 
     def finish(self, memories: list[Tensor]) -> LaunchList | None:
@@ -219,7 +231,7 @@ def repeated_or_recorder(
     keep: Callable[[int], Tensor] | None = None,
 ) -> Recorder | None:
     """Repeat the list of launches of a kind for one call after another, and give None; where there is none yet, give
-    what notes the first of the calls, under `with`, for the others and later ones.
+    what computes and notes the first of the calls, for the others and later ones.
 
     Args:
         lists: of earlier calls, by their kinds; None of a kind that cannot be repeated.
@@ -249,7 +261,7 @@ def calls_to_compute(
         lists, kind, calls, repeats, keep: as of `repeated_or_recorder`.
 
     Yields:
-        The number of a call, and what notes it, under `with`, before the next one is asked for.
+        The number of a call, and what has to compute it before the next one is asked for.
     """
     for number in range(len(calls)):
         recorder = repeated_or_recorder(lists, kind, calls[number:], repeats, keep)

@@ -1,7 +1,13 @@
-"""Launching Triton kernels with little host time: a compiled kernel is called without Triton's own inspection."""
+"""Launching Triton kernels with little host time: a compiled kernel is called without Triton's own inspection.
 
+Kernels of a function that is to be noted are compiled before its first launch, several at a time.
+"""
+
+import contextlib
+import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
@@ -38,7 +44,7 @@ class Compiled(NamedTuple):
     metadata: Any
 
 
-# Where the launches of a thread are noted.
+# Where the launches of a thread are noted, and whether they are only compiled.
 _notes = threading.local()
 
 
@@ -55,6 +61,19 @@ def note_launches(notes: list[Any] | None) -> list[Any] | None:
     before = getattr(_notes, "launches", None)
     _notes.launches = notes
     return before
+
+
+@contextlib.contextmanager
+def only_compiled() -> Iterator[None]:
+    """Inside, this thread's launches do nothing. At the end what they need is compiled, by as many threads as there
+    are processors; a kernel that cannot be compiled gives its error where it is launched."""
+    workers = len(os.sched_getaffinity(0))
+    with ThreadPoolExecutor(workers) as threads, triton.AsyncCompileMode(threads, ignore_errors=True):
+        _notes.only_compiled = True
+        try:
+            yield
+        finally:
+            _notes.only_compiled = False
 
 
 def has_listeners() -> bool:
@@ -113,7 +132,10 @@ def launch(
     """
     if constants:
         arguments += tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
+    is_launched = not getattr(_notes, "only_compiled", False)
     if INTERPRETED:
+        if not is_launched:
+            return
         kernel[grid](*arguments)
         _note(kernel, grid, arguments)
         return
@@ -160,10 +182,15 @@ def launch(
     found = tuple(key)
     is_plain = not (elsewhere or addresses & 15)
     compiled = compiled_kernels.get(found) if is_plain else None
+    if compiled is not None and not is_launched:
+        return
     if compiled is None:
         options: dict[str, Any] = {"num_warps": num_warps, "num_stages": num_stages}
         if together:
             options |= options_together(num_warps, together)
+        if not is_launched:
+            kernel.warmup(*arguments, grid=grid, **options)
+            return
         made = kernel[grid](*arguments, **options)
         if is_plain:
             new = Compiled(made, made.run, made.function, made.packed_metadata)

@@ -3,6 +3,7 @@
 Without a GPU, on a kernel and tensors that only look like those; what kernels compute is tested where they are.
 """
 
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 pytest.importorskip("triton")
 
 from modeling_colt5 import run_launch_triton  # noqa: E402
-from modeling_colt5.run_launch_triton import launch  # noqa: E402
+from modeling_colt5.run_launch_triton import launch, note_launches, only_compiled  # noqa: E402
 
 STREAM = 7
 
@@ -50,6 +51,9 @@ class Kernel:
             return Compiled(self.calls)
 
         return compile_and_run
+
+    def warmup(self, *arguments: Any, grid: tuple[int, ...], **options: Any) -> None:
+        self.calls.append(("warmup", options))
 
     def ways(self) -> list[str]:
         return [way for way, _ in self.calls]
@@ -121,6 +125,36 @@ def test_unaligned_tensors_and_other_devices_are_left_to_triton(other: Any) -> N
     for _ in range(2):
         launch(kernel, (3,), tensor(), other, 32, 128)
     assert kernel.ways() == ["triton", "triton"]
+
+
+def test_launches_may_be_compiled_alone() -> None:
+    kernel, others, notes = Kernel(), Kernel(), []
+    launch(kernel, (3,), tensor(), None, 32, 128)
+    before = note_launches(notes)
+    with only_compiled():
+        # what was compiled before, what was not, and what is left to Triton
+        launch(kernel, (3,), tensor(), None, 32, 128)
+        launch(kernel, (3,), tensor(), None, 33, 128, num_warps=8, together=2)
+        launch(kernel, (3,), tensor(4100), None, 32, 128)
+        # another thread launches as ever
+        other = threading.Thread(target=launch, args=(others, (3,), tensor(), None, 32, 128))
+        other.start()
+        other.join()
+    note_launches(before)
+    assert kernel.ways() == ["triton", "warmup", "warmup"] and others.ways() == ["triton"]
+    assert not notes
+    launch(kernel, (3,), tensor(), None, 33, 128, num_warps=8, together=2)
+    assert kernel.ways()[3:] == ["triton"] and kernel.calls[3][1] == kernel.calls[1][1]
+
+
+def test_after_an_error_launches_are_launches_again() -> None:
+    kernel = Kernel()
+    with pytest.raises(ZeroDivisionError), only_compiled():
+        launch(kernel, (1 // 0,), tensor(), None, 32, 128)
+    with only_compiled():
+        pass
+    launch(kernel, (3,), tensor(), None, 32, 128)
+    assert kernel.ways() == ["triton"]
 
 
 def test_a_profiler_that_listens_hears_of_launches() -> None:

@@ -37,6 +37,35 @@ with recorded(variants):
 print(json.dumps(collections.Counter(variant.kernel for variant in variants)))
 """
 
+# What is launched on a card that Triton is told of, and that is not there: a launch would fail.
+TOGETHER = """
+import json
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+class Driver:
+    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+    get_current_device = staticmethod(lambda: 0)
+    get_current_stream = staticmethod(lambda device: 0)
+    get_active_torch_device = staticmethod(lambda: torch.device("cpu"))
+
+driver.set_active(Driver())
+torch._C._cuda_getDevice = lambda: -1
+from modeling_colt5 import op_gelu_triton, run_launch_triton
+
+counts = []
+for turn in range(2):
+    with run_launch_triton.only_compiled():
+        for dtype in (torch.float32, torch.bfloat16):
+            states = torch.ones(4, 64, dtype=dtype)
+            op_gelu_triton.gated_gelu_into(states, states, torch.empty_like(states))
+    kept = op_gelu_triton.gated_gelu_kernel.device_caches[0][0]
+    counts.append([type(kernel).__name__ for kernel in kept.values()])
+print(json.dumps(counts))
+"""
+
 
 def run_compiled(*command: str) -> str:
     """What a Python process prints that compiles kernels."""
@@ -60,3 +89,10 @@ def test_the_most_demanding_variants_fit_every_card():
     table = run_compiled("benchmarks/kernel_variants.py", "--quick")
     assert "route_kernel" in table
     assert "attention_backward_key_kernel" in table
+
+
+@pytest.mark.slow
+def test_kernels_are_compiled_together_without_a_launch():
+    """Triton keeps what its threads compiled, so that a launch finds it."""
+    counts = json.loads(run_compiled("-c", TOGETHER))
+    assert counts == [["CompiledKernel"] * 2] * 2

@@ -1,5 +1,6 @@
 """Lists of launches: what is noted, where temporary tensors lie, and what C is called with."""
 
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,7 +31,8 @@ def repeated(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def computed(recorder: Recorder, first: torch.Tensor, second: torch.Tensor, out: torch.Tensor) -> None:
     """out = joined(first, second) @ first + second @ first, by way of several temporary tensors."""
-    with recorder:
+
+    def compute() -> None:
         joined = recorder.temporary(torch.float32, 8, 4)
         join_into((joined, first, second))
         product = recorder.temporary(torch.float32, 8, 4)
@@ -41,6 +43,8 @@ def computed(recorder: Recorder, first: torch.Tensor, second: torch.Tensor, out:
         recorder.zeros(out)
         join_into((out[4:], product[4:]))
         join_into((out[:4], upper))
+
+    recorder(compute)
 
 
 def expected(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
@@ -66,6 +70,32 @@ def test_a_list_computes_for_other_memories_what_was_noted(repeated: list[str]) 
 
 
 @interpreted
+def test_what_is_noted_is_rehearsed_for_what_has_to_be_compiled(repeated: list[str]) -> None:
+    """The rehearsal goes through the whole function, and neither computes nor notes."""
+    first, out, seen = torch.randn(4, 4), torch.full((4, 4), 7.0), []
+
+    def compute() -> None:
+        product = recorder.temporary(torch.float32, 4, 4)
+        recorder.zeros(product)
+        recorder.product(first, first, product)
+        recorder.add_product(first, first, product)
+        with recorder.aside():
+            join_into((out, product))
+        recorder.join()
+        seen.append(out.clone())
+
+    recorder = Recorder(CPU, records=True)
+    recorder(compute)
+    assert len(seen) == 2
+    assert torch.equal(seen[0], torch.full((4, 4), 7.0))
+    torch.testing.assert_close(seen[1], 2 * first @ first)
+    assert recorder.notes is not None and len(recorder.notes) == 7 and len(recorder.temporaries) == 1
+    # a call that is not noted is not rehearsed
+    Recorder(CPU, records=False)(lambda: seen.append(out))
+    assert len(seen) == 3
+
+
+@interpreted
 def test_what_is_not_aligned_launches_nothing(repeated: list[str]) -> None:
     recorder = Recorder(CPU, records=True)
     computed(recorder, *(memories := [torch.randn(4, 4), torch.randn(4, 4), torch.empty(8, 4)]))
@@ -81,13 +111,12 @@ def test_what_comes_again_with_the_same_memories_is_a_graph(repeated: list[str])
     recorder, memories, room = Recorder(CPU, records=True), [torch.randn(2, 4), torch.empty(8)], torch.empty(256)
 
     def compute(source: torch.Tensor, out: torch.Tensor) -> None:
-        with recorder:
-            copied = recorder.temporary(torch.float32, 8)
-            join_into((copied, source))
-            recorder.zeros(out)
-            join_into((out, copied))
+        copied = recorder.temporary(torch.float32, 8)
+        join_into((copied, source))
+        recorder.zeros(out)
+        join_into((out, copied))
 
-    compute(*memories)
+    recorder(partial(compute, *memories))
     launches = recorder.finish(memories)
     assert launches is not None
     launches_of_call = ["join_kernel", "zeros", "join_kernel"]
@@ -146,7 +175,8 @@ def test_what_runs_aside_shares_no_memory_with_what_runs_meanwhile(repeated: lis
         return power
 
     first, second, out, total = memories
-    with recorder:
+
+    def compute() -> None:
         before = recorder.temporary(torch.float32, 4, 4)
         recorder.product(first, second, before)
         with recorder.aside():
@@ -156,6 +186,8 @@ def test_what_runs_aside_shares_no_memory_with_what_runs_meanwhile(repeated: lis
         join_into((out, main))
         recorder.join()
         recorder.product(beside, main, total)
+
+    recorder(compute)
     launches = recorder.finish(memories)
     assert launches is not None
     # places of the first product, of what the chain aside leaves and of two before that, and of two in the main part
@@ -203,8 +235,7 @@ def test_what_cuda_refuses_is_launched_one_by_one(
     refused: str, repeated: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recorder, source, out = Recorder(CPU, records=True), torch.randn(4), torch.empty(4)
-    with recorder:
-        join_into((out, source))
+    recorder(lambda: join_into((out, source)))
     launches, room = recorder.finish([source, out]), torch.empty(256, dtype=torch.uint8)
     assert launches is not None
     launch_lists.REFUSED.add(refused)
@@ -225,8 +256,7 @@ def test_a_thread_without_a_context_gets_one(
 ) -> None:
     recorder = Recorder(CPU, records=True)
     memories, room = [torch.ones(4), torch.empty(4)], torch.empty(256, dtype=torch.uint8)
-    with recorder:
-        join_into((memories[1], memories[0]))
+    recorder(lambda: join_into((memories[1], memories[0])))
     launches = recorder.finish(memories)
     assert launches is not None
 
@@ -259,8 +289,7 @@ def test_what_cannot_be_repeated_gives_no_list(case: str, repeated: list[str], m
     if case == "strided":
         second = torch.zeros(8)[::2]
     recorder = Recorder(CPU, records=True)
-    with recorder:
-        join_into((out, first, first if case == "tied" else second.contiguous()))
+    recorder(lambda: join_into((out, first, first if case == "tied" else second.contiguous())))
     if case == "Triton's own":
         monkeypatch.setattr(run_launch_list_triton, "launch_command", lambda *note: None)
     if case == "no launcher":
