@@ -4,7 +4,6 @@ Kernels of a function that is to be noted are compiled before its first launch, 
 """
 
 import contextlib
-import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -65,10 +64,9 @@ def note_launches(notes: list[Any] | None) -> list[Any] | None:
 
 @contextlib.contextmanager
 def only_compiled() -> Iterator[None]:
-    """Inside, this thread's launches do nothing. At the end what they need is compiled, by as many threads as there
-    are processors; a kernel that cannot be compiled gives its error where it is launched."""
-    workers = len(os.sched_getaffinity(0))
-    with ThreadPoolExecutor(workers) as threads, triton.AsyncCompileMode(threads, ignore_errors=True):
+    """Inside, this thread's launches do nothing. At the end what they need is compiled, by several threads at once; a
+    kernel that cannot be compiled gives its error where it is launched."""
+    with ThreadPoolExecutor() as threads, triton.AsyncCompileMode(threads, ignore_errors=True):
         _notes.only_compiled = True
         try:
             yield
