@@ -38,6 +38,7 @@ SHARES = {
     "causal": 4,
     "blocks": 2,
     "sizes": 2,
+    "first_calls": 2,
 }
 DEFAULT = ("called", "encoder", "generation", "training", "dense")
 TABLES = "tables"

@@ -219,21 +219,51 @@ class StraightDecoderLayer:
         """From states to states [batch, n, d_model], for a backward pass where autograd records."""
         states, inputs = hidden_states.contiguous(), self.inputs
         if not torch.is_grad_enabled():
-            result, _ = self.forward(states)
+            result, _ = self.forward(states, None)
             return result
         # `Function.apply` would look through the arguments for what torch.func left behind.
         return _apply(self, states, inputs.table, inputs.key, inputs.value, *self.weights)
 
-    def forward(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        """The result [batch, n, d_model] of contiguous states, and the memory of what is kept."""
+    def forward(self, states: Tensor, needs: Sequence[bool] | None) -> tuple[Tensor, Tensor]:
+        """The result [batch, n, d_model] of contiguous states, and the memory of what is kept.
+
+        Args:
+            states: what goes into the layer.
+            needs: of table and weights, whether their gradients are wanted; None where autograd does not record.
+        """
         program = self.program
         kept = program.kept.take(program.device)
         result = torch.empty(states.shape, dtype=program.hidden_dtype, device=program.device)
-        self.compute("forward", [states, result], kept, lambda line: line.forward(states, result))
+        later = None
+        # A layer that drops is being trained: its gradient will be asked for.
+        if needs is not None and self.seeds is not None:
+            later = lambda line: line.backward(result, states, self.gradients(states, needs))  # noqa: E731
+        self.compute("forward", [states, result], kept, lambda line: line.forward(states, result), later)
         return result, kept
 
+    def gradients(self, states: Tensor, needs: Sequence[bool]) -> "LayerGradients":
+        """Where gradients are written.
+
+        Args:
+            states: what goes into the layer.
+            needs: of table and weights, whether theirs are wanted.
+        """
+        inputs = self.inputs
+        return LayerGradients(
+            torch.empty_like(states),
+            torch.empty_like(inputs.table) if needs[0] else None,
+            None if inputs.key is None else torch.empty_like(inputs.key, memory_format=torch.contiguous_format),
+            None if inputs.value is None else torch.empty_like(inputs.value, memory_format=torch.contiguous_format),
+            [torch.empty_like(weight) if need else None for weight, need in zip(self.weights, needs[1:], strict=True)],
+        )
+
     def compute(
-        self, kind: Any, memories: list[Tensor], kept: Tensor, launches: "Callable[[LayerLine], None]"
+        self,
+        kind: Any,
+        memories: list[Tensor],
+        kept: Tensor,
+        launches: "Callable[[LayerLine], None]",
+        later: "Callable[[LayerLine], None] | None" = None,
     ) -> None:
         """Compute a call, forward or backward, or repeat its list of launches.
 
@@ -242,6 +272,7 @@ class StraightDecoderLayer:
             memories: all contiguous tensors that a call reads or writes beside what the layer has.
             kept: the memory of what is kept.
             launches: those of the call.
+            later: those of what comes after it, for a rehearsal.
         """
         inputs, common = self.inputs, self.common
         # of strided keys and values what each begins with, which no other has
@@ -251,8 +282,12 @@ class StraightDecoderLayer:
         kind = (kind, *[states.stride() for states in inputs.memory])
         recorder = repeated_or_recorder(self.program.lists, kind, [everything], common.repeats)
         if recorder is not None:
-            # a line is changed by what it computes
-            recorder(lambda: launches(LayerLine(self, recorder, kept)))
+
+            def new_line() -> LayerLine:
+                # a line is changed by what it computes
+                return LayerLine(self, recorder, kept)
+
+            recorder(lambda: launches(new_line()), later and (lambda: later(new_line())))
 
 
 class LayerGradients(NamedTuple):
@@ -419,7 +454,8 @@ class _Layer(torch.autograd.Function):
         value: Tensor | None,
         *weights: Tensor,
     ) -> Tensor:
-        result, kept = layer.forward(states)
+        _, _, needs_table, _, _, *needs = ctx.needs_input_grad
+        result, kept = layer.forward(states, [needs_table, *needs])
         ctx.set_materialize_grads(False)
         ctx.of_pass = (layer.program, layer.common)
         ctx.save_for_backward(*layer.inputs, layer.seeds, states, kept, *weights)
@@ -438,13 +474,7 @@ class _Layer(torch.autograd.Function):
         inputs = AttentionInputs(table.contiguous(), mask, key, value, memory_mask)
         program, common = ctx.of_pass
         layer = StraightDecoderLayer(program, common, weights, inputs, seeds)
-        gradients = LayerGradients(
-            torch.empty_like(states),
-            torch.empty_like(inputs.table) if needs_table else None,
-            None if key is None else torch.empty_like(key, memory_format=torch.contiguous_format),
-            None if value is None else torch.empty_like(value, memory_format=torch.contiguous_format),
-            [torch.empty_like(weight) if need else None for weight, need in zip(weights, needs, strict=True)],
-        )
+        gradients = layer.gradients(states, [needs_table, *needs])
         grad = grad.contiguous()
         kind, memories = (needs_table, *needs), [grad, states, *gradients.written]
         layer.compute(kind, memories, kept, lambda line: line.backward(grad, states, gradients))

@@ -196,6 +196,7 @@ def _compute_with_gradients(
     kept: Tensor,
     seeds: Sequence[Tensor],
     compute: Callable[[Line], object],
+    later: Callable[[Line], object] | None = None,
 ) -> None:
     """Compute a call of a layer that autograd records, or its gradient, or repeat its list of launches.
 
@@ -205,11 +206,24 @@ def _compute_with_gradients(
         kept: the memory of what the backward pass reads, one of the memories.
         seeds: of what the layer drops; none where it drops nothing.
         compute: launches what computes the call.
+        later: launches what comes after the call, for a rehearsal.
     """
     recorder = repeated_or_recorder(layer.program.lists, kind, [memories], layer.common.repeats)
     if recorder is not None:
-        # a line is changed by what it computes
-        recorder(lambda: compute(Line(layer, recorder, layer.program.kept, kept, *seeds)))
+
+        def new_line() -> Line:
+            # a line is changed by what it computes
+            return Line(layer, recorder, layer.program.kept, kept, *seeds)
+
+        recorder(lambda: compute(new_line()), later and (lambda: later(new_line())))
+
+
+def _tables_like(layer: StraightLayer, needs: Sequence[bool]) -> tuple[Tensor | None, Tensor | None]:
+    """Where the gradients of light and heavy table are written; None for each that is not wanted."""
+    light, heavy = (
+        torch.empty_like(table) if needed else None for table, needed in zip(layer.tables, needs, strict=True)
+    )
+    return light, heavy
 
 
 class _Straight(torch.autograd.Function):
@@ -227,7 +241,13 @@ class _Straight(torch.autograd.Function):
         def compute(line: Line) -> None:
             combined(line, feed_forward(line, [*attention(line, states)]), result, Drop.FEED_FORWARD)
 
-        _compute_with_gradients(layer, "training", memories, kept, seeds, compute)
+        def gradient(line: Line) -> None:
+            needs = ctx.needs_input_grad
+            gradients = Gradients(program, layer.weights, needs[4:])
+            Backward(line, gradients, _tables_like(layer, needs[2:4])).run(result, states, torch.empty_like(states))
+
+        # A layer that drops is being trained: its gradient will be asked for.
+        _compute_with_gradients(layer, "training", memories, kept, seeds, compute, gradient if seeds else None)
         ctx.set_materialize_grads(False)
         ctx.layer = (program, layer.plan)
         ctx.save_for_backward(states, *inputs, kept, *seeds)
@@ -248,9 +268,7 @@ class _Straight(torch.autograd.Function):
         layer = StraightLayer(program, tuple(weights), (light_table, heavy_table), plan, True)
         out = torch.empty_like(states)
         gradients = Gradients(program, weights, needs[4:])
-        light, heavy = (
-            torch.empty_like(table) if needed else None for table, needed in zip(layer.tables, needs[2:4], strict=True)
-        )
+        light, heavy = _tables_like(layer, needs[2:4])
         memories = [*saved, *layer.common.read, out, *gradients.memories]
         memories += [table for table in (light, heavy) if table is not None]
 

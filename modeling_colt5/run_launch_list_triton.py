@@ -145,13 +145,21 @@ class Recorder:
         self.temporaries: list[Tensor] = []
         self.is_rehearsal = False
 
-    def __call__(self, function: Callable[[], object]) -> None:
+    def __call__(self, function: Callable[[], object], later: Callable[[], object] | None = None) -> None:
         """Compute a function. Where it is noted, it is called twice: the first time for what has to be compiled, and
-        nothing is computed then."""
+        nothing is computed then.
+
+        Args:
+            function: what is computed.
+            later: what will be computed later on. It is called for what has to be compiled alone, so that threads
+                compile the kernels of both at once.
+        """
         if self.notes is not None:
             self.is_rehearsal = True
             with only_compiled():
                 function()
+                if later is not None:
+                    later()
             self.is_rehearsal = False
         before = note_launches(self.notes)
         try:

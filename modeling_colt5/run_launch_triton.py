@@ -1,12 +1,12 @@
 """Launching Triton kernels with little host time: a compiled kernel is called without Triton's own inspection.
 
-Kernels of a function that is to be noted are compiled before its first launch, several at a time.
+Kernels of a function that is to be noted are compiled and loaded before its first launch, several at a time.
 """
 
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
@@ -62,11 +62,27 @@ def note_launches(notes: list[Any] | None) -> list[Any] | None:
     return before
 
 
+class _Loaders(ThreadPoolExecutor):
+    """Threads that compile kernels, and load each onto the device that was the current one when it was asked for."""
+
+    def submit(self, compile_kernel: Callable[[], Any], /) -> Future[Any]:  # type: ignore[override]
+        device = torch._C._cuda_getDevice()
+
+        def load() -> Any:
+            torch._C._cuda_setDevice(device)
+            kernel = compile_kernel()
+            # Triton loads a kernel when this is asked for. Until 3.6 it also compiles C code then, which launches it.
+            assert kernel.run is not None
+            return kernel
+
+        return super().submit(load)
+
+
 @contextlib.contextmanager
 def only_compiled() -> Iterator[None]:
-    """Inside, this thread's launches do nothing. At the end what they need is compiled, by several threads at once; a
-    kernel that cannot be compiled gives its error where it is launched."""
-    with ThreadPoolExecutor() as threads, triton.AsyncCompileMode(threads, ignore_errors=True):
+    """Inside, this thread's launches do nothing. At the end what they need is compiled and loaded, by several threads
+    at once; a kernel that cannot be compiled gives its error where it is launched."""
+    with _Loaders() as threads, triton.AsyncCompileMode(threads, ignore_errors=True):
         _notes.only_compiled = True
         try:
             yield

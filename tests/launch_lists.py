@@ -5,6 +5,7 @@ beside other work runs as late as it may, behind all of that.
 """
 
 import ctypes
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 from triton.runtime.build import compile_module_from_src
 
-from modeling_colt5 import run_launch_code_triton, run_launch_list_triton
+from modeling_colt5 import run_launch_code_triton, run_launch_list_triton, run_launch_triton
 from modeling_colt5.run_launch_graphs import LaunchGraphs
 
 DTYPES = {0: torch.float32, 2: torch.float16, 14: torch.bfloat16}
@@ -51,6 +52,24 @@ class CPUGraphs(LaunchGraphs):
 
     def _workspace(self, device: int, stream: int) -> torch.Tensor:
         return torch.empty(2 * WORKSPACE, dtype=torch.uint8)
+
+
+def noted_launches(monkeypatch: pytest.MonkeyPatch) -> tuple[list[Any], list[Any]]:
+    """What is rehearsed from now on, and what is launched: kernels, and all that Triton would compile them for."""
+    rehearsed: list[Any] = []
+    launched: list[Any] = []
+    launch = run_launch_triton.launch
+
+    def note(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+        kinds = tuple(argument.dtype if isinstance(argument, torch.Tensor) else argument for argument in arguments)
+        is_rehearsed = getattr(run_launch_triton._notes, "only_compiled", False)
+        (rehearsed if is_rehearsed else launched).append((kernel.fn.__name__, kinds, sorted(options.items())))
+        launch(kernel, grid, *arguments, **options)
+
+    for name, module in list(sys.modules.items()):
+        if name.startswith("modeling_colt5.") and getattr(module, "launch", None) is launch:
+            monkeypatch.setattr(module, "launch", note)
+    return rehearsed, launched
 
 
 def tensor_at(address: int, dtype: torch.dtype, shape: Any, strides: Any) -> torch.Tensor:

@@ -40,12 +40,25 @@ print(json.dumps(collections.Counter(variant.kernel for variant in variants)))
 # What is launched on a card that Triton is told of, and that is not there: a launch would fail.
 TOGETHER = """
 import json
+import threading
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+loaded = []
+
+class Utils:
+    get_device_properties = staticmethod(lambda device: {"max_shared_mem": 232_448})
+
+    @staticmethod
+    def load_binary(name, *others):
+        loaded.append(threading.current_thread().name != "MainThread")
+        return 1, 2, 32, 0, 1024
+
 class Driver:
+    utils = Utils()
+    launcher_cls = staticmethod(lambda *of_kernel: len)
     get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
     get_current_device = staticmethod(lambda: 0)
     get_current_stream = staticmethod(lambda device: 0)
@@ -53,6 +66,7 @@ class Driver:
 
 driver.set_active(Driver())
 torch._C._cuda_getDevice = lambda: -1
+torch._C._cuda_setDevice = lambda device: None
 from modeling_colt5 import op_gelu_triton, run_launch_triton
 
 counts = []
@@ -63,7 +77,7 @@ for turn in range(2):
             op_gelu_triton.gated_gelu_into(states, states, torch.empty_like(states))
     kept = op_gelu_triton.gated_gelu_kernel.device_caches[0][0]
     counts.append([type(kernel).__name__ for kernel in kept.values()])
-print(json.dumps(counts))
+print(json.dumps([counts, loaded]))
 """
 
 
@@ -93,6 +107,8 @@ def test_the_most_demanding_variants_fit_every_card():
 
 @pytest.mark.slow
 def test_kernels_are_compiled_together_without_a_launch():
-    """Triton keeps what its threads compiled, so that a launch finds it."""
-    counts = json.loads(run_compiled("-c", TOGETHER))
+    """Triton keeps what its threads compiled and loaded, so that a launch finds it."""
+    counts, loaded = json.loads(run_compiled("-c", TOGETHER))
     assert counts == [["CompiledKernel"] * 2] * 2
+    # each once, by a thread of its own
+    assert loaded == [True] * 2

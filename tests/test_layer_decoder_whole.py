@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from decoder_layers import as_modules, batch_of, gradients_of, in_pytorch, model_of, repeats
-from launch_lists import interpreting_launcher
+from launch_lists import interpreting_launcher, noted_launches
 from models import checkpoint_activations, pad, random_ids
 from rounding import assert_same_but_for_rounding, assert_same_gradients
 from torch import nn
@@ -572,6 +572,29 @@ def test_a_layer_is_one_list_each_way(is_one: bool, lists: list[str], monkeypatc
         calls.clear()
         assert_same_but_for_rounding(model(**second).logits[real], expected["scores"])
     assert calls == [FORWARD, FORWARD]
+
+
+@on_cpus
+@pytest.mark.parametrize("rate", [0.3, 0.0])
+def test_the_gradient_of_a_layer_that_drops_is_rehearsed_with_it(
+    rate: float, lists: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that its kernels are compiled with the others. Who trains has dropout; who has none may want no gradient."""
+    device = torch.device("cpu")
+    model, batch = model_of(device, dropout_rate=rate).train(), batch_of(device, 9, 5)
+    rehearsed, launched = noted_launches(monkeypatch)
+    loss = model(**batch).loss
+    early = [*rehearsed]
+    launched.clear()
+    loss.backward()
+    # without what modules launch beside the layers
+    of_layers = [launch for launch in launched if launch in rehearsed]
+    assert {name for name, *_ in of_layers} >= {
+        "attention_backward_query_kernel",
+        "attention_backward_key_kernel",
+        "norm_backward_kernel",
+    }
+    assert all(launch in early for launch in of_layers) == (rate > 0)
 
 
 @on_cpus

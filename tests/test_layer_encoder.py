@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from launch_lists import interpreting_launcher
+from launch_lists import interpreting_launcher, noted_launches
 from models import checkpoint_activations, pad, random_ids, tiny_config, tiny_model
 from rounding import assert_same_but_for_rounding, assert_same_gradients
 from torch import nn
@@ -483,6 +483,29 @@ def test_lists_read_and_write_what_they_should(lengths: tuple[int, ...], rate: f
         count = len(lists)
         assert_same_but_for_rounding(model(**second).last_hidden_state, expected["output"])
     assert len(lists) - count >= 2 * 20
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there the calls above are repeated from lists themselves")
+@pytest.mark.parametrize("rate", [0.3, 0.0])
+def test_the_gradient_of_a_layer_that_drops_is_rehearsed_with_it(
+    rate: float, lists: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that its kernels are compiled with the others. Who trains has dropout; who has none may want no gradient."""
+    device = torch.device("cpu")
+    model, batch = encoder(device, num_layers=1, dropout_rate=rate).train(), batch_of(device, 6)
+    rehearsed, launched = noted_launches(monkeypatch)
+    states = model(**batch).last_hidden_state
+    early = [*rehearsed]
+    launched.clear()
+    states.sum().backward()
+    # without what modules launch beside the layers
+    of_layers = [launch for launch in launched if launch in rehearsed]
+    assert {name for name, *_ in of_layers} >= {
+        "attention_backward_query_kernel",
+        "norm_backward_kernel",
+        "route_backward_kernel",
+    }
+    assert all(launch in early for launch in of_layers) == (rate > 0)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there the calls above are repeated from lists themselves")
