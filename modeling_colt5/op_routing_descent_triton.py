@@ -2,8 +2,9 @@
 
 from .op_routing_steps_triton import (
     LOWEST_KEY,
-    find_last_key,
+    find_rank,
     key_to_score,
+    last_and_room,
     load_keys,
     row_budgets,
     row_statistics,
@@ -49,7 +50,10 @@ def descent_kernel(
     count, mean, deviation, turn = row_statistics(keys, turn, None, None, 0, 1, False, 1)
     real_tokens = count.to(tl.int32)
     budget, k, _ = row_budgets(budgets, soft_budgets, row, real_tokens, capacity, soft_topk_ratio, HAS_SOFT_BUDGET)
-    last, room, _, turn = find_last_key(keys, budget, real_tokens, mean, deviation, turn, None, None, 0, 1, False, 1)
+    low, high, from_low, beyond_high, turn = find_rank(
+        keys, tl.maximum(budget, 1), real_tokens, mean, deviation, turn, None, None, 0, 1, False, 1
+    )
+    last, room = last_and_room(budget, low, high, from_low, beyond_high)
 
     all_saturated = k >= count
     score = key_to_score(keys)

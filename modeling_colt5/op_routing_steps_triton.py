@@ -363,21 +363,13 @@ def row_statistics(
 
 
 @triton.jit
-def find_last_key(
-    keys, budget, real_tokens, mean, deviation,
-    turn, numbers, arrived, program, programs, SHARED: tl.constexpr, PROGRAMS: tl.constexpr,
-):  # fmt: skip
-    """Keys above `last` are taken, and of the equal ones as many as there is `room` for; with the lower end of the
-    bracket that the search ended with."""
-    rank = tl.maximum(budget, 1)
-    low, high, from_low, beyond_high, turn = find_rank(
-        keys, rank, real_tokens, mean, deviation, turn, numbers, arrived, program, programs, SHARED, PROGRAMS
-    )
-    last = tl.where(from_low == rank, low - 1, high)
-    room = tl.where(from_low == rank, 0, budget - beyond_high)
-    last = tl.where(budget > 0, last, HIGHEST_KEY)
-    room = tl.where(budget > 0, room, 0)
-    return last, room, low, turn
+def last_and_room(budget, low, high, from_low, beyond_high):
+    """Keys above the last are taken, and of the equal ones as many as there is room for; from the bracket of the
+    budget's rank and the counts, as `find_rank` gives them."""
+    is_whole = from_low == tl.maximum(budget, 1)
+    last = tl.where(is_whole, low - 1, high)
+    room = tl.where(is_whole, 0, budget - beyond_high)
+    return tl.where(budget > 0, last, HIGHEST_KEY), tl.where(budget > 0, room, 0)
 
 
 @triton.jit

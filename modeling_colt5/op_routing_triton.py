@@ -14,14 +14,15 @@ from .kernel_backend import INTERPRETED
 from .op_routing_descent_triton import descent_kernel
 from .op_routing_steps_triton import (
     COUNTER_STRIDE,
+    HIGHEST_KEY,
     LOWEST_FINITE_KEY,
     LOWEST_KEY,
     PLACES,
-    find_last_key,
     find_rank,
     is_settled,
     key_to_score,
     largest_of_both,
+    last_and_room,
     last_step,
     load_keys,
     newton_step,
@@ -60,34 +61,57 @@ def _saturated_and_free(
 
 
 @triton.jit
-def _solve(
-    keys, k, rank, count, real_tokens, mean, deviation, low, epsilon,
+def _find_last_and_centre(
+    keys, budget, k, rank, count, real_tokens, mean, deviation, epsilon,
     turn, numbers, arrived, program, programs, SHARED: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
-    """The soft top-k's threshold, as a centre and the distance from there over ε; and the sum of the weights below 1.
-    `low` is a key that may be the centre's."""
-    all_saturated = k >= count
-    # Any score will do as a centre that has fewer than k above it, and from which the weights below 1 make up for the
-    # rest.
-    centre = key_to_score(tl.maximum(low, LOWEST_FINITE_KEY))
-    saturated, free, turn = _saturated_and_free(
-        _relative_weights(keys, centre, epsilon, 0.0), 1.0,
-        turn, numbers, arrived, program, programs, SHARED, PROGRAMS,
-    )  # fmt: skip
-    if (k < count) & ((saturated >= k) | (saturated + free < k)):
-        soft_key, _, _, _, turn = find_rank(
-            keys, rank, real_tokens, mean, deviation, turn, numbers, arrived, program, programs, SHARED, PROGRAMS
+    """The last key that is taken, with the room for keys equal to it; and a centre for the solver, with how many
+    weights are saturated there and the sum of the others.
+
+    Any score will do as a centre that has fewer than k above it, and from which the weights below 1 make up for the
+    rest. The lower end of the bracket that the first search ended with mostly does. Where it does not, a second search
+    is for the key of k's own rank. Both are one loop, so that the search is compiled once.
+    """
+    wanted = tl.maximum(budget, 1)
+    last = tl.full([], HIGHEST_KEY, tl.int32)
+    room = tl.zeros([], tl.int32)
+    centre = tl.zeros([], tl.float32)
+    saturated = tl.zeros([], tl.float32)
+    free = tl.zeros([], tl.float32)
+    searches = 0
+    while searches < 2:
+        low, high, from_low, beyond_high, turn = find_rank(
+            keys, wanted, real_tokens, mean, deviation, turn, numbers, arrived, program, programs, SHARED, PROGRAMS
         )
-        # The least key from there on is found by the largest complement.
-        lowest_key, _, turn = largest_of_both(
-            tl.where(keys >= soft_key, ~keys, LOWEST_KEY), keys,
-            turn, numbers, arrived, program, programs, SHARED, PROGRAMS,
-        )  # fmt: skip
-        centre = key_to_score(~lowest_key)
+        if searches == 0:
+            last, room = last_and_room(budget, low, high, from_low, beyond_high)
+            low = tl.maximum(low, LOWEST_FINITE_KEY)
+        else:
+            # The least key from there on is found by the largest complement.
+            lowest_key, _, turn = largest_of_both(
+                tl.where(keys >= low, ~keys, LOWEST_KEY), keys,
+                turn, numbers, arrived, program, programs, SHARED, PROGRAMS,
+            )  # fmt: skip
+            low = ~lowest_key
+        centre = key_to_score(low)
         saturated, free, turn = _saturated_and_free(
             _relative_weights(keys, centre, epsilon, 0.0), 1.0,
             turn, numbers, arrived, program, programs, SHARED, PROGRAMS,
         )  # fmt: skip
+        is_off = (k < count) & ((saturated >= k) | (saturated + free < k))
+        searches = tl.where(is_off, searches + 1, 2)
+        wanted = rank
+    return last, room, centre, saturated, free, turn
+
+
+@triton.jit
+def _solve(
+    keys, k, count, centre, saturated, free, epsilon,
+    turn, numbers, arrived, program, programs, SHARED: tl.constexpr, PROGRAMS: tl.constexpr,
+):  # fmt: skip
+    """The soft top-k's threshold, as a centre and the distance from there over ε, and the sum of the weights below 1;
+    from a centre, how many weights are saturated there, and the sum of the others."""
+    all_saturated = k >= count
     centre = tl.where(all_saturated, 0.0, centre)
     # The threshold is kept as its distance from the upper end of the bracket: then passes need no exponentials.
     upper = tl.log(free / (k - saturated))
@@ -131,11 +155,12 @@ def _route_row(
     count, mean, deviation, turn = row_statistics(keys, turn, numbers, arrived, program, programs, SHARED, PROGRAMS)
     real_tokens = count.to(tl.int32)
     budget, k, rank = row_budgets(budgets, soft_budgets, row, real_tokens, capacity, soft_topk_ratio, HAS_SOFT_BUDGET)
-    last, room, low, turn = find_last_key(
-        keys, budget, real_tokens, mean, deviation, turn, numbers, arrived, program, programs, SHARED, PROGRAMS
-    )
+    last, room, centre, saturated, free, turn = _find_last_and_centre(
+        keys, budget, k, rank, count, real_tokens, mean, deviation, epsilon,
+        turn, numbers, arrived, program, programs, SHARED, PROGRAMS,
+    )  # fmt: skip
     centre, threshold, mass, turn = _solve(
-        keys, k, rank, count, real_tokens, mean, deviation, low, epsilon,
+        keys, k, count, centre, saturated, free, epsilon,
         turn, numbers, arrived, program, programs, SHARED, PROGRAMS,
     )  # fmt: skip
     if program == 0:
