@@ -91,6 +91,16 @@ def trainer_step(run: Run) -> Reached | None:
     return None if value is None else Reached(value, "eager")
 
 
+def first_call(call: str) -> Callable[[Run], Reached | None]:
+    """A first call's time in seconds, all kernels compiled."""
+
+    def find(run: Run) -> Reached | None:
+        value = find_row(run, call=call, cache="empty").get("first s")
+        return None if value is None else Reached(value, "as called")
+
+    return find
+
+
 def faster_as_called(run: Run) -> list[str]:
     """Where a peer takes less time than CoLT5, both as they are called; one line for each that was measured."""
     rows = [row for row in run["rows"] if row["way"] == "called" and not row["setting"]]
@@ -163,6 +173,8 @@ TARGETS = (
         called_value(LENGTH, "fwd+bwd ms", "dropout 0.1, fp32 under bf16 autocast"),
     ),
     Target("a step of Trainer, 2 × 16,384 tokens to 512", "training", 80, "ms", trainer_step),
+    Target("first forward, 16,384 tokens, kernels compiled", "first_calls", 4, "s", first_call("encoder forward")),
+    Target("first training step, 16,384 tokens to 512, likewise", "first_calls", 6, "s", first_call("training step")),
     Target(
         "forward, 16,384 tokens, torch.compile or CUDA graph", "encoder", 6, "ms",
         encoder_value(LENGTH, "forward ms", ALL_MODES[1:]),

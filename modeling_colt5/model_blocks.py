@@ -319,7 +319,10 @@ class _CausalStandAlone(_StandAlone):
             module that is already there.
         implementation: who computes.
         dense_start: fp32 [], how far a dense start has come; `set_dense_start` sets it.
+        ring: the name of something that the module keeps in its cache.
     """
+
+    ring: str
 
     def __init__(self, config: CoLT5Config):
         super().__init__()
@@ -344,7 +347,7 @@ class _CausalStandAlone(_StandAlone):
         hidden_states, bool_mask = self.cast(hidden_states), padding_mask("mask", mask, hidden_states)
         dense_start = self.dense_start if self.training else None
         if cache is not None:
-            check_routed_layer(cache, len(hidden_states))
+            check_routed_layer(cache, len(hidden_states), self.ring)
             check_no_dense_start(dense_start)
         past = None if cache is None else cache.past_lengths()
         plan = CausalPlan.make(self.settings, self.implementation, hidden_states, bool_mask, past, dense_start)
@@ -376,6 +379,8 @@ class CoLT5CausalConditionalAttention(_CausalStandAlone):
         StrictDataclassError: for a number that the rule of the configuration's field of that name refuses.
         ValueError: for another `attn_implementation`.
     """
+
+    ring = "light_key"
 
     def __init__(
         self,
@@ -453,6 +458,8 @@ class CoLT5CausalConditionalFeedForward(_CausalStandAlone):
     Raises:
         StrictDataclassError: for a number that the rule of the configuration's field of that name refuses.
     """
+
+    ring = "feed_forward"
 
     def __init__(
         self,

@@ -294,15 +294,25 @@ def routed_layer(cache: Cache | None, layer_idx: int) -> Any:
     return layer
 
 
-def check_routed_layer(layer: Any, batch: int) -> None:
-    """Check that a module's own cache is one of a causally routed layer, with as many rows as the new tokens have.
+def check_routed_layer(layer: Any, batch: int, ring: str) -> None:
+    """Check that a module's own cache is one of a causally routed layer, with as many rows as the new tokens have, and
+    that no other kind of module has filled it.
+
+    Args:
+        layer: the cache.
+        batch: rows of the new tokens.
+        ring: one that the module keeps whenever it is called.
 
     Raises:
         TypeError: for another kind of cache.
-        ValueError: for another number of rows.
+        ValueError: for another number of rows, or another kind of module.
     """
     if getattr(layer, "_layer_type", None) != LAYER_TYPE:
         raise TypeError(f"cache is a {type(layer).__name__}; it must be what make_cache() made, or None")
     if layer.has_state and len(layer.counters["lengths"]) != batch:
         rows = len(layer.counters["lengths"])
         raise ValueError(f"cache has {rows} rows, and hidden_states has {batch}; they must have as many")
+    if layer.has_state and ring not in layer.rings:
+        raise ValueError(
+            "cache was filled by another kind of module; it must be what make_cache() of this one made, or None"
+        )

@@ -504,6 +504,14 @@ def test_caches_that_do_not_fit_are_refused() -> None:
     module(torch.ones(2, 9, 32), cache=cache)
     with pytest.raises(ValueError, match="cache has 2 rows, and hidden_states has 3"):
         module(torch.ones(3, 1, 32), cache=cache)
+    feed_forward = make("causal feed-forward")
+    with pytest.raises(ValueError, match="cache was filled by another kind of module"):
+        feed_forward(torch.ones(2, 1, 32), cache=cache)
+    other = feed_forward.make_cache()
+    feed_forward(torch.ones(2, 9, 32), cache=other)
+    with pytest.raises(ValueError, match="cache was filled by another kind of module"):
+        module(torch.ones(2, 1, 32), cache=other)
+    assert cache.get_seq_length() == other.get_seq_length() == 9
     cross = make("cross-attention")
     with pytest.raises(TypeError, match="cache is a dict"):
         cross(torch.ones(2, 9, 32), torch.ones(2, 9, 32), cache={})
