@@ -5,7 +5,6 @@ python benchmarks/first_calls.py
 
 import os
 import random
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -106,11 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(make_parser(__doc__), arguments)
     verify(options.tiny)
     table = Table("first_calls", TITLE, options)
-    # A server that has imported everything forks the processes: importing takes longer than most calls. It looks for
-    # modules where the environment says, and not where this process found them.
-    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["first_calls"])
+    context = get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         for call, cache in CASES:
             if time.perf_counter() > options.deadline:

@@ -71,7 +71,7 @@ class _Loaders(ThreadPoolExecutor):
         def load() -> Any:
             torch._C._cuda_setDevice(device)
             kernel = compile_kernel()
-            # Triton loads a kernel when this is asked for. Until 3.6 it also compiles C code then, which launches it.
+            # Triton loads a kernel when this is asked for. Release 3.6 also compiles C code then, which launches it.
             assert kernel.run is not None
             return kernel
 
