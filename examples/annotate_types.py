@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from python_types.holes import Hole, Needed, choose, fill, holes_of, holes_to_fill, needed_names, passes
+from python_types.holes import Hole, Needed, choose, fill, holes_of, holes_to_fill, needed_names, passes, possible
 from python_types.predict import Prediction, load, predict_all
 from python_types.score import copied_by_name, copied_from_nearest, is_copied, nearest_in_module
 from python_types.source import Source, SourceError, patch_of, read_source, write_source
@@ -110,10 +110,12 @@ def annotate(
     """
     holes = holes_to_fill(source)
     predictions = ask(source, holes, model, tokenizer)
+    given = possible(source.text, holes, [one.type for one in predictions])
     annotations = [
-        Annotation(hole, one.type, one.probability, copied if is_copied(one.type, one.probability, copied) else None)
-        for hole, one, copied in zip(
+        Annotation(hole, one, sure.probability, copied if is_copied(one, sure.probability, copied) else None)
+        for hole, one, sure, copied in zip(
             holes,
+            given,
             predictions,
             nearest_in_module(holes, holes_of(source.text)) if is_copying else [None] * len(holes),
             strict=True,
@@ -178,6 +180,8 @@ def report(annotated: Annotated, least_probability: float) -> str:
     if needed.early:
         names = ", ".join(needed.early)
         lines.append(f"used before they are there: {names}; put `from __future__ import annotations` first")
+    if needed.inner:
+        lines.append(f"known by these names alone, and by none inside a function: {', '.join(needed.inner)}")
     return "\n".join(lines)
 
 

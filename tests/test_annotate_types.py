@@ -106,14 +106,35 @@ def test_a_diff_is_printed_and_the_file_is_left(answers, file, capsys):
     assert [text.replace(" ", "") for text in answers[1]] == [expected.replace(" ", "")]
 
 
+def test_what_cannot_be_a_type_where_it_stands_is_left_or_copied(answers, tmp_path, capsys):
+    """`open` is a function, `B` is known as `A.B` alone; a name's type elsewhere in the module is copied instead."""
+    answers[0][:] = [("open", 0.9), ("B", 0.8), ("open", 0.9)]
+    path = tmp_path / "module.py"
+    text = "class A:\n    class B: ...\ndef f(x, y):\n    def g(z: int): ...\ndef h(z) -> None: ...\n"
+    path.write_text(text)
+    answers[0].insert(2, ("int[str]", 0.9))
+    answers[0].insert(3, ("len", 0.9))
+    annotate_types.main([str(path), "--write"])
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == " 90%  line 3: f, x: left, for the answer is no type"
+    assert lines[1] == " 80%  line 3: f, y: B"
+    assert lines[2] == " 90%  line 3: f: left, for the answer is no type"
+    assert lines[3] == " 90%  line 4: f.g: left, for the answer is no type"
+    assert lines[4] == "copied  line 5: h, z: int (the model: no type)"
+    assert lines[5] == "known by these names alone, and by none inside a function: A.B"
+    assert path.read_text() == text.replace("x, y", "x, y: B").replace("def h(z)", "def h(z: int)")
+
+
 @pytest.mark.parametrize(
     "data",
     [
         "\ufeffdef é(first, sep=1): pass\r\n".encode(),
         b"# coding: latin-1\ndef f(first, sep='\xe9'): pass",
         b"# coding: cp1252\nx = '\x80'\ndef f(first, sep=1): pass\n",
+        b"def f(first, sep=1):\r    return first\r",
+        b"x = 1\rdef f(first, sep=1):\r\n    return first\nx = 2\r",
     ],
-    ids=["byte order mark", "latin-1", "cp1252"],
+    ids=["byte order mark", "latin-1", "cp1252", "carriage returns", "all line ends"],
 )
 def test_the_printed_diff_is_in_the_bytes_of_the_file(answers, tmp_path, capfdbinary, monkeypatch, data):
     """Applied by git it gives what --write gives."""

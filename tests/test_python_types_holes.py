@@ -1,6 +1,7 @@
 """Annotations found, hidden and filled: hand-written positions, real modules, files of every kind, and the scores."""
 
 import ast
+import contextlib
 import os
 import stat
 import subprocess
@@ -22,6 +23,7 @@ from python_types.holes import (
     holes_to_hide,
     needed_names,
     passes,
+    possible,
     types_in,
 )
 from python_types.score import Answer, commonest, copied_by_name, copied_from_nearest, far_holes, paired_bootstrap
@@ -249,7 +251,9 @@ def test_names_that_types_need():
     found = holes_of(text)[:1]
 
     def needed(given: str, before: str = "") -> tuple[list[str], list[str]]:
-        return tuple(vars(needed_names(before + text, holes_of(before + text)[: len(found)], [given])).values())
+        names = needed_names(before + text, holes_of(before + text)[: len(found)], [given])
+        assert not names.inner
+        return names.imports, names.early
 
     assert needed("t.List[C]") == ([], [])
     assert needed("Optional[np.ndarray] | int") == (["Optional", "np"], [])
@@ -259,9 +263,73 @@ def test_names_that_types_need():
     assert needed("G | E", "from __future__ import annotations\n") == ([], [])
     assert needed("t.Literal['torch']") == ([], [])
     assert needed("t.Annotated[Any, 'torch']") == (["Any"], [])
-    assert needed_names(text, found, [None]) == holes.Needed([], [])
+    assert needed_names(text, found, [None]) == holes.Needed([], [], [])
     nested = "def f():\n    class A: ...\n    def g(x): ...\nclass B: ...\n"
-    assert needed_names(nested, holes_of(nested)[1:2], ["dict[A, B]"]) == holes.Needed([], [])
+    assert needed_names(nested, holes_of(nested)[1:2], ["dict[A, B]"]) == holes.Needed([], [], [])
+
+
+INNER = """
+class A:
+    class B:
+        def own(self, x): ...
+    def inside(self, x): ...
+
+def f(x):
+    class C:
+        class list: ...
+        def own(self, x): ...
+    def beside(x): ...
+"""
+
+
+@pytest.mark.parametrize(
+    ("function", "given", "inner"),
+    [
+        # `B` is seen in `A`, and not in itself
+        ("A.B.own", "B", ["A.B"]), ("A.inside", "B", []), ("f", "C | B", ["A.B", "f.<locals>.C"]),
+        ("f.C.own", "C", []), ("f.beside", "C", []), ("f", "list", []), ("A.inside", "A.B", []),
+    ],
+)  # fmt: skip
+def test_classes_inside_others_are_not_to_be_imported(function: str, given: str, inner: list[str]) -> None:
+    (hole,) = (hole for hole in holes_of(INNER) if (hole.function, hole.key) == (function, "x"))
+    needed = needed_names(INNER, [hole], [given])
+    assert (needed.imports, needed.inner) == ([], inner)
+    # Python says the same
+    after = fill(INNER, [hole], [given]).replace(": ...", ": pass")
+    run = compile(f"{after}\nf(0)\n", "module", "exec")
+    if inner:
+        with pytest.raises(NameError):
+            exec(run, {})
+    else:
+        with contextlib.suppress(NameError):
+            exec(run, {})
+
+
+@pytest.mark.parametrize(
+    ("given", "is_possible"),
+    [
+        ("open", False), ("open[int]", False), ("list[len]", False), ("'print'", False), ("int[str]", False),
+        ("str | open", False), ("list[bool[int]]", False), ("__debug__", False), ("NotImplemented", False),
+        ("int | 'A'", False), ("'A' | None", False), ("None | None", False),
+        ("list[int]", True), ("type[int]", True), ("A[int]", True), ("dict[str, int | None]", True), ("'A'", True),
+        ("Literal['open']", True), ("sum", True), ("ValueError", True), ("None", True), ("A | 'B'", True),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_a_type_in_its_place_is_none(given: str, is_possible: bool) -> None:
+    """`sum` is bound here. What Python can evaluate without other names, it evaluates or refuses alike."""
+    text = "class sum: ...\ndef f(x): ...\n"
+    found = holes_of(text)[:1]
+    assert possible(text, found, [given]) == [given if is_possible else None]
+    assert possible(text, found, [None]) == [None]
+    try:
+        exec(fill(text, found, [given]), {})
+    except NameError:
+        pass
+    except TypeError:
+        assert not is_possible
+    lazy = f"from __future__ import annotations\n{text}"
+    late = possible(lazy, holes_of(lazy)[:1], [given])
+    assert late == [given if is_possible or "A" in given or given == "None | None" else None]
 
 
 def file(folder: Path, data: bytes) -> Path:

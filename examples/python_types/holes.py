@@ -12,7 +12,7 @@ import builtins
 import math
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -449,10 +449,107 @@ class Needed:
     `early`: names that the module binds only later, or for type checkers alone. Before Python 3.14 such an annotation
     raises NameError when the module is imported, unless it is quoted or the module has `from __future__ import
     annotations`.
+    `inner`: names that are known only inside a class or function, by which the module's classes are found: "A.B" for
+    `B` of the class `A`, "f.<locals>.C" for `C` of the function `f`.
     """
 
     imports: list[str]
     early: list[str]
+    inner: list[str]
+
+
+def _is_lazy(tree: ast.Module) -> bool:
+    """Whether a module's annotations are never evaluated, as it asks for that."""
+    return any(
+        isinstance(node, ast.ImportFrom)
+        and node.module == "__future__"
+        and any(alias.name == "annotations" for alias in node.names)
+        for node in tree.body
+    )
+
+
+class _Scopes:
+    """The names that a module's annotations can see."""
+
+    def __init__(self, tree: ast.Module):
+        self.tree = tree
+        self.bound: dict[ast.AST, dict[str, float]] = {}
+
+    def at(self, place: "_Place") -> dict[str, float]:
+        """The names that are bound where an annotation stands, and the line from which they are there."""
+        # the names of a class are seen by its own methods' annotations, not by functions in these
+        seen = [
+            owner
+            for owner in (self.tree, *place.enclosing)
+            if not isinstance(owner, ast.ClassDef) or owner is place.enclosing[-1]
+        ]
+        parameters = (
+            parameter.name for owner in (*place.enclosing, place.function) for parameter in _type_parameters(owner)
+        )
+        bound: dict[str, float] = dict.fromkeys(parameters, 0)
+        for owner in seen:
+            if owner not in self.bound:
+                self.bound[owner] = _bound(owner)
+            bound |= self.bound[owner]
+        return bound
+
+
+@not_too_deep("the module")
+def possible(text: str, holes: Sequence[Hole], types: Sequence[str | None]) -> list[str | None]:
+    """The types, None in the place of each that has the form of a type and cannot be one where it stands.
+
+    That is so of one with a built-in function, such as `open`, or with brackets behind a built-in class that takes
+    none, such as `int[str]`, where the module does not bind the name itself; and of one that Python evaluates and that
+    joins two by `|` which cannot be joined, such as `int | 'A'`.
+
+    Args:
+        text: the module without the types.
+        holes: some of `holes_of(text)`.
+        types: one for each hole; None stays.
+
+    Raises:
+        ValueError: for a type that `as_type` refuses.
+        SourceError: if the text does not parse.
+    """
+    asked = _asked(holes, types)
+    tree = parse(text)
+    scopes, is_lazy = _Scopes(tree), _is_lazy(tree)
+    refused = set()
+    for place in _places(text, tree):
+        if place.hole.start in asked:
+            bound, node = scopes.at(place), ast.parse(asked[place.hole.start], mode="eval").body
+            is_possible = not any(_is_function(name) for name, _ in _names(node) if name not in bound)
+            if not is_possible or _fails(node, bound, is_lazy):
+                refused.add(place.hole.start)
+    return [None if hole.start in refused else given for hole, given in zip(holes, types, strict=True)]
+
+
+def _is_function(name: str) -> bool:
+    """Whether a name is built in and no class's."""
+    return hasattr(builtins, name) and not isinstance(getattr(builtins, name), type)
+
+
+def _fails(node: ast.AST, bound: Container[str], is_lazy: bool) -> bool:
+    """Whether a type's brackets, or its `|` where it is evaluated, raise TypeError, as far as Python's own classes
+    say."""
+
+    def built_in(part: ast.expr) -> type | None:
+        found = getattr(builtins, part.id, None) if isinstance(part, ast.Name) and part.id not in bound else None
+        return found if isinstance(found, type) else None
+
+    for part in ast.walk(node):
+        if isinstance(part, ast.Subscript):
+            of = built_in(part.value)
+            # `type[int]` is Python's own exception
+            if of is not None and of is not type and not hasattr(of, "__class_getitem__"):
+                return True
+        elif isinstance(part, ast.BinOp) and not is_lazy:
+            sides = part.left, part.right
+            constants = [side.value for side in sides if isinstance(side, ast.Constant)]
+            # a string beside a class or None, or two of None
+            if len(constants) == 2 or (any(isinstance(one, str) for one in constants) and any(map(built_in, sides))):
+                return True
+    return False
 
 
 @not_too_deep("the module")
@@ -470,42 +567,49 @@ def needed_names(text: str, holes: Sequence[Hole], types: Sequence[str | None]) 
     """
     asked = _asked(holes, types)
     tree = parse(text)
-    is_lazy = any(
-        isinstance(node, ast.ImportFrom)
-        and node.module == "__future__"
-        and any(alias.name == "annotations" for alias in node.names)
-        for node in tree.body
-    )
-    scopes: dict[ast.AST, dict[str, float]] = {}
+    is_lazy = _is_lazy(tree)
+    scopes = _Scopes(tree)
+    inner_names = _inner_classes(tree)
     imports: set[str] = set()
     early: set[str] = set()
+    inner: set[str] = set()
     for place in _places(text, tree):
         hole = place.hole
         if hole.start not in asked:
             continue
-        # the names of a class are seen by its own methods' annotations, not by functions in these
-        seen = [
-            owner
-            for owner in (tree, *place.enclosing)
-            if not isinstance(owner, ast.ClassDef) or owner is place.enclosing[-1]
-        ]
-        parameters = (
-            parameter.name for owner in (*place.enclosing, place.function) for parameter in _type_parameters(owner)
-        )
-        bound: dict[str, float] = dict.fromkeys(parameters, 0)
-        for owner in seen:
-            if owner not in scopes:
-                scopes[owner] = _bound(owner)
-            bound |= scopes[owner]
+        bound = scopes.at(place)
         # annotations are evaluated when a `def` is, which inside another function is later than the module's names
         is_evaluated = not is_lazy and not any(isinstance(owner, Function) for owner in place.enclosing)
         for name, is_quoted in _names(ast.parse(asked[hole.start], mode="eval").body):
             if name in bound:
                 if is_evaluated and not is_quoted and bound[name] >= hole.line:
                     early.add(name)
-            elif not hasattr(builtins, name):
+            elif hasattr(builtins, name):
+                continue
+            elif name in inner_names:
+                inner.add(inner_names[name])
+            else:
                 imports.add(name)
-    return Needed(sorted(imports), sorted(early))
+    return Needed(sorted(imports), sorted(early), sorted(inner))
+
+
+def _inner_classes(tree: ast.Module) -> dict[str, str]:
+    """The classes that are defined inside other classes or functions: from the name to `__qualname__`, of several with
+    one name the first."""
+    found: dict[str, str] = {}
+    waiting: list[tuple[ast.AST, str]] = [(tree, "")]
+    while waiting:
+        owner, before = waiting.pop(0)
+        for node in ast.iter_child_nodes(owner):
+            inside = before
+            if isinstance(node, ast.ClassDef):
+                if before:
+                    found.setdefault(node.name, before + node.name)
+                inside = f"{before}{node.name}."
+            elif isinstance(node, Function):
+                inside = f"{before}{node.name}.<locals>."
+            waiting.append((node, inside))
+    return found
 
 
 def _type_parameters(owner: ast.AST) -> list[ast.AST]:

@@ -16,6 +16,7 @@ from io import BytesIO
 from pathlib import Path
 
 # the ends of lines as Python sees them; str.splitlines knows more, for example the form feed
+PATCH_LINE = re.compile(r"[^\n]*\n|[^\n]+")
 LINE = re.compile(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+")
 
 
@@ -141,7 +142,8 @@ def _encoded(source: Source, text: str) -> bytes:
 
 
 def write_source(source: Source, text: str) -> None:
-    """Replace a file's text in one step: at no time is there half a file under its name. Mode bits and links stay.
+    """Replace a file's text in one step: at no time is there half a file under its name. Mode bits and symbolic links
+    stay.
 
     Raises:
         SourceError: if the encoding lacks a character of the text, the file is read-only, or it is not what was read.
@@ -173,11 +175,9 @@ def lines_of(text: str) -> list[str]:
 
 
 def unified_diff(before: str, after: str, name: str) -> str:
-    """The difference in the form that `patch` reads; empty if there is none."""
-    lines = difflib.unified_diff(lines_of(before), lines_of(after), f"a/{name}", f"b/{name}")
-    return "".join(
-        line if line.endswith(("\n", "\r")) else f"{line}\n\\ No newline at end of file\n" for line in lines
-    )
+    """The difference in the form that `patch` reads, for which lines end with a line feed; empty if there is none."""
+    lines = difflib.unified_diff(PATCH_LINE.findall(before), PATCH_LINE.findall(after), f"a/{name}", f"b/{name}")
+    return "".join(line if line.endswith("\n") else f"{line}\n\\ No newline at end of file\n" for line in lines)
 
 
 def patch_of(source: Source, text: str, name: str) -> bytes:

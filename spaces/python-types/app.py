@@ -108,6 +108,10 @@ def annotations_page(annotated: Annotated) -> str:
     if annotated.needed.early:
         names = ", ".join(annotated.needed.early)
         notes.append(f"Used before they are there: {names}; put `from __future__ import annotations` first.")
+    if annotated.needed.inner:
+        notes.append(
+            f"Known by these names alone, and by none inside a function: {', '.join(annotated.needed.inner)}."
+        )
     said = "".join(f"<p>{as_text(note)}</p>" for note in notes)
     table = f'<table class="types-table"><thead><tr>{heads}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
     return f'<div class="types-wide">{table}</div>{said}'
