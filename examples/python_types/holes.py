@@ -518,14 +518,14 @@ def possible(text: str, holes: Sequence[Hole], types: Sequence[str | None]) -> l
     for place in _places(text, tree):
         if place.hole.start in asked:
             bound, node = scopes.at(place), ast.parse(asked[place.hole.start], mode="eval").body
-            is_possible = not any(_is_function(name) for name, _ in _names(node) if name not in bound)
+            is_possible = not any(_is_built_in_value(name) for name, _ in _names(node) if name not in bound)
             if not is_possible or _fails(node, bound, is_lazy):
                 refused.add(place.hole.start)
     return [None if hole.start in refused else given for hole, given in zip(holes, types, strict=True)]
 
 
-def _is_function(name: str) -> bool:
-    """Whether a name is built in and no class's."""
+def _is_built_in_value(name: str) -> bool:
+    """Whether a name is built in and not of a class: of a function, or of a constant."""
     return hasattr(builtins, name) and not isinstance(getattr(builtins, name), type)
 
 

@@ -16,8 +16,9 @@ from io import BytesIO
 from pathlib import Path
 
 # the ends of lines as Python sees them; str.splitlines knows more, for example the form feed
-PATCH_LINE = re.compile(r"[^\n]*\n|[^\n]+")
 LINE = re.compile(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+")
+# and as `patch` does
+PATCH_LINE = re.compile(r"[^\n]*\n|[^\n]+")
 
 
 class SourceError(ValueError):
